@@ -1,0 +1,62 @@
+"""Torch tensors as the flat vectors and raw bits that :mod:`mpisign.bitmap.host` works on, without a copy."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mpisign.bitmap.host import FORMATS, FloatFormat
+
+__all__ = ["DTYPES", "flat", "format_of", "is_dense", "raw_bits", "strides_of"]
+
+DTYPES: dict[torch.dtype, FloatFormat] = {
+    torch.float32: FORMATS["float32"],
+    torch.float64: FORMATS["float64"],
+    torch.float16: FORMATS["float16"],
+    torch.bfloat16: FORMATS["bfloat16"],
+}
+# Torch gives NumPy a view of signed integers of every width, on every version.
+_SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def format_of(dtype: torch.dtype) -> FloatFormat:
+    """The :class:`FloatFormat` of a torch dtype. Raises KeyError if it is not a float we vote on."""
+    return DTYPES[dtype]
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill one gapless block of memory in some order of the dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
+def strides_of(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The strides that fix the order of a parameter's elements on the wire.
+
+    Its own where it is dense (channels-last weights need no copy), else those of a contiguous tensor.
+    """
+    if is_dense(parameter):
+        return parameter.stride()
+    strides, step = [], 1
+    for size in reversed(parameter.shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense tensor's elements as a vector (n,) in memory order, sharing its memory."""
+    return torch.as_strided(tensor.detach(), (tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def raw_bits(vector: torch.Tensor) -> npt.NDArray[np.unsignedinteger]:
+    """The raw bits of a flat CPU vector (n,), sharing its memory."""
+    signed: npt.NDArray[np.signedinteger] = vector.view(_SIGNED[vector.element_size()]).numpy()
+    return signed.view(format_of(vector.dtype).bits)

@@ -1,0 +1,51 @@
+"""Every exception a user of mpisign can meet."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AlreadyInitializedError",
+    "CheckpointError",
+    "ConsistencyError",
+    "GradientError",
+    "LaunchError",
+    "MpisignError",
+    "NotInitializedError",
+    "OptionError",
+    "SynchronizationError",
+]
+
+
+class MpisignError(Exception):
+    """Base of every error that mpisign raises."""
+
+
+class NotInitializedError(MpisignError, RuntimeError):
+    """A function that needs the job's ranks was called before :func:`mpisign.init`."""
+
+
+class AlreadyInitializedError(MpisignError, RuntimeError):
+    """:func:`mpisign.init` was called twice without :func:`mpisign.shutdown` between."""
+
+
+class LaunchError(MpisignError, RuntimeError):
+    """The launcher started several processes, but MPI in this one sees only itself."""
+
+
+class ConsistencyError(MpisignError, RuntimeError):
+    """Ranks disagree: on the layout, the step, an option or a parameter's value."""
+
+
+class OptionError(MpisignError, ValueError):
+    """An option has a value it cannot have, or a parameter is named wrongly."""
+
+
+class GradientError(MpisignError, RuntimeError):
+    """A parameter or gradient is of a kind that cannot be voted on."""
+
+
+class SynchronizationError(MpisignError, RuntimeError):
+    """``synchronize()`` and ``step()`` were called in an order that would corrupt training."""
+
+
+class CheckpointError(MpisignError, RuntimeError):
+    """A saved state does not fit the job that loads it."""
