@@ -365,8 +365,10 @@ def majority(
             equal &= voted
             no.release()
         yes.release()
+        tied_here = 0
         if len(ballots) % 2 == 0 or nonzeros is not None:
-            tied += int(np.bitwise_count(equal).sum(dtype=np.int64))
+            tied_here = int(np.bitwise_count(equal).sum(dtype=np.int64))
+            tied += tied_here
         if out_nonzero is not None:
             out_nonzero[span] = 0xFFFFFFFF if voted is None else voted
         if ties == "zero":
@@ -374,7 +376,7 @@ def majority(
             out_nonzero[span] &= ~equal
         elif ties == "positive":
             decided |= equal
-        elif tied:
+        elif tied_here:
             equal &= coin_words(key, first_word + lo, size)
             decided |= equal
         for plane in (equal, t) if voted is None else (equal, t, voted):

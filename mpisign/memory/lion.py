@@ -1,0 +1,38 @@
+"""Lion's two averages: a short one is sent, a long one is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mpisign.memory.momentum import check_decay
+
+__all__ = ["LionMomentum"]
+
+
+@dataclass(frozen=True)
+class LionMomentum:
+    """``u = beta1 m + (1 - beta1) g`` is sent, then ``m <- beta2 m + (1 - beta2) g``.
+
+    Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023, Algorithm 2; on workers:
+    Liu et al., "Communication Efficient Distributed Training with Distributed Lion", 2024, Algorithm 1.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.99
+    name = "lion"
+    fields: tuple[str, ...] = ("momentum",)
+    elementwise = True
+
+    def __post_init__(self) -> None:
+        check_decay("beta1", self.beta1)
+        check_decay("beta2", self.beta2)
+
+    def __call__(
+        self, gradient: torch.Tensor, state: dict[str, torch.Tensor], scratch: torch.Tensor
+    ) -> torch.Tensor:
+        momentum = state["momentum"]
+        torch.lerp(momentum, gradient, 1.0 - self.beta1, out=scratch)
+        momentum.lerp_(gradient, 1.0 - self.beta2)
+        return scratch

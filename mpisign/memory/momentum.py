@@ -1,0 +1,38 @@
+"""Momentum on the worker, before the sign: Signum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mpisign.errors import OptionError
+
+__all__ = ["Momentum", "check_decay"]
+
+
+def check_decay(name: str, value: float) -> None:
+    """Raise :class:`OptionError` unless ``value`` is a decay rate in [0, 1)."""
+    if not 0.0 <= value < 1.0:
+        raise OptionError(f"{name}={value!r} must be in [0, 1), e.g. {name}=0.9")
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """``v <- beta v + (1 - beta) g``, and v is sent: an exponential average of the local gradients.
+
+    Source: Bernstein et al., "signSGD: Compressed Optimisation for Non-Convex Problems", 2018, Algorithm 2.
+    """
+
+    beta: float = 0.9
+    name = "momentum"
+    fields: tuple[str, ...] = ("momentum",)
+    elementwise = True
+
+    def __post_init__(self) -> None:
+        check_decay("momentum", self.beta)
+
+    def __call__(
+        self, gradient: torch.Tensor, state: dict[str, torch.Tensor], scratch: torch.Tensor
+    ) -> torch.Tensor:
+        return state["momentum"].lerp_(gradient, 1.0 - self.beta)

@@ -1,0 +1,23 @@
+"""No memory: the gradient itself is sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Nothing"]
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """``u = g``."""
+
+    name = "nothing"
+    fields: tuple[str, ...] = ()
+    elementwise = True
+
+    def __call__(
+        self, gradient: torch.Tensor, state: dict[str, torch.Tensor], scratch: torch.Tensor
+    ) -> torch.Tensor:
+        return gradient

@@ -1,0 +1,68 @@
+"""The literature, one method a line: a memory in front, a codec on the wire, a rule that decides.
+
+``Method(memory, codec, rule)`` is all there is to a method; a new one is a new line here, or in your own code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpisign.codecs import Codec, Dense, SignBits
+from mpisign.memory import LionMomentum, Memory, Momentum, Nothing
+from mpisign.rules import MajorityVote, Mean, Rule
+
+__all__ = ["Method", "lion", "mean", "signsgd", "signum"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to turn M local gradients into one update.
+
+    Args:
+        memory: what a worker keeps in front of the codec.
+        codec: what one message holds.
+        rule: how M messages become one.
+        name: for reports and errors.
+    """
+
+    memory: Memory
+    codec: Codec
+    rule: Rule
+    name: str = "custom"
+
+    @property
+    def signs(self) -> bool:
+        """Whether the decision is +-1 (or 0), so that the wrapped optimizer sees signs, not magnitudes."""
+        return self.rule.votes
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.memory!r}, {self.codec!r}, {self.rule!r})"
+
+
+def signsgd() -> Method:
+    """signSGD with majority vote: each rank votes with the sign of its gradient.
+
+    Bernstein et al., "signSGD with Majority Vote is Communication Efficient and Fault Tolerant", 2018, Alg. 1.
+    """
+    return Method(Nothing(), SignBits(), MajorityVote(), "signsgd")
+
+
+def signum(momentum: float = 0.9) -> Method:
+    """Signum with majority vote: each rank votes with the sign of ``v <- momentum v + (1 - momentum) g``.
+
+    The same paper, Algorithm 1 with beta > 0. The momentum lives on each worker, before the sign.
+    """
+    return Method(Momentum(momentum), SignBits(), MajorityVote(), "signum")
+
+
+def lion(beta1: float = 0.9, beta2: float = 0.99) -> Method:
+    """Distributed Lion with majority vote: sign of ``beta1 m + (1 - beta1) g``; m decays by ``beta2``.
+
+    Liu et al., "Communication Efficient Distributed Training with Distributed Lion", 2024, Algorithm 1, MaVo.
+    """
+    return Method(LionMomentum(beta1, beta2), SignBits(), MajorityVote(), "lion")
+
+
+def mean() -> Method:
+    """The full-precision baseline: the mean of the gradients in fp32, as any data-parallel training does."""
+    return Method(Nothing(), Dense(), Mean(), "mean")
