@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -22,7 +23,7 @@ class LionMomentum:
     beta1: float = 0.9
     beta2: float = 0.99
     name = "lion"
-    fields: tuple[str, ...] = ("momentum",)
+    fields: ClassVar[tuple[str, ...]] = ("momentum",)
     elementwise = True
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -26,7 +27,7 @@ class Momentum:
 
     beta: float = 0.9
     name = "momentum"
-    fields: tuple[str, ...] = ("momentum",)
+    fields: ClassVar[tuple[str, ...]] = ("momentum",)
     elementwise = True
 
     def __post_init__(self) -> None:

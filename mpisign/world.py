@@ -1,0 +1,262 @@
+"""The job: who we are, how we talk, how we end. The only module that owns a communicator.
+
+``init()`` duplicates the communicator it is given, so that the library's messages never meet the user's.
+Everything else asks :func:`current` for it afresh at each use and keeps no copy of its own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mpisign.errors import AlreadyInitializedError, NotInitializedError, OptionError
+from mpisign.launch import check_not_alone
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = [
+    "World",
+    "barrier",
+    "current",
+    "device",
+    "init",
+    "is_initialized",
+    "local_rank",
+    "local_size",
+    "node_rank",
+    "num_nodes",
+    "rank",
+    "shutdown",
+    "size",
+]
+
+logger = logging.getLogger(__name__)
+
+SPIN_SECONDS = 1.0  # a wait this long is not about latency any more: sleep between the looks
+NAP_SECONDS = 0.0005
+
+
+@dataclass
+class World:
+    """This process's place in the job. Made by :func:`init`.
+
+    ``comm``: a private duplicate; ``local_rank``, ``local_size``: among the ranks that share this node's
+    memory; ``node_rank``, ``num_nodes``: nodes are numbered by their lowest rank.
+    """
+
+    comm: MPI.Comm
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    node_rank: int
+    num_nodes: int
+    stall_warning: float | None
+    stall_timeout: float | None
+    _previous_hook: Callable[..., Any] | None = field(default=None, repr=False)
+
+    def wait(self, request: MPI.Request, what: str, missing: Callable[[], str] | None = None) -> None:
+        """Wait for a request without losing sight of time.
+
+        Logs a warning after ``stall_warning`` seconds, and again each time the wait has doubled; aborts the
+        job after ``stall_timeout`` seconds.
+
+        Args:
+            request: a nonblocking MPI operation.
+            what: step and phase for the message, e.g. ``"step 17, roll call"``.
+            missing: says, if it can be told, whom this rank waits for.
+        """
+        began = time.monotonic()
+        warn_at = self.stall_warning
+        while not request.Test():
+            waited = time.monotonic() - began
+            # A yield, not a spin: ranks may outnumber cores, and the one we wait for may need this core.
+            time.sleep(0 if waited < SPIN_SECONDS else NAP_SECONDS)
+            if warn_at is not None and waited >= warn_at:
+                logger.warning("%s", self._stalled(waited, what, missing))
+                warn_at *= 2
+            if self.stall_timeout is not None and waited >= self.stall_timeout:
+                self.abort(f"{self._stalled(waited, what, missing)}; stall_timeout={self.stall_timeout:g} is over")
+
+    def _stalled(self, waited: float, what: str, missing: Callable[[], str] | None) -> str:
+        whom = missing() if missing is not None else ""
+        return f"rank {self.rank} of {self.size} has waited {waited:.0f} s in {what}" + (whom and f"; {whom}")
+
+    def abort(self, reason: str, code: int = 1) -> None:
+        """End every process of the job at once, saying why."""
+        logger.critical("%s: aborting the job", reason)
+        _flush()
+        self.comm.Abort(code)
+
+
+_world: World | None = None
+
+
+def current(caller: str = "this function") -> World:
+    """The job this process belongs to. Raises :class:`NotInitializedError`, naming ``caller``."""
+    if _world is None:
+        raise NotInitializedError(f"{caller} needs the job's ranks: call mpisign.init() first")
+    return _world
+
+
+def init(
+    comm: MPI.Comm | None = None,
+    *,
+    abort_on_exception: bool = True,
+    stall_warning: float | None = 60.0,
+    stall_timeout: float | None = None,
+) -> None:
+    """Join the job: learn ranks and nodes, and get a private communicator. **Collective.**
+
+    Args:
+        comm: the ranks that train together; default ``MPI.COMM_WORLD``. It is duplicated, not kept.
+        abort_on_exception: a process that dies of an uncaught exception prints its traceback and takes the
+            whole job down at once, instead of leaving the others to wait for ever.
+        stall_warning: seconds in one exchange after which a waiting rank says so; None for never.
+        stall_timeout: seconds after which it aborts the job; None for never.
+
+    Raises:
+        AlreadyInitializedError: called twice.
+        LaunchError: MPI sees one process, but the launcher started several.
+        OptionError: a time that is not positive.
+    """
+    global _world
+    if _world is not None:
+        raise AlreadyInitializedError(
+            f"rank {_world.rank}: mpisign.init() was called before; call it once, or mpisign.shutdown() first "
+            f"(mpisign.is_initialized() tells)"
+        )
+    for name, seconds in (("stall_warning", stall_warning), ("stall_timeout", stall_timeout)):
+        if seconds is not None and not seconds > 0:
+            raise OptionError(f"{name}={seconds!r} must be a positive number of seconds, or None for never")
+
+    from mpi4py import MPI  # not at import: a spawned DataLoader worker that starts MPI hangs the job
+
+    if comm is None:
+        comm = MPI.COMM_WORLD
+        library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
+        check_not_alone(os.environ, comm.Get_size(), library)
+    mine = comm.Dup()
+    node = mine.Split_type(MPI.COMM_TYPE_SHARED)
+    leaders = sorted(set(mine.allgather(node.bcast(mine.rank, root=0))))
+    leader = node.bcast(mine.rank, root=0)
+    _world = World(
+        comm=mine,
+        rank=mine.rank,
+        size=mine.size,
+        local_rank=node.rank,
+        local_size=node.size,
+        node_rank=leaders.index(leader),
+        num_nodes=len(leaders),
+        stall_warning=stall_warning,
+        stall_timeout=stall_timeout,
+    )
+    node.Free()
+    if abort_on_exception:
+        _world._previous_hook = sys.excepthook
+        sys.excepthook = _abort_on_exception
+    atexit.register(_leave)
+
+
+def shutdown() -> None:
+    """Leave the job: free the communicator, restore the exception hook. **Collective.** Harmless if not in one.
+
+    MPI itself stays up (mpi4py finalizes it when Python exits), so :func:`init` may be called again.
+    """
+    global _world
+    if _world is None:
+        return
+    leaving, _world = _world, None
+    atexit.unregister(_leave)
+    if leaving._previous_hook is not None and sys.excepthook is _abort_on_exception:
+        sys.excepthook = leaving._previous_hook
+    leaving.comm.Free()
+
+
+def _leave() -> None:
+    """At exit: meet the others, under the stall watch, since MPI_Finalize would wait for them in silence."""
+    if _world is None:
+        return
+    _world.wait(_world.comm.Ibarrier(), "exit (this rank's script has ended, others still run)")
+    shutdown()
+
+
+def _abort_on_exception(
+    kind: type[BaseException], value: BaseException, trace: TracebackType | None
+) -> None:
+    world = _world
+    previous = world._previous_hook if world is not None else None
+    (previous or sys.__excepthook__)(kind, value, trace)
+    if world is None:
+        return
+    if world.size > 1:
+        logger.critical("rank %d of %d died of %s: aborting the job", world.rank, world.size, kind.__name__)
+    _flush()
+    world.comm.Abort(130 if issubclass(kind, KeyboardInterrupt) else 1)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # a closed pipe must not keep the job alive
+            pass
+
+
+def is_initialized() -> bool:
+    """Whether :func:`init` has been called, and :func:`shutdown` not since."""
+    return _world is not None
+
+
+def rank() -> int:
+    """This process's number in the job, 0 .. size() - 1."""
+    return current("rank()").rank
+
+
+def size() -> int:
+    """How many processes train together."""
+    return current("size()").size
+
+
+def local_rank() -> int:
+    """This process's number among those on its node, from MPI's shared-memory split."""
+    return current("local_rank()").local_rank
+
+
+def local_size() -> int:
+    """How many of the job's processes run on this node."""
+    return current("local_size()").local_size
+
+
+def node_rank() -> int:
+    """This node's number, 0 .. num_nodes() - 1, by the lowest rank on it."""
+    return current("node_rank()").node_rank
+
+
+def num_nodes() -> int:
+    """How many nodes the job runs on."""
+    return current("num_nodes()").num_nodes
+
+
+def device() -> torch.device:
+    """The device this process should use: ``cuda:(local_rank % device_count)``, or the CPU if there is none."""
+    place = current("device()").local_rank
+    if torch.cuda.is_available():
+        return torch.device("cuda", place % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def barrier() -> None:
+    """Wait until every rank has come here. **Collective.**"""
+    world = current("barrier()")
+    world.wait(world.comm.Ibarrier(), "barrier()")
