@@ -148,8 +148,8 @@ def init(
         check_not_alone(os.environ, comm.Get_size(), library)
     mine = comm.Dup()
     node = mine.Split_type(MPI.COMM_TYPE_SHARED)
-    leaders = sorted(set(mine.allgather(node.bcast(mine.rank, root=0))))
     leader = node.bcast(mine.rank, root=0)
+    leaders = sorted(set(mine.allgather(leader)))
     _world = World(
         comm=mine,
         rank=mine.rank,

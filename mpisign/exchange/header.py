@@ -1,0 +1,128 @@
+"""What ranks tell each other besides the messages: the roll call before, the tally sheet after packing.
+
+A header could ride in front of every message. It does not, for two reasons. Messages of different sizes must
+never meet in a collective (that is a hang or garbage, not an error), so the layout must be agreed on *before*
+the first of them: the roll call, one small all-gather of fixed size. And whether a rank votes is known only
+*after* its last gradient was looked at, while its first bucket is long on its way: the sheet, posted when
+packing ends and read before anything is decided. Messages stay pure words, cut and received in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpisign.errors import ConsistencyError
+from mpisign.layout import FORMAT_VERSION, Layout
+from mpisign.world import World
+
+__all__ = ["REASONS", "Roll", "Sheets", "call_roll", "exchange_sheets"]
+
+VOTES, NON_FINITE, SCALER_INF, JOINED, NO_GRADIENT = range(5)
+REASONS = {
+    NON_FINITE: "non-finite gradient",
+    SCALER_INF: "inf found by GradScaler",
+    JOINED: "joined",
+    NO_GRADIENT: "no gradient",
+}
+
+_UNHEARD = -1
+_ROLL_FIELDS = 4  # format version, step, fingerprint, joined_for
+
+
+@dataclass(frozen=True)
+class Roll:
+    """Who is here: ``joined_for[r]``, the exchanges rank r has sat out since ``join()``, or None if it trains."""
+
+    joined_for: tuple[int | None, ...]
+    bytes_sent: int
+
+    @property
+    def all_joined(self) -> bool:
+        return all(steps is not None for steps in self.joined_for)
+
+
+@dataclass(frozen=True)
+class Sheets:
+    """Who votes: ``status[r]`` is VOTES or a key of REASONS; ``voters[i]`` the ranks that vote on parameter i."""
+
+    status: tuple[int, ...]
+    voters: tuple[tuple[int, ...], ...]
+    bytes_sent: int
+
+
+def call_roll(
+    world: World, layout: Layout, fingerprint: int, settings: Sequence[str], step: int, joined_for: int | None
+) -> Roll:
+    """Make sure that all ranks mean the same bits by the same step. **Collective.**
+
+    Raises:
+        ConsistencyError: on every rank, naming those that differ and in what.
+    """
+    mine = np.array(
+        [FORMAT_VERSION, step, fingerprint, 0 if joined_for is None else joined_for + 1], dtype=np.int64
+    )
+    heard = np.full((world.size, _ROLL_FIELDS), _UNHEARD, np.int64)
+
+    def missing() -> str:
+        # Only a hint in a warning: what has arrived so far, read while MPI still owns the buffer.
+        unheard = [rank for rank in range(world.size) if rank != world.rank and heard[rank, 0] == _UNHEARD]
+        return f"not heard from yet: ranks {unheard}" if unheard else ""
+
+    world.wait(world.comm.Iallgather(mine, heard), f"step {step}, roll call", missing)
+    if not (heard[:, :3] == mine[:3]).all():
+        _explain(world, layout, settings, heard)
+    joined = tuple(None if field == 0 else int(field) - 1 for field in heard[:, 3])
+    return Roll(joined, (world.size - 1) * mine.nbytes)
+
+
+def _explain(world: World, layout: Layout, settings: Sequence[str], heard: np.ndarray) -> None:
+    """All ranks have seen the mismatch, so they can talk about it: raise the error that says what differs."""
+    for column, what in ((0, "the wire format"), (1, "step")):
+        values = heard[:, column].tolist()
+        if len(set(values)) > 1:
+            odd, usual = _minority(values)
+            said = ", ".join(f"rank {rank} at {values[rank]}" for rank in odd)
+            raise ConsistencyError(
+                f"ranks are not at the same {what}: {said}, the others at {usual} (this is rank {world.rank}). "
+                "Every rank must call step() (or synchronize()) the same number of times and resume from the "
+                "same checkpoint; a rank that runs out of batches calls optimizer.join()"
+            )
+    lines = world.comm.allgather([*settings, *layout.lines()])
+    odd, _ = _minority(heard[:, 2].tolist())
+    usual_rank = next(rank for rank in range(world.size) if rank not in odd)
+    mine, theirs = lines[odd[0]], lines[usual_rank]
+    for at in range(max(len(mine), len(theirs))):
+        here = mine[at] if at < len(mine) else "nothing more"
+        there = theirs[at] if at < len(theirs) else "nothing more"
+        if here != there:
+            break
+    raise ConsistencyError(
+        f"ranks {odd} have another layout than the others (this is rank {world.rank}); the first difference is "
+        f"{here} on rank {odd[0]}, {there} on rank {usual_rank}. Build the same model, with the same parameters "
+        f"frozen, and pass the same options on every rank"
+    )
+
+
+def _minority(values: Sequence[int]) -> tuple[list[int], int]:
+    """The ranks whose value is not the most common one (of equals, rank 0's is), and that value."""
+    usual = max(values, key=lambda value: (values.count(value), value == values[0]))
+    return [rank for rank, value in enumerate(values) if value != usual], usual
+
+
+def exchange_sheets(world: World, status: int, present: Sequence[bool], step: int) -> Sheets:
+    """Tell the others whether this rank votes, and on which parameters it has a gradient. **Collective.**"""
+    bits = np.packbits(np.asarray(present, np.bool_), bitorder="little")
+    mine = np.concatenate([np.array([status], np.uint8), bits])
+    heard = np.empty((world.size, mine.size), np.uint8)
+    world.wait(world.comm.Iallgather(mine, heard), f"step {step}, tally sheets")
+    statuses = tuple(int(code) for code in heard[:, 0])
+    voting = [rank for rank, code in enumerate(statuses) if code == VOTES]
+    has = np.unpackbits(heard[:, 1:], axis=1, count=len(present), bitorder="little")
+    if has[voting].all():
+        voters = (tuple(voting),) * len(present)
+    else:
+        voters = tuple(tuple(rank for rank in voting if has[rank, i]) for i in range(len(present)))
+    return Sheets(statuses, voters, (world.size - 1) * mine.nbytes)

@@ -1,0 +1,57 @@
+"""Who votes on what: a message cut into runs of coordinates that have the same voters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy.typing as npt
+
+from mpisign.layout import Bucket
+from mpisign.policy import Turn
+from mpisign.rules import Rule
+
+__all__ = ["Decide", "decide_runs", "runs_of"]
+
+Decide = Callable[[Sequence[npt.NDArray[Any]], npt.NDArray[Any], int], None]
+"""``decide(messages, out, start)``: decide items ``start .. start + out.shape[1]`` of a bucket from the M
+ranks' messages (planes_up, k), in the order of the ranks, into ``out`` (planes_down, k)."""
+
+Run = tuple[int, int, tuple[int, ...]]
+
+
+def runs_of(bucket: Bucket, voters: Sequence[tuple[int, ...]]) -> list[Run]:
+    """(start, stop, ranks that vote) for consecutive items; usually one run, the whole bucket.
+
+    Args:
+        voters: the voting ranks of each parameter, by its index in the layout.
+    """
+    runs: list[Run] = []
+    for segment in bucket.segments:
+        ranks = voters[segment.index]
+        if runs and runs[-1][2] == ranks:
+            runs[-1] = (runs[-1][0], segment.stop, ranks)
+        else:
+            runs.append((segment.start, segment.stop, ranks))
+    return runs
+
+
+def decide_runs(
+    rule: Rule,
+    turn: Turn,
+    bucket: Bucket,
+    runs: Sequence[Run],
+    messages: Sequence[npt.NDArray[Any]],
+    out: npt.NDArray[Any],
+    start: int,
+) -> int:
+    """Apply ``rule`` to each run that overlaps the items from ``start`` on; returns the ties."""
+    ties, end = 0, start + out.shape[1]
+    for run_start, run_stop, ranks in runs:
+        lo, hi = max(run_start, start), min(run_stop, end)
+        if lo >= hi or not ranks:
+            continue
+        span = slice(lo - start, hi - start)
+        voting = [messages[rank][:, span] for rank in ranks]
+        ties += rule.decide(voting, out[:, span], turn, bucket.first_word + lo)
+    return ties
