@@ -1,0 +1,462 @@
+"""DistributedSignOptimizer: the user's own torch optimizer, fed with the ranks' common decision."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from mpisign import sync
+from mpisign.bitmap.tensors import strides_of
+from mpisign.errors import CheckpointError, OptionError, SynchronizationError
+from mpisign.exchange import header
+from mpisign.exchange.choose import check_exchange
+from mpisign.exchange.pipeline import Pipeline, state_dtype
+from mpisign.layout import Layout
+from mpisign.methods import Method, signum
+from mpisign.policy import Policy
+from mpisign.telemetry import StepReport
+from mpisign.world import World, current, is_initialized
+
+__all__ = ["DistributedSignOptimizer"]
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
+# They divide by the gradient's running magnitude, which is 1 for every coordinate of a vote.
+_ADAPTIVE = (
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.RMSprop,
+)
+
+
+class DistributedSignOptimizer(Optimizer):
+    """Wraps a torch optimizer so that ``step()`` applies what all ranks decide together, one bit a coordinate.
+
+    ``step()`` is ``synchronize()``, which replaces every ``p.grad`` by the decision (+1, -1, or 0 where a
+    policy says "do not move"), then the wrapped optimizer's own ``step()``. Around plain
+    ``SGD(lr, weight_decay=...)`` this is Algorithm 1 of Bernstein et al., "signSGD with Majority Vote is
+    Communication Efficient and Fault Tolerant", 2018. Learning rate, weight decay and schedules are the wrapped
+    optimizer's, applied after the vote. Momentum belongs into ``method``, where it acts on each worker before
+    the sign; ``SGD(momentum=...)`` would average *votes*, which is a different method.
+
+    Args:
+        optimizer: any torch optimizer but LBFGS, SparseAdam.
+        named_parameters: ``model.named_parameters()``, for messages; every trainable parameter in it must be
+            in the optimizer and the other way round. Default: names made from groups and positions.
+        method: what is sent and how it is decided, e.g. :func:`mpisign.signum` (the default).
+        zeros: what an exactly zero value votes: ``"coin"`` a fair coin; ``"abstain"`` nothing, for one more
+            bit a coordinate; ``"positive"`` +1, as the paper's code did.
+        ties: who wins a tie: ``"coin"`` a fair coin, the same on all ranks; ``"zero"`` nobody: the coordinate
+            stays; ``"positive"`` +1.
+        exchange: ``"allgather"``, ``"two_phase"`` or ``"auto"``; all decide the same bits.
+        seed: of the coins; the same on all ranks.
+        bucket_cap_mb: a message is sent when it has grown to this many MiB.
+
+    Construction is not collective, but every rank must build the same; the first step checks it.
+
+    Attributes:
+        report: the :class:`~mpisign.StepReport` of the last exchange, or None before the first.
+
+    Raises:
+        NotInitializedError: :func:`mpisign.init` has not been called.
+        OptionError: an option has an impossible value; the message lists the possible ones.
+        GradientError: a parameter is of a type that cannot be voted on.
+
+    Example::
+
+        optimizer = mpisign.DistributedSignOptimizer(
+            torch.optim.SGD(model.parameters(), lr=1e-3), model.named_parameters())
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler hands us its findings instead of skipping step() on its own
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
+        *,
+        method: Method | None = None,
+        zeros: str = "coin",
+        ties: str = "coin",
+        exchange: str = "auto",
+        seed: int = 0,
+        bucket_cap_mb: float = 1.0,
+    ) -> None:
+        method = signum() if method is None else method
+        _check_optimizer(optimizer)
+        if not isinstance(method, Method):
+            raise OptionError(f"method={method!r} is not a Method: use one of mpisign's, e.g. mpisign.signum(0.9)")
+        check_exchange(exchange, method.rule)
+        if not bucket_cap_mb > 0:
+            raise OptionError(f"bucket_cap_mb={bucket_cap_mb!r} must be positive")
+        self.__setstate__(
+            {
+                "wrapped": optimizer,
+                "method": method,
+                "policy": Policy(zeros, ties, seed),
+                "exchange": exchange,
+                "bucket_cap_mb": bucket_cap_mb,
+                "_names": _names_of(optimizer, named_parameters),
+                "_memory": {},
+                "_exchanges": 0,
+            }
+        )
+        current("DistributedSignOptimizer()")
+        self._prepare()
+        if method.signs and isinstance(optimizer, _ADAPTIVE):
+            warnings.warn(
+                f"{type(optimizer).__name__} divides each coordinate by its running magnitude, and every coordinate "
+                f"of a vote has magnitude 1: what remains is its momentum over votes. Usually "
+                f"SGD(lr=..., weight_decay=...) with method=mpisign.lion() or mpisign.signum() is what you want",
+                stacklevel=2,
+            )
+
+    # ------------------------------------------------------------------------------- the wrapped optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's groups themselves: schedulers may edit them here or there."""
+        return self.wrapped.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.wrapped.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The wrapped optimizer's state. The ranks' memory is not in it; ``state_dict()`` has both."""
+        return self.wrapped.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.wrapped.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's defaults."""
+        return self.wrapped.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.wrapped.defaults = defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer; do it on every rank before the same step."""
+        known = len(self.param_groups)
+        self.wrapped.add_param_group(param_group)
+        self._names.update(_default_names(self.param_groups[known:], known))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as torch does."""
+        self.wrapped.zero_grad(set_to_none)
+        self._synchronized = False
+
+    # -------------------------------------------------------------------------------------------- a step
+
+    def synchronize(self) -> None:
+        """Replace every ``p.grad`` by the ranks' decision, without a step. **Collective.**
+
+        For work between decision and step, such as clipping; then step under :meth:`skip_synchronize`. A rank
+        whose gradient has a NaN or Inf, or in which GradScaler found one, abstains. A parameter on which nobody
+        votes ends with ``p.grad = None``, which torch's optimizers leave alone.
+
+        Raises:
+            ConsistencyError: ranks differ in layout or are at different steps; the message names them.
+        """
+        if self._synchronized:
+            raise SynchronizationError(
+                "synchronize() was called twice for the same gradients, which would vote on votes: apply them with "
+                "`with optimizer.skip_synchronize(): optimizer.step()`, or drop them with optimizer.zero_grad()"
+            )
+        pipeline = self._prepare()
+        excuse = self._consult_scaler()
+        self.report = pipeline.run(self._exchanges, self._memory_of, excuse)
+        self._exchanges += 1
+        self._synchronized = True
+
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """``step()`` inside applies the gradients that :meth:`synchronize` has left, and does not vote again."""
+        self._skip = True
+        try:
+            yield
+        finally:
+            self._skip = False
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Vote, then let the wrapped optimizer step; if nobody voted, no rank steps. **Collective.**
+
+        Args:
+            closure: computes the loss and the gradients once, before the vote.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            SynchronizationError: after ``synchronize()`` without ``skip_synchronize()``, or inside
+                ``skip_synchronize()`` without ``synchronize()``.
+            ConsistencyError: see :meth:`synchronize`.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._skip:
+            self.synchronize()
+        elif not self._synchronized:
+            raise SynchronizationError(
+                "step() under skip_synchronize() without synchronize() would apply this rank's own gradient and the "
+                "replicas would drift apart: call optimizer.synchronize() first"
+            )
+        self._synchronized = False
+        if self.report is not None and not self.report.skipped:
+            self.wrapped.step()
+        return loss
+
+    def join(self) -> int:
+        """Sit out, abstaining, until every rank has called ``join()``. **Collective.**
+
+        For ranks that run out of batches early. Call it on every rank when its batches end. The ranks still
+        training go on voting without us; when all have joined, those that joined early get the parameters and
+        the optimizer state of the last one. A scheduler stepped per batch must be brought level by its owner.
+
+        Returns:
+            The last rank to join (the lowest of those that joined at the same time).
+        """
+        joined_for = 0
+        while True:
+            roll, report = self._prepare().sit_out(self._exchanges, joined_for)
+            if roll.all_joined:
+                break
+            self.report = report
+            self._exchanges += 1
+            joined_for += 1
+        waits = [steps for steps in roll.joined_for if steps is not None]
+        last = waits.index(min(waits))
+        if max(waits) > min(waits):
+            named = [(self._names[p], p) for group in self.param_groups for p in group["params"]]
+            sync.broadcast_parameters(named, root_rank=last)
+            sync.broadcast_optimizer_state(self.wrapped, root_rank=last)
+        return last
+
+    def _consult_scaler(self) -> int:
+        """GradScaler leaves ``found_inf`` and ``grad_scale`` on us for the length of its ``step()``."""
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and float(found_inf) > 0:
+            return header.SCALER_INF
+        if scale is not None:
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_mul_(gradients, 1.0 / float(scale))
+        return header.VOTES
+
+    # ----------------------------------------------------------------------------------- layout and memory
+
+    def _prepare(self) -> Pipeline:
+        """The pipeline for the parameters and the world as they are now; made anew only if they changed."""
+        world = current("DistributedSignOptimizer.step()")
+        active = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        shape = [(id(p), p.dtype, p.stride()) for p in active]
+        if self._pipeline is None or shape != self._shape or world is not self._pipeline.world:
+            named = [(self._names[p], p) for p in active]
+            layout = Layout(named, self.method.codec, int(self.bucket_cap_mb * (1 << 20)))
+            self._pipeline = Pipeline(layout, self.method, self.policy, self.exchange, world)
+            self._shape = shape
+            for parameter, state in self._memory.items():
+                for key, value in state.items():
+                    state[key] = _like(parameter, value)
+        return self._pipeline
+
+    def _memory_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        if parameter not in self._memory:
+            self._memory[parameter] = {field: _like(parameter, None) for field in self.method.memory.fields}
+        return self._memory[parameter]
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state dict, plus ``"mpisign"``: this rank's memory and the step number.
+
+        Every rank's is its own: save one a rank to resume exactly. Plain types and tensors only, so that
+        ``torch.load(weights_only=True)`` reads it.
+        """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        world: World | None = current() if is_initialized() else None
+        indices = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        state = self.wrapped.state_dict()
+        state["mpisign"] = {
+            "version": STATE_VERSION,
+            "rank": world.rank if world else 0,
+            "size": world.size if world else 1,
+            "step": self._exchanges,
+            "method": self.method.name,
+            "memory_of": self.method.memory.name,
+            "memory": {indices[p]: dict(fields) for p, fields in self._memory.items()},
+        }
+        for after in self._optimizer_state_dict_post_hooks.values():
+            state = after(self, state) or state
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave on this rank; resuming is then exact. Not collective.
+
+        A plain optimizer's state dict loads too, and so does another rank's or another method's, each with a
+        warning that the memory starts fresh.
+
+        Raises:
+            CheckpointError: it was saved by a job of another size, by a newer version, or for other parameters.
+                Nothing has been changed then.
+        """
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        saved = state_dict.pop("mpisign", None)
+        memory = self._memory_from(saved)
+        self.wrapped.load_state_dict(state_dict)
+        self._memory = memory
+        if saved is not None:
+            self._exchanges = int(saved["step"])
+        self._synchronized = False
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _memory_from(self, saved: dict[str, Any] | None) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+        world = current("load_state_dict()")
+        fresh = f"rank {world.rank}: the memory ({self.method.memory.name}) starts fresh: "
+        if saved is None:
+            if self.method.memory.fields:
+                warnings.warn(fresh + "this is the state of a plain optimizer, which has none", stacklevel=4)
+            return {}
+        if saved["version"] > STATE_VERSION:
+            raise CheckpointError(
+                f"rank {world.rank}: this state has version {saved['version']}, written by a newer mpisign; this one "
+                f"reads {STATE_VERSION}: pip install --upgrade mpisign"
+            )
+        if saved["size"] != world.size:
+            raise CheckpointError(
+                f"rank {world.rank}: this state was saved by a job of {saved['size']} ranks and this one has "
+                f"{world.size}, so the ranks' memories do not fit: start with -n {saved['size']}, or give the memory "
+                f"up with state_dict.pop('mpisign')"
+            )
+        if saved["rank"] != world.rank or saved["memory_of"] != self.method.memory.name:
+            warnings.warn(
+                fresh + f"this is the state of rank {saved['rank']} under method {saved['method']!r}; "
+                "to resume exactly, save and load one state a rank",
+                stacklevel=4,
+            )
+            return {}
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        memory = {}
+        for index, fields in saved["memory"].items():
+            for field, value in fields.items():
+                if index >= len(parameters) or value.shape != parameters[index].shape:
+                    raise CheckpointError(
+                        f"rank {world.rank}: the saved {field} of parameter {index} has shape {tuple(value.shape)}, "
+                        f"which is not this model's: load the state of the same model"
+                    )
+            memory[parameters[index]] = {
+                field: _like(parameters[index], value, copy=True) for field, value in fields.items()
+            }
+        return memory
+
+    # ------------------------------------------------------------------------------ pickle, deepcopy, print
+
+    def __getstate__(self) -> dict[str, Any]:
+        lost = ("_pipeline", "_shape", "report", "_synchronized", "_skip", "step", "found_inf", "grad_scale")
+        hooks = ("_optimizer_", "_zero_grad_profile", "_opt_called", "_warned_")
+        return {k: v for k, v in self.__dict__.items() if k not in lost and not k.startswith(hooks)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._pipeline: Pipeline | None = None
+        self._shape: list[tuple[int, torch.dtype, tuple[int, ...]]] = []
+        self._synchronized = self._skip = False
+        self.report: StepReport | None = None
+        super().__setstate__({})  # torch makes its hook tables
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(method={self.method.name}, zeros={self.policy.zeros!r}, "
+            f"ties={self.policy.ties!r}, exchange={self.exchange!r}, wrapped={self.wrapped!r})"
+        )
+
+
+def _like(parameter: torch.Tensor, value: torch.Tensor | None, copy: bool = False) -> torch.Tensor:
+    """Memory in the parameter's shape and wire order: ``value``, re-laid if need be, or zeros."""
+    dtype, strides = state_dtype(parameter.dtype), strides_of(parameter)
+    if value is not None and not copy and value.dtype == dtype and value.stride() == strides:
+        return value
+    laid = torch.empty_strided(parameter.shape, strides, dtype=dtype, device=parameter.device)
+    return laid.zero_() if value is None else laid.copy_(value)
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    if isinstance(optimizer, DistributedSignOptimizer):
+        raise OptionError("this optimizer is a DistributedSignOptimizer already: wrap the torch optimizer once")
+    if not isinstance(optimizer, Optimizer):
+        raise OptionError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer: pass e.g. torch.optim.SGD(...)")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise OptionError(
+            "LBFGS cannot be wrapped: it evaluates the loss several times inside one step and fits curvature to "
+            "gradient differences, which signs do not have; use SGD"
+        )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise OptionError("SparseAdam cannot be wrapped: a vote is dense; use SGD and sparse=False embeddings")
+
+
+def _default_names(groups: list[dict[str, Any]], first: int = 0) -> dict[torch.Tensor, str]:
+    names: dict[torch.Tensor, str] = {}
+    for at, group in enumerate(groups, first):
+        given = group.get("param_names") or [f"group{at}.param{i}" for i in range(len(group["params"]))]
+        names.update(zip(group["params"], given, strict=True))
+    return names
+
+
+def _names_of(
+    optimizer: Optimizer, named_parameters: Iterable[tuple[str, torch.Tensor]] | None
+) -> dict[torch.Tensor, str]:
+    if named_parameters is None:
+        return _default_names(optimizer.param_groups)
+    names: dict[torch.Tensor, str] = {}
+    for entry in named_parameters:
+        if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
+            raise OptionError("named_parameters must give (name, parameter) pairs: pass model.named_parameters()")
+        name, parameter = entry
+        if parameter in names:
+            raise OptionError(f"one parameter is named twice, {names[parameter]!r} and {name!r}: name it once")
+        if name in names.values():
+            raise OptionError(f"two parameters are named {name!r}: names must differ")
+        names[parameter] = name
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    strangers = [name for p, name in names.items() if p.requires_grad and p not in held]
+    if strangers:
+        raise OptionError(
+            f"named_parameters has {_listed(strangers)}, which the optimizer does not: add them to it, freeze them "
+            f"with requires_grad_(False), or pass only the names of what it holds"
+        )
+    nameless = [name for p, name in _default_names(optimizer.param_groups).items() if p not in names]
+    if nameless:
+        raise OptionError(
+            f"the optimizer has {_listed(nameless)} (group and place), which named_parameters does not: name all of "
+            f"them, or pass no names at all"
+        )
+    return {p: name for p, name in names.items() if p in held}
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+

@@ -1,0 +1,221 @@
+"""Make ranks equal, or find out where they are not. Every function here is **collective**."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from mpisign.errors import ConsistencyError, OptionError
+from mpisign.world import World, current
+
+__all__ = [
+    "allgather_object",
+    "broadcast_object",
+    "broadcast_optimizer_state",
+    "broadcast_parameters",
+    "check_consistency",
+]
+
+CHUNK_BYTES = 32 << 20  # tensors travel together, in messages of at most about this size
+
+
+class HasState(Protocol):
+    """An optimizer: torch's own or ours."""
+
+    param_groups: list[dict[str, Any]]
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+def broadcast_object(obj: Any, root_rank: int = 0) -> Any:
+    """Return ``root_rank``'s object on every rank. It is pickled; do not use it for large tensors."""
+    world = current("broadcast_object()")
+    _check_root(root_rank, world)
+    return world.comm.bcast(obj, root=root_rank)
+
+
+def allgather_object(obj: Any) -> list[Any]:
+    """Return every rank's object, in the order of the ranks, on every rank. They are pickled."""
+    objects: list[Any] = current("allgather_object()").comm.allgather(obj)
+    return objects
+
+
+def broadcast_parameters(
+    parameters: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]], root_rank: int = 0
+) -> None:
+    """Copy ``root_rank``'s tensors into every rank's, in place.
+
+    Args:
+        parameters: ``model.state_dict()`` or ``model.named_parameters()``.
+
+    Raises:
+        ConsistencyError: names, shapes or dtypes differ between ranks; nothing has been changed then.
+        OptionError: an entry is not a tensor.
+    """
+    world = current("broadcast_parameters()")
+    _check_root(root_rank, world)
+    named = list(parameters.items()) if isinstance(parameters, Mapping) else list(parameters)
+    for entry in named:
+        if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], torch.Tensor)):
+            what = f"{entry[0]!r}" if isinstance(entry, tuple) and entry else f"{type(entry).__name__}"
+            raise OptionError(
+                f"rank {world.rank}: broadcast_parameters() takes tensors with names, and {what} is not one: pass "
+                f"model.state_dict() or model.named_parameters(), and other objects to broadcast_object()"
+            )
+    described = [f"{name!r} {tuple(t.shape)} {t.dtype}" for name, t in named]
+    _demand_equal(described, world, "broadcast_parameters() got other tensors")
+    _broadcast_tensors([tensor for _, tensor in named], root_rank, world)
+
+
+def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
+    """Give every rank ``root_rank``'s optimizer state and group options (learning rates and so on).
+
+    Of a :class:`~mpisign.DistributedSignOptimizer`, the wrapped optimizer's state and the step number are
+    copied; each rank keeps its own memory (momentum), which is supposed to differ between ranks.
+    """
+    world = current("broadcast_optimizer_state()")
+    _check_root(root_rank, world)
+    own = optimizer.state_dict()
+    tensors: list[torch.Tensor] = []
+    shared = {key: own[key] for key in ("state", "param_groups")}
+    skeleton = _replace_tensors(shared, tensors) if world.rank == root_rank else None
+    step = own.get("mpisign", {}).get("step")
+    skeleton, shapes, step = world.comm.bcast(
+        (skeleton, [(t.shape, t.dtype) for t in tensors], step), root=root_rank
+    )
+    if world.rank != root_rank:
+        tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
+    _broadcast_tensors(tensors, root_rank, world)
+    if world.rank != root_rank:
+        own.update(_restore_tensors(skeleton, tensors))
+        if "mpisign" in own:
+            own["mpisign"] = {**own["mpisign"], "step": step}
+        optimizer.load_state_dict(own)
+
+
+def check_consistency(
+    model: torch.nn.Module, optimizer: HasState | None = None, *, buffers: bool = True
+) -> None:
+    """Raise :class:`ConsistencyError` unless all ranks hold bit-identical parameters, buffers and groups.
+
+    Costs one hash of the model, and a few bytes of traffic a tensor.
+
+    Args:
+        model: its parameters and buffers are compared.
+        optimizer: the options of its groups are compared too, if given.
+        buffers: pass False where they differ by design (the running statistics of plain BatchNorm).
+
+    Raises:
+        ConsistencyError: on every rank, naming the ranks and the first tensor that differ.
+    """
+    world = current("check_consistency()")
+    lines = [f"parameter {name!r} {_digest(p)}" for name, p in model.named_parameters()]
+    if buffers:
+        lines += [f"buffer {name!r} {_digest(b)}" for name, b in model.named_buffers()]
+    for at, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
+        options = {key: value for key, value in group.items() if key != "params"}
+        lines.append(f"options of parameter group {at}: {options!r}")
+    _demand_equal(lines, world, "ranks hold different values")
+
+
+def _demand_equal(lines: Sequence[str], world: World, problem: str) -> None:
+    """Raise on all ranks unless all have the same ``lines``, naming the minority and its first difference."""
+    summary = hashlib.blake2b("\0".join(lines).encode(), digest_size=16).hexdigest()
+    summaries: list[str] = world.comm.allgather(summary)
+    if len(set(summaries)) == 1:
+        return
+    counts = Counter(summaries)
+    usual = max(summaries, key=lambda s: (counts[s], s == summaries[0]))
+    odd = [rank for rank, s in enumerate(summaries) if s != usual]
+    everyone: list[list[str]] = world.comm.allgather(list(lines))
+    reference = everyone[summaries.index(usual)]
+    theirs = everyone[odd[0]]
+    at = next((i for i, (a, b) in enumerate(zip(theirs, reference, strict=False)) if a != b), None)
+    if at is None:
+        at = min(len(theirs), len(reference))
+    here = theirs[at] if at < len(theirs) else "nothing more"
+    there = reference[at] if at < len(reference) else "nothing more"
+    raise ConsistencyError(
+        f"{problem}: ranks {odd} differ from the others (this is rank {world.rank}), first in {here} on rank "
+        f"{odd[0]}, where rank {summaries.index(usual)} has {there}. Start all ranks alike: "
+        f"mpisign.broadcast_parameters(model.state_dict()) and mpisign.broadcast_optimizer_state(optimizer)"
+    )
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    detail = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{detail} #{hashlib.blake2b(_as_bytes(tensor), digest_size=8).hexdigest()}"
+
+
+def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's elements in row-major order as bytes (n,) uint8; shares memory where it is contiguous."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _chunks(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    chunk: list[torch.Tensor] = []
+    size = 0
+    for tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        if chunk and size + nbytes > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+        if nbytes:
+            chunk.append(tensor)
+            size += nbytes
+    if chunk:
+        yield chunk
+
+
+@torch.no_grad()
+def _broadcast_tensors(tensors: Sequence[torch.Tensor], root_rank: int, world: World) -> None:
+    for chunk in _chunks(tensors):
+        pieces = [_as_bytes(tensor) for tensor in chunk]
+        message = np.concatenate(pieces) if len(pieces) > 1 else np.ascontiguousarray(pieces[0])
+        world.wait(world.comm.Ibcast(message, root=root_rank), "broadcast")
+        if world.rank == root_rank:
+            continue
+        start = 0
+        for tensor, piece in zip(chunk, pieces, strict=True):
+            received = torch.from_numpy(message[start : start + piece.size])
+            tensor.copy_(received.view(tensor.dtype).view(tensor.shape))
+            start += piece.size
+
+
+class _Slot:
+    """Stands for tensor number ``index`` while the rest of a state dict is pickled."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+def _replace_tensors(tree: Any, tensors: list[torch.Tensor]) -> Any:
+    if isinstance(tree, torch.Tensor):
+        tensors.append(tree)
+        return _Slot(len(tensors) - 1)
+    if isinstance(tree, dict):
+        return {key: _replace_tensors(value, tensors) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_replace_tensors(value, tensors) for value in tree)
+    return tree
+
+
+def _restore_tensors(tree: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    if isinstance(tree, _Slot):
+        return tensors[tree.index]
+    if isinstance(tree, dict):
+        return {key: _restore_tensors(value, tensors) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_restore_tensors(value, tensors) for value in tree)
+    return tree
+
+
+def _check_root(root_rank: int, world: World) -> None:
+    if not 0 <= root_rank < world.size:
+        raise OptionError(f"root_rank={root_rank} is not a rank of this job: it has 0 .. {world.size - 1}")
