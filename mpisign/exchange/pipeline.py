@@ -28,7 +28,7 @@ from mpisign.world import World
 
 __all__ = ["MemoryOf", "Pipeline", "state_dtype"]
 
-PIECE = 1 << 17  # elements given to memory and codec at once: 512 KiB of fp32 stays in the cache between the two
+PIECE = 1 << 18  # elements given to memory and codec at once, to stay in a cache between the two
 
 MemoryOf = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 """The memory's state of a parameter: name -> tensor like the parameter."""

@@ -9,6 +9,7 @@ A message of several planes is cut across all of them, by an MPI datatype, so th
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,12 +62,8 @@ class TwoPhase:
         """Whether ``rank``'s count of ties enters the job's: each counts those of its own shard."""
         return True
 
-    def __del__(self) -> None:
-        for datatype in (getattr(self, "_slice_up", None), getattr(self, "_slice_down", None)):
-            if datatype is not None:
-                _free(datatype)
 
-
+@functools.cache  # kept until MPI ends: freeing at interpreter exit would come too late
 def _slice_type(dtype: np.dtype[np.generic], planes: int, shard: int, ranks: int) -> MPI.Datatype:
     """Slice r of a (planes, shard * ranks) array, for r = 0, 1, ...: each starts ``shard`` items after the last."""
     from mpi4py import MPI
@@ -77,10 +74,3 @@ def _slice_type(dtype: np.dtype[np.generic], planes: int, shard: int, ranks: int
     slices: MPI.Datatype = rows.Create_resized(0, shard * dtype.itemsize).Commit()
     rows.Free()
     return slices
-
-
-def _free(datatype: MPI.Datatype) -> None:
-    from mpi4py import MPI
-
-    if not MPI.Is_finalized():
-        datatype.Free()
