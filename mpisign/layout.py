@@ -67,9 +67,7 @@ class Layout:
         GradientError: a parameter's dtype, device or layout cannot be voted on.
     """
 
-    def __init__(
-        self, parameters: Sequence[tuple[str, torch.Tensor]], codec: Codec, cap_bytes: int
-    ) -> None:
+    def __init__(self, parameters: Sequence[tuple[str, torch.Tensor]], codec: Codec, cap_bytes: int) -> None:
         self.names = tuple(name for name, _ in parameters)
         self.parameters = tuple(parameter for _, parameter in parameters)
         self.strides = tuple(strides_of(parameter) for parameter in self.parameters)
@@ -90,9 +88,7 @@ class Layout:
                 index, first_word, length, segments = index + 1, first_word + length, 0, []
             dtype = wire
             stop = length + codec.length(parameter.numel())
-            segments.append(
-                Segment(place, self.names[place], parameter.numel(), length, stop, first_word + length)
-            )
+            segments.append(Segment(place, self.names[place], parameter.numel(), length, stop, first_word + length))
             length = stop
         if segments:
             assert dtype is not None

@@ -327,6 +327,7 @@ class DistributedSignOptimizer(Optimizer):
         memory = self._memory_from(saved)
         self.wrapped.load_state_dict(state_dict)
         self._memory = memory
+        self._pipeline = None  # it holds views of the old memory
         if saved is not None:
             self._exchanges = int(saved["step"])
         self._synchronized = False
@@ -459,4 +460,3 @@ def _names_of(
 def _listed(names: list[str]) -> str:
     shown = ", ".join(repr(name) for name in names[:3])
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-

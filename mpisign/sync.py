@@ -86,9 +86,7 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     shared = {key: own[key] for key in ("state", "param_groups")}
     skeleton = _replace_tensors(shared, tensors) if world.rank == root_rank else None
     step = own.get("mpisign", {}).get("step")
-    skeleton, shapes, step = world.comm.bcast(
-        (skeleton, [(t.shape, t.dtype) for t in tensors], step), root=root_rank
-    )
+    skeleton, shapes, step = world.comm.bcast((skeleton, [(t.shape, t.dtype) for t in tensors], step), root=root_rank)
     if world.rank != root_rank:
         tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
     _broadcast_tensors(tensors, root_rank, world)
@@ -99,9 +97,7 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
         optimizer.load_state_dict(own)
 
 
-def check_consistency(
-    model: torch.nn.Module, optimizer: HasState | None = None, *, buffers: bool = True
-) -> None:
+def check_consistency(model: torch.nn.Module, optimizer: HasState | None = None, *, buffers: bool = True) -> None:
     """Raise :class:`ConsistencyError` unless all ranks hold bit-identical parameters, buffers and groups.
 
     Costs one hash of the model, and a few bytes of traffic a tensor.

@@ -7,6 +7,7 @@ Everything else asks :func:`current` for it afresh at each use and keeps no copy
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -45,6 +46,8 @@ logger = logging.getLogger(__name__)
 SPIN_SECONDS = 1.0  # a wait this long is not about latency any more: sleep between the looks
 NAP_SECONDS = 0.0005
 
+_yield: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
+
 
 @dataclass
 class World:
@@ -81,7 +84,7 @@ class World:
         while not request.Test():
             waited = time.monotonic() - began
             # A yield, not a spin: ranks may outnumber cores, and the one we wait for may need this core.
-            time.sleep(0 if waited < SPIN_SECONDS else NAP_SECONDS)
+            _yield() if waited < SPIN_SECONDS else time.sleep(NAP_SECONDS)
             if warn_at is not None and waited >= warn_at:
                 logger.warning("%s", self._stalled(waited, what, missing))
                 warn_at *= 2
@@ -191,9 +194,7 @@ def _leave() -> None:
     shutdown()
 
 
-def _abort_on_exception(
-    kind: type[BaseException], value: BaseException, trace: TracebackType | None
-) -> None:
+def _abort_on_exception(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
     world = _world
     previous = world._previous_hook if world is not None else None
     (previous or sys.__excepthook__)(kind, value, trace)
@@ -207,10 +208,8 @@ def _abort_on_exception(
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe must not keep the job alive
             stream.flush()
-        except (OSError, ValueError):  # a closed pipe must not keep the job alive
-            pass
 
 
 def is_initialized() -> bool:

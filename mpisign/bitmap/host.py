@@ -83,9 +83,7 @@ def words_for(elements: int) -> int:
 def all_finite(values: Bits, fmt: FloatFormat) -> bool:
     """Whether no element of ``values`` (n,) is NaN or Inf."""
     with np.errstate(all="ignore"):
-        return all(
-            _block_finite(values[lo : lo + PACK_BLOCK], fmt) for lo in range(0, values.size, PACK_BLOCK)
-        )
+        return all(_block_finite(values[lo : lo + PACK_BLOCK], fmt) for lo in range(0, values.size, PACK_BLOCK))
 
 
 def _block_finite(block: Bits, fmt: FloatFormat) -> bool:

@@ -16,8 +16,7 @@ DTYPES: dict[torch.dtype, FloatFormat] = {
     torch.float16: FORMATS["float16"],
     torch.bfloat16: FORMATS["bfloat16"],
 }
-# Torch gives NumPy a view of signed integers of every width, on every version.
-_SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_UNSIGNED = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 
 
 def format_of(dtype: torch.dtype) -> FloatFormat:
@@ -58,5 +57,7 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 
 def raw_bits(vector: torch.Tensor) -> npt.NDArray[np.unsignedinteger]:
     """The raw bits of a flat CPU vector (n,), sharing its memory."""
-    signed: npt.NDArray[np.signedinteger] = vector.view(_SIGNED[vector.element_size()]).numpy()
-    return signed.view(format_of(vector.dtype).bits)
+    if vector.dtype == torch.bfloat16:  # which NumPy does not know
+        vector = vector.view(torch.int16)
+    bits: npt.NDArray[np.unsignedinteger] = vector.numpy().view(_UNSIGNED[vector.element_size()])
+    return bits

@@ -61,9 +61,7 @@ def call_roll(
     Raises:
         ConsistencyError: on every rank, naming those that differ and in what.
     """
-    mine = np.array(
-        [FORMAT_VERSION, step, fingerprint, 0 if joined_for is None else joined_for + 1], dtype=np.int64
-    )
+    mine = np.array([FORMAT_VERSION, step, fingerprint, 0 if joined_for is None else joined_for + 1], dtype=np.int64)
     heard = np.full((world.size, _ROLL_FIELDS), _UNHEARD, np.int64)
 
     def missing() -> str:

@@ -28,7 +28,7 @@ from mpisign.world import World
 
 __all__ = ["MemoryOf", "Pipeline", "state_dtype"]
 
-PIECE = 1 << 18  # elements given to memory and codec at once, to stay in a cache between the two
+PIECE = 1 << 19  # elements given to memory and codec at once: few calls, and still near a core's cache
 
 MemoryOf = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 """The memory's state of a parameter: name -> tensor like the parameter."""
@@ -63,11 +63,13 @@ class Pipeline:
         largest = max((p.numel() for p in layout.parameters), default=0)
         self._scratch_size = min(PIECE, largest) if self._piecewise else largest
         self._scratches: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._states: dict[int, dict[str, torch.Tensor]] = {}  # flat views of the memory, by parameter
         self._decisions: list[npt.NDArray[Any]] = []
         self._latest = -1
 
     # -------------------------------------------------------------------------------------------- a step
 
+    @torch.no_grad()
     def run(self, step: int, memory_of: MemoryOf, excuse: int = header.VOTES) -> StepReport:
         """Turn every ``p.grad`` into the decision, in place. **Collective.**
 
@@ -186,9 +188,7 @@ class Pipeline:
             skipped=sheets is None or not any(sheets.voters),
             ties=ties,
             seconds=dict(watch.seconds),
-            _agreement=(
-                (lambda: self._agreement(step, sheets)) if self.method.rule.votes and sheets else None
-            ),
+            _agreement=((lambda: self._agreement(step, sheets)) if self.method.rule.votes and sheets else None),
         )
 
     # -------------------------------------------------------------------------------------- one parameter
@@ -212,38 +212,43 @@ class Pipeline:
         if gradient.stride() != self.layout.strides[index]:
             # Another order of elements than the others expect (or overlapping memory): put it in order.
             ordered = self._new_gradient(index, gradient.dtype)
-            ordered.copy_(gradient.detach())
+            ordered.copy_(gradient)
             parameter.grad = gradient = ordered
-        return flat(gradient)
+        return torch.as_strided(gradient, (gradient.numel(),), (1,), gradient.storage_offset())
 
     def _new_gradient(self, index: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty_strided(
-            self.layout.parameters[index].shape, self.layout.strides[index], dtype=dtype
-        )
+        return torch.empty_strided(self.layout.parameters[index].shape, self.layout.strides[index], dtype=dtype)
 
     def _encode(
-        self,
-        segment: Segment,
-        gradient: torch.Tensor,
-        memory_of: MemoryOf,
-        message: npt.NDArray[Any],
-        turn: Turn,
+        self, segment: Segment, gradient: torch.Tensor, memory_of: MemoryOf, message: npt.NDArray[Any], turn: Turn
     ) -> bool:
         """Memory, then codec, piece by piece. Returns whether all was finite."""
-        memory, codec = self.method.memory, self.method.codec
-        states = {}
-        if memory.fields:
-            states = {key: flat(value) for key, value in memory_of(self.layout.parameters[segment.index]).items()}
+        states = self._states.get(segment.index)
+        if states is None:
+            tensors = memory_of(self.layout.parameters[segment.index]) if self.method.memory.fields else {}
+            states = self._states[segment.index] = {key: flat(value) for key, value in tensors.items()}
+        if segment.numel <= PIECE or not self._piecewise:
+            target = message[:, segment.start : segment.stop]
+            return self._encode_piece(gradient, states, target, turn, segment.first_word)
         finite = True
-        piece = PIECE if self._piecewise else max(segment.numel, 1)
-        for lo in range(0, segment.numel, piece):
-            g = gradient[lo : lo + piece]
-            values, fine = self._remember(g, {key: value[lo : lo + piece] for key, value in states.items()})
-            at = codec.length(lo)
-            stop = at + codec.length(g.numel())
-            target = message[:, segment.start + at : segment.start + stop]
-            finite &= fine and codec.encode(values, target, turn, segment.first_word + at)
+        length = self.method.codec.length
+        for lo in range(0, segment.numel, PIECE):
+            hi = min(lo + PIECE, segment.numel)
+            target = message[:, segment.start + length(lo) : segment.start + length(hi)]
+            state = {key: value[lo:hi] for key, value in states.items()}
+            finite &= self._encode_piece(gradient[lo:hi], state, target, turn, segment.first_word + length(lo))
         return finite
+
+    def _encode_piece(
+        self,
+        gradient: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        target: npt.NDArray[Any],
+        turn: Turn,
+        first_word: int,
+    ) -> bool:
+        values, finite = self._remember(gradient, state)
+        return self.method.codec.encode(values, target, turn, first_word) and finite
 
     def _remember(self, g: torch.Tensor, state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, bool]:
         """Let the memory take a gradient in. Where it is NaN or Inf, the memory stays as it was."""
@@ -293,9 +298,7 @@ class Pipeline:
                 f"before the next step"
             )
         agree = spoken = 0
-        for bucket, exchange, decision in zip(
-            self.layout.buckets, self.exchanges, self._decisions, strict=True
-        ):
+        for bucket, exchange, decision in zip(self.layout.buckets, self.exchanges, self._decisions, strict=True):
             for segment in bucket.segments:
                 if self.world.rank not in sheets.voters[segment.index]:
                     continue
@@ -311,5 +314,3 @@ class Pipeline:
         share = agree / spoken if spoken else float("nan")
         shares: list[float] = self.world.comm.allgather(share)
         return shares
-
-

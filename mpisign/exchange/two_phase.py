@@ -66,7 +66,6 @@ class TwoPhase:
 @functools.cache  # kept until MPI ends: freeing at interpreter exit would come too late
 def _slice_type(dtype: np.dtype[np.generic], planes: int, shard: int, ranks: int) -> MPI.Datatype:
     """Slice r of a (planes, shard * ranks) array, for r = 0, 1, ...: each starts ``shard`` items after the last."""
-    from mpi4py import MPI
     from mpi4py.util.dtlib import from_numpy_dtype
 
     item = from_numpy_dtype(dtype)

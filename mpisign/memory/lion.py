@@ -30,9 +30,7 @@ class LionMomentum:
         check_decay("beta1", self.beta1)
         check_decay("beta2", self.beta2)
 
-    def __call__(
-        self, gradient: torch.Tensor, state: dict[str, torch.Tensor], scratch: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, gradient: torch.Tensor, state: dict[str, torch.Tensor], scratch: torch.Tensor) -> torch.Tensor:
         momentum = state["momentum"]
         torch.lerp(momentum, gradient, 1.0 - self.beta1, out=scratch)
         momentum.lerp_(gradient, 1.0 - self.beta2)

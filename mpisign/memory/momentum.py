@@ -33,7 +33,5 @@ class Momentum:
     def __post_init__(self) -> None:
         check_decay("momentum", self.beta)
 
-    def __call__(
-        self, gradient: torch.Tensor, state: dict[str, torch.Tensor], scratch: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, gradient: torch.Tensor, state: dict[str, torch.Tensor], scratch: torch.Tensor) -> torch.Tensor:
         return state["momentum"].lerp_(gradient, 1.0 - self.beta)

@@ -18,7 +18,5 @@ class Nothing:
     fields: ClassVar[tuple[str, ...]] = ()
     elementwise = True
 
-    def __call__(
-        self, gradient: torch.Tensor, state: dict[str, torch.Tensor], scratch: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, gradient: torch.Tensor, state: dict[str, torch.Tensor], scratch: torch.Tensor) -> torch.Tensor:
         return gradient

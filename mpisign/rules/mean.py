@@ -24,9 +24,7 @@ class Mean:
     shardable = True
     votes = False
 
-    def decide(
-        self, messages: Sequence[npt.NDArray[Any]], out: npt.NDArray[Any], turn: Turn, first_word: int
-    ) -> int:
+    def decide(self, messages: Sequence[npt.NDArray[Any]], out: npt.NDArray[Any], turn: Turn, first_word: int) -> int:
         for lo in range(0, out.shape[-1], BLOCK):
             span = np.s_[:, lo : lo + BLOCK]
             total = out[span]

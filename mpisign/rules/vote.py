@@ -29,9 +29,7 @@ class MajorityVote:
     shardable = True
     votes = True
 
-    def decide(
-        self, messages: Sequence[npt.NDArray[Any]], out: npt.NDArray[Any], turn: Turn, first_word: int
-    ) -> int:
+    def decide(self, messages: Sequence[npt.NDArray[Any]], out: npt.NDArray[Any], turn: Turn, first_word: int) -> int:
         return host.majority(
             [message[0] for message in messages],
             out[0],
