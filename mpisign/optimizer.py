@@ -12,22 +12,21 @@ import torch
 from torch.optim import Optimizer
 
 from mpisign import sync
-from mpisign.bitmap.tensors import strides_of
-from mpisign.errors import CheckpointError, OptionError, SynchronizationError
+from mpisign.errors import OptionError, SynchronizationError
 from mpisign.exchange import header
 from mpisign.exchange.choose import check_exchange
-from mpisign.exchange.pipeline import Pipeline, state_dtype
+from mpisign.exchange.pipeline import Pipeline
 from mpisign.layout import Layout
+from mpisign.memory.store import MemoryStore
 from mpisign.methods import Method, signum
+from mpisign.naming import default_names, names_of
 from mpisign.policy import Policy
 from mpisign.telemetry import StepReport
-from mpisign.world import World, current, is_initialized
+from mpisign.world import current, is_initialized
 
 __all__ = ["DistributedSignOptimizer"]
 
 logger = logging.getLogger(__name__)
-
-STATE_VERSION = 1
 
 # They divide by the gradient's running magnitude, which is 1 for every coordinate of a vote.
 _ADAPTIVE = (
@@ -81,6 +80,13 @@ class DistributedSignOptimizer(Optimizer):
             torch.optim.SGD(model.parameters(), lr=1e-3), model.named_parameters())
     """
 
+    wrapped: Optimizer
+    method: Method
+    policy: Policy
+    report: StepReport | None
+    _pipeline: Pipeline | None
+    _shape: list[tuple[int, torch.dtype, tuple[int, ...]]]
+
     _step_supports_amp_scaling = True  # GradScaler hands us its findings instead of skipping step() on its own
 
     def __init__(
@@ -102,18 +108,15 @@ class DistributedSignOptimizer(Optimizer):
         check_exchange(exchange, method.rule)
         if not bucket_cap_mb > 0:
             raise OptionError(f"bucket_cap_mb={bucket_cap_mb!r} must be positive")
-        self.__setstate__(
-            {
-                "wrapped": optimizer,
-                "method": method,
-                "policy": Policy(zeros, ties, seed),
-                "exchange": exchange,
-                "bucket_cap_mb": bucket_cap_mb,
-                "_names": _names_of(optimizer, named_parameters),
-                "_memory": {},
-                "_exchanges": 0,
-            }
-        )
+        self.wrapped = optimizer
+        self.method = method
+        self.policy = Policy(zeros, ties, seed)
+        self.exchange = exchange
+        self.bucket_cap_mb = bucket_cap_mb
+        self._names = names_of(optimizer, named_parameters)
+        self._memory = MemoryStore(method.memory)
+        self._exchanges = 0
+        self.__setstate__({})
         current("DistributedSignOptimizer()")
         self._prepare()
         if method.signs and isinstance(optimizer, _ADAPTIVE):
@@ -157,7 +160,7 @@ class DistributedSignOptimizer(Optimizer):
         """Add a group to the wrapped optimizer; do it on every rank before the same step."""
         known = len(self.param_groups)
         self.wrapped.add_param_group(param_group)
-        self._names.update(_default_names(self.param_groups[known:], known))
+        self._names.update(default_names(self.param_groups[known:], known))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as torch does."""
@@ -183,7 +186,7 @@ class DistributedSignOptimizer(Optimizer):
             )
         pipeline = self._prepare()
         excuse = self._consult_scaler()
-        self.report = pipeline.run(self._exchanges, self._memory_of, excuse)
+        self.report = pipeline.run(self._exchanges, self._memory.of, excuse)
         self._exchanges += 1
         self._synchronized = True
 
@@ -247,7 +250,7 @@ class DistributedSignOptimizer(Optimizer):
         waits = [steps for steps in roll.joined_for if steps is not None]
         last = waits.index(min(waits))
         if max(waits) > min(waits):
-            named = [(self._names[p], p) for group in self.param_groups for p in group["params"]]
+            named = [(self._names[p], p) for p in self._parameters()]
             sync.broadcast_parameters(named, root_rank=last)
             sync.broadcast_optimizer_state(self.wrapped, root_rank=last)
         return last
@@ -258,7 +261,7 @@ class DistributedSignOptimizer(Optimizer):
         if found_inf is not None and float(found_inf) > 0:
             return header.SCALER_INF
         if scale is not None:
-            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in self._parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, 1.0 / float(scale))
         return header.VOTES
 
@@ -267,22 +270,18 @@ class DistributedSignOptimizer(Optimizer):
     def _prepare(self) -> Pipeline:
         """The pipeline for the parameters and the world as they are now; made anew only if they changed."""
         world = current("DistributedSignOptimizer.step()")
-        active = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        active = [p for p in self._parameters() if p.requires_grad]
         shape = [(id(p), p.dtype, p.stride()) for p in active]
         if self._pipeline is None or shape != self._shape or world is not self._pipeline.world:
             named = [(self._names[p], p) for p in active]
             layout = Layout(named, self.method.codec, int(self.bucket_cap_mb * (1 << 20)))
             self._pipeline = Pipeline(layout, self.method, self.policy, self.exchange, world)
             self._shape = shape
-            for parameter, state in self._memory.items():
-                for key, value in state.items():
-                    state[key] = _like(parameter, value)
+            self._memory.follow_parameters()
         return self._pipeline
 
-    def _memory_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        if parameter not in self._memory:
-            self._memory[parameter] = {field: _like(parameter, None) for field in self.method.memory.fields}
-        return self._memory[parameter]
+    def _parameters(self) -> list[torch.Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -294,18 +293,9 @@ class DistributedSignOptimizer(Optimizer):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        world: World | None = current() if is_initialized() else None
-        indices = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        state = self.wrapped.state_dict()
-        state["mpisign"] = {
-            "version": STATE_VERSION,
-            "rank": world.rank if world else 0,
-            "size": world.size if world else 1,
-            "step": self._exchanges,
-            "method": self.method.name,
-            "memory_of": self.method.memory.name,
-            "memory": {indices[p]: dict(fields) for p, fields in self._memory.items()},
-        }
+        state: dict[str, Any] = self.wrapped.state_dict()
+        world = current() if is_initialized() else None
+        state["mpisign"] = self._memory.state_dict(self._parameters(), self._exchanges, self.method.name, world)
         for after in self._optimizer_state_dict_post_hooks.values():
             state = after(self, state) or state
         return state
@@ -324,7 +314,7 @@ class DistributedSignOptimizer(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         saved = state_dict.pop("mpisign", None)
-        memory = self._memory_from(saved)
+        memory = self._memory.restored(saved, self._parameters(), current("load_state_dict()"))
         self.wrapped.load_state_dict(state_dict)
         self._memory = memory
         self._pipeline = None  # it holds views of the old memory
@@ -333,45 +323,6 @@ class DistributedSignOptimizer(Optimizer):
         self._synchronized = False
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
-
-    def _memory_from(self, saved: dict[str, Any] | None) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
-        world = current("load_state_dict()")
-        fresh = f"rank {world.rank}: the memory ({self.method.memory.name}) starts fresh: "
-        if saved is None:
-            if self.method.memory.fields:
-                warnings.warn(fresh + "this is the state of a plain optimizer, which has none", stacklevel=4)
-            return {}
-        if saved["version"] > STATE_VERSION:
-            raise CheckpointError(
-                f"rank {world.rank}: this state has version {saved['version']}, written by a newer mpisign; this one "
-                f"reads {STATE_VERSION}: pip install --upgrade mpisign"
-            )
-        if saved["size"] != world.size:
-            raise CheckpointError(
-                f"rank {world.rank}: this state was saved by a job of {saved['size']} ranks and this one has "
-                f"{world.size}, so the ranks' memories do not fit: start with -n {saved['size']}, or give the memory "
-                f"up with state_dict.pop('mpisign')"
-            )
-        if saved["rank"] != world.rank or saved["memory_of"] != self.method.memory.name:
-            warnings.warn(
-                fresh + f"this is the state of rank {saved['rank']} under method {saved['method']!r}; "
-                "to resume exactly, save and load one state a rank",
-                stacklevel=4,
-            )
-            return {}
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        memory = {}
-        for index, fields in saved["memory"].items():
-            for field, value in fields.items():
-                if index >= len(parameters) or value.shape != parameters[index].shape:
-                    raise CheckpointError(
-                        f"rank {world.rank}: the saved {field} of parameter {index} has shape {tuple(value.shape)}, "
-                        f"which is not this model's: load the state of the same model"
-                    )
-            memory[parameters[index]] = {
-                field: _like(parameters[index], value, copy=True) for field, value in fields.items()
-            }
-        return memory
 
     # ------------------------------------------------------------------------------ pickle, deepcopy, print
 
@@ -382,10 +333,10 @@ class DistributedSignOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._pipeline: Pipeline | None = None
-        self._shape: list[tuple[int, torch.dtype, tuple[int, ...]]] = []
+        self._pipeline = None
+        self._shape = []
         self._synchronized = self._skip = False
-        self.report: StepReport | None = None
+        self.report = None
         super().__setstate__({})  # torch makes its hook tables
 
     def __repr__(self) -> str:
@@ -393,15 +344,6 @@ class DistributedSignOptimizer(Optimizer):
             f"{type(self).__name__}(method={self.method.name}, zeros={self.policy.zeros!r}, "
             f"ties={self.policy.ties!r}, exchange={self.exchange!r}, wrapped={self.wrapped!r})"
         )
-
-
-def _like(parameter: torch.Tensor, value: torch.Tensor | None, copy: bool = False) -> torch.Tensor:
-    """Memory in the parameter's shape and wire order: ``value``, re-laid if need be, or zeros."""
-    dtype, strides = state_dtype(parameter.dtype), strides_of(parameter)
-    if value is not None and not copy and value.dtype == dtype and value.stride() == strides:
-        return value
-    laid = torch.empty_strided(parameter.shape, strides, dtype=dtype, device=parameter.device)
-    return laid.zero_() if value is None else laid.copy_(value)
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:
@@ -416,47 +358,3 @@ def _check_optimizer(optimizer: Optimizer) -> None:
         )
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise OptionError("SparseAdam cannot be wrapped: a vote is dense; use SGD and sparse=False embeddings")
-
-
-def _default_names(groups: list[dict[str, Any]], first: int = 0) -> dict[torch.Tensor, str]:
-    names: dict[torch.Tensor, str] = {}
-    for at, group in enumerate(groups, first):
-        given = group.get("param_names") or [f"group{at}.param{i}" for i in range(len(group["params"]))]
-        names.update(zip(group["params"], given, strict=True))
-    return names
-
-
-def _names_of(
-    optimizer: Optimizer, named_parameters: Iterable[tuple[str, torch.Tensor]] | None
-) -> dict[torch.Tensor, str]:
-    if named_parameters is None:
-        return _default_names(optimizer.param_groups)
-    names: dict[torch.Tensor, str] = {}
-    for entry in named_parameters:
-        if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
-            raise OptionError("named_parameters must give (name, parameter) pairs: pass model.named_parameters()")
-        name, parameter = entry
-        if parameter in names:
-            raise OptionError(f"one parameter is named twice, {names[parameter]!r} and {name!r}: name it once")
-        if name in names.values():
-            raise OptionError(f"two parameters are named {name!r}: names must differ")
-        names[parameter] = name
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    strangers = [name for p, name in names.items() if p.requires_grad and p not in held]
-    if strangers:
-        raise OptionError(
-            f"named_parameters has {_listed(strangers)}, which the optimizer does not: add them to it, freeze them "
-            f"with requires_grad_(False), or pass only the names of what it holds"
-        )
-    nameless = [name for p, name in _default_names(optimizer.param_groups).items() if p not in names]
-    if nameless:
-        raise OptionError(
-            f"the optimizer has {_listed(nameless)} (group and place), which named_parameters does not: name all of "
-            f"them, or pass no names at all"
-        )
-    return {p: name for p, name in names.items() if p in held}
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mpisign.errors import ConsistencyError, OptionError
@@ -146,12 +147,13 @@ def _demand_equal(lines: Sequence[str], world: World, problem: str) -> None:
 
 def _digest(tensor: torch.Tensor) -> str:
     detail = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-    return f"{detail} #{hashlib.blake2b(_as_bytes(tensor), digest_size=8).hexdigest()}"
+    return f"{detail} #{hashlib.blake2b(_as_bytes(tensor).data, digest_size=8).hexdigest()}"
 
 
-def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
+def _as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
     """A tensor's elements in row-major order as bytes (n,) uint8; shares memory where it is contiguous."""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    as_bytes: npt.NDArray[np.uint8] = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return as_bytes
 
 
 def _chunks(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

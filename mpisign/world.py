@@ -43,9 +43,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SPIN_SECONDS = 1.0  # a wait this long is not about latency any more: sleep between the looks
-NAP_SECONDS = 0.0005
-
+SPIN_SECONDS = 0.0002  # a wait this short is worth the core; ranks may outnumber cores, so yield even then
+NAP_SHARE = 0.05  # after that sleep a twentieth of the time waited so far, which delays nothing by more than 5 %
+NAP_SECONDS = 0.001  # and at most this long
 _yield: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
@@ -83,8 +83,7 @@ class World:
         warn_at = self.stall_warning
         while not request.Test():
             waited = time.monotonic() - began
-            # A yield, not a spin: ranks may outnumber cores, and the one we wait for may need this core.
-            _yield() if waited < SPIN_SECONDS else time.sleep(NAP_SECONDS)
+            _yield() if waited < SPIN_SECONDS else time.sleep(min(waited * NAP_SHARE, NAP_SECONDS))
             if warn_at is not None and waited >= warn_at:
                 logger.warning("%s", self._stalled(waited, what, missing))
                 warn_at *= 2

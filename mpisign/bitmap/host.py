@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpisign.bitmap.coin import coin_words
+from mpisign.bitmap.counter import BLOCK, Counter, Planes, above, above_constant
 
 __all__ = ["FORMATS", "FloatFormat", "agreement", "all_finite", "majority", "pack", "unpack", "words_for"]
 
@@ -28,7 +29,6 @@ Bits = npt.NDArray[np.unsignedinteger]
 
 PACK_BLOCK = 262144  # elements; smaller blocks would sit better in the cache but pay more for the calls
 UNPACK_BLOCK = 262144  # elements; smaller blocks would sit better in the cache but pay more for the calls
-VOTE_BLOCK = 8192  # words: ten planes of scratch make 320 KiB
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class _Scratch(threading.local):
         self.flags = np.empty(PACK_BLOCK, np.bool_)
         self.magnitude = np.empty(PACK_BLOCK, np.uint16)
         self.mask = np.empty(UNPACK_BLOCK, np.uint64)
-        self.planes: list[Words] = []
+        self.planes = Planes()
 
 
 _scratch = _Scratch()
@@ -214,100 +214,6 @@ def _look_up(table: Bits, words: Words, out: Bits) -> None:
 # ----------------------------------------------------------------------------------------------- deciding
 
 
-class _Counter:
-    """Bit-sliced counter: ``planes[i]`` holds bit i of how many added bitmaps have a 1, for every position.
-
-    Carry-save: a column keeps at most two pending planes; a third turns into a sum and a carry by a full
-    adder (5 word operations). Counting M bitmaps costs about M full adders and 2 log2(M) planes of scratch.
-    """
-
-    def __init__(self, size: int, pool: list[Words]) -> None:
-        self._size, self._pool = size, pool
-        self._columns: list[list[tuple[Words, bool]]] = []
-
-    def _take(self) -> Words:
-        return self._pool.pop()[: self._size] if self._pool else np.empty(VOTE_BLOCK, np.uint32)[: self._size]
-
-    def _give(self, plane: Words, owned: bool) -> None:
-        if owned:
-            self._pool.append(plane if plane.base is None else plane.base)
-
-    def add(self, plane: Words, column: int = 0, owned: bool = False) -> None:
-        if column == len(self._columns):
-            self._columns.append([])
-        pending = self._columns[column]
-        pending.append((plane, owned))
-        if len(pending) < 3:
-            return
-        (a, own_a), (b, own_b), (c, own_c) = pending
-        t, total, carry = self._take(), self._take(), self._take()
-        np.bitwise_xor(a, b, out=t)
-        np.bitwise_xor(t, c, out=total)
-        np.bitwise_and(t, c, out=carry)
-        np.bitwise_and(a, b, out=t)
-        carry |= t
-        for spent, own in ((a, own_a), (b, own_b), (c, own_c), (t, True)):
-            self._give(spent, own)
-        pending[:] = [(total, True)]
-        self.add(carry, column + 1, True)
-
-    def planes(self) -> list[Words]:
-        """Settle the pending carries; least significant plane first."""
-        column = 0
-        while column < len(self._columns):
-            pending = self._columns[column]
-            if len(pending) == 2:
-                (a, own_a), (b, own_b) = pending
-                total, carry = self._take(), self._take()
-                np.bitwise_xor(a, b, out=total)
-                np.bitwise_and(a, b, out=carry)
-                self._give(a, own_a)
-                self._give(b, own_b)
-                pending[:] = [(total, True)]
-                self.add(carry, column + 1, True)
-            column += 1
-        return [pending[0][0] for pending in self._columns]
-
-    def release(self) -> None:
-        for pending in self._columns:
-            for plane, owned in pending:
-                self._give(plane, owned)
-
-
-def _above_constant(planes: list[Words], limit: int, above: Words, equal: Words, t: Words) -> None:
-    """``above``: count > limit; ``equal``: count == limit; position by position, from the top bit down."""
-    above[:] = 0
-    equal[:] = 0xFFFFFFFF
-    for bit in reversed(range(max(len(planes), limit.bit_length()))):
-        if bit >= len(planes):  # the limit is larger than any count
-            equal[:] = 0
-        elif limit >> bit & 1:
-            equal &= planes[bit]
-        else:
-            np.bitwise_and(equal, planes[bit], out=t)
-            above |= t
-            equal ^= t
-
-
-def _above(yes: list[Words], no: list[Words], above: Words, equal: Words, t: Words) -> None:
-    """``above``: count of yes > count of no; ``equal``: the same count."""
-    above[:] = 0
-    equal[:] = 0xFFFFFFFF
-    for bit in reversed(range(max(len(yes), len(no)))):
-        if bit < len(yes) and bit < len(no):
-            np.bitwise_xor(yes[bit], no[bit], out=t)
-            t &= equal  # undecided so far, and the two counts differ in this bit
-            equal ^= t
-            t &= yes[bit]
-            above |= t
-        elif bit < len(yes):
-            np.bitwise_and(equal, yes[bit], out=t)
-            above |= t
-            equal ^= t
-        else:
-            equal &= ~no[bit]
-
-
 def majority(
     ballots: Sequence[Words],
     out: Words,
@@ -336,51 +242,43 @@ def majority(
     """
     if out_nonzero is None and (ties == "zero" or nonzeros is not None):
         raise ValueError("ties='zero' and abstentions need an out_nonzero plane")
-    pool = _scratch.planes
+    scratch = _scratch.planes
     tied = 0
-    for lo in range(0, out.size, VOTE_BLOCK):
-        span = slice(lo, min(lo + VOTE_BLOCK, out.size))
-        size = span.stop - span.start
+    for lo in range(0, out.size, BLOCK):
+        span = slice(lo, min(lo + BLOCK, out.size))
         decided = out[span]
-        yes = _Counter(size, pool)
-        equal, t = yes._take(), yes._take()
-        voted = None
+        equal, t, voted = (scratch.take(decided.size) for _ in range(3))
+        yes, no = Counter(scratch, decided.size), Counter(scratch, decided.size)
+        for ballot in ballots:
+            yes.add(ballot[span])
         if nonzeros is None:
-            for ballot in ballots:
-                yes.add(ballot[span])
-            _above_constant(yes.planes(), len(ballots) // 2, decided, equal, t)
-            if len(ballots) % 2:
-                equal[:] = 0
+            voted[:] = 0xFFFFFFFF
+            above_constant(yes.total(), len(ballots) // 2, decided, equal, t)
+            can_tie = len(ballots) % 2 == 0
         else:
-            no = _Counter(size, pool)
-            voted = yes._take()
             voted[:] = 0
             for ballot, nonzero in zip(ballots, nonzeros, strict=True):
                 voted |= nonzero[span]
-                yes.add(ballot[span])
-                against = no._take()
+                against = scratch.take(decided.size)
                 np.bitwise_xor(ballot[span], nonzero[span], out=against)
-                no.add(against, owned=True)
-            _above(yes.planes(), no.planes(), decided, equal, t)
+                no.add_scratch(against)
+            above(yes.total(), no.total(), decided, equal, t)
             equal &= voted
-            no.release()
+            can_tie = True
         yes.release()
-        tied_here = 0
-        if len(ballots) % 2 == 0 or nonzeros is not None:
-            tied_here = int(np.bitwise_count(equal).sum(dtype=np.int64))
-            tied += tied_here
+        no.release()
         if out_nonzero is not None:
-            out_nonzero[span] = 0xFFFFFFFF if voted is None else voted
-        if ties == "zero":
-            assert out_nonzero is not None
-            out_nonzero[span] &= ~equal
-        elif ties == "positive":
-            decided |= equal
-        elif tied_here:
-            equal &= coin_words(key, first_word + lo, size)
-            decided |= equal
-        for plane in (equal, t) if voted is None else (equal, t, voted):
-            yes._give(plane, True)
+            out_nonzero[span] = voted
+        if can_tie:
+            tied += int(np.bitwise_count(equal).sum(dtype=np.int64))
+            if ties == "coin":
+                equal &= coin_words(key, first_word + lo, decided.size)
+                decided |= equal
+            elif ties == "positive":
+                decided |= equal
+            elif out_nonzero is not None:
+                out_nonzero[span] &= ~equal
+        scratch.give(equal, t, voted)
     return tied
 
 

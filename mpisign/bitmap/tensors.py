@@ -16,7 +16,7 @@ DTYPES: dict[torch.dtype, FloatFormat] = {
     torch.float16: FORMATS["float16"],
     torch.bfloat16: FORMATS["bfloat16"],
 }
-_UNSIGNED = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
+_UNSIGNED: dict[int, type[np.unsignedinteger]] = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def format_of(dtype: torch.dtype) -> FloatFormat:
@@ -59,5 +59,6 @@ def raw_bits(vector: torch.Tensor) -> npt.NDArray[np.unsignedinteger]:
     """The raw bits of a flat CPU vector (n,), sharing its memory."""
     if vector.dtype == torch.bfloat16:  # which NumPy does not know
         vector = vector.view(torch.int16)
-    bits: npt.NDArray[np.unsignedinteger] = vector.numpy().view(_UNSIGNED[vector.element_size()])
+    values: npt.NDArray[np.generic] = vector.numpy()
+    bits: npt.NDArray[np.unsignedinteger] = values.view(_UNSIGNED[values.itemsize])
     return bits

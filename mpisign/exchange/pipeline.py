@@ -21,22 +21,18 @@ from mpisign.exchange import header
 from mpisign.exchange.choose import Exchange, choose
 from mpisign.exchange.runs import decide_runs, runs_of
 from mpisign.layout import Bucket, Layout, Segment
+from mpisign.memory.store import state_dtype
 from mpisign.methods import Method
 from mpisign.policy import Policy, Turn
 from mpisign.telemetry import StepReport, Stopwatch
 from mpisign.world import World
 
-__all__ = ["MemoryOf", "Pipeline", "state_dtype"]
+__all__ = ["MemoryOf", "Pipeline"]
 
 PIECE = 1 << 19  # elements given to memory and codec at once: few calls, and still near a core's cache
 
 MemoryOf = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 """The memory's state of a parameter: name -> tensor like the parameter."""
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a memory keeps its state: fp32 for 16-bit parameters, else the parameter's own."""
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
 class Pipeline:

@@ -1,0 +1,112 @@
+"""Where a rank keeps its memory: one set of state tensors a parameter, saved and restored a rank at a time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mpisign.bitmap.tensors import strides_of
+from mpisign.errors import CheckpointError
+from mpisign.memory import Memory
+from mpisign.world import World
+
+__all__ = ["MemoryStore", "state_dtype"]
+
+STATE_VERSION = 1
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a memory keeps its state: fp32 for 16-bit parameters, else the parameter's own."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+class MemoryStore:
+    """The state of ``memory`` for every parameter that has had a gradient here.
+
+    Each tensor has its parameter's shape and wire order, starts at zero, and is changed in place.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self._states: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+
+    def of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The state of one parameter by field, made on first use."""
+        if parameter not in self._states:
+            self._states[parameter] = {field: _lay(parameter, None) for field in self.memory.fields}
+        return self._states[parameter]
+
+    def follow_parameters(self) -> None:
+        """Lay the state out anew where a parameter has changed its dtype or strides since."""
+        for parameter, state in self._states.items():
+            for field, value in state.items():
+                if value.dtype != state_dtype(parameter.dtype) or value.stride() != strides_of(parameter):
+                    state[field] = _lay(parameter, value)
+
+    def state_dict(
+        self, parameters: Sequence[torch.Tensor], step: int, method: str, world: World | None
+    ) -> dict[str, Any]:
+        """This rank's memory, keyed by place in ``parameters``; plain types and tensors only."""
+        places = {parameter: place for place, parameter in enumerate(parameters)}
+        return {
+            "version": STATE_VERSION,
+            "rank": world.rank if world else 0,
+            "size": world.size if world else 1,
+            "step": step,
+            "method": method,
+            "memory_of": self.memory.name,
+            "memory": {places[parameter]: dict(state) for parameter, state in self._states.items()},
+        }
+
+    def restored(self, saved: dict[str, Any] | None, parameters: Sequence[torch.Tensor], world: World) -> MemoryStore:
+        """A new store with the state that :meth:`state_dict` saved, or a fresh one, with a warning why.
+
+        Raises:
+            CheckpointError: saved by a job of another size, by a newer version, or for other parameters.
+        """
+        store = MemoryStore(self.memory)
+        fresh = f"rank {world.rank}: the memory ({self.memory.name}) starts fresh: "
+        if saved is None:
+            if self.memory.fields:
+                warnings.warn(fresh + "this is the state of a plain optimizer, which has none", stacklevel=3)
+            return store
+        if saved["version"] > STATE_VERSION:
+            raise CheckpointError(
+                f"rank {world.rank}: this state has version {saved['version']}, written by a newer mpisign; this one "
+                f"reads {STATE_VERSION}: pip install --upgrade mpisign"
+            )
+        if saved["size"] != world.size:
+            raise CheckpointError(
+                f"rank {world.rank}: this state was saved by a job of {saved['size']} ranks and this one has "
+                f"{world.size}, so the ranks' memories do not fit: start with -n {saved['size']}, or give the memory "
+                f"up with state_dict.pop('mpisign')"
+            )
+        if saved["rank"] != world.rank or saved["memory_of"] != self.memory.name:
+            warnings.warn(
+                fresh + f"this is the state of rank {saved['rank']} under method {saved['method']!r}; "
+                "to resume exactly, save and load one state a rank",
+                stacklevel=3,
+            )
+            return store
+        for place, fields in saved["memory"].items():
+            for field, value in fields.items():
+                if place >= len(parameters) or value.shape != parameters[place].shape:
+                    raise CheckpointError(
+                        f"rank {world.rank}: the saved {field} of parameter {place} has shape {tuple(value.shape)}, "
+                        f"which is not this model's: load the state of the same model"
+                    )
+            store._states[parameters[place]] = {
+                field: _lay(parameters[place], value) for field, value in fields.items()
+            }
+        return store
+
+
+def _lay(parameter: torch.Tensor, value: torch.Tensor | None) -> torch.Tensor:
+    """A new tensor in the parameter's shape and wire order: a copy of ``value``, or zeros."""
+    laid = torch.empty_strided(
+        parameter.shape, strides_of(parameter), dtype=state_dtype(parameter.dtype), device=parameter.device
+    )
+    return laid.zero_() if value is None else laid.copy_(value)
