@@ -121,43 +121,44 @@ def pack(
         False if an element is NaN or Inf; the words are then worth nothing.
     """
     finite = True
-    for lo in range(0, values.size, PACK_BLOCK):
-        block = values[lo : lo + PACK_BLOCK]
-        at = lo // 32
-        span = slice(at, at + words_for(block.size))
-        plane = None if nonzero is None else nonzero[span]
-        with np.errstate(all="ignore"):
-            finite &= _pack_block(block, fmt, words[span], zeros, key, first_word + at, plane)
+    with np.errstate(all="ignore"):
+        for lo in range(0, values.size, PACK_BLOCK):
+            block = values[lo : lo + PACK_BLOCK]
+            at = lo // 32
+            span = slice(at, at + words_for(block.size))
+            # First of all, because a dot product is also the fastest way to bring the block into the cache.
+            finite &= _block_finite(block, fmt)
+            _pack_block(
+                block, fmt, words[span], zeros, key, first_word + at, None if nonzero is None else nonzero[span]
+            )
     return finite
 
 
 def _pack_block(
     block: Bits, fmt: FloatFormat, words: Words, zeros: str, key: int, first_word: int, nonzero: Words | None
-) -> bool:
+) -> None:
     flags = _scratch.flags[: block.size]
     if fmt.native is None:
-        zero = 0
-        x: npt.NDArray[np.generic] = np.bitwise_and(block, fmt.sign - 1, out=_scratch.magnitude[: block.size])
         np.less_equal(block, fmt.sign, out=flags)  # the sign bit is clear, or it is -0
     else:
-        x = block.view(fmt.native)
-        np.greater_equal(x, 0, out=flags)
+        np.greater_equal(block.view(fmt.native), 0, out=flags)
     _pack_flags(flags, words)
-    if zeros != "positive":
-        zero = np.equal(x, 0, out=flags).any()
-        if zero:
-            is_zero = np.empty_like(words)
-            _pack_flags(flags, is_zero)
-            words &= ~is_zero
-            if zeros == "coin":
-                is_zero &= coin_words(key, first_word, words.size)
-                words |= is_zero
-        if nonzero is not None:
-            np.logical_not(flags, out=flags)
-            _pack_flags(flags, nonzero)
+    if zeros == "positive":
+        return
     if fmt.native is None:
-        return int(x.max(initial=0)) < fmt.infinity
-    return _block_finite(block, fmt)
+        np.equal(np.bitwise_and(block, fmt.sign - 1, out=_scratch.magnitude[: block.size]), 0, out=flags)
+    else:
+        np.equal(block.view(fmt.native), 0, out=flags)
+    if flags.any():
+        is_zero = np.empty_like(words)
+        _pack_flags(flags, is_zero)
+        words &= ~is_zero
+        if zeros == "coin":
+            is_zero &= coin_words(key, first_word, words.size)
+            words |= is_zero
+    if nonzero is not None:
+        np.logical_not(flags, out=flags)
+        _pack_flags(flags, nonzero)
 
 
 def _pack_flags(flags: npt.NDArray[np.bool_], words: Words) -> None:
