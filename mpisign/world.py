@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from mpisign.errors import AlreadyInitializedError, NotInitializedError, OptionError
@@ -46,6 +48,10 @@ logger = logging.getLogger(__name__)
 SPIN_SECONDS = 0.0002  # a wait this short is worth the core; ranks may outnumber cores, so yield even then
 NAP_SHARE = 0.05  # after that sleep a twentieth of the time waited so far, which delays nothing by more than 5 %
 NAP_SECONDS = 0.001  # and at most this long
+CALL_FIELDS = 4  # how many numbers a call has, whatever it is for
+GOODBYE = -2  # the first of them, from a rank that leaves
+_UNHEARD = -1
+
 _yield: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
@@ -93,6 +99,28 @@ class World:
     def _stalled(self, waited: float, what: str, missing: Callable[[], str] | None) -> str:
         whom = missing() if missing is not None else ""
         return f"rank {self.rank} of {self.size} has waited {waited:.0f} s in {what}" + (whom and f"; {whom}")
+
+    def call(self, mine: npt.NDArray[np.int64], what: str) -> npt.NDArray[np.int64]:
+        """All-gather a few numbers, the same few from everyone: (fields,) int64 to (M, fields). **Collective.**
+
+        Every step begins with such a call, and leaving the job is one too: the two can meet, and be told apart.
+        """
+        heard = np.full((self.size, mine.size), _UNHEARD, np.int64)
+
+        def missing() -> str:
+            # Only a hint in a warning: what has arrived so far, read while MPI still owns the buffer.
+            unheard = [rank for rank in range(self.size) if rank != self.rank and heard[rank, 0] == _UNHEARD]
+            return f"not heard from yet: ranks {unheard}" if unheard else ""
+
+        self.wait(self.comm.Iallgather(mine, heard), what, missing)
+        return heard
+
+    def say_goodbye(self) -> None:
+        """Meet the others before leaving, as MPI_Finalize would wait for them in silence. **Collective.**"""
+        heard = self.call(np.full(CALL_FIELDS, GOODBYE, np.int64), "exit (this rank's script has ended)")
+        staying = np.flatnonzero(heard[:, 0] != GOODBYE).tolist()
+        if staying:
+            logger.error("rank %d of %d leaves the job while ranks %s are in a step", self.rank, self.size, staying)
 
     def abort(self, reason: str, code: int = 1) -> None:
         """End every process of the job at once, saying why."""
@@ -167,30 +195,24 @@ def init(
     if abort_on_exception:
         _world._previous_hook = sys.excepthook
         sys.excepthook = _abort_on_exception
-    atexit.register(_leave)
+    atexit.register(shutdown)
 
 
 def shutdown() -> None:
     """Leave the job: free the communicator, restore the exception hook. **Collective.** Harmless if not in one.
 
-    MPI itself stays up (mpi4py finalizes it when Python exits), so :func:`init` may be called again.
+    Called at exit if you do not. MPI itself stays up (mpi4py finalizes it when Python exits), so :func:`init`
+    may be called again. A rank that leaves while others are in a step is an error to them, not a hang.
     """
     global _world
     if _world is None:
         return
     leaving, _world = _world, None
-    atexit.unregister(_leave)
+    atexit.unregister(shutdown)
     if leaving._previous_hook is not None and sys.excepthook is _abort_on_exception:
         sys.excepthook = leaving._previous_hook
+    leaving.say_goodbye()
     leaving.comm.Free()
-
-
-def _leave() -> None:
-    """At exit: meet the others, under the stall watch, since MPI_Finalize would wait for them in silence."""
-    if _world is None:
-        return
-    _world.wait(_world.comm.Ibarrier(), "exit (this rank's script has ended, others still run)")
-    shutdown()
 
 
 def _abort_on_exception(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:

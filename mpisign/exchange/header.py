@@ -16,7 +16,7 @@ import numpy as np
 
 from mpisign.errors import ConsistencyError
 from mpisign.layout import FORMAT_VERSION, Layout
-from mpisign.world import World
+from mpisign.world import GOODBYE, World
 
 __all__ = ["REASONS", "Roll", "Sheets", "call_roll", "exchange_sheets"]
 
@@ -27,9 +27,6 @@ REASONS = {
     JOINED: "joined",
     NO_GRADIENT: "no gradient",
 }
-
-_UNHEARD = -1
-_ROLL_FIELDS = 4  # format version, step, fingerprint, joined_for
 
 
 @dataclass(frozen=True)
@@ -62,14 +59,7 @@ def call_roll(
         ConsistencyError: on every rank, naming those that differ and in what.
     """
     mine = np.array([FORMAT_VERSION, step, fingerprint, 0 if joined_for is None else joined_for + 1], dtype=np.int64)
-    heard = np.full((world.size, _ROLL_FIELDS), _UNHEARD, np.int64)
-
-    def missing() -> str:
-        # Only a hint in a warning: what has arrived so far, read while MPI still owns the buffer.
-        unheard = [rank for rank in range(world.size) if rank != world.rank and heard[rank, 0] == _UNHEARD]
-        return f"not heard from yet: ranks {unheard}" if unheard else ""
-
-    world.wait(world.comm.Iallgather(mine, heard), f"step {step}, roll call", missing)
+    heard = world.call(mine, f"step {step}, roll call")
     if not (heard[:, :3] == mine[:3]).all():
         _explain(world, layout, settings, heard)
     joined = tuple(None if field == 0 else int(field) - 1 for field in heard[:, 3])
@@ -78,6 +68,12 @@ def call_roll(
 
 def _explain(world: World, layout: Layout, settings: Sequence[str], heard: np.ndarray) -> None:
     """All ranks have seen the mismatch, so they can talk about it: raise the error that says what differs."""
+    gone = np.flatnonzero(heard[:, 0] == GOODBYE).tolist()
+    if gone:
+        raise ConsistencyError(
+            f"ranks {gone} have left the job, and rank {world.rank} is at step {heard[world.rank, 1]}: give every rank "
+            "the same number of batches, or call optimizer.join() on every rank when its batches end"
+        )
     for column, what in ((0, "the wire format"), (1, "step")):
         values = heard[:, column].tolist()
         if len(set(values)) > 1:

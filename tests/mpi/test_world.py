@@ -1,0 +1,104 @@
+"""mpisign.world on real ranks."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+import mpisign
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+pytestmark = pytest.mark.mpi
+
+
+def one_parameter() -> tuple[torch.nn.Parameter, mpisign.DistributedSignOptimizer]:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    sgd = torch.optim.SGD([parameter], lr=1.0)
+    return parameter, mpisign.DistributedSignOptimizer(sgd, method=mpisign.signsgd())
+
+
+def test_ranks_are_mpis_own(comm: MPI.Comm) -> None:
+    assert (mpisign.rank(), mpisign.size()) == (comm.rank, comm.size)
+
+
+def test_nodes_are_mpis_shared_memory_split(comm: MPI.Comm) -> None:
+    from mpi4py import MPI
+
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    members = comm.allgather(tuple(node.allgather(comm.rank)))
+    nodes = sorted(set(members))
+    assert (mpisign.local_rank(), mpisign.local_size()) == (node.rank, node.size)
+    assert (mpisign.node_rank(), mpisign.num_nodes()) == (nodes.index(members[comm.rank]), len(nodes))
+    node.Free()
+
+
+def test_nobody_leaves_a_barrier_before_all_have_come(comm: MPI.Comm) -> None:
+    time.sleep(0.05 * comm.rank)
+    came = time.monotonic()  # one clock for all processes of a node
+    mpisign.barrier()
+    left = time.monotonic()
+    assert max(comm.allgather(came)) <= min(comm.allgather(left))
+
+
+def test_double_init_names_the_rank_and_leaves_the_job_whole(comm: MPI.Comm) -> None:
+    with pytest.raises(mpisign.AlreadyInitializedError, match=f"rank {comm.rank}: "):
+        mpisign.init()
+    assert mpisign.allgather_object(comm.rank) == list(range(comm.size))
+
+
+def test_an_optimizer_outlives_the_world_it_was_built_in(comm: MPI.Comm) -> None:
+    parameter, optimizer = one_parameter()
+    for _ in range(2):
+        parameter.grad = torch.tensor([1.0, -1.0, 1.0])
+        optimizer.step()
+        mpisign.shutdown()
+        mpisign.init()
+    assert parameter.tolist() == [-2.0, 2.0, -2.0]
+
+
+def test_the_ranks_of_a_sub_communicator_decide_among_themselves(comm: MPI.Comm) -> None:
+    side = comm.rank % 2
+    half = comm.Split(side)
+    mpisign.shutdown()
+    mpisign.init(half)
+    assert (mpisign.rank(), mpisign.size()) == (half.rank, half.size)
+    parameter, optimizer = one_parameter()
+    parameter.grad = torch.full((3,), 1.0 if side else -1.0)
+    optimizer.step()
+    assert parameter.tolist() == [-1.0 if side else 1.0] * 3
+    assert optimizer.report.voters == tuple(range(half.size))
+    mpisign.shutdown()
+    half.Free()
+
+
+def test_the_users_messages_and_the_librarys_do_not_meet(comm: MPI.Comm) -> None:
+    from mpi4py import MPI
+
+    expected = comm.irecv(source=MPI.ANY_SOURCE, tag=MPI.ANY_TAG)  # would take anything sent on this communicator
+    parameter, optimizer = one_parameter()
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    comm.isend("hello", (comm.rank + 1) % comm.size).wait()
+    assert expected.wait() == "hello"
+
+
+@pytest.mark.mpi(min_size=2)
+def test_those_who_wait_say_for_whom_at_which_step_and_phase(comm: MPI.Comm, caplog: pytest.LogCaptureFixture) -> None:
+    mpisign.shutdown()
+    mpisign.init(stall_warning=0.3, stall_timeout=60.0)
+    parameter, optimizer = one_parameter()
+    late = comm.size - 1
+    for step in range(2):
+        if step == 1 and comm.rank == late:
+            time.sleep(1.0)
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+    said = [record.getMessage() for record in caplog.records if "step 1, roll call" in record.getMessage()]
+    if comm.rank != late:
+        assert said[0].startswith(f"rank {comm.rank} of {comm.size} has waited ")
+        assert said[0].endswith(f"in step 1, roll call; not heard from yet: ranks [{late}]")

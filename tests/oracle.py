@@ -1,0 +1,145 @@
+"""Slow and obviously right: the formats and methods written again from their documentation, to test against.
+
+A ballot here is a vector of integers, +1, -1 or 0 ("does not vote"), one a coordinate; a coin is +1 or -1.
+Nothing of the library's arithmetic is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Ballot = npt.NDArray[np.int8]
+Floats = npt.NDArray[np.floating]
+
+MODULUS = 1 << 64
+GOLDEN = 0x9E3779B97F4A7C15
+TIES = 0
+
+
+def zeros_stream(rank: int) -> int:
+    return rank + 1
+
+
+# --------------------------------------------------------------------------------------------------- coins
+
+
+def mix(z: int) -> int:
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % MODULUS
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % MODULUS
+    return z ^ (z >> 31)
+
+
+def h(x: int) -> int:
+    return mix((x + GOLDEN) % MODULUS)
+
+
+def coin_key(seed: int, step: int, stream: int) -> int:
+    return h(h(h(seed % MODULUS) ^ step % MODULUS) ^ stream % MODULUS)
+
+
+def coin_word(key: int, word: int) -> int:
+    pair = h((key + word // 2 * GOLDEN) % MODULUS)
+    return pair >> 32 if word % 2 else pair & 0xFFFFFFFF
+
+
+def coins(key: int, first_word: int, n: int) -> Ballot:
+    """The coins of n elements, of which the first is bit 0 of ``first_word``."""
+    words = [coin_word(key, first_word + w) for w in range((n + 31) // 32)]
+    return np.array([1 if words[i // 32] >> i % 32 & 1 else -1 for i in range(n)], np.int8)
+
+
+# --------------------------------------------------------------------------------------------------- words
+
+
+def to_words(flags: Sequence[bool] | npt.NDArray[np.bool_]) -> npt.NDArray[np.uint32]:
+    """Element ``32 w + i`` becomes bit i of word w; the rest of the last word is 0."""
+    words = [0] * ((len(flags) + 31) // 32)
+    for i, flag in enumerate(flags):
+        words[i // 32] |= int(flag) << i % 32
+    return np.array(words, np.uint32)
+
+
+def to_flags(words: npt.NDArray[np.uint32], n: int) -> npt.NDArray[np.bool_]:
+    as_ints = [int(word) for word in words]
+    return np.array([as_ints[i // 32] >> i % 32 & 1 for i in range(n)], np.bool_)
+
+
+def first_words(sizes: Sequence[int]) -> list[int]:
+    """The global word at which each parameter starts: word-aligned segments, last registered first."""
+    starts, at = [0] * len(sizes), 0
+    for i in reversed(range(len(sizes))):
+        starts[i] = at
+        at += (sizes[i] + 31) // 32
+    return starts
+
+
+# ------------------------------------------------------------------------------------------------- ballots
+
+
+def ballot(values: Floats, zeros: str = "coin", coin: Ballot | None = None) -> Ballot:
+    """What a rank votes on finite ``values``; ``coin`` (n,) decides zeros under ``zeros="coin"``."""
+    if zeros == "positive":
+        for_zero = np.ones(len(values), np.int8)
+    elif zeros == "abstain":
+        for_zero = np.zeros(len(values), np.int8)
+    else:
+        assert coin is not None
+        for_zero = coin
+    return np.where(values > 0, 1, np.where(values < 0, -1, for_zero)).astype(np.int8)
+
+
+def majority(ballots: Sequence[Ballot], ties: str = "coin", coin: Ballot | None = None) -> tuple[Ballot, int]:
+    """The decision and the number of ties: equal votes for and against, of at least one."""
+    total = np.sum(ballots, axis=0, dtype=np.int64)
+    voted = np.any(np.stack(ballots) != 0, axis=0)
+    tied = (total == 0) & voted
+    for_tie: Ballot | int
+    if ties == "coin":
+        assert coin is not None
+        for_tie = coin
+    else:
+        for_tie = {"positive": 1, "zero": 0}[ties]
+    return np.where(tied, for_tie, np.sign(total)).astype(np.int8), int(tied.sum())
+
+
+def decide(
+    updates: Sequence[Floats],
+    step: int,
+    first_word: int = 0,
+    *,
+    zeros: str = "coin",
+    ties: str = "coin",
+    seed: int = 0,
+) -> tuple[Ballot, int]:
+    """The vote of ranks 0, 1, ... on one parameter that starts at ``first_word``: the decision and the ties."""
+    n = len(updates[0])
+    ballots = [
+        ballot(u, zeros, coins(coin_key(seed, step, zeros_stream(rank)), first_word, n))
+        for rank, u in enumerate(updates)
+    ]
+    return majority(ballots, ties, coins(coin_key(seed, step, TIES), first_word, n))
+
+
+# ------------------------------------------------------------------------------------------------- methods
+
+
+def mean(updates: Sequence[Floats]) -> Floats:
+    """Summed in the order of the ranks, in the updates' own precision."""
+    total = updates[0].copy()
+    for update in updates[1:]:
+        total = total + update
+    return total / total.dtype.type(len(updates))
+
+
+def momentum(v: Floats, g: Floats, beta: float) -> tuple[Floats, Floats]:
+    """Signum: (what is sent, what is kept)."""
+    v = beta * v + (1 - beta) * g
+    return v, v
+
+
+def lion(m: Floats, g: Floats, beta1: float, beta2: float) -> tuple[Floats, Floats]:
+    """Lion: (what is sent, what is kept)."""
+    return beta1 * m + (1 - beta1) * g, beta2 * m + (1 - beta2) * g

@@ -1,0 +1,190 @@
+"""Every benchmark runs for real, on small sizes, and writes a report that holds together. No time is judged."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from argparse import ArgumentTypeError
+from math import ceil, prod
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from mpirun import environment, mpirun
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROUNDS = 2
+PHASES = {"pack", "exchange", "decide", "unpack", "rest", "step"}
+
+
+def run_alone(script: str, *options: str) -> str:
+    """Run a benchmark as one process; returns what it printed."""
+    command = [sys.executable, str(BENCHMARKS / script), *options]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run_ranks(ranks: int, script: str, *options: str) -> str:
+    """Run a benchmark under mpirun; returns what all ranks wrote."""
+    result = mpirun(ranks, BENCHMARKS / script, *options)
+    assert result.returncode == 0, result.text
+    return result.text
+
+
+def reporting(folder: Path) -> list[str]:
+    return ["--rounds", str(ROUNDS), "--warmup", "0", "--report", "--results", str(folder)]
+
+
+def check_report(folder: Path, name: str, printed: str) -> dict[str, Any]:
+    """The two files of a report agree with each other and with what was printed; returns the raw numbers."""
+    markdown, raw = (next(folder.glob(f"*.{kind}")) for kind in ("md", "json"))
+    assert len(list(folder.iterdir())) == 2
+    assert markdown.stem == raw.stem
+    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d-{name}", raw.stem)
+    text, data = markdown.read_text(), json.loads(raw.read_text())
+
+    title = text.partition(f", {raw.stem[:10]}")[0].removeprefix("# ")
+    assert printed.count(title) == 1, "only rank 0 prints, and once"
+    assert data["date"].startswith(raw.stem[:10])
+    assert f"bench_{name}.py" in data["command"]
+    assert data["command"] in text
+    assert str(BENCHMARKS.parent) not in text + raw.read_text(), "a report names no folder of this machine"
+    assert data["machine"]["cores"] >= 1
+    assert {"python", "numpy", "torch", "mpisign"} <= data["versions"].keys()
+
+    seconds = {one["name"]: one["seconds"] for one in data["contenders"]}
+    for contender, times in seconds.items():
+        assert len(times) == ROUNDS
+        assert min(times) > 0
+        assert f"\n| {contender} |" in text
+        assert f"- **{contender}**: " in text
+    assert data["targets"]
+    for target in data["targets"]:
+        theirs, ours = seconds[target["reference"]], seconds[target["contender"]]
+        ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+        assert target["median_of_ratios"] == pytest.approx(sum(ratios) / 2)  # the median of two
+        assert target["ratio_of_fastest"] == pytest.approx(min(theirs) / min(ours))
+        assert f"{target['contender']} against {target['reference']}" in text
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in block.splitlines()}) == 1, "a table's rows are equally long"
+    return data
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bitmap(tmp_path: Path, dtype: str):
+    options = ["--elements", "4099", "--dtype", dtype, "--ranks", "3", "8"]
+    printed = run_alone("bench_bitmap.py", *options, *reporting(tmp_path))
+    data = check_report(tmp_path, "bitmap", printed)
+    names = {one["name"] for one in data["contenders"]}
+    assert {"np.copyto", "pack", "pack, 10 % zeros", "unpack", "majority of 3", "majority of 8"} <= names
+    assert ("np.packbits(x >= 0)" in names) == (dtype != "bfloat16")
+    assert data["settings"] == {"rounds": 2, "warmup": 0, "elements": 4099, "dtype": dtype, "ranks": [3, 8]}
+
+
+def test_exchange_between_ranks(tmp_path: Path):
+    ranks, elements = 3, 40_000
+    options = ["--elements", str(elements), "--bucket-mb", "0.001"]
+    printed = run_ranks(ranks, "bench_exchange.py", *options, *reporting(tmp_path))
+    data = check_report(tmp_path, "exchange", printed)
+    assert data["ranks"] == ranks
+    assert data["command"].startswith("mpirun ")
+    assert f"-n {ranks} " in data["command"]
+    assert "MPI library" in data["versions"]
+    assert {"Allreduce fp32", "gloo fp32", "gloo bf16"} <= {one["name"] for one in data["contenders"]}
+    words, cap = ceil(elements / 32), int(0.001 * 2**20) // 4
+    messages = [min(cap, words - start) for start in range(0, words, cap)]
+    assert len(messages) > 1
+    assert data["bytes_sent"] == {
+        "two_phase": sum(2 * (ranks - 1) * 4 * ceil(message / ranks) for message in messages),
+        "allgather": (ranks - 1) * 4 * words,
+    }
+
+
+def test_exchange_of_one_process_without_gloo(tmp_path: Path):
+    """One rank sends nothing, and no ratio of bytes may trip over that."""
+    printed = run_alone("bench_exchange.py", "--elements", "1000", "--no-gloo", *reporting(tmp_path))
+    data = check_report(tmp_path, "exchange", printed)
+    assert data["ranks"] == 1
+    assert data["bytes_sent"] == {"two_phase": 0, "allgather": 0}
+    assert not [one for one in data["contenders"] if "gloo" in one["name"]]
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
+def test_step(tmp_path: Path, exchange: str):
+    printed = run_ranks(2, "bench_step.py", "--width", "2", "--exchange", exchange, *reporting(tmp_path))
+    data = check_report(tmp_path, "step", printed)
+    assert data["tensors"] == 161
+    assert {"signum", "signsgd", "lion", "mean"} == data["phases"].keys()
+    for phases in data["phases"].values():
+        assert len(phases) == ROUNDS
+        for repetition in phases:
+            assert repetition.keys() == PHASES
+            assert sum(repetition[phase] for phase in PHASES - {"step"}) == pytest.approx(repetition["step"])
+    for method, bit in (("signum", 1), ("signsgd", 1), ("lion", 1), ("mean", 32)):
+        headers = data["header_bytes"][method]
+        assert 0 < headers < 200
+        # With two ranks both exchanges send each message once. Words pad every tensor, two shards every bucket.
+        payload = data["bytes_sent"][method] - headers
+        assert 0 <= payload - bit * data["parameters"] / 8 <= 4 * 161 + 8 * 161
+
+
+@pytest.mark.parametrize("script", ["bench_bitmap.py", "bench_exchange.py", "bench_step.py"])
+def test_help_has_defaults_and_examples(script: str):
+    text = run_alone(script, "--help")
+    assert "(default: 15)" in text
+    assert f"benchmarks/{script} --" in text.partition("examples:")[2]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch):
+    """Imports a module of benchmarks/, as its scripts import each other."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+def test_the_model_is_resnet50(load):
+    shapes = list(load("bench_step").resnet50_shapes())
+    assert len(shapes) == 161
+    assert sum(prod(shape) for shape in shapes) == 25_557_032
+
+
+def test_numbers_are_written_as_people_write_them(load):
+    count = load("harness").count
+    assert [count(text) for text in ("25.6M", "4k", "1000", "25_600_000")] == [25_600_000, 4000, 1000, 25_600_000]
+    assert count("0", least=0) == 0
+    for nonsense in ("0", "-3", "many", "M", "", "inf", "nan"):
+        with pytest.raises(ArgumentTypeError, match="not a number of at least 1"):
+            count(nonsense)
+
+
+def test_contenders_take_turns_and_warm_up_uncounted(load):
+    harness, calls = load("harness"), []
+
+    def contender(name: str):
+        return harness.Contender(
+            name,
+            "",
+            run=lambda: calls.append(f"run {name}"),
+            prepare=lambda: calls.append(f"prepare {name}"),
+            observe=lambda seconds: calls.append(f"observe {name}"),
+        )
+
+    times = harness.measure([contender("a"), contender("b")], rounds=2, warmup=1)
+    warm = ["prepare a", "run a", "prepare b", "run b"]
+    counted = ["prepare a", "run a", "observe a", "prepare b", "run b", "observe b"]
+    assert calls == warm + 2 * counted
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
+
+
+def test_speedup_is_the_median_of_ratios_beside_the_ratio_of_the_fastest(load):
+    assert load("harness").speedup([2.0, 8.0, 3.0], [1.0, 2.0, 4.0]) == (2.0, 2.0)
+    assert load("harness").speedup([4.0, 6.0, 5.0], [1.0, 2.0, 5.0]) == (3.0, 4.0)

@@ -1,0 +1,74 @@
+"""``python -m mpisign doctor``, run as a user runs it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from mpirun import environment, mpirun
+
+
+def run_alone(**env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mpisign", "doctor"]
+    return subprocess.run(command, env=environment(env), capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_alone_it_finds_everything_in_place():
+    seen = run_alone()
+    assert seen.returncode == 0, seen.stdout + seen.stderr
+    for subject in ("python", "torch", "mpi4py", "MPI library", "thread level", "GPUs", "fault tolerance"):
+        assert subject in seen.stdout
+    assert "FAIL" not in seen.stdout
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_under_mpirun_rank_0_reports_a_vote_of_all(ranks: int):
+    result = mpirun(ranks, "-m", "mpisign", "doctor")
+    assert result.returncode == 0, result.text
+    for exchange in ("allgather", "two_phase"):
+        assert result.text.count(f"{exchange}: 10007 coordinates on {ranks} ranks agree with NumPy") == 1
+    assert f"{ranks} on 1 node" in result.text
+    assert f"Open MPI's mpirun, {ranks} processes" in result.text
+
+
+def test_separate_worlds_fail_with_the_fix():
+    seen = run_alone(OMPI_COMM_WORLD_SIZE="4")
+    assert seen.returncode == 1
+    assert "FAIL" in seen.stdout
+    assert "LaunchError" in seen.stdout
+    assert "mpirun" in seen.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot bind a process to a core")
+def test_ranks_on_one_core_are_warned(tmp_path):
+    script = tmp_path / "bound.py"
+    script.write_text("import os, runpy, sys\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+                      "sys.argv[1:] = ['doctor']\nrunpy.run_module('mpisign', run_name='__main__')\n")  # fmt: skip
+    result = mpirun(2, script)
+    assert result.returncode == 0, result.text
+    assert "ranks 0 and 1 are bound to the same single core" in result.text
+    assert "--bind-to none" in result.text
+
+
+def test_a_wrong_vote_fails(tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text(
+        "import sys\nfrom mpisign.rules import MajorityVote\nfrom mpisign.__main__ import main\n"
+        "honest = MajorityVote.decide\n"
+        "def inverted(self, messages, out, turn, first_word):\n"
+        "    ties = honest(self, messages, out, turn, first_word)\n"
+        "    out[0] ^= 1\n"
+        "    return ties\n"
+        "MajorityVote.decide = inverted\nsys.argv[1:] = ['doctor']\nsys.exit(main())\n"
+    )
+    result = mpirun(2, script)
+    assert result.returncode != 0
+    assert "coordinates differ from NumPy" in result.text
+
+
+def test_help_and_version():
+    for option, wanted in (("--help", "doctor"), ("--version", "mpisign 0.")):
+        seen = subprocess.run(
+            [sys.executable, "-m", "mpisign", option], env=environment(), capture_output=True, text=True, check=True
+        )
+        assert wanted in seen.stdout

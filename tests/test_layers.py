@@ -1,0 +1,104 @@
+"""The plan of the house: who may import whom, what `import mpisign` may start, how long a module may be."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mpisign
+
+ROOT = Path(mpisign.__file__).parent
+LAYERS = [
+    {"errors", "launch", "bitmap", "telemetry", "policy"},
+    {"layout", "world", "codecs", "rules", "memory"},
+    {"exchange", "methods", "sync", "checkpoint"},
+    {"naming", "optimizer", "doctor"},
+    {"__init__", "__main__"},
+]
+MAY_PRINT = {"mpisign.__main__", "mpisign.doctor"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the library by its name; a package's ``__init__`` has the package's."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = ("mpisign", *path.relative_to(ROOT).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+def imports(name: str) -> Iterator[str]:
+    """The library's modules that ``name`` imports, wherever in its text; names in a package are its modules."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports relatively"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                target = inner if inner in MODULES else node.module
+                if target in MODULES:
+                    yield str(target)
+
+
+def layer(name: str) -> int:
+    room = name.split(".")[1] if "." in name else "__init__"
+    for level, rooms in enumerate(LAYERS):
+        if room in rooms:
+            return level
+    raise AssertionError(f"{name} is in no layer: give it one in {Path(__file__).name} and in the design")
+
+
+def test_there_is_something_to_check() -> None:
+    assert {"mpisign", "mpisign.optimizer", "mpisign.bitmap.host"} <= set(MODULES)
+    assert "mpisign.world" in set(imports("mpisign.optimizer"))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name: str) -> None:
+    upward = {target for target in imports(name) if layer(target) > layer(name)}
+    assert not upward
+
+
+def test_modules_do_not_import_in_circles() -> None:
+    """A package's ``__init__`` lists its modules; that they name it again is no circle."""
+    graph = {name: {target for target in imports(name) if not name.startswith(target + ".")} for name in MODULES}
+    assert list(graphlib.TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_is_one_idea(name: str) -> None:
+    assert len(MODULES[name].read_text().splitlines()) < 350
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - MAY_PRINT))
+def test_the_library_does_not_print(name: str) -> None:
+    calls = [node.func for node in ast.walk(TREES[name]) if isinstance(node, ast.Call)]
+    assert not [func for func in calls if isinstance(func, ast.Name) and func.id == "print"]
+
+
+def test_public_names_live_in_the_package_alone() -> None:
+    exported = {
+        alias.asname or alias.name
+        for node in TREES["mpisign"].body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert exported | {"__version__"} == set(mpisign.__all__)
+
+
+def test_importing_mpisign_starts_no_mpi() -> None:
+    """A spawned DataLoader worker that imports the library must not hang the job."""
+    program = "import mpisign, sys; print([m for m in ('mpi4py.MPI', 'cupy') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout.strip() == "[]", run.stderr

@@ -1,0 +1,141 @@
+"""mpisign.methods: the named methods, and methods made of a user's own memory, codec and rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+import mpisign
+from mpisign import DistributedSignOptimizer, Method
+from mpisign.codecs import Dense, SignBits
+from mpisign.memory import LionMomentum, Momentum, Nothing
+from mpisign.policy import Policy, Turn
+from mpisign.rules import MajorityVote, Mean
+
+
+@pytest.mark.parametrize(
+    ("method", "memory", "codec", "rule", "name"),
+    [
+        (mpisign.signsgd(), Nothing(), SignBits(), MajorityVote(), "signsgd"),
+        (mpisign.signum(), Momentum(0.9), SignBits(), MajorityVote(), "signum"),
+        (mpisign.signum(momentum=0.5), Momentum(0.5), SignBits(), MajorityVote(), "signum"),
+        (mpisign.lion(), LionMomentum(0.9, 0.99), SignBits(), MajorityVote(), "lion"),
+        (mpisign.lion(beta1=0.8, beta2=0.7), LionMomentum(0.8, 0.7), SignBits(), MajorityVote(), "lion"),
+        (mpisign.mean(), Nothing(), Dense(), Mean(), "mean"),
+    ],
+    ids=str,
+)
+def test_a_method_names_a_memory_a_codec_and_a_rule(
+    method: Method, memory: object, codec: object, rule: object, name: str
+) -> None:
+    assert (method.memory, method.codec, method.rule, method.name) == (memory, codec, rule, name)
+    assert method.signs == (name != "mean")
+
+
+def test_the_text_of_a_method_tells_its_options() -> None:
+    """It enters the layout's fingerprint, so ranks with other options must have another text."""
+    methods = [mpisign.signsgd(), mpisign.signum(0.9), mpisign.signum(0.8), mpisign.lion(), mpisign.mean()]
+    assert len({str(method) for method in methods}) == len(methods)
+    assert str(mpisign.signum(0.9)) == str(mpisign.signum(0.9))
+
+
+@pytest.mark.parametrize("make", [mpisign.signum, mpisign.lion], ids=lambda make: make.__name__)
+def test_impossible_decays(make: Any) -> None:
+    with pytest.raises(mpisign.OptionError, match=r"must be in \[0, 1\)"):
+        make(1.0)
+
+
+# ------------------------------------------------------------------------------------------- one's own
+
+
+@dataclass(frozen=True)
+class ClippedToUnitNorm:
+    """Not elementwise: it must always see a whole parameter."""
+
+    name = "unit norm"
+    fields = ("calls",)
+    elementwise = False
+    sizes: list[int] = field(default_factory=list, repr=False, compare=False)
+
+    def __call__(self, gradient: torch.Tensor, state: dict[str, torch.Tensor], scratch: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(gradient.numel())
+        state["calls"] += 1
+        return torch.div(gradient, max(1.0, float(gradient.norm())), out=scratch)
+
+
+@dataclass(frozen=True)
+class ScaledBits:
+    """One word of scale (the mean magnitude, as fp32), then the signs. Not elementwise either."""
+
+    name = "scaled bits"
+    elementwise = False
+
+    def wire_dtype(self, dtype: torch.dtype) -> np.dtype[np.generic]:
+        return np.dtype(np.uint32)
+
+    def length(self, elements: int) -> int:
+        return 1 + SignBits().length(elements)
+
+    def planes_up(self, policy: Policy) -> int:
+        return 1
+
+    def planes_down(self, policy: Policy) -> int:
+        return 1
+
+    def encode(self, values: torch.Tensor, message: npt.NDArray[Any], turn: Turn, first_word: int) -> bool:
+        message[0, :1].view(np.float32)[0] = float(values.abs().mean())
+        return SignBits().encode(values, message[:, 1:], turn, first_word)
+
+    def decode(self, decision: npt.NDArray[Any], out: torch.Tensor) -> None:
+        SignBits().decode(decision[:, 1:], out)
+        out *= float(decision[0, :1].view(np.float32)[0])
+
+
+@dataclass(frozen=True)
+class FirstVoter:
+    """A dictatorship. It looks at whole messages, so it cannot decide a shard."""
+
+    name = "first voter"
+    shardable = False
+    votes = False
+
+    def decide(self, messages: Sequence[npt.NDArray[Any]], out: npt.NDArray[Any], turn: Turn, first_word: int) -> int:
+        out[...] = messages[0]
+        return 0
+
+
+@pytest.mark.usefixtures("world")
+def test_a_method_of_one_s_own() -> None:
+    memory = ClippedToUnitNorm()
+    method = Method(memory, ScaledBits(), FirstVoter(), "mine")
+    sizes = [3, 600_000, 40]  # the second is larger than the pieces that elementwise methods get
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+    optimizer = DistributedSignOptimizer(torch.optim.SGD(parameters, lr=1.0), method=method)
+    gradients = [torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in sizes]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    optimizer.step()
+    assert sorted(memory.sizes) == sorted(sizes)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        clipped = gradient / max(1.0, float(gradient.norm()))
+        torch.testing.assert_close(parameter.detach(), -clipped.abs().mean() * clipped.sign())
+    assert optimizer.report is not None
+    assert optimizer.report.method == "mine"
+    assert optimizer.report.ties is None
+    memories = optimizer.state_dict()["mpisign"]["memory"]
+    assert all((state["calls"] == 1).all() for state in memories.values())
+
+
+@pytest.mark.usefixtures("world")
+def test_a_rule_that_needs_whole_vectors_refuses_shards() -> None:
+    method = Method(Nothing(), Dense(), FirstVoter())
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=1.0)
+    with pytest.raises(mpisign.OptionError, match=r"two_phase.*'first voter' needs whole vectors.*allgather"):
+        DistributedSignOptimizer(sgd, method=method, exchange="two_phase")
+    DistributedSignOptimizer(sgd, method=method, exchange="auto")

@@ -1,0 +1,71 @@
+"""mpisign.rules: how messages become one, against the oracle, however the coordinates are sliced."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+
+from mpisign.codecs import SignBits
+from mpisign.policy import Policy
+from mpisign.rules import MajorityVote, Mean
+
+STEP, RANK, FIRST_WORD = 5, 1, 333
+RANKS = [1, 2, 3, 4, 5, 8]
+
+
+def some_updates(ranks: int, n: int) -> list[oracle.Floats]:
+    rng = np.random.default_rng((ranks, n))
+    return [np.where(rng.random(n) < 0.2, 0.0, rng.standard_normal(n)) for _ in range(ranks)]
+
+
+def planes(ballot: oracle.Ballot, count: int) -> np.ndarray:
+    return np.stack([oracle.to_words(ballot > 0), oracle.to_words(ballot != 0)][:count])
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("ties", ["coin", "zero", "positive"])
+@pytest.mark.parametrize("zeros", ["coin", "abstain", "positive"])
+def test_majority_vote(zeros: str, ties: str, ranks: int) -> None:
+    policy, n = Policy(zeros, ties, seed=2), 300
+    up, down = SignBits().planes_up(policy), SignBits().planes_down(policy)
+    keys = [oracle.coin_key(2, STEP, oracle.zeros_stream(rank)) for rank in range(ranks)]
+    ballots = [
+        oracle.ballot(update, zeros, oracle.coins(key, FIRST_WORD, n))
+        for update, key in zip(some_updates(ranks, n), keys, strict=True)
+    ]
+    expected, expected_ties = oracle.decide(some_updates(ranks, n), STEP, FIRST_WORD, zeros=zeros, ties=ties, seed=2)
+    out = np.empty((down, SignBits().length(n)), np.uint32)
+    tied = MajorityVote().decide([planes(b, up) for b in ballots], out, policy.turn(STEP, RANK), FIRST_WORD)
+    decided = np.where(oracle.to_flags(out[0], n), 1, -1)
+    if down == 2:
+        decided[~oracle.to_flags(out[1], n)] = 0
+    assert (decided == expected).all()
+    assert tied == expected_ties
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [0, 1, 1000, 70_001])
+def test_mean_rounds_as_a_sum_in_the_order_of_the_ranks(n: int, dtype: type, ranks: int) -> None:
+    updates = [update.astype(dtype) for update in some_updates(ranks, n)]
+    before = [update.copy() for update in updates]
+    out = np.full((1, n), np.nan, dtype)
+    assert Mean().decide([update[None] for update in updates], out, Policy().turn(STEP, RANK), FIRST_WORD) == 0
+    assert (out[0] == oracle.mean(updates)).all()
+    assert all((a == b).all() for a, b in zip(updates, before, strict=True))
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_mean_does_not_depend_on_the_shards(ranks: int) -> None:
+    assert Mean().shardable
+    n = 100_003
+    messages = [update.astype(np.float32)[None] for update in some_updates(ranks, n)]
+    whole, shards = np.empty((2, 1, n), np.float32)
+    turn = Policy().turn(STEP, RANK)
+    Mean().decide(messages, whole, turn, 0)
+    for lo, hi in itertools.pairwise([0, 1, 7, 32_769, n]):
+        Mean().decide([message[:, lo:hi] for message in messages], shards[:, lo:hi], turn, lo)
+    assert (whole == shards).all()

@@ -1,0 +1,190 @@
+"""mpisign.world at one rank: joining, leaving, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mpisign
+from mpisign.world import current
+
+NEEDS_RANKS = [
+    mpisign.rank,
+    mpisign.size,
+    mpisign.local_rank,
+    mpisign.local_size,
+    mpisign.node_rank,
+    mpisign.num_nodes,
+    mpisign.device,
+    mpisign.barrier,
+]
+
+
+@pytest.fixture
+def outside() -> Iterator[None]:
+    """Not in a job; whatever the test joins is left again."""
+    hook = sys.excepthook
+    mpisign.shutdown()
+    yield
+    mpisign.shutdown()
+    assert sys.excepthook is hook
+
+
+@pytest.mark.usefixtures("world")
+def test_alone() -> None:
+    assert mpisign.is_initialized()
+    assert (mpisign.rank(), mpisign.size()) == (0, 1)
+    assert (mpisign.local_rank(), mpisign.local_size()) == (0, 1)
+    assert (mpisign.node_rank(), mpisign.num_nodes()) == (0, 1)
+    mpisign.barrier()
+
+
+@pytest.mark.usefixtures("world")
+def test_device() -> None:
+    expected = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    assert mpisign.device() == expected
+
+
+@pytest.mark.usefixtures("outside")
+@pytest.mark.parametrize("function", NEEDS_RANKS, ids=lambda function: function.__name__)
+def test_before_init(function: Any) -> None:
+    assert not mpisign.is_initialized()
+    with pytest.raises(mpisign.NotInitializedError, match=rf"{function.__name__}\(\) .*mpisign\.init\(\)"):
+        function()
+
+
+@pytest.mark.usefixtures("world")
+def test_init_twice() -> None:
+    with pytest.raises(mpisign.AlreadyInitializedError, match=r"rank 0: .*mpisign\.shutdown\(\)"):
+        mpisign.init()
+    assert mpisign.is_initialized()
+
+
+@pytest.mark.usefixtures("outside")
+def test_shutdown_and_init_again() -> None:
+    mpisign.shutdown()  # harmless outside
+    for _ in range(3):
+        mpisign.init()
+        assert mpisign.size() == 1
+        mpisign.shutdown()
+        assert not mpisign.is_initialized()
+
+
+@pytest.mark.usefixtures("outside")
+@pytest.mark.parametrize("option", ["stall_warning", "stall_timeout"])
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), "60"])
+def test_times_are_positive_numbers(option: str, seconds: Any) -> None:
+    with pytest.raises(mpisign.OptionError, match=f"{option}=.* must be a positive number of seconds"):
+        mpisign.init(**{option: seconds})
+    assert not mpisign.is_initialized()
+
+
+@pytest.mark.usefixtures("outside")
+def test_never_is_a_time() -> None:
+    mpisign.init(stall_warning=None, stall_timeout=None)
+    mpisign.barrier()
+
+
+@pytest.mark.usefixtures("outside")
+def test_the_communicator_is_a_duplicate() -> None:
+    """The library's messages must never meet the user's, and its shutdown not take the user's away."""
+    from mpi4py import MPI
+
+    for comm in (MPI.COMM_SELF, MPI.COMM_WORLD):
+        mpisign.init(comm)
+        assert MPI.Comm.Compare(current().comm, comm) == MPI.CONGRUENT
+        mpisign.shutdown()
+        comm.barrier()
+
+
+@pytest.mark.usefixtures("outside")
+def test_alone_although_the_launcher_started_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises(mpisign.LaunchError, match=r"OMPI_COMM_WORLD_SIZE=4.*MPI"):
+        mpisign.init()
+    assert not mpisign.is_initialized()
+
+    from mpi4py import MPI
+
+    mpisign.init(MPI.COMM_SELF)  # who names a communicator of one means it
+
+
+@pytest.mark.usefixtures("outside")
+def test_the_exception_hook_is_ours_only_while_in_the_job() -> None:
+    before = sys.excepthook
+    mpisign.init()
+    assert sys.excepthook is not before
+    mpisign.shutdown()
+    assert sys.excepthook is before
+    mpisign.init(abort_on_exception=False)
+    assert sys.excepthook is before
+
+
+@pytest.mark.usefixtures("outside")
+def test_a_hook_set_later_is_left_alone() -> None:
+    before, later = sys.excepthook, sys.__excepthook__
+    mpisign.init()
+    sys.excepthook = later
+    mpisign.shutdown()
+    assert sys.excepthook is later
+    sys.excepthook = before
+
+
+# --------------------------------------------------------------------------------------------- waiting
+
+
+@pytest.mark.usefixtures("outside")
+def test_a_long_wait_says_so_each_time_it_has_doubled(caplog: pytest.LogCaptureFixture) -> None:
+    mpisign.init(stall_warning=0.02)
+    world, moments = current(), [time.monotonic()]
+    request = world.comm.Irecv(np.empty(1), source=0)
+
+    def missing() -> str:
+        moments.append(time.monotonic())
+        if len(moments) == 4:  # the third warning; then let it end
+            world.comm.Send(np.ones(1), dest=0)
+        return "not heard from yet: ranks [7]"
+
+    with caplog.at_level(logging.WARNING, "mpisign.world"):
+        world.wait(request, "step 17, roll call", missing)
+    assert caplog.messages == ["rank 0 of 1 has waited 0 s in step 17, roll call; not heard from yet: ranks [7]"] * 3
+    for moment, due in zip(moments[1:], (0.02, 0.04, 0.08), strict=True):
+        assert moment - moments[0] >= due
+
+
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_too_long_a_wait_ends_the_job() -> None:
+    ended = run(
+        "import mpisign, numpy; from mpisign.world import current\n"
+        "mpisign.init(stall_timeout=0.1)\n"
+        "world = current()\n"
+        "world.wait(world.comm.Irecv(numpy.empty(1), source=0), 'step 3, bucket 0')\n"
+    )
+    assert ended.returncode != 0
+    assert "rank 0 of 1 has waited 0 s in step 3, bucket 0; stall_timeout=0.1 is over: aborting the job" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("last_words", "code"), [("raise ValueError('seven')", 1), ("raise KeyboardInterrupt('seven')", 130)]
+)
+def test_an_exception_ends_the_job_with_its_traceback(last_words: str, code: int) -> None:
+    ended = run(f"import mpisign; mpisign.init(); {last_words}")
+    assert ended.returncode == code
+    assert "Traceback" in ended.stderr
+    assert "seven" in ended.stderr
+
+
+def test_a_script_may_end_without_shutdown() -> None:
+    ended = run("import mpisign; mpisign.init(); print(mpisign.rank(), mpisign.size())")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "0 1\n", "")
