@@ -40,9 +40,8 @@ def main() -> None:
         ],
     )
     options.add_argument("--elements", type=count, default=25_600_000, help="coordinates of the gradient")
-    options.add_argument(
-        "--dtype", choices=("float32", "float64", "float16", "bfloat16"), default="float32", help="its"
-    )
+    dtypes = ("float32", "float64", "float16", "bfloat16")
+    options.add_argument("--dtype", choices=dtypes, default="float32", help="type of the gradient")
     options.add_argument("--ranks", type=count, nargs="+", default=[8, 7], help="how many bitmaps to decide, up to 127")
     args = options.parse_args()
     one_thread()
@@ -75,16 +74,7 @@ def main() -> None:
     ]
     targets = [Target(name, COPY, 0.7) for name in ("pack", "pack, 10 % zeros", "unpack")]
     targets += [Target("majority of 8", COPY, 0.5)] if 8 in votes else []
-    report = Report(
-        "bitmap",
-        "Bit arithmetic on one core",
-        WORDS,
-        args,
-        contenders,
-        times,
-        targets,
-        tables,
-    )
+    report = Report("bitmap", "Bit arithmetic on one core", WORDS, args, contenders, times, targets, tables)
     report.show()
     if args.report:
         print("\n".join(f"wrote {path}" for path in report.write(args.results)))

@@ -251,23 +251,23 @@ class Pipeline:
         memory = self.method.memory
         dtype = state_dtype(g.dtype)
         if not memory.fields:
-            return memory(g, state, self._scratch("result", g.dtype, g.numel())), True
+            return memory(g, state, self._scratch("result", g.dtype)), True
         finite = host.all_finite(raw_bits(g), format_of(g.dtype))
-        wide = g if g.dtype == dtype else self._scratch("gradient", dtype, g.numel()).copy_(g)
+        wide = g if g.dtype == dtype else self._scratch("gradient", dtype)[: g.numel()].copy_(g)
         if finite:
-            return memory(wide, state, self._scratch("result", dtype, g.numel())), True
+            return memory(wide, state, self._scratch("result", dtype)), True
         if memory.elementwise:
             bad = ~torch.isfinite(wide)
             kept = {key: value[bad] for key, value in state.items()}
-            memory(wide, state, self._scratch("result", dtype, g.numel()))
+            memory(wide, state, self._scratch("result", dtype))
             for key, value in state.items():
                 value[bad] = kept[key]
         return wide, False
 
-    def _scratch(self, purpose: str, dtype: torch.dtype, size: int) -> torch.Tensor:
+    def _scratch(self, purpose: str, dtype: torch.dtype) -> torch.Tensor:
         if (purpose, dtype) not in self._scratches:
             self._scratches[purpose, dtype] = torch.empty(self._scratch_size, dtype=dtype)
-        return self._scratches[purpose, dtype][:size]
+        return self._scratches[purpose, dtype]
 
     def _decode(
         self,

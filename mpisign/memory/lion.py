@@ -32,6 +32,6 @@ class LionMomentum:
 
     def __call__(self, gradient: torch.Tensor, state: dict[str, torch.Tensor], scratch: torch.Tensor) -> torch.Tensor:
         momentum = state["momentum"]
-        torch.lerp(momentum, gradient, 1.0 - self.beta1, out=scratch)
+        signed = torch.lerp(momentum, gradient, 1.0 - self.beta1, out=scratch[: gradient.numel()])
         momentum.lerp_(gradient, 1.0 - self.beta2)
-        return scratch
+        return signed

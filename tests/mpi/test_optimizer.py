@@ -89,7 +89,7 @@ def test_parameters_are_bit_identical_after_200_steps(comm: MPI.Comm, zeros: str
     ends = set()
     for exchange in EXCHANGES:
         tensors = train_on_rough_ground(comm, 200, zeros=zeros, ties=ties, exchange=exchange)
-        assert all(t.numel() == 0 or t.abs().max() > 0.05 for t in tensors)
+        assert all(t.abs().max() > 0.05 for t in tensors if t.numel() > 1)
         ends.update(comm.allgather(snapshot(tensors)))
     assert len(ends) == 1
 
