@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mpisign/__init__.py").read_text()).group(1)
 
-SCRIPTS = ["scikit-learn>=1.3", "matplotlib>=3.7", "rich>=13", "tqdm>=4.65"]
+SCRIPTS = ["scikit-learn>=1.3", "matplotlib>=3.7", "rich>=13", "threadpoolctl>=3.1", "tqdm>=4.65"]
 
 setup(
     name="mpisign",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,26 +18,14 @@ from mpisign.exchange.pipeline import Pipeline
 from mpisign.layout import Layout
 from mpisign.memory.store import MemoryStore
 from mpisign.methods import Method, signum
-from mpisign.naming import default_names, names_of
 from mpisign.policy import Policy
 from mpisign.telemetry import StepReport
 from mpisign.world import current, is_initialized
+from mpisign.wrapping import check_wrappable, default_names, names_of, warn_if_adaptive
 
 __all__ = ["DistributedSignOptimizer"]
 
 logger = logging.getLogger(__name__)
-
-# They divide by the gradient's running magnitude, which is 1 for every coordinate of a vote.
-_ADAPTIVE = (
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.Adagrad,
-    torch.optim.Adadelta,
-    torch.optim.RMSprop,
-)
 
 
 class DistributedSignOptimizer(Optimizer):
@@ -102,7 +89,9 @@ class DistributedSignOptimizer(Optimizer):
         bucket_cap_mb: float = 1.0,
     ) -> None:
         method = signum() if method is None else method
-        _check_optimizer(optimizer)
+        check_wrappable(optimizer)
+        if isinstance(optimizer, DistributedSignOptimizer):
+            raise OptionError("this is a DistributedSignOptimizer already: wrap the torch optimizer once")
         if not isinstance(method, Method):
             raise OptionError(f"method={method!r} is not a Method: use one of mpisign's, e.g. mpisign.signum(0.9)")
         check_exchange(exchange, method.rule)
@@ -119,13 +108,8 @@ class DistributedSignOptimizer(Optimizer):
         self.__setstate__({})
         current("DistributedSignOptimizer()")
         self._prepare()
-        if method.signs and isinstance(optimizer, _ADAPTIVE):
-            warnings.warn(
-                f"{type(optimizer).__name__} divides each coordinate by its running magnitude, and every coordinate "
-                f"of a vote has magnitude 1: what remains is its momentum over votes. Usually "
-                f"SGD(lr=..., weight_decay=...) with method=mpisign.lion() or mpisign.signum() is what you want",
-                stacklevel=2,
-            )
+        if method.signs:
+            warn_if_adaptive(optimizer)
 
     # ------------------------------------------------------------------------------- the wrapped optimizer
 
@@ -344,17 +328,3 @@ class DistributedSignOptimizer(Optimizer):
             f"{type(self).__name__}(method={self.method.name}, zeros={self.policy.zeros!r}, "
             f"ties={self.policy.ties!r}, exchange={self.exchange!r}, wrapped={self.wrapped!r})"
         )
-
-
-def _check_optimizer(optimizer: Optimizer) -> None:
-    if isinstance(optimizer, DistributedSignOptimizer):
-        raise OptionError("this optimizer is a DistributedSignOptimizer already: wrap the torch optimizer once")
-    if not isinstance(optimizer, Optimizer):
-        raise OptionError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer: pass e.g. torch.optim.SGD(...)")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise OptionError(
-            "LBFGS cannot be wrapped: it evaluates the loss several times inside one step and fits curvature to "
-            "gradient differences, which signs do not have; use SGD"
-        )
-    if isinstance(optimizer, torch.optim.SparseAdam):
-        raise OptionError("SparseAdam cannot be wrapped: a vote is dense; use SGD and sparse=False embeddings")

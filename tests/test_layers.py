@@ -17,8 +17,8 @@ ROOT = Path(mpisign.__file__).parent
 LAYERS = [
     {"errors", "launch", "bitmap", "telemetry", "policy"},
     {"layout", "world", "codecs", "rules", "memory"},
-    {"exchange", "methods", "sync", "checkpoint"},
-    {"naming", "optimizer", "doctor"},
+    {"exchange", "methods", "sync", "wrapping", "checkpoint"},
+    {"optimizer", "doctor"},
     {"__init__", "__main__"},
 ]
 MAY_PRINT = {"mpisign.__main__", "mpisign.doctor"}

@@ -149,7 +149,7 @@ def _pack_block(
         np.equal(np.bitwise_and(block, fmt.sign - 1, out=_scratch.magnitude[: block.size]), 0, out=flags)
     else:
         np.equal(block.view(fmt.native), 0, out=flags)
-    if np.logical_or.reduce(flags):
+    if flags[flags.argmax()]:  # any(), stopping at the first
         is_zero = np.empty_like(words)
         _pack_flags(flags, is_zero)
         words &= ~is_zero

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import re
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,9 +86,9 @@ def train_on_rough_ground(comm: MPI.Comm, steps: int, **options: Any) -> list[to
 @pytest.mark.parametrize("ties", ["coin", "zero", "positive"])
 @pytest.mark.parametrize("zeros", ["coin", "abstain", "positive"])
 def test_parameters_are_bit_identical_after_200_steps(comm: MPI.Comm, zeros: str, ties: str) -> None:
-    """On all ranks, and whichever way the votes went."""
+    """On all ranks, and whichever way the votes went ("auto" takes one of the two)."""
     ends = set()
-    for exchange in EXCHANGES:
+    for exchange in ("allgather", "two_phase"):
         tensors = train_on_rough_ground(comm, 200, zeros=zeros, ties=ties, exchange=exchange)
         assert all(t.abs().max() > 0.05 for t in tensors if t.numel() > 1)
         ends.update(comm.allgather(snapshot(tensors)))
@@ -188,7 +189,7 @@ def test_no_gradient_anywhere_skips_the_step(comm: MPI.Comm) -> None:
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize(
-    "method", [mpisign.signsgd(), mpisign.signum(0.5), mpisign.lion(0.5, 0.75), mpisign.mean()], ids=str
+    "method", [mpisign.signsgd(), mpisign.signum(0.5), mpisign.lion(0.5, 0.75), mpisign.mean()], ids=attrgetter("name")
 )
 def test_a_rank_with_a_non_finite_gradient_abstains(comm: MPI.Comm, method: mpisign.Method, bad: float) -> None:
     """From the whole step, although its first buckets were on their way; the others decide as if it were not there."""
@@ -221,7 +222,7 @@ def test_a_rank_with_a_non_finite_gradient_abstains(comm: MPI.Comm, method: mpis
     others.Free()
 
 
-@pytest.mark.parametrize("method", [mpisign.signum(0.5), mpisign.lion(0.5, 0.75)], ids=str)
+@pytest.mark.parametrize("method", [mpisign.signum(0.5), mpisign.lion(0.5, 0.75)], ids=attrgetter("name"))
 @pytest.mark.parametrize("dtype", ballots.DTYPES, ids=str)
 def test_a_non_finite_gradient_does_not_poison_the_memory(
     comm: MPI.Comm, method: mpisign.Method, dtype: torch.dtype
@@ -332,7 +333,7 @@ def test_a_rank_without_a_gradient_under_a_scaler(comm: MPI.Comm) -> None:
 # ------------------------------------------------------------------------------------------- join
 
 
-@pytest.mark.parametrize("method", [mpisign.signum(0.5), mpisign.mean()], ids=str)
+@pytest.mark.parametrize("method", [mpisign.signum(0.5), mpisign.mean()], ids=attrgetter("name"))
 def test_join_with_uneven_batches(comm: MPI.Comm, method: mpisign.Method) -> None:
     """Rank r has 2 + r batches: the last rank ends alone, and the others get what it then has."""
     tensors = ballots.parameters(*SHAPES)
@@ -388,7 +389,7 @@ def test_those_who_join_at_the_same_time_keep_what_they_have(comm: MPI.Comm) -> 
 # ------------------------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("method", [mpisign.signsgd(), mpisign.signum(0.9), mpisign.lion()], ids=str)
+@pytest.mark.parametrize("method", [mpisign.signsgd(), mpisign.signum(0.9), mpisign.lion()], ids=attrgetter("name"))
 def test_resume_is_exact_from_one_state_a_rank(comm: MPI.Comm, method: mpisign.Method) -> None:
     """Also for signSGD, which has no memory: the coins go by the step's number."""
 
@@ -491,7 +492,7 @@ def option(**options: Any) -> Callable[[list[torch.nn.Parameter]], dict[str, Any
         pytest.param(option(ties="zero"), "ties='zero'", id="ties"),
         pytest.param(option(seed=7), "seed=7", id="seed"),
         pytest.param(option(exchange="two_phase"), "exchange 'two_phase'", id="exchange"),
-        pytest.param(option(bucket_cap_mb=0.0001), "bucket_cap_mb.*0.0001", id="bucket-cap"),
+        pytest.param(option(bucket_cap_mb=4e-6), "bucket", id="bucket-cap"),
     ],
 )
 def test_another_layout_or_option_on_one_rank_is_an_error_on_all(
@@ -509,7 +510,8 @@ def test_another_layout_or_option_on_one_rank_is_an_error_on_all(
     message = str(error.value)
     assert f"ranks [{odd}]" in message
     assert f"this is rank {comm.rank}" in message
-    assert re.search(f"{named}.* on rank {odd}", message)
+    assert re.search(named, message)
+    assert f" on rank {odd}" in message
     assert snapshot(tensors) == before
     assert all(torch.equal(t.grad, g) for t, g in zip(tensors, gradients, strict=True))
 

@@ -1,7 +1,8 @@
-"""The names of an optimizer's parameters, for messages and the layout's fingerprint."""
+"""What may be wrapped: which torch optimizers, and what their parameters are called in messages."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,43 @@ from torch.optim import Optimizer
 
 from mpisign.errors import OptionError
 
-__all__ = ["default_names", "names_of"]
+__all__ = ["check_wrappable", "default_names", "names_of", "warn_if_adaptive"]
+
+# They divide by the gradient's running magnitude, which is 1 for every coordinate of a vote.
+ADAPTIVE = (
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.RMSprop,
+)
+
+
+def check_wrappable(optimizer: Optimizer) -> None:
+    """Raise :class:`OptionError`, with the reason, for an optimizer that cannot work on a decision of all ranks."""
+    if not isinstance(optimizer, Optimizer):
+        raise OptionError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer: pass e.g. torch.optim.SGD(...)")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise OptionError(
+            "LBFGS cannot be wrapped: it evaluates the loss several times inside one step and fits curvature to "
+            "gradient differences, which signs do not have; use SGD"
+        )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise OptionError("SparseAdam cannot be wrapped: a vote is dense; use SGD and sparse=False embeddings")
+
+
+def warn_if_adaptive(optimizer: Optimizer) -> None:
+    """Say what an Adam-like optimizer does to the +-1 of a vote."""
+    if isinstance(optimizer, ADAPTIVE):
+        warnings.warn(
+            f"{type(optimizer).__name__} divides each coordinate by its running magnitude, and every coordinate of a "
+            f"vote has magnitude 1: what remains is its momentum over votes. Usually SGD(lr=..., weight_decay=...) "
+            f"with method=mpisign.lion() or mpisign.signum() is what you want",
+            stacklevel=3,
+        )
 
 
 def default_names(groups: list[dict[str, Any]], first: int = 0) -> dict[torch.Tensor, str]:
