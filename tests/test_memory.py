@@ -36,7 +36,8 @@ def test_against_the_oracle(memory: Memory, update: Update, dtype: torch.dtype) 
     kept = np.zeros(N)
     for g in gradients(5).to(dtype):
         before = g.clone()
-        sent = memory(g, state, torch.full_like(g, torch.nan))
+        sent = memory(g, state, torch.full((N + 100,), torch.nan, dtype=dtype))  # scratch may be larger
+        assert sent.shape == (N,)
         expected, kept = update(kept, g.double().numpy())
         tolerance = 4 * torch.finfo(dtype).eps
         np.testing.assert_allclose(sent.double().numpy(), expected, rtol=0, atol=tolerance)
@@ -64,6 +65,16 @@ def test_the_state_stays_in_place(memory: Memory, update: Update) -> None:
     sent = memory(torch.ones(N), state, scratch)
     assert state["momentum"] is momentum
     assert sent.data_ptr() in (momentum.data_ptr(), scratch.data_ptr())
+
+
+@each
+def test_what_is_sent_is_finite_if_the_gradients_are(memory: Memory, update: Update) -> None:
+    """Else a rank would lose its vote for ever over one exploding step."""
+    largest = torch.full((N,), torch.finfo(torch.float32).max)
+    state = {"momentum": torch.zeros(N)}
+    for gradient in (largest, -largest, -largest, largest, torch.ones(N)):
+        assert torch.isfinite(memory(gradient, state, torch.empty(N))).all()
+        assert torch.isfinite(state["momentum"]).all()
 
 
 def test_nothing_sends_the_gradient_as_it_lies() -> None:

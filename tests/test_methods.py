@@ -66,7 +66,7 @@ class ClippedToUnitNorm:
     def __call__(self, gradient: torch.Tensor, state: dict[str, torch.Tensor], scratch: torch.Tensor) -> torch.Tensor:
         self.sizes.append(gradient.numel())
         state["calls"] += 1
-        return torch.div(gradient, max(1.0, float(gradient.norm())), out=scratch)
+        return torch.div(gradient, max(1.0, float(gradient.norm())), out=scratch[: gradient.numel()])
 
 
 @dataclass(frozen=True)

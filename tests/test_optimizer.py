@@ -5,6 +5,7 @@ What is decided is in test_optimizer_votes.py, what is saved and copied in test_
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -57,6 +58,14 @@ def test_it_is_an_optimizer() -> None:
     optimizer.step()
     assert set(optimizer.state) == {p}
     assert optimizer.state[p]["momentum_buffer"].tolist() == [1.0] * 3, "the wrapped optimizer's, over votes"
+
+
+def test_what_is_set_on_it_is_set_on_the_wrapped() -> None:
+    optimizer = voting(vectors(3))
+    for name in ("param_groups", "state", "defaults"):
+        other = copy.copy(getattr(optimizer, name))
+        setattr(optimizer, name, other)
+        assert getattr(optimizer.wrapped, name) is other
 
 
 def test_repr_says_what_it_does() -> None:

@@ -115,6 +115,21 @@ def test_the_mean_of_one_rank_is_the_plain_optimizer_bit_for_bit(
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no gradients of another dtype")
+@pytest.mark.parametrize("of_gradient", DTYPES, ids=str)
+@pytest.mark.parametrize("of_parameter", DTYPES, ids=str)
+@pytest.mark.parametrize("method", [mpisign.signum(), mpisign.mean()], ids=["signum", "mean"])
+def test_gradients_of_another_dtype(method: Method, of_parameter: torch.dtype, of_gradient: torch.dtype) -> None:
+    parameter = nn.Parameter(torch.zeros(3, dtype=of_parameter))
+    parameter.grad_dtype = of_gradient
+    optimizer = DistributedSignOptimizer(SGD([parameter], lr=1.0), method=method)
+    gradient = torch.tensor([2.0, -0.5, 1.0], dtype=of_gradient)
+    for _ in range(2):
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    assert parameter.tolist() == (-2 * (gradient.sign() if method.signs else gradient)).tolist()
+
+
 @pytest.mark.parametrize("cap", [1e-6, 1e-3, 1.0])
 def test_buckets_do_not_change_the_coins(cap: float) -> None:
     parameters = [nn.Parameter(torch.zeros(size)) for size in SIZES]

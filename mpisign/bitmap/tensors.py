@@ -8,7 +8,7 @@ import torch
 
 from mpisign.bitmap.host import FORMATS, FloatFormat
 
-__all__ = ["DTYPES", "flat", "format_of", "is_dense", "raw_bits", "strides_of"]
+__all__ = ["DTYPES", "flat", "format_of", "is_dense", "is_laid_as", "raw_bits", "strides_of"]
 
 DTYPES: dict[torch.dtype, FloatFormat] = {
     torch.float32: FORMATS["float32"],
@@ -39,15 +39,22 @@ def is_dense(tensor: torch.Tensor) -> bool:
 def strides_of(parameter: torch.Tensor) -> tuple[int, ...]:
     """The strides that fix the order of a parameter's elements on the wire.
 
-    Its own where it is dense (channels-last weights need no copy), else those of a contiguous tensor.
+    Its own where it is dense (channels-last weights need no copy), else those of a contiguous tensor. The stride
+    of a dimension of size 1 says nothing, and torch picks it at will: it is 1 here.
     """
     if is_dense(parameter):
-        return parameter.stride()
+        return tuple(1 if n == 1 else stride for n, stride in zip(parameter.shape, parameter.stride(), strict=True))
     strides, step = [], 1
     for size in reversed(parameter.shape):
-        strides.append(step)
+        strides.append(1 if size == 1 else step)
         step *= size
     return tuple(reversed(strides))
+
+
+def is_laid_as(tensor: torch.Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether a tensor's elements lie in the order of ``strides``, without gaps."""
+    mine = tensor.stride()
+    return mine == strides or all(size == 1 or a == b for size, a, b in zip(tensor.shape, mine, strides, strict=True))
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:

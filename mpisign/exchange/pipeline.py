@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from mpisign.bitmap import host
-from mpisign.bitmap.tensors import DTYPES, flat, format_of, raw_bits
+from mpisign.bitmap.tensors import DTYPES, flat, format_of, is_laid_as, raw_bits
 from mpisign.errors import GradientError, MpisignError
 from mpisign.exchange import header
 from mpisign.exchange.choose import Exchange, choose
@@ -205,7 +205,7 @@ class Pipeline:
                 f"rank {self.world.rank}: the gradient of {name!r} is {gradient.dtype} on {gradient.device}; "
                 f"this release votes on floating-point CPU tensors only"
             )
-        if gradient.stride() != self.layout.strides[index]:
+        if not is_laid_as(gradient, self.layout.strides[index]):
             # Another order of elements than the others expect (or overlapping memory): put it in order.
             ordered = self._new_gradient(index, gradient.dtype)
             ordered.copy_(gradient)

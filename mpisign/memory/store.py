@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from mpisign.bitmap.tensors import strides_of
@@ -16,6 +17,7 @@ from mpisign.world import World
 __all__ = ["MemoryStore", "state_dtype"]
 
 STATE_VERSION = 1
+NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -106,7 +108,7 @@ class MemoryStore:
 
 def _lay(parameter: torch.Tensor, value: torch.Tensor | None) -> torch.Tensor:
     """A new tensor in the parameter's shape and wire order: a copy of ``value``, or zeros."""
-    laid = torch.empty_strided(
-        parameter.shape, strides_of(parameter), dtype=state_dtype(parameter.dtype), device=parameter.device
-    )
-    return laid.zero_() if value is None else laid.copy_(value)
+    # NumPy asks the system for huge pages where torch does not, and a memory is read and written at every step.
+    zeros = torch.from_numpy(np.zeros(parameter.numel(), NUMPY_DTYPES[state_dtype(parameter.dtype)]))
+    laid = zeros.as_strided(parameter.shape, strides_of(parameter))
+    return laid if value is None else laid.copy_(value)

@@ -1,0 +1,124 @@
+"""mpisign.exchange without other ranks: which exchange is taken, what it costs, who votes on what."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from mpisign import OptionError
+from mpisign.codecs import SignBits
+from mpisign.exchange.choose import Exchange, check_exchange, choose
+from mpisign.exchange.runs import decide_runs, runs_of
+from mpisign.layout import Bucket, Layout
+from mpisign.policy import Policy
+from mpisign.rules import MajorityVote, Rule
+from mpisign.world import current
+
+WORDS = np.dtype(np.uint32)
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeVectors(MajorityVote):
+    shardable = False
+
+
+def chosen(option: str, ranks: int, length: int, up: int = 1, down: int = 1, rule: Rule | None = None) -> Exchange:
+    """What a job of so many ranks would take; making it needs no other rank."""
+    world = dataclasses.replace(current(), size=ranks)
+    return choose(option, rule or MajorityVote(), length, WORDS, up, down, world)
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("length", [1, 7, 1000, 8192])
+@pytest.mark.parametrize(("up", "down"), [(1, 1), (1, 2), (2, 2)])
+def test_bytes_sent_are_the_formula(ranks: int, length: int, up: int, down: int) -> None:
+    gathered = chosen("allgather", ranks, length, up, down)
+    assert gathered.bytes_sent == (ranks - 1) * 4 * length * up
+    two_phase = chosen("two_phase", ranks, length, up, down)
+    exact = (ranks - 1) / ranks * 4 * length * (up + down)
+    padding = 4 * (ranks - 1) * (up + down)
+    assert exact <= two_phase.bytes_sent <= exact + padding
+    for exchange in (gathered, two_phase):
+        assert exchange.message.shape == (up, length)
+
+
+@pytest.mark.usefixtures("world")
+def test_auto_takes_two_phase_where_it_saves() -> None:
+    large, small = 1 << 18, 64
+    assert [chosen("auto", ranks, large).name for ranks in (1, 2, 3, 8)] == ["allgather"] * 2 + ["two_phase"] * 2
+    assert [chosen("auto", ranks, small).name for ranks in (1, 2, 3, 8)] == ["allgather"] * 4
+    assert chosen("auto", 3, large, up=1, down=2).name == "allgather", "3 planes back and forth against 2"
+    assert chosen("auto", 1000, small * 100).name == "two_phase"
+
+
+@pytest.mark.usefixtures("world")
+def test_a_rule_that_needs_whole_vectors_gets_all_gather() -> None:
+    assert chosen("auto", 8, 1 << 18, rule=WholeVectors()).name == "allgather"
+    check_exchange("allgather", WholeVectors())
+    with pytest.raises(OptionError, match="needs whole vectors"):
+        check_exchange("two_phase", WholeVectors())
+
+
+@pytest.mark.parametrize("option", ["ring", "", None])
+def test_unknown_exchanges(option: str) -> None:
+    with pytest.raises(OptionError, match="'auto', 'allgather', 'two_phase'"):
+        check_exchange(option, MajorityVote())
+
+
+# ------------------------------------------------------------------------------------- who votes on what
+
+SIZES = [40, 32, 0, 100, 5]
+
+
+def one_bucket() -> Bucket:
+    layout = Layout([(f"p{i}", torch.zeros(size)) for i, size in enumerate(SIZES)], SignBits(), 1 << 20)
+    return layout.buckets[0]
+
+
+def test_the_usual_bucket_is_one_run() -> None:
+    everybody = (0, 1, 2)
+    assert runs_of(one_bucket(), [everybody] * len(SIZES)) == [(0, 8, everybody)]
+
+
+def test_runs_end_where_the_voters_change() -> None:
+    voters = [(0, 1), (0, 1), (2,), (), (0, 2)]  # the bucket holds them from the last to the first
+    assert [run for run in runs_of(one_bucket(), voters) if run[0] < run[1]] == [
+        (0, 1, (0, 2)),
+        (1, 5, ()),
+        (5, 8, (0, 1)),
+    ]
+
+
+@pytest.mark.parametrize("cuts", [[0, 8], [0, 1, 8], [0, 3, 6, 8], [0, 2, 4, 5, 7, 8]])
+def test_shards_decide_what_the_voters_of_each_parameter_decide(cuts: list[int]) -> None:
+    bucket, ranks = one_bucket(), 3
+    voters = [(0, 1), (0, 1, 2), (2,), (), (0, 2)]
+    rng = np.random.default_rng(0)
+    values = [[rng.standard_normal(size) for size in SIZES] for _ in range(ranks)]
+    starts = oracle.first_words(SIZES)
+    messages = np.zeros((ranks, 1, bucket.length), np.uint32)
+    for rank, (i, start) in itertools.product(range(ranks), enumerate(starts)):
+        words = oracle.to_words(values[rank][i] > 0)
+        messages[rank, 0, start : start + len(words)] = words
+
+    out, ties = np.zeros((1, bucket.length), np.uint32), 0
+    turn = Policy(seed=1).turn(7, 0)
+    for lo, hi in itertools.pairwise(cuts):
+        runs = runs_of(bucket, voters)
+        shards = [message[:, lo:hi] for message in messages]
+        ties += decide_runs(MajorityVote(), turn, bucket, runs, shards, out[:, lo:hi], lo)
+
+    expected_ties = 0
+    for i, (size, start) in enumerate(zip(SIZES, starts, strict=True)):
+        if voters[i] and size:
+            coin = oracle.coins(oracle.coin_key(1, 7, oracle.TIES), start, size)
+            decision, tied = oracle.majority([oracle.ballot(values[r][i], "positive") for r in voters[i]], "coin", coin)
+            assert (oracle.to_flags(out[0, start:], size) == (decision > 0)).all()
+            expected_ties += tied
+    assert ties == expected_ties > 0
