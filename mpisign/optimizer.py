@@ -18,7 +18,7 @@ from mpisign.exchange.pipeline import Pipeline
 from mpisign.layout import Layout
 from mpisign.memory.store import MemoryStore
 from mpisign.methods import Method, signum
-from mpisign.policy import Policy
+from mpisign.policy import Policy, check_positive
 from mpisign.telemetry import StepReport
 from mpisign.world import current, is_initialized
 from mpisign.wrapping import check_wrappable, default_names, names_of, warn_if_adaptive
@@ -95,8 +95,7 @@ class DistributedSignOptimizer(Optimizer):
         if not isinstance(method, Method):
             raise OptionError(f"method={method!r} is not a Method: use one of mpisign's, e.g. mpisign.signum(0.9)")
         check_exchange(exchange, method.rule)
-        if not bucket_cap_mb > 0:
-            raise OptionError(f"bucket_cap_mb={bucket_cap_mb!r} must be positive")
+        check_positive("bucket_cap_mb", bucket_cap_mb)
         self.wrapped = optimizer
         self.method = method
         self.policy = Policy(zeros, ties, seed)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mpisign.bitmap.coin import TIES, coin_key, zeros_stream
 from mpisign.errors import OptionError
 
-__all__ = ["Policy", "Turn", "check_choice"]
+__all__ = ["Policy", "Turn", "check_choice", "check_positive"]
 
 ZEROS = ("coin", "abstain", "positive")
 TIE_RULES = ("coin", "zero", "positive")
@@ -18,6 +18,12 @@ def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise OptionError(f"{option}={value!r} is not known: choose one of {listed}")
+
+
+def check_positive(option: str, value: object, alternative: str = "") -> None:
+    """Raise :class:`OptionError` unless ``value`` is a number above zero; ``alternative`` says what else is allowed."""
+    if not (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
+        raise OptionError(f"{option}={value!r} must be a positive number{alternative}")
 
 
 @dataclass(frozen=True)

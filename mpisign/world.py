@@ -21,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mpisign.errors import AlreadyInitializedError, NotInitializedError, OptionError
+from mpisign.errors import AlreadyInitializedError, NotInitializedError
 from mpisign.launch import check_not_alone
+from mpisign.policy import check_positive
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -167,8 +168,8 @@ def init(
             f"(mpisign.is_initialized() tells)"
         )
     for name, seconds in (("stall_warning", stall_warning), ("stall_timeout", stall_timeout)):
-        if seconds is not None and not seconds > 0:
-            raise OptionError(f"{name}={seconds!r} must be a positive number of seconds, or None for never")
+        if seconds is not None:
+            check_positive(name, seconds, " of seconds, or None for never")
 
     from mpi4py import MPI  # not at import: a spawned DataLoader worker that starts MPI hangs the job
 
