@@ -67,7 +67,7 @@ class Layout:
         GradientError: a parameter's dtype, device or layout cannot be voted on.
     """
 
-    def __init__(self, parameters: Sequence[tuple[str, torch.Tensor]], codec: Codec, cap_bytes: int) -> None:
+    def __init__(self, parameters: Sequence[tuple[str, torch.Tensor]], codec: Codec, cap_bytes: float) -> None:
         self.names = tuple(name for name, _ in parameters)
         self.parameters = tuple(parameter for _, parameter in parameters)
         self.strides = tuple(strides_of(parameter) for parameter in self.parameters)
@@ -75,7 +75,7 @@ class Layout:
             _check_supported(name, parameter)
         self.buckets = tuple(self._cut(codec, cap_bytes))
 
-    def _cut(self, codec: Codec, cap_bytes: int) -> Iterator[Bucket]:
+    def _cut(self, codec: Codec, cap_bytes: float) -> Iterator[Bucket]:
         index = first_word = length = 0
         dtype: np.dtype[np.generic] | None = None
         segments: list[Segment] = []

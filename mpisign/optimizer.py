@@ -72,7 +72,7 @@ class DistributedSignOptimizer(Optimizer):
     policy: Policy
     report: StepReport | None
     _pipeline: Pipeline | None
-    _shape: list[tuple[int, torch.dtype, tuple[int, ...]]]
+    _shape: list[tuple[object, ...]]
 
     _step_supports_amp_scaling = True  # GradScaler hands us its findings instead of skipping step() on its own
 
@@ -141,9 +141,7 @@ class DistributedSignOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer; do it on every rank before the same step."""
-        known = len(self.param_groups)
         self.wrapped.add_param_group(param_group)
-        self._names.update(default_names(self.param_groups[known:], known))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as torch does."""
@@ -233,7 +231,7 @@ class DistributedSignOptimizer(Optimizer):
         waits = [steps for steps in roll.joined_for if steps is not None]
         last = waits.index(min(waits))
         if max(waits) > min(waits):
-            named = [(self._names[p], p) for p in self._parameters()]
+            named = [(str(place), p) for place, p in enumerate(self._parameters())]
             sync.broadcast_parameters(named, root_rank=last)
             sync.broadcast_optimizer_state(self.wrapped, root_rank=last)
         return last
@@ -243,8 +241,8 @@ class DistributedSignOptimizer(Optimizer):
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and float(found_inf) > 0:
             return header.SCALER_INF
-        if scale is not None:
-            gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        if scale is not None and gradients:
             torch._foreach_mul_(gradients, 1.0 / float(scale))
         return header.VOTES
 
@@ -253,11 +251,17 @@ class DistributedSignOptimizer(Optimizer):
     def _prepare(self) -> Pipeline:
         """The pipeline for the parameters and the world as they are now; made anew only if they changed."""
         world = current("DistributedSignOptimizer.step()")
-        active = [p for p in self._parameters() if p.requires_grad]
-        shape = [(id(p), p.dtype, p.stride()) for p in active]
+        active = []
+        for parameter in self._parameters():
+            if parameter.requires_grad:
+                active.append(parameter)
+            else:
+                parameter.grad = None  # left from before it was frozen; nobody votes on it, so nobody may apply it
+        shape: list[tuple[object, ...]] = [(id(p), p.dtype, p.shape, p.stride()) for p in active]
         if self._pipeline is None or shape != self._shape or world is not self._pipeline.world:
-            named = [(self._names[p], p) for p in active]
-            layout = Layout(named, self.method.codec, int(self.bucket_cap_mb * (1 << 20)))
+            names = {**default_names(self.param_groups), **self._names}  # groups may have been added since
+            named = [(names[p], p) for p in active]
+            layout = Layout(named, self.method.codec, self.bucket_cap_mb * (1 << 20))
             self._pipeline = Pipeline(layout, self.method, self.policy, self.exchange, world)
             self._shape = shape
             self._memory.follow_parameters()

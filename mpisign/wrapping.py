@@ -50,9 +50,10 @@ def warn_if_adaptive(optimizer: Optimizer) -> None:
         )
 
 
-def default_names(groups: list[dict[str, Any]], first: int = 0) -> dict[torch.Tensor, str]:
+def default_names(groups: list[dict[str, Any]]) -> dict[torch.Tensor, str]:
+    """The names torch was given, or names made of group and place."""
     names: dict[torch.Tensor, str] = {}
-    for at, group in enumerate(groups, first):
+    for at, group in enumerate(groups):
         given = group.get("param_names") or [f"group{at}.param{i}" for i in range(len(group["params"]))]
         names.update(zip(group["params"], given, strict=True))
     return names
@@ -61,11 +62,13 @@ def default_names(groups: list[dict[str, Any]], first: int = 0) -> dict[torch.Te
 def names_of(
     optimizer: Optimizer, named_parameters: Iterable[tuple[str, torch.Tensor]] | None
 ) -> dict[torch.Tensor, str]:
+    """The names the user gave, checked against what the optimizer holds. Raises :class:`OptionError`."""
     if named_parameters is None:
         return default_names(optimizer.param_groups)
     names: dict[torch.Tensor, str] = {}
     for entry in named_parameters:
-        if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
+        pair = isinstance(entry, tuple) and len(entry) == 2
+        if not (pair and isinstance(entry[0], str) and isinstance(entry[1], torch.Tensor)):
             raise OptionError("named_parameters must give (name, parameter) pairs: pass model.named_parameters()")
         name, parameter = entry
         if parameter in names:

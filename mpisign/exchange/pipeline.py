@@ -21,7 +21,6 @@ from mpisign.exchange import header
 from mpisign.exchange.choose import Exchange, choose
 from mpisign.exchange.runs import decide_runs, runs_of
 from mpisign.layout import Bucket, Layout, Segment
-from mpisign.memory.store import state_dtype
 from mpisign.methods import Method
 from mpisign.policy import Policy, Turn
 from mpisign.telemetry import StepReport, Stopwatch
@@ -244,14 +243,18 @@ class Pipeline:
         first_word: int,
     ) -> bool:
         values, finite = self._remember(gradient, state)
-        return self.method.codec.encode(values, target, turn, first_word) and finite
+        encoded = self.method.codec.encode(values, target, turn, first_word)
+        if finite and not encoded:  # the memory itself has overflowed: without this it would never vote again
+            for value in state.values():
+                value[~torch.isfinite(value)] = 0
+        return finite and encoded
 
     def _remember(self, g: torch.Tensor, state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, bool]:
         """Let the memory take a gradient in. Where it is NaN or Inf, the memory stays as it was."""
         memory = self.method.memory
-        dtype = state_dtype(g.dtype)
         if not memory.fields:
             return memory(g, state, self._scratch("result", g.dtype)), True
+        dtype = state[memory.fields[0]].dtype
         finite = host.all_finite(raw_bits(g), format_of(g.dtype))
         wide = g if g.dtype == dtype else self._scratch("gradient", dtype)[: g.numel()].copy_(g)
         if finite:

@@ -42,10 +42,12 @@ class MemoryStore:
         return self._states[parameter]
 
     def follow_parameters(self) -> None:
-        """Lay the state out anew where a parameter has changed its dtype or strides since."""
+        """Lay the state out anew where a parameter's dtype or strides have changed; start afresh if its shape has."""
         for parameter, state in self._states.items():
             for field, value in state.items():
-                if value.dtype != state_dtype(parameter.dtype) or value.stride() != strides_of(parameter):
+                if value.shape != parameter.shape:
+                    state[field] = _lay(parameter, None)
+                elif value.dtype != state_dtype(parameter.dtype) or value.stride() != strides_of(parameter):
                     state[field] = _lay(parameter, value)
 
     def state_dict(
