@@ -166,8 +166,8 @@ class DistributedSignOptimizer(Optimizer):
                 "`with optimizer.skip_synchronize(): optimizer.step()`, or drop them with optimizer.zero_grad()"
             )
         pipeline = self._prepare()
-        excuse = self._consult_scaler()
-        self.report = pipeline.run(self._exchanges, self._memory.of, excuse)
+        excuse, unscale = self._consult_scaler()
+        self.report = pipeline.run(self._exchanges, self._memory.of, excuse, unscale)
         self._exchanges += 1
         self._synchronized = True
 
@@ -236,15 +236,14 @@ class DistributedSignOptimizer(Optimizer):
             sync.broadcast_optimizer_state(self.wrapped, root_rank=last)
         return last
 
-    def _consult_scaler(self) -> int:
-        """GradScaler leaves ``found_inf`` and ``grad_scale`` on us for the length of its ``step()``."""
+    def _consult_scaler(self) -> tuple[int, float]:
+        """Why this rank abstains, if GradScaler says so, and what to multiply its gradients with.
+
+        GradScaler leaves ``found_inf`` and ``grad_scale`` on us for the length of its ``step()``.
+        """
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and float(found_inf) > 0:
-            return header.SCALER_INF
-        gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        if scale is not None and gradients:
-            torch._foreach_mul_(gradients, 1.0 / float(scale))
-        return header.VOTES
+        excuse = header.SCALER_INF if found_inf is not None and float(found_inf) > 0 else header.VOTES
+        return excuse, 1.0 if scale is None else 1.0 / float(scale)
 
     # ----------------------------------------------------------------------------------- layout and memory
 

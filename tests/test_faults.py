@@ -47,7 +47,7 @@ def script(tmp_path: Path, body: str, stall_warning: float | None = None, stall_
 def run(ranks: int, path: Path) -> Result:
     """Run a job that must end by itself and leave nothing."""
     with started(ranks, path) as job:
-        result = job.wait(timeout=90.0)
+        result = job.wait(timeout=60.0)
         assert job.orphans() == []
     return result
 
@@ -144,6 +144,19 @@ def test_a_rank_that_exits_early_is_an_error_to_the_others(tmp_path: Path) -> No
     assert result.returncode != 0
     assert "rank 1 has seen enough" in result.text
     assert re.search(r"ConsistencyError: ranks \[1\] have left the job", result.text)
+
+
+def test_a_script_that_catches_that_error_can_end(tmp_path: Path) -> None:
+    """At its end it does not wait for the rank that is gone."""
+    body = """
+        try:
+            train(3 if rank == 1 else 4)
+        except mpisign.ConsistencyError as error:
+            print("caught:", error)
+    """
+    result = run(3, script(tmp_path, body))
+    assert result.returncode == 0, result.text
+    assert result.text.count("caught: ranks [1] have left the job") == 2
 
 
 # ------------------------------------------------------------------------------------------- the launch

@@ -242,6 +242,15 @@ def test_a_group_added_later(add_to: str) -> None:
     assert values(a) == {0.0 + 1.0}, "-0.03 * 0.9 + 0.02 would be above zero, had the memory been lost"
 
 
+def test_errors_tell_the_group_added_later() -> None:
+    model = two_layers()
+    optimizer = voting(model[0].parameters())
+    optimizer.add_param_group({"params": model[1].parameters()})
+    model[1].bias.grad = model[1].bias.detach().to_sparse()
+    with pytest.raises(mpisign.GradientError, match=r"'group1\.param1'"):
+        optimizer.step()
+
+
 def test_a_named_group_added_later() -> None:
     model = two_layers()
     optimizer = voting(model[0].named_parameters())

@@ -130,6 +130,15 @@ def test_resuming_from_a_file_is_exact(method: Method, dtype: torch.dtype, tmp_p
     assert_equal(resumed.everything(), straight.everything())
 
 
+@methods
+def test_going_back_to_an_earlier_state(method: Method) -> None:
+    job = Job(method).train(2)
+    earlier = job.everything()
+    later = job.train(2).everything()
+    assert_equal(job.resume(earlier).everything(), earlier)
+    assert_equal(job.train(2).everything(), later)
+
+
 def test_the_loaded_memory_is_a_copy() -> None:
     saved = Job().train(2).everything()
     kept = copy.deepcopy(saved["optimizer"]["mpisign"])

@@ -148,16 +148,21 @@ def test_large_parameters(method: Method, update: Update, dtype: torch.dtype) ->
     size = 1_200_001
     parameter = nn.Parameter(torch.zeros(size, dtype=dtype))
     optimizer = DistributedSignOptimizer(SGD([parameter], lr=1.0), method=method)
-    kept = torch.zeros(size, dtype=torch.float64).numpy()
+    zero = [*range(0, size, 20_011), size - 1]
+    kept = np.zeros(size)
     for step in range(2):
         gradient = random_gradient(step, (size,), dtype)
         gradient[gradient.abs() < 2**-6] = 1.0
+        gradient[zero] = 0.0
         parameter.grad = gradient.clone()
         optimizer.step()
         sent, kept = update(kept, gradient.double().numpy())
         decisive = np.abs(sent) > 1e-5
         assert decisive.mean() > 0.999
         assert (parameter.grad.double().numpy() == np.sign(sent))[decisive].all()
+        key = oracle.coin_key(0, step, oracle.zeros_stream(0))
+        coins = [1.0 if oracle.coin_word(key, i // 32) >> i % 32 & 1 else -1.0 for i in zero]
+        assert parameter.grad[zero].tolist() == coins
 
 
 # --------------------------------------------------------------------------------------- memory layouts
@@ -234,6 +239,8 @@ def test_nothing_moves_when_every_gradient_is_bad(method: Method, bad: float, dt
     parameters = [nn.Parameter(torch.ones(size, dtype=dtype)) for size in SIZES]
     sgd = SGD(parameters, lr=0.5, momentum=0.5, weight_decay=0.5)
     optimizer = DistributedSignOptimizer(sgd, method=method)
+    inner_steps = []
+    sgd.register_step_post_hook(lambda *_: inner_steps.append(optimizer.report))
 
     def step(value: float) -> None:
         for parameter in parameters:
@@ -248,6 +255,8 @@ def test_nothing_moves_when_every_gradient_is_bad(method: Method, bad: float, dt
     assert optimizer.report is not None
     assert optimizer.report.skipped
     assert optimizer.report.abstentions == {0: "non-finite gradient"}
+    assert all(p.grad is None for p in parameters)
+    assert len(inner_steps) == 1, "the wrapped optimizer must not even be asked"
     assert all(torch.equal(p, value) for p, value in zip(parameters, values, strict=True))
     assert all(torch.equal(sgd.state[p]["momentum_buffer"], b) for p, b in zip(parameters, buffers, strict=True))
     if memory is not None:

@@ -100,8 +100,10 @@ def test_the_communicator_is_a_duplicate() -> None:
 
     for comm in (MPI.COMM_SELF, MPI.COMM_WORLD):
         mpisign.init(comm)
-        assert MPI.Comm.Compare(current().comm, comm) == MPI.CONGRUENT
+        duplicate = current().comm
+        assert MPI.Comm.Compare(duplicate, comm) == MPI.CONGRUENT
         mpisign.shutdown()
+        assert duplicate == MPI.COMM_NULL, "MPI has only so many communicators"
         comm.barrier()
 
 
@@ -130,7 +132,10 @@ def test_the_exception_hook_is_ours_only_while_in_the_job() -> None:
 
 @pytest.mark.usefixtures("outside")
 def test_a_hook_set_later_is_left_alone() -> None:
-    before, later = sys.excepthook, sys.__excepthook__
+    before = sys.excepthook
+
+    def later(*_: object) -> None: ...
+
     mpisign.init()
     sys.excepthook = later
     mpisign.shutdown()

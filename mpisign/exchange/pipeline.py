@@ -21,6 +21,7 @@ from mpisign.exchange import header
 from mpisign.exchange.choose import Exchange, choose
 from mpisign.exchange.runs import decide_runs, runs_of
 from mpisign.layout import Bucket, Layout, Segment
+from mpisign.memory.store import state_dtype
 from mpisign.methods import Method
 from mpisign.policy import Policy, Turn
 from mpisign.telemetry import StepReport, Stopwatch
@@ -61,11 +62,12 @@ class Pipeline:
         self._states: dict[int, dict[str, torch.Tensor]] = {}  # flat views of the memory, by parameter
         self._decisions: list[npt.NDArray[Any]] = []
         self._latest = -1
+        self._unscale = 1.0
 
     # -------------------------------------------------------------------------------------------- a step
 
     @torch.no_grad()
-    def run(self, step: int, memory_of: MemoryOf, excuse: int = header.VOTES) -> StepReport:
+    def run(self, step: int, memory_of: MemoryOf, excuse: int = header.VOTES, unscale: float = 1.0) -> StepReport:
         """Turn every ``p.grad`` into the decision, in place. **Collective.**
 
         Parameters on which nobody votes end with ``p.grad = None``; those that have a gradient elsewhere only
@@ -75,11 +77,13 @@ class Pipeline:
             step: number of this exchange, equal on all ranks.
             memory_of: gives the memory's state of a parameter, changed in place.
             excuse: ``header.VOTES``, or why this rank abstains whatever its gradients are.
+            unscale: factor that takes a loss scale out of the gradients.
 
         Raises:
             ConsistencyError: ranks differ in step or layout. No gradient and no memory has been changed.
             GradientError: a gradient is sparse or of an unsupported type.
         """
+        self._unscale = unscale
         gradients = [self._gradient(i) for i in range(len(self.layout.parameters))]
         return self._run(step, gradients, memory_of, excuse, None)[1]
 
@@ -252,11 +256,15 @@ class Pipeline:
     def _remember(self, g: torch.Tensor, state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, bool]:
         """Let the memory take a gradient in. Where it is NaN or Inf, the memory stays as it was."""
         memory = self.method.memory
-        if not memory.fields:
-            return memory(g, state, self._scratch("result", g.dtype)), True
-        dtype = state[memory.fields[0]].dtype
-        finite = host.all_finite(raw_bits(g), format_of(g.dtype))
-        wide = g if g.dtype == dtype else self._scratch("gradient", dtype)[: g.numel()].copy_(g)
+        dtype = state[memory.fields[0]].dtype if memory.fields else g.dtype
+        finite = True
+        if memory.fields:  # else the codec's own check is enough, as there is nothing to protect
+            finite = host.all_finite(raw_bits(g), format_of(g.dtype))
+        if self._unscale != 1.0:
+            dtype = state_dtype(dtype)  # 32 bits at least, where small 16-bit gradients do not underflow
+        wide = g
+        if g.dtype != dtype or self._unscale != 1.0:
+            wide = self._scratch("gradient", dtype)[: g.numel()].copy_(g).mul_(self._unscale)
         if finite:
             return memory(wide, state, self._scratch("result", dtype)), True
         if memory.elementwise:

@@ -73,6 +73,20 @@ def test_shards_may_be_uneven_and_empty(comm: MPI.Comm, exchange: str) -> None:
         assert optimizer.report.ties == tied
 
 
+def test_a_parameter_larger_than_any_block(comm: MPI.Comm) -> None:
+    """Packed in pieces, counted in blocks, and big enough for "auto" to take two phases."""
+    (tensor,) = tensors = ballots.parameters(((1 << 20) + 33,), dtypes=[torch.float32])
+    gradient = torch.randn(tensor.shape, generator=ballots.generator(comm.rank))
+    total = np.zeros(tensor.numel(), np.int64)
+    comm.Allreduce(np.sign(gradient.numpy()).astype(np.int64), total)
+    for exchange in EXCHANGES:
+        tensor.grad = gradient.clone()
+        optimizer = wrap(tensors, method=mpisign.signum(), ties="zero", exchange=exchange)
+        optimizer.synchronize()
+        assert (tensor.grad.numpy() == np.sign(total)).all(), exchange
+        assert optimizer.report.ties == np.count_nonzero(total == 0)
+
+
 def test_the_mean_rounds_alike_on_every_way(comm: MPI.Comm) -> None:
     """Random floats, whose sum depends on the order: all sum in the order of the ranks, in the wire's precision."""
     tensors = ballots.parameters(*SHAPES)

@@ -88,6 +88,18 @@ def test_the_users_messages_and_the_librarys_do_not_meet(comm: MPI.Comm) -> None
 
 
 @pytest.mark.mpi(min_size=2)
+def test_a_barrier_does_not_meet_a_step(comm: MPI.Comm) -> None:
+    """Ranks that do different things are told so, and the job can go on."""
+    parameter, optimizer = one_parameter()
+    parameter.grad = torch.ones(3)
+    with pytest.raises(mpisign.ConsistencyError, match=r"ranks \[0\] .*barrier"):
+        mpisign.barrier() if comm.rank == 0 else optimizer.step()
+    mpisign.barrier()
+    optimizer.step()
+    assert parameter.tolist() == [-1.0] * 3
+
+
+@pytest.mark.mpi(min_size=2)
 def test_those_who_wait_say_for_whom_at_which_step_and_phase(comm: MPI.Comm, caplog: pytest.LogCaptureFixture) -> None:
     mpisign.shutdown()
     mpisign.init(stall_warning=0.3, stall_timeout=60.0)
