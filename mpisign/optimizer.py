@@ -190,8 +190,8 @@ class DistributedSignOptimizer(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            SynchronizationError: after ``synchronize()`` without ``skip_synchronize()``, or inside
-                ``skip_synchronize()`` without ``synchronize()``.
+            SynchronizationError: after ``synchronize()`` without ``skip_synchronize()``; inside
+                ``skip_synchronize()`` without ``synchronize()``, or by a GradScaler that had not unscaled before.
             ConsistencyError: see :meth:`synchronize`.
         """
         loss = None
@@ -204,6 +204,11 @@ class DistributedSignOptimizer(Optimizer):
             raise SynchronizationError(
                 "step() under skip_synchronize() without synchronize() would apply this rank's own gradient and the "
                 "replicas would drift apart: call optimizer.synchronize() first"
+            )
+        elif getattr(self, "grad_scale", None) is not None:
+            raise SynchronizationError(
+                "the gradients were synchronized with GradScaler's scale still in them: call "
+                "scaler.unscale_(optimizer) before optimizer.synchronize()"
             )
         self._synchronized = False
         if self.report is not None and not self.report.skipped:

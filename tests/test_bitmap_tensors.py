@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpisign.bitmap.tensors import DTYPES, flat, format_of, is_dense, raw_bits, strides_of
+from mpisign.bitmap.tensors import DTYPES, flat, format_of, is_dense, is_laid_as, raw_bits, strides_of
 
 DENSE = {
     "0-d": torch.zeros(()),
@@ -36,15 +36,25 @@ def named(tensors: dict[str, torch.Tensor]) -> pytest.MarkDecorator:
 
 
 @named(DENSE)
-def test_dense(tensor: torch.Tensor) -> None:
+def test_dense_goes_in_the_order_of_its_memory(tensor: torch.Tensor) -> None:
     assert is_dense(tensor)
-    assert strides_of(tensor) == tensor.stride()
+    assert is_laid_as(tensor, strides_of(tensor))
+    assert torch.empty_strided(tensor.shape, strides_of(tensor)).shape == tensor.shape
 
 
 @named(NOT_DENSE)
 def test_not_dense_goes_in_row_major_order(tensor: torch.Tensor) -> None:
     assert not is_dense(tensor)
     assert strides_of(tensor) == torch.empty(tensor.shape).stride()
+    assert not is_laid_as(tensor, strides_of(tensor))
+
+
+def test_the_stride_of_a_single_element_says_nothing() -> None:
+    """Torch picks it at will; the wire and the fingerprint must not depend on it."""
+    one, other = (torch.zeros(99).as_strided((1, 4, 1, 3), (a, 3, b, 1)) for a, b in ((12, 3), (17, 23)))
+    assert strides_of(one) == strides_of(other)
+    assert is_laid_as(one, strides_of(other))
+    assert not is_laid_as(one, strides_of(torch.zeros(3, 4).t()[None, :, None, :]))
 
 
 @named(DENSE)
