@@ -100,17 +100,17 @@ class Layout:
         return sum(parameter.numel() for parameter in self.parameters)
 
     def lines(self) -> list[str]:
-        """One line a parameter: all that must be equal on every rank for its bits to mean the same."""
-        return [
+        """One line a parameter and a bucket: all that must be equal on every rank for its bits to mean the same."""
+        parameters = [
             f"{name!r} {tuple(p.shape)} {str(p.dtype).removeprefix('torch.')} strides {strides}"
             for name, p, strides in zip(self.names, self.parameters, self.strides, strict=True)
         ]
+        return parameters + [f"bucket {b.index} of {b.length} {b.dtype} items" for b in self.buckets]
 
     def fingerprint(self, settings: Sequence[str]) -> int:
-        """63 bits that stand for the wire format, the parameters, the cuts and ``settings`` (any text)."""
+        """63 bits that stand for the wire format, the parameters, the buckets and ``settings`` (any text)."""
         digest = hashlib.blake2b(digest_size=8)
-        cuts = [f"bucket {b.length} {b.dtype}" for b in self.buckets]
-        for line in (f"format {FORMAT_VERSION}", *settings, *self.lines(), *cuts):
+        for line in (f"format {FORMAT_VERSION}", *settings, *self.lines()):
             digest.update(line.encode() + b"\0")
         return int.from_bytes(digest.digest(), "little") >> 1
 

@@ -170,6 +170,9 @@ class DistributedSignOptimizer(Optimizer):
         self.report = pipeline.run(self._exchanges, self._memory.of, excuse, unscale)
         self._exchanges += 1
         self._synchronized = True
+        for parameter in self._parameters():
+            if not parameter.requires_grad:  # a leftover from before it was frozen: nobody votes on it
+                parameter.grad = None
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -255,12 +258,7 @@ class DistributedSignOptimizer(Optimizer):
     def _prepare(self) -> Pipeline:
         """The pipeline for the parameters and the world as they are now; made anew only if they changed."""
         world = current("DistributedSignOptimizer.step()")
-        active = []
-        for parameter in self._parameters():
-            if parameter.requires_grad:
-                active.append(parameter)
-            else:
-                parameter.grad = None  # left from before it was frozen; nobody votes on it, so nobody may apply it
+        active = [p for p in self._parameters() if p.requires_grad]
         shape: list[tuple[object, ...]] = [(id(p), p.dtype, p.shape, p.stride()) for p in active]
         if self._pipeline is None or shape != self._shape or world is not self._pipeline.world:
             names = {**default_names(self.param_groups), **self._names}  # groups may have been added since

@@ -29,7 +29,7 @@ find_python() {
 # The install is editable: Python then reads mpisign/ itself, so that a changed source needs no new install, and
 # only a changed setup.py, pyproject.toml or constraints.txt (or a moved repository) does. The stamp knows.
 make_environment() {
-    local extras=$1 python stamp="$venv/.mpisign-$1" state
+    local extras=$1 stamp="$venv/.mpisign-$1" state
     state="$root $(cat "$root/setup.py" "$root/pyproject.toml" "$root/scripts/constraints.txt" | cksum)"
     if [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$state" ]]; then
         say "The environment in $venv is up to date"
@@ -38,7 +38,7 @@ make_environment() {
             make_venv
         fi
         say "Installing mpisign[$extras] and the pinned packages (the first time, torch may take minutes to download)"
-        "$venv/bin/python" -m pip install -c "$root/scripts/constraints.txt" -e "$root[$extras]" ||
+        "$venv/bin/python" -m pip install -c "$root/scripts/constraints.txt" -e "${root}[$extras]" ||
             fail "pip could not install the packages; its message is above. Behind a mirror or without a network," \
                 "set PIP_INDEX_URL or PIP_FIND_LINKS; for another Python, remove $venv and set PYTHON"
         printf '%s\n' "$state" >"$stamp"
@@ -64,11 +64,13 @@ make_venv() {
 run_ranks() {
     local ranks=$1 options=(--oversubscribe --bind-to none)
     shift
-    if ((ranks > $(env -u OMP_NUM_THREADS nproc))); then # which that variable would answer for
+    if ((ranks > $(env -u OMP_NUM_THREADS nproc))); then # nproc would answer with that variable
         options+=(--mca mpi_yield_when_idle 1)
     fi
     if ((EUID == 0)); then
         export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     fi
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} mpirun -n "$ranks" "${options[@]}" "$@" </dev/null
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    say "mpirun -n $ranks ${options[*]} $*"
+    mpirun -n "$ranks" "${options[@]}" "$@" </dev/null
 }

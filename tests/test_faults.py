@@ -268,6 +268,24 @@ def test_a_failing_rank_aborts_the_whole_test_run(tmp_path: Path, place: str) ->
     assert place != "call" or "seen by the failing rank" in result.text
 
 
+def test_a_test_that_hangs_inside_mpi_shows_where_and_ends_the_run(tmp_path: Path) -> None:
+    """Where no signal handler of Python's would run."""
+    shutil.copy(HERE / "mpi" / "conftest.py", tmp_path)
+    (tmp_path / "test_it.py").write_text(
+        textwrap.dedent("""
+            import conftest, mpisign, pytest
+            conftest.TEST_SECONDS = 3.0
+            pytestmark = pytest.mark.mpi
+
+            def test_one_rank_stays_away(comm):
+                comm.recv(source=0) if comm.rank == 1 else comm.barrier()
+        """)
+    )
+    result = mpirun(2, "-m", "pytest", "--with-mpi", "-p", "no:cacheprovider", tmp_path, cwd=tmp_path, timeout=60.0)
+    assert result.returncode != 0
+    assert re.search(r'Timeout \(0:00:03\)!.*test_it\.py", line 7 in test_one_rank_stays_away', result.text, re.DOTALL)
+
+
 def test_a_job_that_hangs_is_killed_whole() -> None:
     with started(2, "-c", "import time; print('up', flush=True); time.sleep(1000)") as job:
         job.wait_for("up\nup")

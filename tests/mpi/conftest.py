@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 STALL_SECONDS = 60.0
-TEST_SECONDS = 90.0  # a rank that hangs outside the library's exchanges: show where, and end the run
+TEST_SECONDS = 120.0  # a rank that hangs outside the library's exchanges: show where, and end the run
 
 
 def pytest_configure(config: pytest.Config) -> None:

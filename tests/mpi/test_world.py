@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
@@ -99,18 +100,39 @@ def test_a_barrier_does_not_meet_a_step(comm: MPI.Comm) -> None:
     assert parameter.tolist() == [-1.0] * 3
 
 
+@dataclass(frozen=True)
+class Sluggish:
+    """A memory that remembers nothing, slowly: ``seconds[r]`` on rank r."""
+
+    seconds: tuple[float, ...]
+    name = "sluggish"
+    fields = ()
+    elementwise = False
+
+    def __call__(self, gradient: torch.Tensor, state: dict[str, torch.Tensor], scratch: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds[mpisign.rank()])
+        return gradient
+
+
 @pytest.mark.mpi(min_size=2)
-def test_those_who_wait_say_for_whom_at_which_step_and_phase(comm: MPI.Comm, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("phase", ["roll call", "tally sheets"])
+def test_those_who_wait_say_for_whom_at_which_step_and_phase(
+    comm: MPI.Comm, caplog: pytest.LogCaptureFixture, phase: str
+) -> None:
+    """A rank comes late to a step, or takes its time inside one."""
     mpisign.shutdown()
     mpisign.init(stall_warning=0.3, stall_timeout=60.0)
-    parameter, optimizer = one_parameter()
     late = comm.size - 1
-    for step in range(2):
-        if step == 1 and comm.rank == late:
-            time.sleep(1.0)
-        parameter.grad = torch.ones(3)
-        optimizer.step()
-    said = [record.getMessage() for record in caplog.records if "step 1, roll call" in record.getMessage()]
+    delays = (*[0.0] * late, 1.0)
+    slow = mpisign.Method(Sluggish(delays), mpisign.signsgd().codec, mpisign.signsgd().rule)
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    sgd = torch.optim.SGD([parameter], lr=1.0)
+    optimizer = mpisign.DistributedSignOptimizer(sgd, method=mpisign.signsgd() if phase == "roll call" else slow)
+    if phase == "roll call":
+        time.sleep(delays[comm.rank])
+    parameter.grad = torch.ones(3)
+    optimizer.step()
     if comm.rank != late:
-        assert said[0].startswith(f"rank {comm.rank} of {comm.size} has waited ")
-        assert said[0].endswith(f"in step 1, roll call; not heard from yet: ranks [{late}]")
+        said = next(r.getMessage() for r in caplog.records if f"step 0, {phase}" in r.getMessage())
+        assert said.startswith(f"rank {comm.rank} of {comm.size} has waited ")
+        assert said.endswith(f"; not heard from yet: ranks [{late}]" if phase == "roll call" else phase)
