@@ -38,12 +38,15 @@ def broadcast_object(obj: Any, root_rank: int = 0) -> Any:
     """Return ``root_rank``'s object on every rank. It is pickled; do not use it for large tensors."""
     world = current("broadcast_object()")
     _check_root(root_rank, world)
+    world.meet("broadcast_object()")
     return world.comm.bcast(obj, root=root_rank)
 
 
 def allgather_object(obj: Any) -> list[Any]:
     """Return every rank's object, in the order of the ranks, on every rank. They are pickled."""
-    objects: list[Any] = current("allgather_object()").comm.allgather(obj)
+    world = current("allgather_object()")
+    world.meet("allgather_object()")
+    objects: list[Any] = world.comm.allgather(obj)
     return objects
 
 
@@ -61,6 +64,7 @@ def broadcast_parameters(
     """
     world = current("broadcast_parameters()")
     _check_root(root_rank, world)
+    world.meet("broadcast_parameters()")
     named = list(parameters.items()) if isinstance(parameters, Mapping) else list(parameters)
     for entry in named:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], torch.Tensor)):
@@ -82,6 +86,7 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     """
     world = current("broadcast_optimizer_state()")
     _check_root(root_rank, world)
+    world.meet("broadcast_optimizer_state()")
     own = optimizer.state_dict()
     tensors: list[torch.Tensor] = []
     shared = {key: own[key] for key in ("state", "param_groups")}
@@ -112,6 +117,7 @@ def check_consistency(model: torch.nn.Module, optimizer: HasState | None = None,
         ConsistencyError: on every rank, naming the ranks and the first tensor that differ.
     """
     world = current("check_consistency()")
+    world.meet("check_consistency()")
     lines = [f"parameter {name!r} {_digest(p)}" for name, p in model.named_parameters()]
     if buffers:
         lines += [f"buffer {name!r} {_digest(b)}" for name, b in model.named_buffers()]

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mpisign.errors import AlreadyInitializedError, NotInitializedError
+from mpisign.errors import AlreadyInitializedError, ConsistencyError, NotInitializedError
 from mpisign.launch import check_not_alone
 from mpisign.policy import check_positive
 
@@ -50,7 +50,18 @@ SPIN_SECONDS = 0.0002  # a wait this short is worth the core; ranks may outnumbe
 NAP_SHARE = 0.05  # after that sleep a twentieth of the time waited so far, which delays nothing by more than 5 %
 NAP_SECONDS = 0.001  # and at most this long
 CALL_FIELDS = 4  # how many numbers a call has, whatever it is for
-GOODBYE = -2  # the first of them, from a rank that leaves
+EXIT = "exit"
+ACTS = (
+    EXIT,
+    "barrier()",
+    "broadcast_object()",
+    "allgather_object()",
+    "broadcast_parameters()",
+    "broadcast_optimizer_state()",
+    "check_consistency()",
+    "agreement()",
+)
+"""What ranks do together besides steps. A call begins with -2 - its place here; a step's with a number above 0."""
 _UNHEARD = -1
 
 _yield: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
@@ -104,7 +115,8 @@ class World:
     def call(self, mine: npt.NDArray[np.int64], what: str) -> npt.NDArray[np.int64]:
         """All-gather a few numbers, the same few from everyone: (fields,) int64 to (M, fields). **Collective.**
 
-        Every step begins with such a call, and leaving the job is one too: the two can meet, and be told apart.
+        Everything that ranks do together begins with such a call, so that ranks that do different things meet in
+        it, and are told, where other messages of theirs would be mistaken for each other.
         """
         heard = np.full((self.size, mine.size), _UNHEARD, np.int64)
 
@@ -116,18 +128,49 @@ class World:
         self.wait(self.comm.Iallgather(mine, heard), what, missing)
         return heard
 
+    def meet(self, act: str) -> None:
+        """Make sure that all ranks are about to do the same thing, one of ``ACTS``. **Collective.**
+
+        Raises:
+            ConsistencyError: on every rank, saying who does what.
+        """
+        self.demand_same_act(self.call(_act_call(act), act))
+
+    def demand_same_act(self, heard: npt.NDArray[np.int64]) -> None:
+        """Raise :class:`ConsistencyError` if a call, (M, fields), shows ranks that do different things."""
+        acts = [_act_name(code) for code in heard[:, 0].tolist()]
+        if len(set(acts)) > 1:
+            who = "; ".join(
+                f"ranks {[rank for rank, its in enumerate(acts) if its == act]} "
+                + ("have left the job" if act == EXIT else f"are in {act}")
+                for act in sorted(set(acts))
+            )
+            raise ConsistencyError(
+                f"ranks do different things: {who} (this is rank {self.rank}). Every rank must make the same calls in "
+                f"the same order; where ranks have different numbers of batches, call optimizer.join() on every rank "
+                f"when its batches end"
+            )
+
     def say_goodbye(self) -> None:
         """Meet the others before leaving, as MPI_Finalize would wait for them in silence. **Collective.**"""
-        heard = self.call(np.full(CALL_FIELDS, GOODBYE, np.int64), "exit (this rank's script has ended)")
-        staying = np.flatnonzero(heard[:, 0] != GOODBYE).tolist()
-        if staying:
-            logger.error("rank %d of %d leaves the job while ranks %s are in a step", self.rank, self.size, staying)
+        try:
+            self.meet(EXIT)
+        except ConsistencyError as error:  # they get it too, and this rank is past doing anything about it
+            logger.error("%s", error)
 
     def abort(self, reason: str, code: int = 1) -> None:
         """End every process of the job at once, saying why."""
         logger.critical("%s: aborting the job", reason)
         _flush()
         self.comm.Abort(code)
+
+
+def _act_call(act: str) -> npt.NDArray[np.int64]:
+    return np.array([-2 - ACTS.index(act)] + [0] * (CALL_FIELDS - 1), np.int64)
+
+
+def _act_name(code: int) -> str:
+    return ACTS[-2 - code] if code < 0 else "step()"
 
 
 _world: World | None = None
@@ -279,5 +322,4 @@ def device() -> torch.device:
 
 def barrier() -> None:
     """Wait until every rank has come here. **Collective.**"""
-    world = current("barrier()")
-    world.wait(world.comm.Ibarrier(), "barrier()")
+    current("barrier()").meet("barrier()")

@@ -511,28 +511,61 @@ def test_a_parameter_shared_between_modules_votes_once() -> None:
     torch.testing.assert_close(model[0].weight.detach(), before - direction)
 
 
-def test_a_parameter_may_change_its_type_between_steps() -> None:
+METHODS = [mpisign.signsgd(), mpisign.signum(), mpisign.lion(), mpisign.mean()]
+methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+
+
+def momentum_of(optimizer: DistributedSignOptimizer) -> torch.Tensor:
+    return optimizer.state_dict()["mpisign"]["memory"][0]["momentum"]
+
+
+@methods
+def test_a_parameter_may_change_its_type_between_steps(method: mpisign.Method) -> None:
     (p,) = vectors(50)
-    optimizer = DistributedSignOptimizer(SGD([p], lr=1.0), method=mpisign.signum(0.9))
+    optimizer = DistributedSignOptimizer(SGD([p], lr=1.0), method=method)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float32):
         p.grad = None
         p.data = p.data.to(dtype)
-        give_gradients([p])
+        give_gradients([p], 1.0)
         optimizer.step()
         assert p.dtype == dtype
+        if method.memory.fields:
+            assert momentum_of(optimizer).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert values(p) == {-4.0}
 
 
-def test_a_parameter_may_change_its_size_between_steps() -> None:
-    (p,) = vectors(3)
-    optimizer = voting([p])
-    give_gradients([p])
+@methods
+def test_a_parameter_may_change_its_layout_between_steps(method: mpisign.Method) -> None:
+    """The memory follows it: nothing may be mixed up."""
+    shape = (4, 3, 2, 5)
+    still, turned = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    optimizers = [DistributedSignOptimizer(SGD([p], lr=1.0), method=method) for p in (still, turned)]
+    for step in range(4):
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        if step == 2:
+            turned.data = turned.data.contiguous(memory_format=torch.channels_last)
+        for parameter, optimizer in zip((still, turned), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        assert torch.equal(still, turned)
+        if method.memory.fields:
+            one, other = map(momentum_of, optimizers)
+            assert torch.equal(one, other)
+            assert other.stride() == turned.stride()
+
+
+@methods
+@pytest.mark.parametrize(("before", "after"), [(3, 100), (100, 3)])
+def test_a_parameter_may_change_its_size_between_steps(method: mpisign.Method, before: int, after: int) -> None:
+    (p,) = vectors(before)
+    optimizer = DistributedSignOptimizer(SGD([p], lr=1.0), method=method)
+    give_gradients([p], 1.0)
     optimizer.step()
     p.grad = None
-    p.data = torch.zeros(100)
-    give_gradients([p])
+    p.data = torch.zeros(after)
+    give_gradients([p], -1.0)
     optimizer.step()
-    assert values(p) == {-1.0}
+    assert values(p) == {1.0}, "its memory starts afresh"
 
 
 @pytest.mark.parametrize("method", [mpisign.signum(), mpisign.mean()], ids=str)

@@ -7,6 +7,7 @@ import json
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,9 @@ def test_the_measure_sees_what_is_allocated(peak: Peak, allocate: Callable[[], o
     assert abs(peak(allocate) - expected) < 50_000
 
 
-def steady_peak(peak: Peak, elements: int, dtype: torch.dtype, method: Method, **options: str) -> int:
+def steady_peak(
+    peak: Peak, elements: int, dtype: torch.dtype, method: Method, scaled: bool = False, **options: str
+) -> int:
     shapes = [(elements // 2,), (1000, elements // 2000), (7,), ()]
     parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
     optimizer = DistributedSignOptimizer(torch.optim.SGD(parameters, lr=1e-3), method=method, **options)
@@ -73,11 +76,18 @@ def steady_peak(peak: Peak, elements: int, dtype: torch.dtype, method: Method, *
             parameter.grad = torch.empty_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad.view(-1).copy_(gradient.to(dtype).repeat(1 + parameter.numel() // 1000)[: parameter.numel()])
 
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    scaler.scale(torch.zeros(()))
+
+    def step() -> None:
+        scaler.step(optimizer)
+        scaler.update()
+
     for _ in range(2):
         new_gradients()
-        optimizer.step()
+        step()
     new_gradients()
-    return peak(optimizer.step)
+    return peak(step)
 
 
 @pytest.mark.usefixtures("world")
@@ -89,6 +99,8 @@ def steady_peak(peak: Peak, elements: int, dtype: torch.dtype, method: Method, *
         (mpisign.signum(), torch.float32, {"exchange": "two_phase"}),
         (mpisign.signum(), torch.bfloat16, {}),
         (mpisign.lion(), torch.float16, {}),
+        (mpisign.lion(), torch.float16, {"scaled": True}),
+        (mpisign.signsgd(), torch.float32, {"scaled": True}),
         (mpisign.lion(), torch.float32, {}),
         (mpisign.signsgd(), torch.float64, {"zeros": "positive"}),
         (mpisign.mean(), torch.float32, {}),
@@ -97,7 +109,7 @@ def steady_peak(peak: Peak, elements: int, dtype: torch.dtype, method: Method, *
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_a_steady_step_allocates_little_whatever_the_model(
-    peak: Peak, method: Method, dtype: torch.dtype, options: dict[str, str]
+    peak: Peak, method: Method, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     small, large = (steady_peak(peak, elements, dtype, method, **options) for elements in (ELEMENTS // 4, ELEMENTS))
     assert large < BOUND

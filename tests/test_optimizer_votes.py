@@ -362,6 +362,25 @@ def test_grad_scaler(method: Method, unscale: bool) -> None:
         assert momentum_of(optimizer) == [(weights / 2).tolist()], "the memory must not hold scaled gradients"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", [mpisign.signsgd(), mpisign.signum(0.5), mpisign.lion()], ids=str)
+def test_grad_scaler_lets_no_small_gradient_underflow(method: Method, dtype: torch.dtype) -> None:
+    """What a loss scale is for: in fp16 these gradients exist only while they are scaled."""
+    size = 600_000  # more than one piece
+    parameter = nn.Parameter(torch.zeros(size, dtype=dtype))
+    optimizer = DistributedSignOptimizer(SGD([parameter], lr=1.0), method=method, zeros="abstain")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler.scale(torch.zeros(()))
+    signs = torch.tensor([1.0, -1.0, 1.0]).repeat(size // 3)
+    parameter.grad = (signs * 2.0**-12).to(dtype)  # of gradients of 2 ** -28, whose halves are 2 ** -29
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(parameter.detach().float(), -signs)
+    if method.name == "signum":
+        momentum = optimizer.state_dict()["mpisign"]["memory"][0]["momentum"]
+        assert torch.equal(momentum.float(), signs * 2.0**-29)
+
+
 def test_grad_scaler_with_an_inf_skips_and_backs_off() -> None:
     parameter = nn.Parameter(torch.zeros(3))
     optimizer = DistributedSignOptimizer(SGD([parameter], lr=1.0))

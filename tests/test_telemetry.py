@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import subprocess
+import sys
 import time
 
 import pytest
@@ -105,6 +107,23 @@ def test_agreement_is_of_the_latest_step_only() -> None:
     with pytest.raises(MpisignError, match=r"step 0 are gone .*latest is 1"):
         old.agreement()
     assert report_of(optimizer).agreement() == [1.0]
+
+
+def test_agreement_after_shutdown() -> None:
+    """In a process of its own: to ask a communicator that is gone kills it."""
+    program = (
+        "import mpisign, torch\n"
+        "mpisign.init()\n"
+        "p = torch.nn.Parameter(torch.zeros(3))\n"
+        "optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD([p], lr=1.0))\n"
+        "p.grad = torch.ones(3)\n"
+        "optimizer.step()\n"
+        "mpisign.shutdown()\n"
+        "optimizer.report.agreement()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == 1
+    assert "NotInitializedError" in ended.stderr
 
 
 @pytest.mark.usefixtures("world")

@@ -16,7 +16,7 @@ import numpy as np
 
 from mpisign.errors import ConsistencyError
 from mpisign.layout import FORMAT_VERSION, Layout
-from mpisign.world import GOODBYE, World
+from mpisign.world import World
 
 __all__ = ["REASONS", "Roll", "Sheets", "call_roll", "exchange_sheets"]
 
@@ -68,12 +68,7 @@ def call_roll(
 
 def _explain(world: World, layout: Layout, settings: Sequence[str], heard: np.ndarray) -> None:
     """All ranks have seen the mismatch, so they can talk about it: raise the error that says what differs."""
-    gone = np.flatnonzero(heard[:, 0] == GOODBYE).tolist()
-    if gone:
-        raise ConsistencyError(
-            f"ranks {gone} have left the job, and rank {world.rank} is at step {heard[world.rank, 1]}: give every rank "
-            "the same number of batches, or call optimizer.join() on every rank when its batches end"
-        )
+    world.demand_same_act(heard)
     for column, what in ((0, "the wire format"), (1, "step")):
         values = heard[:, column].tolist()
         if len(set(values)) > 1:

@@ -304,6 +304,7 @@ class Pipeline:
                 f"the bitmaps of step {step} are gone (the latest is {self._latest}): ask for agreement() "
                 f"before the next step"
             )
+        self.world.meet("agreement()")
         agree = spoken = 0
         for bucket, exchange, decision in zip(self.layout.buckets, self.exchanges, self._decisions, strict=True):
             for segment in bucket.segments:

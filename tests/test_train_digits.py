@@ -1,0 +1,149 @@
+"""The digits job runs as a user runs it: the real script on real ranks, on its real data."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mpirun import environment, mpirun
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train_digits.py"
+SMALL = ("--hidden", "128", "--epochs", "3")
+
+
+def run_alone(*options: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the script without mpirun."""
+    command = [sys.executable, str(SCRIPT), *map(str, options)]
+    return subprocess.run(command, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+def cells(text: str, label: str) -> list[str]:
+    """The cells of the table's row that starts with ``label``."""
+    (row,) = re.findall(rf"│ {re.escape(label)} +│(.*)│", text)
+    return [cell.strip() for cell in row.split("│")]
+
+
+def assert_png(path: Path) -> None:
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(data) > 10_000, "a figure with two curves and text is larger than that"
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    figure, numbers = tmp_path / "new" / "loss.png", tmp_path / "new" / "numbers.json"
+    done = mpirun(2, SCRIPT, *SMALL, "--seeds", "3", "4", "--out", figure, "--json", numbers)
+    assert done.returncode == 0, done.text
+
+    data = json.loads(numbers.read_text())
+    parameters = 64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10
+    assert data["ranks"] == 2
+    assert data["options"]["seeds"] == [3, 4]
+    assert [(run["seed"], run["method"]) for run in data["runs"]] == [
+        (3, "signum"), (3, "mean"), (4, "signum"), (4, "mean")
+    ]  # fmt: skip
+    for run in data["runs"]:
+        width = 32 if run["method"] == "mean" else 1
+        assert run["parameters"] == parameters
+        assert run["bytes_sent"] == pytest.approx(parameters * width / 8, rel=0.02)  # 2 (M - 1) / M = 1; and headers
+        assert run["accuracy"] > 0.85
+        assert run["seconds_per_step"] > 0
+        assert len(run["losses"]) == 3 * 23, "719 images a rank, 32 a step"
+        assert run["losses"][0] > 2
+        assert min(run["losses"]) < 0.5
+    assert data["bytes_ratio"] == pytest.approx(32, rel=0.02)
+
+    vote = cells(done.text, "one-bit vote (signum)")
+    mean = cells(done.text, "full-precision mean")
+    for row, first in ((vote, 0), (mean, 1)):
+        accuracy, sent, seconds = row
+        average = sum(100 * run["accuracy"] for run in data["runs"][first::2]) / 2
+        assert re.fullmatch(rf"{average:.2f} ± \d+\.\d\d %", accuracy)
+        assert sent == f"{data['runs'][first]['bytes_sent']:,}"
+        assert re.fullmatch(r"\d\.\d{4} ± \d\.\d{4}", seconds)
+    assert cells(done.text, "mean / vote")[1] == f"{data['bytes_ratio']:.1f} x"
+    assert "seed 3, signum: 100%" in done.text
+    assert "\x1b[1m" not in done.text, "no styles in what may be a file"
+    assert_png(figure)
+
+
+def test_trainings_of_a_seed_start_alike_and_seeds_differ(tmp_path: Path) -> None:
+    done = mpirun(
+        2, SCRIPT, "--hidden", "16", "--epochs", "1", "--seeds", "0", "1", "--quiet",
+        "--out", tmp_path / "a.png", "--json", tmp_path / "a.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.text
+    vote, mean, other, _ = [run["losses"] for run in json.loads((tmp_path / "a.json").read_text())["runs"]]
+    assert vote[0] == mean[0], "the same weights and the same first batches"
+    assert vote[1] != mean[1]
+    assert other[0] != vote[0]
+
+
+def test_every_option_reaches_the_training(tmp_path: Path) -> None:
+    done = mpirun(
+        3, SCRIPT, *SMALL, "--method", "lion", "--zeros", "abstain", "--ties", "zero", "--exchange", "two_phase",
+        "--batch-size", "100", "--lr", "0.002", "--lr-mean", "0.2", "--quiet",
+        "--out", tmp_path / "a.png", "--json", tmp_path / "a.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.text
+    vote, mean = json.loads((tmp_path / "a.json").read_text())["runs"]
+    assert vote["method"] == "lion"
+    assert vote["exchange"] == mean["exchange"] == "two_phase"
+    assert len(vote["losses"]) == 3 * 5, "479 images a rank, 100 a step"
+    assert mean["bytes_sent"] / vote["bytes_sent"] == pytest.approx(16, rel=0.02), "abstaining costs a second bit"
+    assert cells(done.text, "one-bit vote (lion)")
+    assert "step/s" not in done.text, "--quiet shows no bar"
+
+
+def test_without_mpirun_one_rank_votes_alone(tmp_path: Path) -> None:
+    done = run_alone(*SMALL, "--json", "out/numbers.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    data = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    assert data["ranks"] == 1
+    assert data["bytes_ratio"] is None
+    assert [run["bytes_sent"] for run in data["runs"]] == [0, 0]
+    assert all(run["accuracy"] > 0.85 for run in data["runs"])
+    assert cells(done.stdout, "mean / vote")[1] == "-"
+    assert "loss curves: out/digits.png" in done.stdout
+    assert_png(tmp_path / "out" / "digits.png")
+
+
+def test_help_is_said_once() -> None:
+    done = mpirun(2, SCRIPT, "--help")
+    assert done.returncode == 0
+    assert done.text.count("usage: ") == 1
+    assert "mpirun -n 4 python scripts/train_digits.py --seeds 0 1 2" in done.text
+    assert "(default: signum)" in done.text
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (("--epochs", "0"), "'0' is not a whole number from 1 up, such as 20"),
+        (("--batch-size", "-4"), "'-4' is not a whole number from 1 up"),
+        (("--hidden", "many"), "'many' is not a whole number"),
+        (("--lr", "nan"), "'nan' is not a positive number, such as 0.001"),
+        (("--lr-mean", "inf"), "'inf' is not a positive number"),
+        (("--seeds", "0", "x"), "as --seeds 0 1 2"),
+        (("--seeds", str(2**32)), "as --seeds 0 1 2"),
+        (("--method", "adam"), "signsgd"),
+        (("--out", "digits"), "must end in .png, such as --out out/digits.png"),
+        (("--out", f"{SCRIPT}/a.png"), "name a file in a folder that can be made"),
+        (("--json", f"{SCRIPT}/a.json"), "name a file in a folder that can be made"),
+    ],
+)
+def test_bad_input(options: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    done = run_alone(*options, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_bad_input_on_several_ranks_is_said_once_and_ends_the_job() -> None:
+    done = mpirun(3, SCRIPT, "--epochs", "none", timeout=60)
+    assert done.returncode == 2
+    assert done.text.count("'none' is not a whole number") == 1
+    assert "Traceback" not in done.text
