@@ -98,13 +98,13 @@ def test_what_cannot_be_wrapped(make: Callable[[nn.Parameter], Any], reason: str
 def test_an_adaptive_optimizer_warns_once(adaptive: type[Optimizer]) -> None:
     parameters = vectors(3)
     with pytest.warns(UserWarning, match=f"{adaptive.__name__} divides .* magnitude") as warned:
-        optimizer = DistributedSignOptimizer(adaptive(parameters, lr=0.1))  # type: ignore[call-arg]
+        optimizer = DistributedSignOptimizer(adaptive(parameters, lr=0.1))
     assert len(warned) == 1
     assert warned[0].filename == __file__, "it should point at the line that wraps"
     for _ in range(2):
         give_gradients(parameters)
         optimizer.step()
-    DistributedSignOptimizer(adaptive(parameters, lr=0.1), method=mpisign.mean())  # type: ignore[call-arg]
+    DistributedSignOptimizer(adaptive(parameters, lr=0.1), method=mpisign.mean())
 
 
 # ---------------------------------------------------------------------------------------------- options

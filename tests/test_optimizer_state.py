@@ -376,7 +376,7 @@ def test_a_copy_keeps_options_and_names(copied: Callable[[Job], Job]) -> None:
 def test_a_copy_with_a_scheduler_attached_steps_itself(copied: Callable[[Job], Job]) -> None:
     """A scheduler hangs a wrapper of step() on the object, bound to the original."""
     job = Job()
-    job.scheduler = StepLR(job.optimizer, 1, gamma=0.5)  # type: ignore[attr-defined]
+    job.scheduler = StepLR(job.optimizer, 1, gamma=0.5)
     job.train(1)
     other = copied(job)
     before = job.everything()

@@ -43,4 +43,4 @@ def test_turn(seed: int) -> None:
 
 def test_a_policy_cannot_change_under_a_running_job() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Policy().zeros = "positive"  # type: ignore[misc]
+        Policy().zeros = "positive"

@@ -25,7 +25,7 @@ from mpisign.memory.store import state_dtype
 from mpisign.methods import Method
 from mpisign.policy import Policy, Turn
 from mpisign.telemetry import StepReport, Stopwatch
-from mpisign.world import World
+from mpisign.world import World, current
 
 __all__ = ["MemoryOf", "Pipeline"]
 
@@ -304,7 +304,7 @@ class Pipeline:
                 f"the bitmaps of step {step} are gone (the latest is {self._latest}): ask for agreement() "
                 f"before the next step"
             )
-        self.world.meet("agreement()")
+        current("agreement()").meet("agreement()")
         agree = spoken = 0
         for bucket, exchange, decision in zip(self.layout.buckets, self.exchanges, self._decisions, strict=True):
             for segment in bucket.segments:
