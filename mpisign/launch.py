@@ -71,7 +71,7 @@ def find_launcher(environ: Mapping[str, str]) -> Launcher | None:
             continue
         for variable in sizes:
             text = environ.get(variable, "")
-            if text.isdigit() and int(text) > 0:
+            if text.isdecimal() and int(text) > 0:
                 return Launcher(name, int(text), variable, advice.format(size=text))
     return None
 

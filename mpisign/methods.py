@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mpisign.codecs import Codec, Dense, SignBits
+from mpisign.errors import OptionError
 from mpisign.memory import LionMomentum, Memory, Momentum, Nothing
 from mpisign.rules import MajorityVote, Mean, Rule
 
@@ -23,12 +24,25 @@ class Method:
         codec: what one message holds.
         rule: how M messages become one.
         name: for reports and errors.
+
+    The ``repr`` of the three tells ranks whether they run the same method: make them dataclasses.
+
+    Raises:
+        OptionError: a ``repr`` has a memory address in it, which differs from rank to rank.
     """
 
     memory: Memory
     codec: Codec
     rule: Rule
     name: str = "custom"
+
+    def __post_init__(self) -> None:
+        for part in (self.memory, self.codec, self.rule):
+            if " at 0x" in repr(part):
+                raise OptionError(
+                    f"{part!r} of method {self.name!r} is told from others by its address, so ranks cannot see that "
+                    f"they run the same: make {type(part).__name__} a dataclass, or give it a __repr__"
+                )
 
     @property
     def signs(self) -> bool:

@@ -153,7 +153,8 @@ class DistributedSignOptimizer(Optimizer):
     def synchronize(self) -> None:
         """Replace every ``p.grad`` by the ranks' decision, without a step. **Collective.**
 
-        For work between decision and step, such as clipping; then step under :meth:`skip_synchronize`. A rank
+        For work between decision and step, such as clipping; then step under :meth:`skip_synchronize`. With a
+        GradScaler call ``scaler.unscale_(optimizer)`` before, not after: it would divide the decision. A rank
         whose gradient has a NaN or Inf, or in which GradScaler found one, abstains. A parameter on which nobody
         votes ends with ``p.grad = None``, which torch's optimizers leave alone.
 
@@ -201,6 +202,18 @@ class DistributedSignOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        try:
+            self._synchronize_if_due()
+        except BaseException:
+            for left in ("found_inf", "grad_scale"):  # GradScaler takes them back only if step() returns
+                self.__dict__.pop(left, None)
+            raise
+        self._synchronized = False
+        if self.report is not None and not self.report.skipped:
+            self.wrapped.step()
+        return loss
+
+    def _synchronize_if_due(self) -> None:
         if not self._skip:
             self.synchronize()
         elif not self._synchronized:
@@ -213,10 +226,6 @@ class DistributedSignOptimizer(Optimizer):
                 "the gradients were synchronized with GradScaler's scale still in them: call "
                 "scaler.unscale_(optimizer) before optimizer.synchronize()"
             )
-        self._synchronized = False
-        if self.report is not None and not self.report.skipped:
-            self.wrapped.step()
-        return loss
 
     def join(self) -> int:
         """Sit out, abstaining, until every rank has called ``join()``. **Collective.**

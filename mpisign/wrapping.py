@@ -23,6 +23,7 @@ ADAPTIVE = (
     torch.optim.Adagrad,
     torch.optim.Adadelta,
     torch.optim.RMSprop,
+    *([torch.optim.Adafactor] if hasattr(torch.optim, "Adafactor") else []),  # since torch 2.5
 )
 
 

@@ -99,14 +99,14 @@ class Counter:
 
 
 def above_constant(count: list[Words], limit: int, out: Words, equal: Words, t: Words) -> None:
-    """``out``: count > limit; ``equal``: count == limit; position by position, from the top bit down."""
+    """``out``: count > limit; ``equal``: count == limit; position by position, from the top bit down.
+
+    ``limit`` must not need more bits than ``count`` has planes.
+    """
     out[:] = 0
     equal[:] = 0xFFFFFFFF
-    for bit in reversed(range(max(len(count), limit.bit_length()))):
-        if bit >= len(count):
-            if limit >> bit & 1:  # the limit is larger than any count
-                equal[:] = 0
-        elif limit >> bit & 1:
+    for bit in reversed(range(len(count))):
+        if limit >> bit & 1:
             equal &= count[bit]
         else:
             np.bitwise_and(equal, count[bit], out=t)
@@ -115,20 +115,12 @@ def above_constant(count: list[Words], limit: int, out: Words, equal: Words, t: 
 
 
 def above(yes: list[Words], no: list[Words], out: Words, equal: Words, t: Words) -> None:
-    """``out``: yes > no; ``equal``: yes == no; position by position, from the top bit down."""
+    """``out``: yes > no; ``equal``: yes == no; both counted from as many bitmaps."""
     out[:] = 0
     equal[:] = 0xFFFFFFFF
-    for bit in reversed(range(max(len(yes), len(no)))):
-        if bit < len(yes) and bit < len(no):
-            np.bitwise_xor(yes[bit], no[bit], out=t)
-            t &= equal  # undecided so far, and the two counts differ in this bit
-            equal ^= t
-            t &= yes[bit]
-            out |= t
-        elif bit < len(yes):
-            np.bitwise_and(equal, yes[bit], out=t)
-            out |= t
-            equal ^= t
-        else:
-            np.bitwise_and(equal, no[bit], out=t)
-            equal ^= t
+    for for_it, against in zip(reversed(yes), reversed(no), strict=True):
+        np.bitwise_xor(for_it, against, out=t)
+        t &= equal  # undecided so far, and the two counts differ in this bit
+        equal ^= t
+        t &= for_it
+        out |= t

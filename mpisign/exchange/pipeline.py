@@ -304,7 +304,9 @@ class Pipeline:
                 f"the bitmaps of step {step} are gone (the latest is {self._latest}): ask for agreement() "
                 f"before the next step"
             )
-        current("agreement()").meet("agreement()")
+        if current("agreement()") is not self.world:
+            raise MpisignError("this report is of a job that has been shut down: ask for agreement() before shutdown()")
+        self.world.meet("agreement()")
         agree = spoken = 0
         for bucket, exchange, decision in zip(self.layout.buckets, self.exchanges, self._decisions, strict=True):
             for segment in bucket.segments:

@@ -9,8 +9,7 @@ A memory is any object of this shape:
   called on pieces of a parameter; if not it always sees the whole.
 - ``__call__(gradient, state, scratch) -> Tensor``: take one flat gradient (n,) into ``state`` (a dict of flat
   tensors (n,), changed in place) and return what the codec shall send (n,): ``gradient``, a state tensor, or
-  the first n elements of ``scratch`` (at least n) after writing into them. It allocates nothing, and what it
-  returns is finite if the gradient is.
+  the first n elements of ``scratch`` (at least n) after writing into them. It allocates nothing.
 """
 
 from __future__ import annotations

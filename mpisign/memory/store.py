@@ -89,6 +89,8 @@ class MemoryStore:
                 f"up with state_dict.pop('mpisign')"
             )
         if saved["rank"] != world.rank or saved["memory_of"] != self.memory.name:
+            if not self.memory.fields:
+                return store
             warnings.warn(
                 fresh + f"this is the state of rank {saved['rank']} under method {saved['method']!r}; "
                 "to resume exactly, save and load one state a rank",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,12 +90,23 @@ def test_the_users_messages_and_the_librarys_do_not_meet(comm: MPI.Comm) -> None
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_barrier_does_not_meet_a_step(comm: MPI.Comm) -> None:
-    """Ranks that do different things are told so, and the job can go on."""
+@pytest.mark.parametrize(
+    ("act", "name"),
+    [
+        (mpisign.barrier, "barrier"),
+        (lambda: mpisign.broadcast_object(1), "broadcast_object"),
+        (lambda: mpisign.allgather_object(1), "allgather_object"),
+        (lambda: mpisign.broadcast_parameters({}), "broadcast_parameters"),
+        (lambda: mpisign.broadcast_optimizer_state(one_parameter()[1]), "broadcast_optimizer_state"),
+        (lambda: mpisign.check_consistency(torch.nn.Linear(1, 1)), "check_consistency"),
+    ],
+)
+def test_ranks_that_do_different_things_are_told(comm: MPI.Comm, act: Callable[[], object], name: str) -> None:
+    """And since all are, the job can go on."""
     parameter, optimizer = one_parameter()
     parameter.grad = torch.ones(3)
-    with pytest.raises(mpisign.ConsistencyError, match=r"ranks \[0\] .*barrier"):
-        mpisign.barrier() if comm.rank == 0 else optimizer.step()
+    with pytest.raises(mpisign.ConsistencyError, match=rf"ranks \[0\] are in {name}\(\);.* in step\(\)"):
+        act() if comm.rank == 0 else optimizer.step()
     mpisign.barrier()
     optimizer.step()
     assert parameter.tolist() == [-1.0] * 3
