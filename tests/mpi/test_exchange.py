@@ -90,7 +90,8 @@ def test_a_parameter_larger_than_any_block(comm: MPI.Comm) -> None:
 def test_the_mean_rounds_alike_on_every_way(comm: MPI.Comm) -> None:
     """Random floats, whose sum depends on the order: all sum in the order of the ranks, in the wire's precision."""
     tensors = ballots.parameters(*SHAPES)
-    gradients = [torch.randn(t.shape, generator=ballots.generator(1, comm.rank)).to(t.dtype) for t in tensors]
+    random = ballots.generator(comm.rank)
+    gradients = [torch.randn(t.shape, generator=random, dtype=torch.float64).to(t.dtype) for t in tensors]
     everyones = ballots.gathered(comm, gradients)
     for exchange in EXCHANGES:
         for tensor, gradient in zip(tensors, gradients, strict=True):
