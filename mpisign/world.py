@@ -84,6 +84,7 @@ class World:
     num_nodes: int
     stall_warning: float | None
     stall_timeout: float | None
+    _parted: bool = False  # a rank has left before the others: nothing collective can work any more
     _previous_hook: Callable[..., Any] | None = field(default=None, repr=False)
 
     def wait(self, request: MPI.Request, what: str, missing: Callable[[], str] | None = None) -> None:
@@ -118,6 +119,8 @@ class World:
         Everything that ranks do together begins with such a call, so that ranks that do different things meet in
         it, and are told, where other messages of theirs would be mistaken for each other.
         """
+        if self._parted:
+            raise ConsistencyError(f"rank {self.rank}: a rank has left the job before the others; it can only end now")
         heard = np.full((self.size, mine.size), _UNHEARD, np.int64)
 
         def missing() -> str:
@@ -140,6 +143,7 @@ class World:
         """Raise :class:`ConsistencyError` if a call, (M, fields), shows ranks that do different things."""
         acts = [_act_name(code) for code in heard[:, 0].tolist()]
         if len(set(acts)) > 1:
+            self._parted = EXIT in acts
             who = "; ".join(
                 f"ranks {[rank for rank, its in enumerate(acts) if its == act]} "
                 + ("have left the job" if act == EXIT else f"are in {act}")
@@ -151,12 +155,18 @@ class World:
                 f"when its batches end"
             )
 
-    def say_goodbye(self) -> None:
-        """Meet the others before leaving, as MPI_Finalize would wait for them in silence. **Collective.**"""
+    def say_goodbye(self) -> bool:
+        """Meet the others before leaving, as MPI_Finalize would wait for them in silence. **Collective.**
+
+        Returns:
+            Whether all leave together. If not, the others get an error, and this rank is past doing anything about it.
+        """
         try:
             self.meet(EXIT)
-        except ConsistencyError as error:  # they get it too, and this rank is past doing anything about it
+        except ConsistencyError as error:
             logger.error("%s", error)
+            return False
+        return True
 
     def abort(self, reason: str, code: int = 1) -> None:
         """End every process of the job at once, saying why."""
@@ -255,8 +265,8 @@ def shutdown() -> None:
     atexit.unregister(shutdown)
     if leaving._previous_hook is not None and sys.excepthook is _abort_on_exception:
         sys.excepthook = leaving._previous_hook
-    leaving.say_goodbye()
-    leaving.comm.Free()
+    if leaving.say_goodbye():
+        leaving.comm.Free()
 
 
 def _abort_on_exception(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
