@@ -64,7 +64,6 @@ def broadcast_parameters(
     """
     world = current("broadcast_parameters()")
     _check_root(root_rank, world)
-    world.meet("broadcast_parameters()")
     named = list(parameters.items()) if isinstance(parameters, Mapping) else list(parameters)
     for entry in named:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], torch.Tensor)):
@@ -73,6 +72,7 @@ def broadcast_parameters(
                 f"rank {world.rank}: broadcast_parameters() takes tensors with names, and {what} is not one: pass "
                 f"model.state_dict() or model.named_parameters(), and other objects to broadcast_object()"
             )
+    world.meet("broadcast_parameters()")
     described = [f"{name!r} {tuple(t.shape)} {t.dtype}" for name, t in named]
     _demand_equal(described, world, "broadcast_parameters() got other tensors")
     _broadcast_tensors([tensor for _, tensor in named], root_rank, world)
@@ -88,6 +88,10 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     _check_root(root_rank, world)
     world.meet("broadcast_optimizer_state()")
     own = optimizer.state_dict()
+    groups = [
+        f"parameter group {at} of {len(group['params'])} parameters" for at, group in enumerate(own["param_groups"])
+    ]
+    _demand_equal(groups, world, "broadcast_optimizer_state() got other optimizers")
     tensors: list[torch.Tensor] = []
     shared = {key: own[key] for key in ("state", "param_groups")}
     skeleton = _replace_tensors(shared, tensors) if world.rank == root_rank else None

@@ -111,7 +111,7 @@ class World:
 
     def _stalled(self, waited: float, what: str, missing: Callable[[], str] | None) -> str:
         whom = missing() if missing is not None else ""
-        return f"rank {self.rank} of {self.size} has waited {waited:.0f} s in {what}" + (whom and f"; {whom}")
+        return f"rank {self.rank} of {self.size} has waited {waited:.3g} s in {what}" + (whom and f"; {whom}")
 
     def call(self, mine: npt.NDArray[np.int64], what: str) -> npt.NDArray[np.int64]:
         """All-gather a few numbers, the same few from everyone: (fields,) int64 to (M, fields). **Collective.**

@@ -69,7 +69,7 @@ def call_roll(
 def _explain(world: World, layout: Layout, settings: Sequence[str], heard: np.ndarray) -> None:
     """All ranks have seen the mismatch, so they can talk about it: raise the error that says what differs."""
     world.demand_same_act(heard)
-    for column, what in ((0, "the wire format"), (1, "step")):
+    for column, what in ((0, "wire format"), (1, "step")):
         values = heard[:, column].tolist()
         if len(set(values)) > 1:
             odd, usual = _minority(values)
