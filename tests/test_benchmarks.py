@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from argparse import ArgumentTypeError
@@ -188,3 +190,33 @@ def test_contenders_take_turns_and_warm_up_uncounted(load):
 def test_speedup_is_the_median_of_ratios_beside_the_ratio_of_the_fastest(load):
     assert load("harness").speedup([2.0, 8.0, 3.0], [1.0, 2.0, 4.0]) == (2.0, 2.0)
     assert load("harness").speedup([4.0, 6.0, 5.0], [1.0, 2.0, 5.0]) == (3.0, 4.0)
+
+
+def test_slow_network_explains_itself():
+    script = str(BENCHMARKS / "slow_network")
+    seen = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
+    assert "1gbit" in seen.stdout
+    assert subprocess.run([script, "4"], capture_output=True, check=False).returncode == 1
+
+
+def can_make_namespaces() -> bool:
+    tools = all(shutil.which(tool) for tool in ("ip", "tc", "nsenter", "unshare"))
+    if os.geteuid() != 0 or not tools:
+        return False
+    made = subprocess.run(["ip", "netns", "add", "mpisign-test"], capture_output=True, check=False).returncode == 0
+    subprocess.run(["ip", "netns", "del", "mpisign-test"], capture_output=True, check=False)
+    return made
+
+
+@pytest.mark.skipif(not can_make_namespaces(), reason="needs root, iproute2, and the right to make network namespaces")
+def test_slow_network_runs_a_rank_on_each_host_and_leaves_nothing():
+    before = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    command = [str(BENCHMARKS / "slow_network"), "2", "100mbit", sys.executable, "-m", "mpisign", "doctor"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    seen = subprocess.run(
+        command, env=environment({"PATH": path}), capture_output=True, text=True, check=False, timeout=120
+    )
+    assert seen.returncode == 0, seen.stdout + seen.stderr
+    assert "2 on 2 nodes" in seen.stdout
+    after = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert after == before
