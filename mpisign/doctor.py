@@ -145,7 +145,9 @@ def _ulfm() -> Iterator[Finding]:
     trial = world.current().comm.Dup()
     try:
         trial.Revoke()  # mpi4py emulates the other calls where the library lacks them, but not this one
-        yield Finding(OK, "fault tolerance", "the library has ULFM (needs mpirun --with-ft ulfm to be used)")
+        on = os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112 - Open MPI spells it so
+        how = "it is on in this run" if on else "it is off in this run: mpirun --with-ft ulfm"
+        yield Finding(OK, "fault tolerance", f"the library has ULFM; {how}")
     except (NotImplementedError, MPI.Exception):
         yield Finding(OK, "fault tolerance", "no ULFM: a failed rank ends the job")
     finally:

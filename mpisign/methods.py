@@ -44,11 +44,6 @@ class Method:
                     f"they run the same: make {type(part).__name__} a dataclass, or give it a __repr__"
                 )
 
-    @property
-    def signs(self) -> bool:
-        """Whether the decision is +-1 (or 0), so that the wrapped optimizer sees signs, not magnitudes."""
-        return self.rule.votes
-
     def __str__(self) -> str:
         return f"{self.name} ({self.memory!r}, {self.codec!r}, {self.rule!r})"
 

@@ -20,12 +20,17 @@ from mpisign.memory.store import MemoryStore
 from mpisign.methods import Method, signum
 from mpisign.policy import Policy, check_positive
 from mpisign.telemetry import StepReport
-from mpisign.world import current, is_initialized
+from mpisign.world import World, current
 from mpisign.wrapping import check_wrappable, default_names, names_of, warn_if_adaptive
 
 __all__ = ["DistributedSignOptimizer"]
 
 logger = logging.getLogger(__name__)
+
+
+def _passed_through(name: str, doc: str) -> Any:
+    """A property of the wrapped optimizer: a copied reference would go stale when it loads a state."""
+    return property(lambda self: getattr(self.wrapped, name), lambda self, it: setattr(self.wrapped, name, it), doc=doc)
 
 
 class DistributedSignOptimizer(Optimizer):
@@ -72,6 +77,8 @@ class DistributedSignOptimizer(Optimizer):
     policy: Policy
     report: StepReport | None
     _pipeline: Pipeline | None
+    _world: World | None  # the one in which this optimizer has its number
+    _number: int
     _shape: list[tuple[object, ...]]
 
     _step_supports_amp_scaling = True  # GradScaler hands us its findings instead of skipping step() on its own
@@ -107,40 +114,18 @@ class DistributedSignOptimizer(Optimizer):
         self.__setstate__({})
         current("DistributedSignOptimizer()")
         self._prepare()
-        if method.signs:
+        if method.rule.votes:
             warn_if_adaptive(optimizer)
 
     # ------------------------------------------------------------------------------- the wrapped optimizer
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The wrapped optimizer's groups themselves: schedulers may edit them here or there."""
-        return self.wrapped.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.wrapped.param_groups = groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The wrapped optimizer's state. The ranks' memory is not in it; ``state_dict()`` has both."""
-        return self.wrapped.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.wrapped.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The wrapped optimizer's defaults."""
-        return self.wrapped.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.wrapped.defaults = defaults
+    # Schedulers may edit the groups here or there; the ranks' memory is not in the state, but in state_dict().
+    param_groups = _passed_through("param_groups", "The wrapped optimizer's parameter groups themselves.")
+    state = _passed_through("state", "The wrapped optimizer's state itself.")
+    defaults = _passed_through("defaults", "The wrapped optimizer's defaults themselves.")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the wrapped optimizer; do it on every rank before the same step."""
+        """Add a group to the wrapped optimizer, on every rank before the same step."""
         self.wrapped.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -154,7 +139,8 @@ class DistributedSignOptimizer(Optimizer):
         """Replace every ``p.grad`` by the ranks' decision, without a step. **Collective.**
 
         For work between decision and step, such as clipping; then step under :meth:`skip_synchronize`. With a
-        GradScaler call ``scaler.unscale_(optimizer)`` before, not after: it would divide the decision. A rank
+        GradScaler call ``scaler.unscale_(optimizer)`` before, not after: it would divide the decision by a loss scale
+        that need not be the same on all ranks. A rank
         whose gradient has a NaN or Inf, or in which GradScaler found one, abstains. A parameter on which nobody
         votes ends with ``p.grad = None``, which torch's optimizers leave alone.
 
@@ -164,7 +150,8 @@ class DistributedSignOptimizer(Optimizer):
         if self._synchronized:
             raise SynchronizationError(
                 "synchronize() was called twice for the same gradients, which would vote on votes: apply them with "
-                "`with optimizer.skip_synchronize(): optimizer.step()`, or drop them with optimizer.zero_grad()"
+                "`with optimizer.skip_synchronize(): optimizer.step()`, or drop them with optimizer.zero_grad(); "
+                "model.zero_grad() does not tell the optimizer"
             )
         pipeline = self._prepare()
         excuse, unscale = self._consult_scaler()
@@ -198,10 +185,13 @@ class DistributedSignOptimizer(Optimizer):
                 ``skip_synchronize()`` without ``synchronize()``, or by a GradScaler that had not unscaled before.
             ConsistencyError: see :meth:`synchronize`.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        if self._skip and closure is not None:
+            raise SynchronizationError(
+                "step(closure) under skip_synchronize() would apply what the closure leaves in the gradients, which "
+                "nobody has voted on: compute the loss before optimizer.synchronize(), and call step() without closure"
+            )
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         try:
             self._synchronize_if_due()
         except BaseException:
@@ -233,6 +223,7 @@ class DistributedSignOptimizer(Optimizer):
         For ranks that run out of batches early. Call it on every rank when its batches end. The ranks still
         training go on voting without us; when all have joined, those that joined early get the parameters and
         the optimizer state of the last one. A scheduler stepped per batch must be brought level by its owner.
+        It serves training loops with one DistributedSignOptimizer: two that take turns cannot both be sat out.
 
         Returns:
             The last rank to join (the lowest of those that joined at the same time).
@@ -273,9 +264,11 @@ class DistributedSignOptimizer(Optimizer):
             names = {**default_names(self.param_groups), **self._names}  # groups may have been added since
             named = [(names[p], p) for p in active]
             layout = Layout(named, self.method.codec, self.bucket_cap_mb * (1 << 20))
-            self._pipeline = Pipeline(layout, self.method, self.policy, self.exchange, world)
+            if world is not self._world:
+                self._world, self._number = world, world.next_number()
+            self._pipeline = Pipeline(layout, self.method, self.policy, self.exchange, world, self._number)
             self._shape = shape
-            self._memory.follow_parameters()
+            self._memory.follow(self._parameters(), world)
         return self._pipeline
 
     def _parameters(self) -> list[torch.Tensor]:
@@ -292,8 +285,7 @@ class DistributedSignOptimizer(Optimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state: dict[str, Any] = self.wrapped.state_dict()
-        world = current() if is_initialized() else None
-        state["mpisign"] = self._memory.state_dict(self._parameters(), self._exchanges, self.method.name, world)
+        state["mpisign"] = self._memory.state_dict(self._parameters(), self._exchanges, self.method.name)
         for after in self._optimizer_state_dict_post_hooks.values():
             state = after(self, state) or state
         return state
@@ -325,13 +317,13 @@ class DistributedSignOptimizer(Optimizer):
     # ------------------------------------------------------------------------------ pickle, deepcopy, print
 
     def __getstate__(self) -> dict[str, Any]:
-        lost = ("_pipeline", "_shape", "report", "_synchronized", "_skip", "step", "found_inf", "grad_scale")
+        lost = ("_pipeline", "_shape", "_world", "report", "_synchronized", "_skip", "step", "found_inf", "grad_scale")
         hooks = ("_optimizer_", "_zero_grad_profile", "_opt_called", "_warned_")
         return {k: v for k, v in self.__dict__.items() if k not in lost and not k.startswith(hooks)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._pipeline = None
+        self._pipeline = self._world = None
         self._shape = []
         self._synchronized = self._skip = False
         self.report = None

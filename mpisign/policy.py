@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from mpisign.bitmap.coin import TIES, coin_key, zeros_stream
 from mpisign.errors import OptionError
 
@@ -37,8 +39,9 @@ class Policy:
     def __post_init__(self) -> None:
         check_choice("zeros", self.zeros, ZEROS)
         check_choice("ties", self.ties, TIE_RULES)
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+        if not isinstance(self.seed, (int, np.integer)) or isinstance(self.seed, bool):
             raise OptionError(f"seed={self.seed!r} must be an integer")
+        object.__setattr__(self, "seed", int(self.seed))  # ranks compare the repr, and np.int64(3) has another
 
     def turn(self, step: int, rank: int) -> Turn:
         """This step's coins on this rank."""

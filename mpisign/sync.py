@@ -38,16 +38,12 @@ def broadcast_object(obj: Any, root_rank: int = 0) -> Any:
     """Return ``root_rank``'s object on every rank. It is pickled; do not use it for large tensors."""
     world = current("broadcast_object()")
     _check_root(root_rank, world)
-    world.meet("broadcast_object()")
-    return world.comm.bcast(obj, root=root_rank)
+    return world.spread(obj, root_rank, "broadcast_object()")
 
 
 def allgather_object(obj: Any) -> list[Any]:
     """Return every rank's object, in the order of the ranks, on every rank. They are pickled."""
-    world = current("allgather_object()")
-    world.meet("allgather_object()")
-    objects: list[Any] = world.comm.allgather(obj)
-    return objects
+    return current("allgather_object()").gather(obj, "allgather_object()")
 
 
 def broadcast_parameters(
@@ -72,9 +68,13 @@ def broadcast_parameters(
                 f"rank {world.rank}: broadcast_parameters() takes tensors with names, and {what} is not one: pass "
                 f"model.state_dict() or model.named_parameters(), and other objects to broadcast_object()"
             )
-    world.meet("broadcast_parameters()")
+        if any(stride == 0 and size > 1 for stride, size in zip(entry[1].stride(), entry[1].shape, strict=True)):
+            raise OptionError(
+                f"rank {world.rank}: the elements of {entry[0]!r} overlap (it was made by expand()), so it cannot be "
+                f"written to: give broadcast_parameters() a clone"
+            )
     described = [f"{name!r} {tuple(t.shape)} {t.dtype}" for name, t in named]
-    _demand_equal(described, world, "broadcast_parameters() got other tensors")
+    _demand_equal(described, world, "broadcast_parameters()", "the tensors differ")
     _broadcast_tensors([tensor for _, tensor in named], root_rank, world)
 
 
@@ -86,17 +86,16 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     """
     world = current("broadcast_optimizer_state()")
     _check_root(root_rank, world)
-    world.meet("broadcast_optimizer_state()")
+    act = "broadcast_optimizer_state()"
     own = optimizer.state_dict()
-    groups = [
-        f"parameter group {at} of {len(group['params'])} parameters" for at, group in enumerate(own["param_groups"])
-    ]
-    _demand_equal(groups, world, "broadcast_optimizer_state() got other optimizers")
+    groups = [f"parameter group {at} of {len(group['params'])}" for at, group in enumerate(own["param_groups"])]
+    _demand_equal(groups, world, act, "the optimizers differ")
     tensors: list[torch.Tensor] = []
     shared = {key: own[key] for key in ("state", "param_groups")}
     skeleton = _replace_tensors(shared, tensors) if world.rank == root_rank else None
     step = own.get("mpisign", {}).get("step")
-    skeleton, shapes, step = world.comm.bcast((skeleton, [(t.shape, t.dtype) for t in tensors], step), root=root_rank)
+    shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
+    skeleton, shapes, step = world.spread((skeleton, shapes, step), root_rank, act)
     if world.rank != root_rank:
         tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
     _broadcast_tensors(tensors, root_rank, world)
@@ -121,26 +120,26 @@ def check_consistency(model: torch.nn.Module, optimizer: HasState | None = None,
         ConsistencyError: on every rank, naming the ranks and the first tensor that differ.
     """
     world = current("check_consistency()")
-    world.meet("check_consistency()")
     lines = [f"parameter {name!r} {_digest(p)}" for name, p in model.named_parameters()]
     if buffers:
         lines += [f"buffer {name!r} {_digest(b)}" for name, b in model.named_buffers()]
     for at, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
         options = {key: value for key, value in group.items() if key != "params"}
-        lines.append(f"options of parameter group {at}: {options!r}")
-    _demand_equal(lines, world, "ranks hold different values")
+        told = {key: value for key, value in options.items() if " at 0x" not in repr(value)}  # addresses say nothing
+        lines.append(f"options of parameter group {at}: {told}")
+    _demand_equal(lines, world, "check_consistency()", "ranks hold different values")
 
 
-def _demand_equal(lines: Sequence[str], world: World, problem: str) -> None:
+def _demand_equal(lines: Sequence[str], world: World, act: str, problem: str) -> None:
     """Raise on all ranks unless all have the same ``lines``, naming the minority and its first difference."""
     summary = hashlib.blake2b("\0".join(lines).encode(), digest_size=16).hexdigest()
-    summaries: list[str] = world.comm.allgather(summary)
+    summaries = world.gather(summary, act)
     if len(set(summaries)) == 1:
         return
     counts = Counter(summaries)
     usual = max(summaries, key=lambda s: (counts[s], s == summaries[0]))
     odd = [rank for rank, s in enumerate(summaries) if s != usual]
-    everyone: list[list[str]] = world.comm.allgather(list(lines))
+    everyone = world.gather(list(lines), act)
     reference = everyone[summaries.index(usual)]
     theirs = everyone[odd[0]]
     at = next((i for i, (a, b) in enumerate(zip(theirs, reference, strict=False)) if a != b), None)
@@ -149,7 +148,7 @@ def _demand_equal(lines: Sequence[str], world: World, problem: str) -> None:
     here = theirs[at] if at < len(theirs) else "nothing more"
     there = reference[at] if at < len(reference) else "nothing more"
     raise ConsistencyError(
-        f"{problem}: ranks {odd} differ from the others (this is rank {world.rank}), first in {here} on rank "
+        f"{act}: {problem}: ranks {odd} differ from the others (this is rank {world.rank}), first in {here} on rank "
         f"{odd[0]}, where rank {summaries.index(usual)} has {there}. Start all ranks alike: "
         f"mpisign.broadcast_parameters(model.state_dict()) and mpisign.broadcast_optimizer_state(optimizer)"
     )

@@ -7,21 +7,17 @@ Everything else asks :func:`current` for it afresh at each use and keeps no copy
 from __future__ import annotations
 
 import atexit
-import contextlib
-import logging
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from mpisign.errors import AlreadyInitializedError, ConsistencyError, NotInitializedError
+from mpisign.channel import Channel
+from mpisign.errors import AlreadyInitializedError, NotInitializedError, OptionError
 from mpisign.launch import check_not_alone
 from mpisign.policy import check_positive
 
@@ -44,143 +40,27 @@ __all__ = [
     "size",
 ]
 
-logger = logging.getLogger(__name__)
-
-SPIN_SECONDS = 0.0002  # a wait this short is worth the core; ranks may outnumber cores, so yield even then
-NAP_SHARE = 0.05  # after that sleep a twentieth of the time waited so far, which delays nothing by more than 5 %
-NAP_SECONDS = 0.001  # and at most this long
-CALL_FIELDS = 4  # how many numbers a call has, whatever it is for
-EXIT = "exit"
-ACTS = (
-    EXIT,
-    "barrier()",
-    "broadcast_object()",
-    "allgather_object()",
-    "broadcast_parameters()",
-    "broadcast_optimizer_state()",
-    "check_consistency()",
-    "agreement()",
-)
-"""What ranks do together besides steps. A call begins with -2 - its place here; a step's with a number above 0."""
-_UNHEARD = -1
-
-_yield: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
-
 
 @dataclass
-class World:
+class World(Channel):
     """This process's place in the job. Made by :func:`init`.
 
     ``comm``: a private duplicate; ``local_rank``, ``local_size``: among the ranks that share this node's
     memory; ``node_rank``, ``num_nodes``: nodes are numbered by their lowest rank.
     """
 
-    comm: MPI.Comm
-    rank: int
-    size: int
     local_rank: int
     local_size: int
     node_rank: int
     num_nodes: int
-    stall_warning: float | None
-    stall_timeout: float | None
-    _parted: bool = False  # a rank has left before the others: nothing collective can work any more
+    optimizers: int = 0  # how many have taken a number here
+    process: int = field(default_factory=os.getpid)
     _previous_hook: Callable[..., Any] | None = field(default=None, repr=False)
 
-    def wait(self, request: MPI.Request, what: str, missing: Callable[[], str] | None = None) -> None:
-        """Wait for a request without losing sight of time.
-
-        Logs a warning after ``stall_warning`` seconds, and again each time the wait has doubled; aborts the
-        job after ``stall_timeout`` seconds.
-
-        Args:
-            request: a nonblocking MPI operation.
-            what: step and phase for the message, e.g. ``"step 17, roll call"``.
-            missing: says, if it can be told, whom this rank waits for.
-        """
-        began = time.monotonic()
-        warn_at = self.stall_warning
-        while not request.Test():
-            waited = time.monotonic() - began
-            _yield() if waited < SPIN_SECONDS else time.sleep(min(waited * NAP_SHARE, NAP_SECONDS))
-            if warn_at is not None and waited >= warn_at:
-                logger.warning("%s", self._stalled(waited, what, missing))
-                warn_at *= 2
-            if self.stall_timeout is not None and waited >= self.stall_timeout:
-                self.abort(f"{self._stalled(waited, what, missing)}; stall_timeout={self.stall_timeout:g} is over")
-
-    def _stalled(self, waited: float, what: str, missing: Callable[[], str] | None) -> str:
-        whom = missing() if missing is not None else ""
-        return f"rank {self.rank} of {self.size} has waited {waited:.3g} s in {what}" + (whom and f"; {whom}")
-
-    def call(self, mine: npt.NDArray[np.int64], what: str) -> npt.NDArray[np.int64]:
-        """All-gather a few numbers, the same few from everyone: (fields,) int64 to (M, fields). **Collective.**
-
-        Everything that ranks do together begins with such a call, so that ranks that do different things meet in
-        it, and are told, where other messages of theirs would be mistaken for each other.
-        """
-        if self._parted:
-            raise ConsistencyError(f"rank {self.rank}: a rank has left the job before the others; it can only end now")
-        heard = np.full((self.size, mine.size), _UNHEARD, np.int64)
-
-        def missing() -> str:
-            # Only a hint in a warning: what has arrived so far, read while MPI still owns the buffer.
-            unheard = [rank for rank in range(self.size) if rank != self.rank and heard[rank, 0] == _UNHEARD]
-            return f"not heard from yet: ranks {unheard}" if unheard else ""
-
-        self.wait(self.comm.Iallgather(mine, heard), what, missing)
-        return heard
-
-    def meet(self, act: str) -> None:
-        """Make sure that all ranks are about to do the same thing, one of ``ACTS``. **Collective.**
-
-        Raises:
-            ConsistencyError: on every rank, saying who does what.
-        """
-        self.demand_same_act(self.call(_act_call(act), act))
-
-    def demand_same_act(self, heard: npt.NDArray[np.int64]) -> None:
-        """Raise :class:`ConsistencyError` if a call, (M, fields), shows ranks that do different things."""
-        acts = [_act_name(code) for code in heard[:, 0].tolist()]
-        if len(set(acts)) > 1:
-            self._parted = EXIT in acts
-            who = "; ".join(
-                f"ranks {[rank for rank, its in enumerate(acts) if its == act]} "
-                + ("have left the job" if act == EXIT else f"are in {act}")
-                for act in sorted(set(acts))
-            )
-            raise ConsistencyError(
-                f"ranks do different things: {who} (this is rank {self.rank}). Every rank must make the same calls in "
-                f"the same order; where ranks have different numbers of batches, call optimizer.join() on every rank "
-                f"when its batches end"
-            )
-
-    def say_goodbye(self) -> bool:
-        """Meet the others before leaving, as MPI_Finalize would wait for them in silence. **Collective.**
-
-        Returns:
-            Whether all leave together. If not, the others get an error, and this rank is past doing anything about it.
-        """
-        try:
-            self.meet(EXIT)
-        except ConsistencyError as error:
-            logger.error("%s", error)
-            return False
-        return True
-
-    def abort(self, reason: str, code: int = 1) -> None:
-        """End every process of the job at once, saying why."""
-        logger.critical("%s: aborting the job", reason)
-        _flush()
-        self.comm.Abort(code)
-
-
-def _act_call(act: str) -> npt.NDArray[np.int64]:
-    return np.array([-2 - ACTS.index(act)] + [0] * (CALL_FIELDS - 1), np.int64)
-
-
-def _act_name(code: int) -> str:
-    return ACTS[-2 - code] if code < 0 else "step()"
+    def next_number(self) -> int:
+        """A number for an optimizer, the same on all ranks if they make theirs in the same order."""
+        self.optimizers += 1
+        return self.optimizers
 
 
 _world: World | None = None
@@ -228,6 +108,9 @@ def init(
 
     if comm is None:
         comm = MPI.COMM_WORLD
+    elif not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+        raise OptionError(f"comm={comm!r} is no communicator with this process in it: do not call init() outside it")
+    if comm == MPI.COMM_WORLD:
         library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
         check_not_alone(os.environ, comm.Get_size(), library)
     mine = comm.Dup()
@@ -261,10 +144,14 @@ def shutdown() -> None:
     global _world
     if _world is None:
         return
+    from mpi4py import MPI
+
     leaving, _world = _world, None
     atexit.unregister(shutdown)
     if leaving._previous_hook is not None and sys.excepthook is _abort_on_exception:
         sys.excepthook = leaving._previous_hook
+    if leaving.process != os.getpid() or MPI.Is_finalized():
+        return  # a forked child is not a rank, and after MPI.Finalize() there is nobody to tell
     if leaving.say_goodbye():
         leaving.comm.Free()
 
@@ -273,18 +160,13 @@ def _abort_on_exception(kind: type[BaseException], value: BaseException, trace: 
     world = _world
     previous = world._previous_hook if world is not None else None
     (previous or sys.__excepthook__)(kind, value, trace)
-    if world is None:
+    if world is None or world.process != os.getpid():
         return
-    if world.size > 1:
-        logger.critical("rank %d of %d died of %s: aborting the job", world.rank, world.size, kind.__name__)
-    _flush()
-    world.comm.Abort(130 if issubclass(kind, KeyboardInterrupt) else 1)
+    from mpi4py import MPI
 
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a closed pipe must not keep the job alive
-            stream.flush()
+    if not MPI.Is_finalized():
+        code = 130 if issubclass(kind, KeyboardInterrupt) else 1
+        world.abort(f"rank {world.rank} of {world.size} died of {kind.__name__}", code)
 
 
 def is_initialized() -> bool:

@@ -67,6 +67,7 @@ def names_of(
     if named_parameters is None:
         return default_names(optimizer.param_groups)
     names: dict[torch.Tensor, str] = {}
+    taken: set[str] = set()
     for entry in named_parameters:
         pair = isinstance(entry, tuple) and len(entry) == 2
         if not (pair and isinstance(entry[0], str) and isinstance(entry[1], torch.Tensor)):
@@ -74,9 +75,10 @@ def names_of(
         name, parameter = entry
         if parameter in names:
             raise OptionError(f"one parameter is named twice, {names[parameter]!r} and {name!r}: name it once")
-        if name in names.values():
+        if name in taken:
             raise OptionError(f"two parameters are named {name!r}: names must differ")
         names[parameter] = name
+        taken.add(name)
     held = {p for group in optimizer.param_groups for p in group["params"]}
     strangers = [name for p, name in names.items() if p.requires_grad and p not in held]
     if strangers:

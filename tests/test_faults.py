@@ -300,3 +300,45 @@ def test_a_passing_run_reads_like_one(tmp_path: Path) -> None:
     result = mpirun(3, "-m", "pytest", "--with-mpi", "-p", "no:cacheprovider", tmp_path, cwd=tmp_path, timeout=60.0)
     assert result.returncode == 0, result.text
     assert result.text.count("1 passed") == 1
+
+
+INTERRUPTED = """
+import mpisign, os, signal, sys, torch
+mpisign.init(abort_on_exception=False)
+parameter = torch.nn.Parameter(torch.zeros(5))
+
+class Rule(type(mpisign.signsgd().rule)):
+    def decide(self, *args):
+        if mpisign.rank() == 0 and sys.argv[1] == "rule":
+            raise ValueError("a rule that fails on one rank")
+        return super().decide(*args)
+
+signsgd = mpisign.signsgd()
+method = mpisign.Method(signsgd.memory, signsgd.codec, Rule())
+optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD([parameter], lr=1.0), method=method)
+parameter.grad = torch.ones(5)
+if mpisign.rank() == 0 and sys.argv[1] == "signal":
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+if mpisign.rank() == 1 and sys.argv[1] == "signal":
+    import time; time.sleep(2)
+try:
+    optimizer.step()
+except (KeyboardInterrupt, ValueError):
+    print("caught", flush=True)
+    if sys.argv[2] == "again":
+        optimizer.step()
+"""
+
+
+@pytest.mark.parametrize("cause", ["rule", "signal"])
+@pytest.mark.parametrize("then", ["end", "again"])
+def test_a_step_that_one_rank_leaves_in_the_middle_ends_the_job(tmp_path: Path, cause: str, then: str) -> None:
+    """The others wait for it there; what it would send next must not be taken for what they wait for."""
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    result = mpirun(3, script, cause, then, timeout=60)
+    assert result.returncode not in (0, 139, 134), result.text
+    assert "caught" in result.text
+    assert "was interrupted in step 0" in result.text
+    assert "TRUNCATE" not in result.text

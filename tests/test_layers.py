@@ -16,7 +16,7 @@ import mpisign
 ROOT = Path(mpisign.__file__).parent
 LAYERS = [
     {"errors", "launch", "bitmap", "telemetry", "policy"},
-    {"layout", "world", "codecs", "rules", "memory"},
+    {"layout", "channel", "world", "codecs", "rules", "memory"},
     {"exchange", "methods", "sync", "wrapping", "checkpoint"},
     {"optimizer", "doctor"},
     {"__init__", "__main__"},

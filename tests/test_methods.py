@@ -35,7 +35,7 @@ def test_a_method_names_a_memory_a_codec_and_a_rule(
     method: Method, memory: object, codec: object, rule: object, name: str
 ) -> None:
     assert (method.memory, method.codec, method.rule, method.name) == (memory, codec, rule, name)
-    assert method.signs == (name != "mean")
+    assert method.rule.votes == (name != "mean")
 
 
 def test_the_text_of_a_method_tells_its_options() -> None:

@@ -583,3 +583,36 @@ def test_sparse_gradients_are_refused(method: mpisign.Method) -> None:
 def test_unsupported_parameters_are_refused_at_once() -> None:
     with pytest.raises(mpisign.GradientError, match=r"group0\.param1.*complex64"):
         voting([*vectors(3), nn.Parameter(torch.zeros(3, dtype=torch.complex64))])
+
+
+@pytest.mark.usefixtures("world")
+def test_a_closure_under_skip_synchronize_is_refused() -> None:
+    (parameter,) = vectors(3)
+    optimizer = voting([parameter])
+    parameter.grad = torch.ones(3)
+    optimizer.synchronize()
+    with optimizer.skip_synchronize(), pytest.raises(mpisign.SynchronizationError, match="closure"):
+        optimizer.step(lambda: 0.0)
+    assert parameter.tolist() == [0.0] * 3
+
+
+@pytest.mark.usefixtures("world")
+def test_a_parameter_taken_out_is_forgotten() -> None:
+    kept, gone = vectors(3, 4)
+    optimizer = DistributedSignOptimizer(SGD([{"params": [kept]}, {"params": [gone]}], lr=1.0))
+    for _ in range(2):
+        kept.grad, gone.grad = torch.ones(3), torch.ones(4)
+        optimizer.step()
+        optimizer.param_groups[1:] = []
+    assert list(optimizer.state_dict()["mpisign"]["memory"]) == [0]
+
+
+@pytest.mark.usefixtures("world")
+def test_join_leaves_the_last_report_whole() -> None:
+    (parameter,) = vectors(3)
+    optimizer = voting([parameter])
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.join()
+    assert optimizer.report is not None
+    assert optimizer.report.agreement() == [1.0]

@@ -50,7 +50,9 @@ def test_one_rank_keeps_what_it_has() -> None:
 @pytest.mark.usefixtures("world")
 def test_tensors_of_all_kinds() -> None:
     before = {name: tensor.detach().clone() for name, tensor in ODD_TENSORS.items()}
-    mpisign.broadcast_parameters(ODD_TENSORS)
+    mpisign.broadcast_parameters({name: tensor for name, tensor in ODD_TENSORS.items() if name != "expanded"})
+    with pytest.raises(mpisign.OptionError, match="'expanded' overlap"):
+        mpisign.broadcast_parameters(ODD_TENSORS)
     for name, tensor in ODD_TENSORS.items():
         assert torch.equal(tensor, before[name])
     net = nn.Module()

@@ -79,7 +79,7 @@ def _explain(world: World, layout: Layout, settings: Sequence[str], heard: np.nd
                 "Every rank must call step() (or synchronize()) the same number of times and resume from the "
                 "same checkpoint; a rank that runs out of batches calls optimizer.join()"
             )
-    lines = world.comm.allgather([*settings, *layout.lines()])
+    lines = world.gather([*settings, *layout.lines()], "a comparison of layouts")
     odd, _ = _minority(heard[:, 2].tolist())
     usual_rank = next(rank for rank in range(world.size) if rank not in odd)
     mine, theirs = lines[odd[0]], lines[usual_rank]

@@ -43,11 +43,14 @@ class Pipeline:
         method, policy: what is sent and how it is decided.
         exchange: ``"auto"``, ``"allgather"`` or ``"two_phase"``.
         world: the job.
+        number: which of the job's optimizers this is, so that two alike are not mistaken for each other.
     """
 
-    def __init__(self, layout: Layout, method: Method, policy: Policy, exchange: str, world: World) -> None:
+    def __init__(
+        self, layout: Layout, method: Method, policy: Policy, exchange: str, world: World, number: int
+    ) -> None:
         self.layout, self.method, self.policy, self.world = layout, method, policy, world
-        self.settings = (f"method {method}", repr(policy), f"exchange {exchange!r}")
+        self.settings = (f"optimizer {number} of the job", f"method {method}", repr(policy), f"exchange {exchange!r}")
         self.fingerprint = layout.fingerprint(self.settings)
         codec, rule = method.codec, method.rule
         self._up, self._down = codec.planes_up(policy), codec.planes_down(policy)
@@ -100,15 +103,27 @@ class Pipeline:
         excuse: int,
         joined_for: int | None,
     ) -> tuple[header.Roll, StepReport]:
-        world, buckets = self.world, self.layout.buckets
-        watch = Stopwatch()
-        turn = self.policy.turn(step, world.rank)
-        self._latest = step
+        world, watch = self.world, Stopwatch()
         with watch.span("exchange"):
             roll = header.call_roll(world, self.layout, self.fingerprint, self.settings, step, joined_for)
         if roll.all_joined:
             return roll, self._report(step, watch, roll, None, None)
+        self._latest = step
+        with world.unbroken(f"step {step}", self):
+            sheets, ties = self._exchange(step, gradients, memory_of, excuse, watch)
+        return roll, self._report(step, watch, roll, sheets, ties)
 
+    def _exchange(
+        self,
+        step: int,
+        gradients: Sequence[torch.Tensor | None],
+        memory_of: MemoryOf,
+        excuse: int,
+        watch: Stopwatch,
+    ) -> tuple[header.Sheets, int | None]:
+        """All of a step but the roll call. Returns who voted, and the ties."""
+        world, buckets = self.world, self.layout.buckets
+        turn = self.policy.turn(step, world.rank)
         finite = True
         for bucket, exchange in zip(buckets, self.exchanges, strict=True):
             if excuse == header.VOTES:
@@ -137,14 +152,14 @@ class Pipeline:
             with watch.span("exchange"):
                 decision = exchange.finish(world, f"step {step}, bucket {bucket.index}")
             self._decisions.append(decision)
-            if joined_for is None:
+            if excuse != header.JOINED:
                 with watch.span("unpack"):
                     for segment in bucket.segments:
                         self._decode(segment, gradients[segment.index], decision, sheets)
         if tally is not None:
             with watch.span("exchange"):
                 world.wait(tally, f"step {step}, count of ties")
-        return roll, self._report(step, watch, roll, sheets, int(counted[0]) if tally is not None else None)
+        return sheets, int(counted[0]) if tally is not None else None
 
     def _settle(
         self,
@@ -306,7 +321,6 @@ class Pipeline:
             )
         if current("agreement()") is not self.world:
             raise MpisignError("this report is of a job that has been shut down: ask for agreement() before shutdown()")
-        self.world.meet("agreement()")
         agree = spoken = 0
         for bucket, exchange, decision in zip(self.layout.buckets, self.exchanges, self._decisions, strict=True):
             for segment in bucket.segments:
@@ -322,5 +336,4 @@ class Pipeline:
                 )
                 agree, spoken = agree + same, spoken + both
         share = agree / spoken if spoken else float("nan")
-        shares: list[float] = self.world.comm.allgather(share)
-        return shares
+        return self.world.gather(share, "agreement()")

@@ -33,6 +33,7 @@ class MemoryStore:
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
+        self._place = (0, 1)  # rank and size of the job it belongs to
         self._states: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
 
     def of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -41,8 +42,11 @@ class MemoryStore:
             self._states[parameter] = {field: _lay(parameter, None) for field in self.memory.fields}
         return self._states[parameter]
 
-    def follow_parameters(self) -> None:
-        """Lay the state out anew where a parameter's dtype or strides have changed; start afresh if its shape has."""
+    def follow(self, parameters: Sequence[torch.Tensor], world: World) -> None:
+        """Take note of changes: forget parameters no longer held, and lay the state out anew where they differ."""
+        self._place = (world.rank, world.size)
+        held = set(parameters)
+        self._states = {parameter: state for parameter, state in self._states.items() if parameter in held}
         for parameter, state in self._states.items():
             for field, value in state.items():
                 if value.shape != parameter.shape:
@@ -50,19 +54,21 @@ class MemoryStore:
                 elif value.dtype != state_dtype(parameter.dtype) or value.stride() != strides_of(parameter):
                     state[field] = _lay(parameter, value)
 
-    def state_dict(
-        self, parameters: Sequence[torch.Tensor], step: int, method: str, world: World | None
-    ) -> dict[str, Any]:
+    def state_dict(self, parameters: Sequence[torch.Tensor], step: int, method: str) -> dict[str, Any]:
         """This rank's memory, keyed by place in ``parameters``; plain types and tensors only."""
-        places = {parameter: place for place, parameter in enumerate(parameters)}
+        rank, size = self._place
         return {
             "version": STATE_VERSION,
-            "rank": world.rank if world else 0,
-            "size": world.size if world else 1,
+            "rank": rank,
+            "size": size,
             "step": step,
             "method": method,
             "memory_of": self.memory.name,
-            "memory": {places[parameter]: dict(state) for parameter, state in self._states.items()},
+            "memory": {
+                place: dict(self._states[parameter])
+                for place, parameter in enumerate(parameters)
+                if parameter in self._states
+            },
         }
 
     def restored(self, saved: dict[str, Any] | None, parameters: Sequence[torch.Tensor], world: World) -> MemoryStore:
@@ -72,6 +78,7 @@ class MemoryStore:
             CheckpointError: saved by a job of another size, by a newer version, or for other parameters.
         """
         store = MemoryStore(self.memory)
+        store._place = (world.rank, world.size)
         fresh = f"rank {world.rank}: the memory ({self.memory.name}) starts fresh: "
         if saved is None:
             if self.memory.fields:

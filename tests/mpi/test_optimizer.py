@@ -628,3 +628,25 @@ def test_the_report_is_the_same_on_every_rank(comm: MPI.Comm) -> None:
     assert all(report == reports[0] for report in reports)
     assert set(optimizer.report.seconds) == {"pack", "exchange", "decide", "unpack"}
     assert all(seconds > 0 for seconds in optimizer.report.seconds.values())
+
+
+@pytest.mark.mpi(min_size=2)
+def test_two_optimizers_alike_are_not_mistaken_for_each_other(comm: MPI.Comm) -> None:
+    """Ranks that step them in another order would else vote on each other's parameters."""
+    tensors = [torch.nn.Parameter(torch.zeros(40)) for _ in range(2)]
+    optimizers = [wrap([tensor]) for tensor in tensors]
+    for tensor in tensors:
+        tensor.grad = torch.ones(40)
+    with pytest.raises(mpisign.ConsistencyError, match=r"optimizer \d+ of the job"):
+        optimizers[comm.rank == 0].step()
+    assert all(tensor.tolist() == [0.0] * 40 for tensor in tensors)
+
+
+def test_a_state_saved_after_shutdown_is_still_this_ranks(comm: MPI.Comm) -> None:
+    tensor = torch.nn.Parameter(torch.zeros(5))
+    optimizer = wrap([tensor])
+    tensor.grad = torch.ones(5)
+    optimizer.step()
+    mpisign.shutdown()
+    saved = optimizer.state_dict()["mpisign"]
+    assert (saved["rank"], saved["size"]) == (comm.rank, comm.size)
