@@ -54,12 +54,21 @@ def coin_key(seed: int, step: int, stream: int) -> int:
     return _h(_h(_h(seed & _MASK) ^ (step & _MASK)) ^ (stream & _MASK))
 
 
+_table = np.empty(0, np.uint64)
+
+
+def _multiples(count: int) -> npt.NDArray[np.uint64]:
+    """0, G, 2 G, ...: (count,) uint64. Kept, as it is the same for every key and place."""
+    global _table
+    if _table.size < count:
+        _table = np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN)
+    return _table[:count]
+
+
 def coin_words(key: int, first_word: int, count: int) -> npt.NDArray[np.uint32]:
     """Coins for the words ``first_word .. first_word + count - 1``: (count,) uint32."""
     first_pair, last_pair = first_word >> 1, (first_word + count + 1) >> 1
-    z = np.arange(first_pair, last_pair, dtype=np.uint64)
-    z *= np.uint64(_GOLDEN)
-    z += np.uint64((key + _GOLDEN) & _MASK)
+    z = _multiples(last_pair - first_pair) + np.uint64((key + (first_pair + 1) * _GOLDEN) & _MASK)
     t = z >> np.uint64(30)
     z ^= t
     z *= np.uint64(_MUL1)
