@@ -54,7 +54,7 @@ def coin_key(seed: int, step: int, stream: int) -> int:
     return _h(_h(_h(seed & _MASK) ^ (step & _MASK)) ^ (stream & _MASK))
 
 
-_table = np.empty(0, np.uint64)
+_table: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
 
 
 def _multiples(count: int) -> npt.NDArray[np.uint64]:
@@ -62,7 +62,8 @@ def _multiples(count: int) -> npt.NDArray[np.uint64]:
     global _table
     if _table.size < count:
         _table = np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN)
-    return _table[:count]
+    multiples: npt.NDArray[np.uint64] = _table[:count]
+    return multiples
 
 
 def coin_words(key: int, first_word: int, count: int) -> npt.NDArray[np.uint32]:
@@ -78,4 +79,5 @@ def coin_words(key: int, first_word: int, count: int) -> npt.NDArray[np.uint32]:
     np.right_shift(z, np.uint64(31), out=t)
     z ^= t
     start = first_word & 1
-    return z.astype("<u8", copy=False).view(np.dtype("<u4"))[start : start + count]
+    words: npt.NDArray[np.uint32] = z.astype("<u8", copy=False).view(np.dtype("<u4"))
+    return words[start : start + count]
