@@ -12,10 +12,11 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,9 @@ from mpisign.errors import ConsistencyError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["ACTS", "CALL_FIELDS", "EXIT", "Channel"]
+__all__ = ["ACTS", "CALL_FIELDS", "EXIT", "Channel", "first_difference", "minority"]
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -195,3 +198,15 @@ class Channel:
             with contextlib.suppress(OSError, ValueError):  # a closed pipe must not keep the job alive
                 stream.flush()
         self.comm.Abort(code)
+
+
+def minority(values: Sequence[T]) -> tuple[list[int], T]:
+    """The ranks whose value is not the most common one (of equals, rank 0's is), and that common value."""
+    usual = max(values, key=lambda value: (values.count(value), value == values[0]))
+    return [rank for rank, value in enumerate(values) if value != usual], usual
+
+
+def first_difference(mine: Sequence[str], theirs: Sequence[str]) -> tuple[str, str]:
+    """The first pair of lines that differ; where one side has ended it is "nothing more"."""
+    pairs = zip_longest(mine, theirs, fillvalue="nothing more")
+    return next(((here, there) for here, there in pairs if here != there), ("nothing more", "nothing more"))

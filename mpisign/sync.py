@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mpisign.channel import first_difference, minority
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.world import World, current
 
@@ -134,19 +134,11 @@ def _demand_equal(lines: Sequence[str], world: World, act: str, problem: str) ->
     """Raise on all ranks unless all have the same ``lines``, naming the minority and its first difference."""
     summary = hashlib.blake2b("\0".join(lines).encode(), digest_size=16).hexdigest()
     summaries = world.gather(summary, act)
-    if len(set(summaries)) == 1:
+    odd, usual = minority(summaries)
+    if not odd:
         return
-    counts = Counter(summaries)
-    usual = max(summaries, key=lambda s: (counts[s], s == summaries[0]))
-    odd = [rank for rank, s in enumerate(summaries) if s != usual]
     everyone = world.gather(list(lines), act)
-    reference = everyone[summaries.index(usual)]
-    theirs = everyone[odd[0]]
-    at = next((i for i, (a, b) in enumerate(zip(theirs, reference, strict=False)) if a != b), None)
-    if at is None:
-        at = min(len(theirs), len(reference))
-    here = theirs[at] if at < len(theirs) else "nothing more"
-    there = reference[at] if at < len(reference) else "nothing more"
+    here, there = first_difference(everyone[odd[0]], everyone[summaries.index(usual)])
     raise ConsistencyError(
         f"{act}: {problem}: ranks {odd} differ from the others (this is rank {world.rank}), first in {here} on rank "
         f"{odd[0]}, where rank {summaries.index(usual)} has {there}. Start all ranks alike: "

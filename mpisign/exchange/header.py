@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpisign.channel import first_difference, minority
 from mpisign.errors import ConsistencyError
 from mpisign.layout import FORMAT_VERSION, Layout
 from mpisign.world import World
@@ -72,7 +73,7 @@ def _explain(world: World, layout: Layout, settings: Sequence[str], heard: np.nd
     for column, what in ((0, "wire format"), (1, "step")):
         values = heard[:, column].tolist()
         if len(set(values)) > 1:
-            odd, usual = _minority(values)
+            odd, usual = minority(values)
             said = ", ".join(f"rank {rank} at {values[rank]}" for rank in odd)
             raise ConsistencyError(
                 f"ranks are not at the same {what}: {said}, the others at {usual} (this is rank {world.rank}). "
@@ -80,25 +81,15 @@ def _explain(world: World, layout: Layout, settings: Sequence[str], heard: np.nd
                 "same checkpoint; a rank that runs out of batches calls optimizer.join()"
             )
     lines = world.gather([*settings, *layout.lines()], "a comparison of layouts")
-    odd, _ = _minority(heard[:, 2].tolist())
-    usual_rank = next(rank for rank in range(world.size) if rank not in odd)
-    mine, theirs = lines[odd[0]], lines[usual_rank]
-    for at in range(max(len(mine), len(theirs))):
-        here = mine[at] if at < len(mine) else "nothing more"
-        there = theirs[at] if at < len(theirs) else "nothing more"
-        if here != there:
-            break
+    fingerprints = heard[:, 2].tolist()
+    odd, usual = minority(fingerprints)
+    usual_rank = fingerprints.index(usual)
+    here, there = first_difference(lines[odd[0]], lines[usual_rank])
     raise ConsistencyError(
         f"ranks {odd} have another layout than the others (this is rank {world.rank}); the first difference is "
         f"{here} on rank {odd[0]}, {there} on rank {usual_rank}. Build the same model, with the same parameters "
         f"frozen, and pass the same options on every rank"
     )
-
-
-def _minority(values: Sequence[int]) -> tuple[list[int], int]:
-    """The ranks whose value is not the most common one (of equals, rank 0's is), and that value."""
-    usual = max(values, key=lambda value: (values.count(value), value == values[0]))
-    return [rank for rank, value in enumerate(values) if value != usual], usual
 
 
 def exchange_sheets(world: World, status: int, present: Sequence[bool], step: int) -> Sheets:
