@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from harness import Contender, Report, Table, Target, compare, count, gloo, measure, mib, one_thread, parser, ring_bytes
@@ -17,7 +16,6 @@ import mpisign
 from mpisign.bitmap import host
 from mpisign.exchange.choose import Exchange, choose
 from mpisign.policy import Policy
-from mpisign.rules import MajorityVote
 from mpisign.world import current
 
 if TYPE_CHECKING:
@@ -58,8 +56,8 @@ def main() -> None:
     bits = {
         option: BitExchange(option, args.elements, int(args.bucket_mb * 2**20)) for option in (TWO_PHASE, ALLGATHER)
     }
-    two_phase, allgather = (np.concatenate(exchange.run(), axis=1) for exchange in bits.values())
-    if not comm.allreduce(np.array_equal(two_phase, allgather), MPI.LAND):
+    two_phase, allgather = (torch.cat(exchange.run(), dim=1) for exchange in bits.values())
+    if not comm.allreduce(torch.equal(two_phase, allgather), MPI.LAND):
         raise RuntimeError("the two exchanges decided different bits")
     contenders = [
         Contender(TWO_PHASE, "all-to-all, each rank decides a shard, all-gather", bits[TWO_PHASE].run),
@@ -97,28 +95,33 @@ class BitExchange:
     """A gradient's bits, packed and cut into messages, and their way through one of the library's exchanges."""
 
     def __init__(self, option: str, elements: int, bucket_bytes: int) -> None:
-        self.world, self.rule = current(), MajorityVote()
+        self.world, method = current(), mpisign.signsgd()
+        self.rule = method.rule
         self.turn = Policy().turn(step=0, rank=self.world.rank)
         words, cap = host.words_for(elements), max(1, bucket_bytes // 4)
         self.starts = list(range(0, words, cap))
         self.exchanges: list[Exchange] = [
-            choose(option, self.rule, min(cap, words - start), np.dtype(np.uint32), 1, 1, self.world)
+            choose(option, method, min(cap, words - start), torch.int32, 1, 1, self.world, torch.device("cpu"))
             for start in self.starts
         ]
-        ballot = np.random.default_rng(self.world.rank).integers(0, 2**32, words, np.uint32)
+        seeded = torch.Generator().manual_seed(self.world.rank)
+        ballot = torch.randint(-(2**31), 2**31, (words,), dtype=torch.int32, generator=seeded)
         for start, exchange in zip(self.starts, self.exchanges, strict=True):
             exchange.message[0] = ballot[start : start + cap]
 
-    def run(self) -> list[npt.NDArray[Any]]:
+    def run(self) -> list[torch.Tensor]:
         """Send everything, then decide, then collect, in the order of the library's own pipeline."""
         for exchange in self.exchanges:
+            exchange.push()
             exchange.start(self.world)
         for start, exchange in zip(self.starts, self.exchanges, strict=True):
             exchange.settle(self._decider(start), self.world, "benchmark, first phase")
-        return [exchange.finish(self.world, "benchmark, second phase") for exchange in self.exchanges]
+        for exchange in self.exchanges:
+            exchange.finish(self.world, "benchmark, second phase")
+        return [exchange.decision for exchange in self.exchanges]
 
-    def _decider(self, first_word: int) -> Callable[[Sequence[npt.NDArray[Any]], npt.NDArray[Any], int], None]:
-        def decide(messages: Sequence[npt.NDArray[Any]], out: npt.NDArray[Any], start: int) -> None:
+    def _decider(self, first_word: int) -> Callable[[Sequence[torch.Tensor], torch.Tensor, int], None]:
+        def decide(messages: Sequence[torch.Tensor], out: torch.Tensor, start: int) -> None:
             self.rule.decide(messages, out, self.turn, first_word + start)
 
         return decide

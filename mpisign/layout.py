@@ -3,6 +3,10 @@
 Every parameter is one segment. Segments fill buckets in reverse registration order, the order in which
 backward produces gradients. A bucket is one message; it is cut when it reaches the cap, or where the type of
 the wire changes (fp64 among fp32 under a dense codec). Buckets are cut once, when the layout is made.
+
+A message whose items mean something only together (a scale and its bits) cannot be cut into shards anywhere. Where
+such messages shall be decided shard by shard, the segments themselves are cut at the shards' borders, at multiples of
+32 elements, into pieces that are encoded one by one.
 """
 
 from __future__ import annotations
@@ -11,9 +15,9 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from mpisign.bitmap.host import words_for
 from mpisign.bitmap.tensors import DTYPES, strides_of
 from mpisign.codecs import Codec
 from mpisign.errors import GradientError
@@ -25,19 +29,39 @@ FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Segment:
-    """One parameter on the wire: items ``start .. stop`` of its bucket's message.
+class Piece:
+    """Elements ``lo .. hi`` of a parameter as items ``start .. stop`` of its bucket's message.
 
-    ``index``: place among the layout's parameters; ``numel``: elements; ``first_word``: the same start in the
-    numbering that runs through all buckets, from which the coins are drawn.
+    ``first_word``: the same start in the numbering that runs through all buckets, from which coins are drawn.
     """
+
+    lo: int
+    hi: int
+    start: int
+    stop: int
+    first_word: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One parameter on the wire: its place among the layout's parameters, its elements, its pieces (usually one)."""
 
     index: int
     name: str
     numel: int
-    start: int
-    stop: int
-    first_word: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def start(self) -> int:
+        return self.pieces[0].start
+
+    @property
+    def stop(self) -> int:
+        return self.pieces[-1].stop
+
+    @property
+    def first_word(self) -> int:
+        return self.pieces[0].first_word
 
 
 @dataclass(frozen=True)
@@ -45,7 +69,7 @@ class Bucket:
     """One message: ``length`` items of ``dtype``; ``first_word`` is the global number of item 0."""
 
     index: int
-    dtype: np.dtype[np.generic]
+    dtype: torch.dtype
     length: int
     first_word: int
     segments: tuple[Segment, ...]
@@ -58,41 +82,78 @@ class Layout:
         parameters: (name, parameter) in registration order, the same on every rank.
         codec: decides how many items of which type a parameter takes.
         cap_bytes: a bucket is closed when one plane of its message reaches this size.
+        whole: put everything into one bucket, for rules that need whole vectors.
+        shards: lay every bucket out as so many parts of equal length, in none of which a piece ends early.
 
     Attributes:
         parameters: the tensors, in registration order.
         buckets: the messages, in the order in which they are sent.
 
     Raises:
-        GradientError: a parameter's dtype, device or layout cannot be voted on.
+        GradientError: a parameter's dtype, device or layout cannot be voted on, or they lie on several devices.
     """
 
-    def __init__(self, parameters: Sequence[tuple[str, torch.Tensor]], codec: Codec, cap_bytes: float) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[tuple[str, torch.Tensor]],
+        codec: Codec,
+        cap_bytes: float,
+        *,
+        whole: bool = False,
+        shards: int = 1,
+    ) -> None:
         self.names = tuple(name for name, _ in parameters)
         self.parameters = tuple(parameter for _, parameter in parameters)
         self.strides = tuple(strides_of(parameter) for parameter in self.parameters)
         for name, parameter in parameters:
             _check_supported(name, parameter)
-        self.buckets = tuple(self._cut(codec, cap_bytes))
+        self.device = _common_device(parameters)
+        self._codec, self._shards = codec, shards
+        self.buckets = tuple(self._cut(float("inf") if whole else cap_bytes, whole))
 
-    def _cut(self, codec: Codec, cap_bytes: float) -> Iterator[Bucket]:
+    def _cut(self, cap_bytes: float, whole: bool) -> Iterator[Bucket]:
+        """Fill buckets with whole parameters and close them where they are full or the type changes."""
+        types = [self._codec.wire_dtype(parameter.dtype) for parameter in self.parameters]
+        if whole and types:
+            types = [max(types, key=lambda dtype: dtype.itemsize)] * len(types)
         index = first_word = length = 0
-        dtype: np.dtype[np.generic] | None = None
-        segments: list[Segment] = []
+        places: list[int] = []
         for place in reversed(range(len(self.parameters))):
-            parameter = self.parameters[place]
-            wire = codec.wire_dtype(parameter.dtype)
-            if segments and (wire != dtype or length * wire.itemsize >= cap_bytes):
-                assert dtype is not None
-                yield Bucket(index, dtype, length, first_word, tuple(segments))
-                index, first_word, length, segments = index + 1, first_word + length, 0, []
-            dtype = wire
-            stop = length + codec.length(parameter.numel())
-            segments.append(Segment(place, self.names[place], parameter.numel(), length, stop, first_word + length))
-            length = stop
-        if segments:
-            assert dtype is not None
-            yield Bucket(index, dtype, length, first_word, tuple(segments))
+            if places and (types[place] != types[places[0]] or length * types[place].itemsize >= cap_bytes):
+                bucket = self._fill(index, first_word, places, types[places[0]])
+                yield bucket
+                index, first_word, length, places = index + 1, first_word + bucket.length, 0, []
+            places.append(place)
+            length += self._codec.length(self.parameters[place].numel())
+        if places:
+            yield self._fill(index, first_word, places, types[places[0]])
+
+    def _fill(self, index: int, first_word: int, places: Sequence[int], dtype: torch.dtype) -> Bucket:
+        """Lay the parameters at ``places`` one after the other, into each shard as many words as into the others."""
+        sizes = {place: self.parameters[place].numel() for place in places}
+        quota = -(-sum(words_for(size) for size in sizes.values()) // self._shards)
+        spans: list[list[tuple[int, int, int]]] = [[]]  # (place, lo, hi) by shard
+        room = quota
+        for place, size in sizes.items():
+            lo = 0
+            while self._shards > 1 and words_for(size - lo) > room:
+                if room:
+                    spans[-1].append((place, lo, lo + 32 * room))
+                    lo += 32 * room
+                spans.append([])
+                room = quota
+            spans[-1].append((place, lo, size))
+            room -= words_for(size - lo)
+        length = max(sum(self._codec.length(hi - lo) for _, lo, hi in shard) for shard in spans)
+        pieces: dict[int, list[Piece]] = {place: [] for place in places}
+        for number, shard in enumerate(spans):
+            start = number * length
+            for place, lo, hi in shard:
+                stop = start + self._codec.length(hi - lo)
+                pieces[place].append(Piece(lo, hi, start, stop, first_word + start))
+                start = stop
+        segments = tuple(Segment(at, self.names[at], sizes[at], tuple(pieces[at])) for at in places)
+        return Bucket(index, dtype, length * self._shards, first_word, segments)
 
     @property
     def elements(self) -> int:
@@ -105,7 +166,8 @@ class Layout:
             f"{name!r} {tuple(p.shape)} {str(p.dtype).removeprefix('torch.')} strides {strides}"
             for name, p, strides in zip(self.names, self.parameters, self.strides, strict=True)
         ]
-        return parameters + [f"bucket {b.index} of {b.length} {b.dtype} items" for b in self.buckets]
+        buckets = [f"bucket {b.index} of {b.length} {str(b.dtype).removeprefix('torch.')} items" for b in self.buckets]
+        return parameters + buckets
 
     def fingerprint(self, settings: Sequence[str]) -> int:
         """63 bits that stand for the wire format, the parameters, the buckets and ``settings`` (any text)."""
@@ -121,10 +183,22 @@ def _check_supported(name: str, parameter: torch.Tensor) -> None:
             f"parameter {name!r} is {parameter.dtype}: only float32, float64, float16 and bfloat16 can be voted "
             f"on; give it to an optimizer of its own"
         )
-    if parameter.device.type != "cpu":
+    if parameter.device.type not in ("cpu", "cuda"):
         raise GradientError(
-            f"parameter {name!r} is on {parameter.device}: this release votes on CPU tensors only; "
-            f"move the model with model.cpu()"
+            f"parameter {name!r} is on {parameter.device}: only CPU and CUDA tensors can be voted on; move the model "
+            f"with model.to(mpisign.device())"
         )
     if parameter.layout != torch.strided:
         raise GradientError(f"parameter {name!r} has layout {parameter.layout}: only dense tensors can be voted on")
+
+
+def _common_device(parameters: Sequence[tuple[str, torch.Tensor]]) -> torch.device:
+    devices: dict[torch.device, str] = {}
+    for name, parameter in parameters:
+        devices.setdefault(parameter.device, name)
+    if len(devices) > 1:
+        told = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        raise GradientError(
+            f"the parameters lie on several devices ({told}): give those of each device an optimizer of their own"
+        )
+    return next(iter(devices), torch.device("cpu"))

@@ -37,12 +37,42 @@ class Method:
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        for part in (self.memory, self.codec, self.rule):
+        for part, kind in ((self.memory, Memory), (self.codec, Codec), (self.rule, Rule)):
+            if not isinstance(part, kind):
+                raise OptionError(
+                    f"{part!r} of method {self.name!r} is no {kind.__name__}: make {kind!r} its base class"
+                )
             if " at 0x" in repr(part):
                 raise OptionError(
                     f"{part!r} of method {self.name!r} is told from others by its address, so ranks cannot see that "
                     f"they run the same: make {type(part).__name__} a dataclass, or give it a __repr__"
                 )
+
+        if self.rule.votes and not self.codec.ballots:
+            raise OptionError(
+                f"the rule {self.rule.name!r} counts votes, and {self.codec.name!r} messages are none: use SignBits() "
+                f"or Trits(), or another rule"
+            )
+
+        if not (self.rule.shardable or self.codec.plain):
+            raise OptionError(
+                f"the rule {self.rule.name!r} compares whole vectors, and {self.codec.name!r} messages are in pieces: "
+                f"use Dense()"
+            )
+
+    @property
+    def exchanges_models(self) -> bool:
+        """Whether parameters cross the wire instead of gradients, so that replicas differ."""
+        return self.rule.personal
+
+    @property
+    def by_value(self) -> bool:
+        """Whether messages must be decoded before the rule can work on them."""
+        return not (self.rule.votes or self.rule.reencodes or self.codec.plain)
+
+    def at(self, step: int, epoch: int) -> Method:
+        """The method as it is at this exchange of this epoch: itself, unless it changes as training goes on."""
+        return self
 
     def __str__(self) -> str:
         return f"{self.name} ({self.memory!r}, {self.codec!r}, {self.rule!r})"

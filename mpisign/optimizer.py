@@ -15,21 +15,19 @@ from mpisign.errors import OptionError, SynchronizationError
 from mpisign.exchange import header
 from mpisign.exchange.choose import check_exchange
 from mpisign.exchange.pipeline import Pipeline
-from mpisign.layout import Layout
 from mpisign.memory.store import MemoryStore
 from mpisign.methods import Method, signum
 from mpisign.policy import Policy, check_positive
 from mpisign.telemetry import StepReport
 from mpisign.world import World, current
-from mpisign.wrapping import check_wrappable, default_names, names_of, warn_if_adaptive
+from mpisign.wrapping import check_wrappable, default_names, names_of, scaler_says, warn_if_adaptive
 
 __all__ = ["DistributedSignOptimizer"]
 
 logger = logging.getLogger(__name__)
 
 
-def _passed_through(name: str, doc: str) -> Any:
-    """A property of the wrapped optimizer: a copied reference would go stale when it loads a state."""
+def _passed_through(name: str, doc: str) -> Any:  # a copied reference would go stale when a state is loaded
     return property(lambda self: getattr(self.wrapped, name), lambda self, it: setattr(self.wrapped, name, it), doc=doc)
 
 
@@ -77,8 +75,7 @@ class DistributedSignOptimizer(Optimizer):
     policy: Policy
     report: StepReport | None
     _pipeline: Pipeline | None
-    _world: World | None  # the one in which this optimizer has its number
-    _number: int
+    _world: World | None  # where it has its _number
     _shape: list[tuple[object, ...]]
 
     _step_supports_amp_scaling = True  # GradScaler hands us its findings instead of skipping step() on its own
@@ -101,7 +98,7 @@ class DistributedSignOptimizer(Optimizer):
             raise OptionError("this is a DistributedSignOptimizer already: wrap the torch optimizer once")
         if not isinstance(method, Method):
             raise OptionError(f"method={method!r} is not a Method: use one of mpisign's, e.g. mpisign.signum(0.9)")
-        check_exchange(exchange, method.rule)
+        check_exchange(exchange, method)
         check_positive("bucket_cap_mb", bucket_cap_mb)
         self.wrapped = optimizer
         self.method = method
@@ -110,7 +107,7 @@ class DistributedSignOptimizer(Optimizer):
         self.bucket_cap_mb = bucket_cap_mb
         self._names = names_of(optimizer, named_parameters)
         self._memory = MemoryStore(method.memory)
-        self._exchanges = 0
+        self._exchanges = self._epoch = 0
         self.__setstate__({})
         current("DistributedSignOptimizer()")
         self._prepare()
@@ -119,7 +116,7 @@ class DistributedSignOptimizer(Optimizer):
 
     # ------------------------------------------------------------------------------- the wrapped optimizer
 
-    # Schedulers may edit the groups here or there; the ranks' memory is not in the state, but in state_dict().
+    # The ranks' memory is not in the state, but in state_dict().
     param_groups = _passed_through("param_groups", "The wrapped optimizer's parameter groups themselves.")
     state = _passed_through("state", "The wrapped optimizer's state itself.")
     defaults = _passed_through("defaults", "The wrapped optimizer's defaults themselves.")
@@ -140,9 +137,8 @@ class DistributedSignOptimizer(Optimizer):
 
         For work between decision and step, such as clipping; then step under :meth:`skip_synchronize`. With a
         GradScaler call ``scaler.unscale_(optimizer)`` before, not after: it would divide the decision by a loss scale
-        that need not be the same on all ranks. A rank
-        whose gradient has a NaN or Inf, or in which GradScaler found one, abstains. A parameter on which nobody
-        votes ends with ``p.grad = None``, which torch's optimizers leave alone.
+        that need not be the same on all ranks. A rank whose gradient has a NaN or Inf, or in which GradScaler found
+        one, abstains. A parameter on which nobody votes ends with ``p.grad = None``, which torch's optimizers skip.
 
         Raises:
             ConsistencyError: ranks differ in layout or are at different steps; the message names them.
@@ -153,9 +149,14 @@ class DistributedSignOptimizer(Optimizer):
                 "`with optimizer.skip_synchronize(): optimizer.step()`, or drop them with optimizer.zero_grad(); "
                 "model.zero_grad() does not tell the optimizer"
             )
+        if self.method.exchanges_models:
+            raise SynchronizationError(
+                f"{self.method.name} exchanges parameters after the step, so there are no gradients to synchronize: "
+                f"call optimizer.step()"
+            )
         pipeline = self._prepare()
-        excuse, unscale = self._consult_scaler()
-        self.report = pipeline.run(self._exchanges, self._memory.of, excuse, unscale)
+        excuse, unscale = scaler_says(self)
+        self.report = pipeline.run(self._exchanges, excuse, unscale)
         self._exchanges += 1
         self._synchronized = True
         for parameter in self._parameters():
@@ -193,6 +194,9 @@ class DistributedSignOptimizer(Optimizer):
         with torch.enable_grad():
             loss = None if closure is None else closure()
         try:
+            if self.method.exchanges_models and not self._skip:
+                self._step_and_mix()
+                return loss
             self._synchronize_if_due()
         except BaseException:
             for left in ("found_inf", "grad_scale"):  # GradScaler takes them back only if step() returns
@@ -202,6 +206,15 @@ class DistributedSignOptimizer(Optimizer):
         if self.report is not None and not self.report.skipped:
             self.wrapped.step()
         return loss
+
+    def _step_and_mix(self) -> None:
+        """A step on this rank's own gradient, unless it is not finite, and then the exchange of models."""
+        pipeline = self._prepare()
+        excuse, unscale = scaler_says(self)
+        if excuse == header.VOTES and pipeline.take_in(self._exchanges, unscale):
+            self.wrapped.step()
+        self.report = pipeline.run(self._exchanges)
+        self._exchanges += 1
 
     def _synchronize_if_due(self) -> None:
         if not self._skip:
@@ -216,6 +229,10 @@ class DistributedSignOptimizer(Optimizer):
                 "the gradients were synchronized with GradScaler's scale still in them: call "
                 "scaler.unscale_(optimizer) before optimizer.synchronize()"
             )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell methods that change with the epoch (DGC's warm-up) where training is, on every rank, from 0."""
+        self._epoch = epoch
 
     def join(self) -> int:
         """Sit out, abstaining, until every rank has called ``join()``. **Collective.**
@@ -244,32 +261,28 @@ class DistributedSignOptimizer(Optimizer):
             sync.broadcast_optimizer_state(self.wrapped, root_rank=last)
         return last
 
-    def _consult_scaler(self) -> tuple[int, float]:
-        """Why this rank abstains, if GradScaler says so, and what to multiply its gradients with.
-
-        GradScaler leaves ``found_inf`` and ``grad_scale`` on us for the length of its ``step()``.
-        """
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        excuse = header.SCALER_INF if found_inf is not None and float(found_inf) > 0 else header.VOTES
-        return excuse, 1.0 if scale is None else 1.0 / float(scale)
-
     # ----------------------------------------------------------------------------------- layout and memory
 
     def _prepare(self) -> Pipeline:
         """The pipeline for the parameters and the world as they are now; made anew only if they changed."""
         world = current("DistributedSignOptimizer.step()")
         active = [p for p in self._parameters() if p.requires_grad]
-        shape: list[tuple[object, ...]] = [(id(p), p.dtype, p.shape, p.stride()) for p in active]
-        if self._pipeline is None or shape != self._shape or world is not self._pipeline.world:
+        shape: list[tuple[object, ...]] = [(id(p), p.dtype, p.device, p.shape, p.stride()) for p in active]
+        method = self.method.at(self._exchanges, self._epoch)
+        pipeline = self._pipeline
+        if pipeline is None or shape != self._shape or pipeline.world is not world or pipeline.method != method:
             names = {**default_names(self.param_groups), **self._names}  # groups may have been added since
             named = [(names[p], p) for p in active]
-            layout = Layout(named, self.method.codec, self.bucket_cap_mb * (1 << 20))
             if world is not self._world:
                 self._world, self._number = world, world.next_number()
-            self._pipeline = Pipeline(layout, self.method, self.policy, self.exchange, world, self._number)
-            self._shape = shape
+            self._memory.memory = method.memory
             self._memory.follow(self._parameters(), world)
-        return self._pipeline
+            pipeline = self._pipeline = Pipeline(
+                named, method, self.policy, self.exchange, self.bucket_cap_mb, self._memory, world, self._number
+            )
+            self._shape = shape
+        self._memory.follow_rates(self.param_groups)
+        return pipeline
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 
-from mpisign.bitmap.coin import TIES, coin_key, zeros_stream
+from mpisign.bitmap.coin import TIES, coin_key, noise_stream, zeros_stream
 from mpisign.errors import OptionError
 
 __all__ = ["Policy", "Turn", "check_choice", "check_positive"]
@@ -43,10 +45,13 @@ class Policy:
             raise OptionError(f"seed={self.seed!r} must be an integer")
         object.__setattr__(self, "seed", int(self.seed))  # ranks compare the repr, and np.int64(3) has another
 
-    def turn(self, step: int, rank: int) -> Turn:
-        """This step's coins on this rank."""
+    def turn(self, step: int, rank: int, size: int = 1) -> Turn:
+        """This step on this rank of ``size``, with its coins."""
         return Turn(
             self,
+            step,
+            rank,
+            size,
             zeros_key=coin_key(self.seed, step, zeros_stream(rank)),
             ties_key=coin_key(self.seed, step, TIES),
         )
@@ -54,8 +59,30 @@ class Policy:
 
 @dataclass(frozen=True)
 class Turn:
-    """A policy with the keys of one step's coins: ``zeros_key`` is this rank's own, ``ties_key`` everybody's."""
+    """One step on one rank: what memories, codecs and rules may depend on besides the values.
+
+    Attributes:
+        step: number of the exchange; ``rank`` of ``size``: who we are.
+        zeros_key, ties_key: keys of the coins; the first is this rank's own, the second everybody's.
+        voters: the ranks whose messages a rule is given, in their order.
+        prepared: what the memory's ``prepare`` made of all gradients of this step, or None.
+        previous: (1, k) what the rule decided on these items the time before, for rules that ``remember``.
+    """
 
     policy: Policy
+    step: int
+    rank: int
+    size: int
     zeros_key: int
     ties_key: int
+    voters: tuple[int, ...] = ()
+    prepared: Any = None
+    previous: torch.Tensor | None = None
+
+    def generator(self, first_word: int, device: torch.device) -> torch.Generator:
+        """Random numbers for the values that start at ``first_word``: this rank's own, the same in every repetition.
+
+        They depend on seed, step, rank and place alone, so nothing has to be saved to resume exactly.
+        """
+        key = coin_key(coin_key(self.policy.seed, self.step, noise_stream(self.rank)), first_word, 0)
+        return torch.Generator(device).manual_seed(key >> 1)

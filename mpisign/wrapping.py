@@ -10,8 +10,9 @@ import torch
 from torch.optim import Optimizer
 
 from mpisign.errors import OptionError
+from mpisign.exchange import header
 
-__all__ = ["check_wrappable", "default_names", "names_of", "warn_if_adaptive"]
+__all__ = ["check_wrappable", "default_names", "names_of", "scaler_says", "warn_if_adaptive"]
 
 # They divide by the gradient's running magnitude, which is 1 for every coordinate of a vote.
 ADAPTIVE = (
@@ -49,6 +50,16 @@ def warn_if_adaptive(optimizer: Optimizer) -> None:
             f"with method=mpisign.lion() or mpisign.signum() is what you want",
             stacklevel=3,
         )
+
+
+def scaler_says(optimizer: Optimizer) -> tuple[int, float]:
+    """Why this rank abstains, if GradScaler says so, and what to multiply its gradients with.
+
+    GradScaler leaves ``found_inf`` and ``grad_scale`` on an optimizer for the length of its ``step()``.
+    """
+    found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+    excuse = header.SCALER_INF if found_inf is not None and float(found_inf) > 0 else header.VOTES
+    return excuse, 1.0 if scale is None else 1.0 / float(scale)
 
 
 def default_names(groups: list[dict[str, Any]]) -> dict[torch.Tensor, str]:

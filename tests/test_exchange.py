@@ -12,26 +12,33 @@ import pytest
 import torch
 
 from mpisign import OptionError
-from mpisign.codecs import SignBits
+from mpisign.bitmap.ops import as_words
+from mpisign.codecs import Dense, SignBits
 from mpisign.exchange.choose import Exchange, check_exchange, choose
 from mpisign.exchange.runs import decide_runs, runs_of
 from mpisign.layout import Bucket, Layout
+from mpisign.memory import Nothing
+from mpisign.methods import Method
 from mpisign.policy import Policy
-from mpisign.rules import MajorityVote, Rule
+from mpisign.rules import MajorityVote, Mean, Rule
 from mpisign.world import current
 
-WORDS = np.dtype(np.uint32)
+HOST = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
-class WholeVectors(MajorityVote):
+class WholeVectors(Mean):
     shardable = False
+
+
+def method_of(rule: Rule | None = None) -> Method:
+    return Method(Nothing(), Dense(), rule) if rule else Method(Nothing(), SignBits(), MajorityVote())
 
 
 def chosen(option: str, ranks: int, length: int, up: int = 1, down: int = 1, rule: Rule | None = None) -> Exchange:
     """What a job of so many ranks would take; making it needs no other rank."""
     world = dataclasses.replace(current(), size=ranks)
-    return choose(option, rule or MajorityVote(), length, WORDS, up, down, world)
+    return choose(option, method_of(rule), length, torch.int32, up, down, world, HOST)
 
 
 @pytest.mark.usefixtures("world")
@@ -61,15 +68,15 @@ def test_auto_takes_two_phase_where_it_saves() -> None:
 @pytest.mark.usefixtures("world")
 def test_a_rule_that_needs_whole_vectors_gets_all_gather() -> None:
     assert chosen("auto", 8, 1 << 18, rule=WholeVectors()).name == "allgather"
-    check_exchange("allgather", WholeVectors())
+    check_exchange("allgather", method_of(WholeVectors()))
     with pytest.raises(OptionError, match="needs whole vectors"):
-        check_exchange("two_phase", WholeVectors())
+        check_exchange("two_phase", method_of(WholeVectors()))
 
 
 @pytest.mark.parametrize("option", ["ring", "", None])
 def test_unknown_exchanges(option: str) -> None:
     with pytest.raises(OptionError, match="'auto', 'allgather', 'two_phase'"):
-        check_exchange(option, MajorityVote())
+        check_exchange(option, method_of())
 
 
 # ------------------------------------------------------------------------------------- who votes on what
@@ -103,12 +110,12 @@ def test_shards_decide_what_the_voters_of_each_parameter_decide(cuts: list[int])
     rng = np.random.default_rng(0)
     values = [[rng.standard_normal(size) for size in SIZES] for _ in range(ranks)]
     starts = oracle.first_words(SIZES)
-    messages = np.zeros((ranks, 1, bucket.length), np.uint32)
+    messages = torch.zeros((ranks, 1, bucket.length), dtype=torch.int32)
     for rank, (i, start) in itertools.product(range(ranks), enumerate(starts)):
         words = oracle.to_words(values[rank][i] > 0)
-        messages[rank, 0, start : start + len(words)] = words
+        as_words(messages)[rank, 0, start : start + len(words)] = words
 
-    out, ties = np.zeros((1, bucket.length), np.uint32), 0
+    out, ties = torch.zeros((1, bucket.length), dtype=torch.int32), 0
     turn = Policy(seed=1).turn(7, 0)
     for lo, hi in itertools.pairwise(cuts):
         runs = runs_of(bucket, voters)
@@ -120,6 +127,6 @@ def test_shards_decide_what_the_voters_of_each_parameter_decide(cuts: list[int])
         if voters[i] and size:
             coin = oracle.coins(oracle.coin_key(1, 7, oracle.TIES), start, size)
             decision, tied = oracle.majority([oracle.ballot(values[r][i], "positive") for r in voters[i]], "coin", coin)
-            assert (oracle.to_flags(out[0, start:], size) == (decision > 0)).all()
+            assert (oracle.to_flags(as_words(out[0, start:]), size) == (decision > 0)).all()
             expected_ties += tied
     assert ties == expected_ties > 0

@@ -11,8 +11,10 @@ import torch
 
 from mpisign import OptionError
 from mpisign.memory import LionMomentum, Memory, Momentum, Nothing
+from mpisign.policy import Policy
 
 N = 1000
+TURN = Policy().turn(0, 0)
 Update = Callable[[oracle.Floats, oracle.Floats], tuple[oracle.Floats, oracle.Floats]]
 
 MEMORIES: dict[str, tuple[Memory, Update]] = {
@@ -36,7 +38,7 @@ def test_against_the_oracle(memory: Memory, update: Update, dtype: torch.dtype) 
     kept = np.zeros(N)
     for g in gradients(5).to(dtype):
         before = g.clone()
-        sent = memory(g, state, torch.full((N + 100,), torch.nan, dtype=dtype))  # scratch may be larger
+        sent = memory(g, state, torch.full((N + 100,), torch.nan, dtype=dtype), TURN, 0)  # scratch may be larger
         assert sent.shape == (N,)
         expected, kept = update(kept, g.double().numpy())
         tolerance = 4 * torch.finfo(dtype).eps
@@ -50,10 +52,10 @@ def test_pieces_give_what_the_whole_gives(memory: Memory, update: Update) -> Non
     assert memory.elementwise
     whole, pieces = ({"momentum": torch.zeros(N)} for _ in range(2))
     for g in gradients(3).float():
-        sent = memory(g, whole, torch.empty(N)).clone()
+        sent = memory(g, whole, torch.empty(N), TURN, 0).clone()
         for at in range(0, N, 96):
             piece = slice(at, at + 96)
-            part = memory(g[piece], {"momentum": pieces["momentum"][piece]}, torch.empty(N)[piece])
+            part = memory(g[piece], {"momentum": pieces["momentum"][piece]}, torch.empty(N)[piece], TURN, at // 32)
             assert torch.equal(part, sent[piece])
     assert torch.equal(whole["momentum"], pieces["momentum"])
 
@@ -62,15 +64,28 @@ def test_pieces_give_what_the_whole_gives(memory: Memory, update: Update) -> Non
 def test_the_state_stays_in_place(memory: Memory, update: Update) -> None:
     momentum = torch.zeros(N)
     state, scratch = {"momentum": momentum}, torch.empty(N)
-    sent = memory(torch.ones(N), state, scratch)
+    sent = memory(torch.ones(N), state, scratch, TURN, 0)
     assert state["momentum"] is momentum
     assert sent.data_ptr() in (momentum.data_ptr(), scratch.data_ptr())
+
+
+@each
+def test_many_at_once_are_one_by_one(memory: Memory, update: Update) -> None:
+    sizes = [(3, 5), (7,), ()]
+    one, many = ([torch.zeros(size) for size in sizes] for _ in range(2))
+    for seed in range(3):
+        drawn = [torch.randn(size, generator=torch.Generator().manual_seed(seed)) for size in sizes]
+        sent = memory.many(drawn, {"momentum": many}, lambda: [torch.empty(size) for size in sizes], TURN)
+        for g, kept, ours in zip(drawn, one, sent, strict=True):
+            alone = memory(g.view(-1), {"momentum": kept.view(-1)}, torch.empty(g.numel()), TURN, 0)
+            assert torch.equal(alone, ours.view(-1))
+    assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
 
 
 def test_nothing_sends_the_gradient_as_it_lies() -> None:
     gradient = torch.randn(5)
     assert Nothing().fields == ()
-    assert Nothing()(gradient, {}, torch.empty(5)) is gradient
+    assert Nothing()(gradient, {}, torch.empty(5), TURN, 0) is gradient
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5, float("nan"), float("inf")])

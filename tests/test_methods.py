@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
 import mpisign
 from mpisign import DistributedSignOptimizer, Method
-from mpisign.codecs import Dense, SignBits
-from mpisign.memory import LionMomentum, Momentum, Nothing
-from mpisign.policy import Policy, Turn
-from mpisign.rules import MajorityVote, Mean
+from mpisign.bitmap.ops import Flag
+from mpisign.codecs import Codec, Dense, SignBits
+from mpisign.memory import LionMomentum, Memory, Momentum, Nothing
+from mpisign.policy import Turn
+from mpisign.rules import MajorityVote, Mean, Rule
 
 
 @pytest.mark.parametrize(
@@ -55,7 +54,7 @@ def test_impossible_decays(make: Any) -> None:
 
 
 @dataclass(frozen=True)
-class ClippedToUnitNorm:
+class ClippedToUnitNorm(Memory):
     """Not elementwise: it must always see a whole parameter."""
 
     name = "unit norm"
@@ -63,50 +62,47 @@ class ClippedToUnitNorm:
     elementwise = False
     sizes: list[int] = field(default_factory=list, repr=False, compare=False)
 
-    def __call__(self, gradient: torch.Tensor, state: dict[str, torch.Tensor], scratch: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        gradient: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        scratch: torch.Tensor,
+        turn: Turn,
+        first_word: int,
+    ) -> torch.Tensor:
         self.sizes.append(gradient.numel())
         state["calls"] += 1
         return torch.div(gradient, max(1.0, float(gradient.norm())), out=scratch[: gradient.numel()])
 
 
 @dataclass(frozen=True)
-class ScaledBits:
+class ScaledBits(Codec):
     """One word of scale (the mean magnitude, as fp32), then the signs. Not elementwise either."""
 
     name = "scaled bits"
     elementwise = False
 
-    def wire_dtype(self, dtype: torch.dtype) -> np.dtype[np.generic]:
-        return np.dtype(np.uint32)
-
     def length(self, elements: int) -> int:
         return 1 + SignBits().length(elements)
 
-    def planes_up(self, policy: Policy) -> int:
-        return 1
-
-    def planes_down(self, policy: Policy) -> int:
-        return 1
-
-    def encode(self, values: torch.Tensor, message: npt.NDArray[Any], turn: Turn, first_word: int) -> bool:
-        message[0, :1].view(np.float32)[0] = float(values.abs().mean())
+    def encode(self, values: torch.Tensor, message: torch.Tensor, turn: Turn, first_word: int) -> Flag:
+        message[0, :1].view(torch.float32).copy_(values.abs().mean())
         return SignBits().encode(values, message[:, 1:], turn, first_word)
 
-    def decode(self, decision: npt.NDArray[Any], out: torch.Tensor) -> None:
-        SignBits().decode(decision[:, 1:], out)
-        out *= float(decision[0, :1].view(np.float32)[0])
+    def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
+        signs = torch.empty_like(out)
+        SignBits().decode(message[:, 1:], signs)
+        out += alpha * message[0, :1].view(torch.float32) * signs
 
 
 @dataclass(frozen=True)
-class FirstVoter:
-    """A dictatorship. It looks at whole messages, so it cannot decide a shard."""
+class FirstVoter(Rule):
+    """A dictatorship."""
 
     name = "first voter"
-    shardable = False
-    votes = False
 
-    def decide(self, messages: Sequence[npt.NDArray[Any]], out: npt.NDArray[Any], turn: Turn, first_word: int) -> int:
-        out[...] = messages[0]
+    def decide(self, messages: Sequence[torch.Tensor], out: torch.Tensor, turn: Turn, first_word: int) -> int:
+        out.copy_(messages[0])
         return 0
 
 
@@ -134,8 +130,19 @@ def test_a_method_of_one_s_own() -> None:
 
 @pytest.mark.usefixtures("world")
 def test_a_rule_that_needs_whole_vectors_refuses_shards() -> None:
-    method = Method(Nothing(), Dense(), FirstVoter())
+    @dataclass(frozen=True)
+    class WholeVectors(FirstVoter):
+        shardable = False
+
+    method = Method(Nothing(), Dense(), WholeVectors())
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=1.0)
     with pytest.raises(mpisign.OptionError, match=r"two_phase.*'first voter' needs whole vectors.*allgather"):
         DistributedSignOptimizer(sgd, method=method, exchange="two_phase")
     DistributedSignOptimizer(sgd, method=method, exchange="auto")
+    with pytest.raises(mpisign.OptionError, match=r"'first voter' compares whole vectors.*Dense"):
+        Method(Nothing(), ScaledBits(), WholeVectors())
+
+
+def test_a_vote_needs_ballots() -> None:
+    with pytest.raises(mpisign.OptionError, match=r"'vote' counts votes, and 'dense' messages are none.*SignBits"):
+        Method(Nothing(), Dense(), MajorityVote())

@@ -7,7 +7,9 @@ import itertools
 import numpy as np
 import oracle
 import pytest
+import torch
 
+from mpisign.bitmap.ops import as_words
 from mpisign.codecs import SignBits
 from mpisign.policy import Policy
 from mpisign.rules import MajorityVote, Mean
@@ -21,8 +23,9 @@ def some_updates(ranks: int, n: int) -> list[oracle.Floats]:
     return [np.where(rng.random(n) < 0.2, 0.0, rng.standard_normal(n)) for _ in range(ranks)]
 
 
-def planes(ballot: oracle.Ballot, count: int) -> np.ndarray:
-    return np.stack([oracle.to_words(ballot > 0), oracle.to_words(ballot != 0)][:count])
+def planes(ballot: oracle.Ballot, count: int) -> torch.Tensor:
+    words = np.stack([oracle.to_words(ballot > 0), oracle.to_words(ballot != 0)][:count])
+    return torch.from_numpy(words.view(np.int32))
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -37,11 +40,11 @@ def test_majority_vote(zeros: str, ties: str, ranks: int) -> None:
         for update, key in zip(some_updates(ranks, n), keys, strict=True)
     ]
     expected, expected_ties = oracle.decide(some_updates(ranks, n), STEP, FIRST_WORD, zeros=zeros, ties=ties, seed=2)
-    out = np.empty((down, SignBits().length(n)), np.uint32)
+    out = torch.empty((down, SignBits().length(n)), dtype=torch.int32)
     tied = MajorityVote().decide([planes(b, up) for b in ballots], out, policy.turn(STEP, RANK), FIRST_WORD)
-    decided = np.where(oracle.to_flags(out[0], n), 1, -1)
+    decided = np.where(oracle.to_flags(as_words(out[0]), n), 1, -1)
     if down == 2:
-        decided[~oracle.to_flags(out[1], n)] = 0
+        decided[~oracle.to_flags(as_words(out[1]), n)] = 0
     assert (decided == expected).all()
     assert tied == expected_ties
 
@@ -52,9 +55,10 @@ def test_majority_vote(zeros: str, ties: str, ranks: int) -> None:
 def test_mean_rounds_as_a_sum_in_the_order_of_the_ranks(n: int, dtype: type, ranks: int) -> None:
     updates = [update.astype(dtype) for update in some_updates(ranks, n)]
     before = [update.copy() for update in updates]
-    out = np.full((1, n), np.nan, dtype)
-    assert Mean().decide([update[None] for update in updates], out, Policy().turn(STEP, RANK), FIRST_WORD) == 0
-    assert (out[0] == oracle.mean(updates)).all()
+    messages = [torch.from_numpy(update[None]) for update in updates]
+    out = torch.full((1, n), torch.nan, dtype=messages[0].dtype)
+    assert Mean().decide(messages, out, Policy().turn(STEP, RANK), FIRST_WORD) == 0
+    assert (out[0].numpy() == oracle.mean(updates)).all()
     assert all((a == b).all() for a, b in zip(updates, before, strict=True))
 
 
@@ -62,10 +66,10 @@ def test_mean_rounds_as_a_sum_in_the_order_of_the_ranks(n: int, dtype: type, ran
 def test_a_mean_does_not_depend_on_the_shards(ranks: int) -> None:
     assert Mean().shardable
     n = 100_003
-    messages = [update.astype(np.float32)[None] for update in some_updates(ranks, n)]
-    whole, shards = np.empty((2, 1, n), np.float32)
+    messages = [torch.from_numpy(update.astype(np.float32)[None]) for update in some_updates(ranks, n)]
+    whole, shards = torch.empty((2, 1, n))
     turn = Policy().turn(STEP, RANK)
     Mean().decide(messages, whole, turn, 0)
     for lo, hi in itertools.pairwise([0, 1, 7, 32_769, n]):
         Mean().decide([message[:, lo:hi] for message in messages], shards[:, lo:hi], turn, lo)
-    assert (whole == shards).all()
+    assert torch.equal(whole, shards)

@@ -16,7 +16,8 @@ All arithmetic is modulo 2**64, and::
 
 A word is a little-endian uint32 of the layout's global numbering; bit *i* of word *w* is the coin of the
 element that bit stands for. ``stream`` is 0 for ties (the same coin on every rank) and ``rank + 1`` for
-zeros (an independent coin on every rank). Seed, step and stream are taken modulo 2**64.
+zeros (an independent coin on every rank); ``2**32 + rank`` seeds a rank's noise. Seed, step and stream are
+taken modulo 2**64.
 
 Source: Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (SplitMix64).
 """
@@ -26,7 +27,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["TIES", "coin_key", "coin_words", "zeros_stream"]
+__all__ = ["TIES", "coin_key", "coin_words", "noise_stream", "zeros_stream"]
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -40,6 +41,11 @@ TIES = 0
 def zeros_stream(rank: int) -> int:
     """The stream of the coin with which ``rank`` votes on elements whose gradient is exactly zero."""
     return rank + 1
+
+
+def noise_stream(rank: int) -> int:
+    """The stream that seeds the random numbers of ``rank``'s memory (noise, sampling)."""
+    return (1 << 32) + rank
 
 
 def _h(x: int) -> int:

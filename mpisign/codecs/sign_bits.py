@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from mpisign.bitmap import host
-from mpisign.bitmap.tensors import format_of, raw_bits
+from mpisign.bitmap import ops
+from mpisign.bitmap.host import words_for
+from mpisign.bitmap.ops import Flag
+from mpisign.codecs.codec import Codec
 from mpisign.policy import Policy, Turn
 
-__all__ = ["SignBits"]
+__all__ = ["SignBits", "add_signs"]
 
 
 @dataclass(frozen=True)
-class SignBits:
+class SignBits(Codec):
     """Signs as uint32 words, 32 coordinates a word (the wire format of :mod:`mpisign.bitmap.host`).
 
     Row 0 holds the signs. Row 1, "does it speak at all", goes up if ``zeros="abstain"``, and comes down if a
@@ -26,34 +25,53 @@ class SignBits:
 
     name = "sign_bits"
     elementwise = True
-
-    def wire_dtype(self, dtype: torch.dtype) -> np.dtype[np.generic]:
-        return np.dtype(np.uint32)
+    ballots = True
 
     def length(self, elements: int) -> int:
-        return host.words_for(elements)
+        return words_for(elements)
+
+    def zeros(self, policy: Policy) -> str:
+        """What an exact zero votes."""
+        return policy.zeros
 
     def planes_up(self, policy: Policy) -> int:
-        return 2 if policy.zeros == "abstain" else 1
+        return 2 if self.zeros(policy) == "abstain" else 1
 
     def planes_down(self, policy: Policy) -> int:
-        return 2 if policy.zeros == "abstain" or policy.ties == "zero" else 1
+        return 2 if self.zeros(policy) == "abstain" or policy.ties == "zero" else 1
 
-    def encode(self, values: torch.Tensor, message: npt.NDArray[Any], turn: Turn, first_word: int) -> bool:
-        return host.pack(
-            raw_bits(values),
-            format_of(values.dtype),
+    def encode(self, values: torch.Tensor, message: torch.Tensor, turn: Turn, first_word: int) -> Flag:
+        return ops.pack(
+            values,
             message[0],
-            zeros=turn.policy.zeros,
+            zeros=self.zeros(turn.policy),
             key=turn.zeros_key,
             first_word=first_word,
             nonzero=message[1] if len(message) > 1 else None,
         )
 
-    def decode(self, decision: npt.NDArray[Any], out: torch.Tensor) -> None:
-        host.unpack(
-            decision[0],
-            format_of(out.dtype),
-            raw_bits(out),
-            nonzero=decision[1] if len(decision) > 1 else None,
-        )
+    def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
+        add_signs(message[0], out, alpha, message[1] if len(message) > 1 else None)
+
+    def decode(self, decision: torch.Tensor, out: torch.Tensor) -> None:
+        ops.unpack(decision[0], out, nonzero=decision[1] if len(decision) > 1 else None)
+
+
+BLOCK = 1 << 16  # elements; the signs of a block stay in the cache until they are added
+
+
+def add_signs(
+    words: torch.Tensor, out: torch.Tensor, scale: float | torch.Tensor, nonzero: torch.Tensor | None = None
+) -> None:
+    """``out += scale * signs`` for flat ``out`` (n,); ``scale`` may be a 0-d tensor of its type and device."""
+    block = out.numel() if out.is_cuda else BLOCK
+    signs = torch.empty(min(block, out.numel()), dtype=out.dtype, device=out.device)
+    for lo in range(0, out.numel(), max(block, 1)):
+        part = out[lo : lo + block]
+        span = slice(lo // 32, lo // 32 + words_for(part.numel()))
+        mine = signs[: part.numel()]
+        ops.unpack(words[span], mine, nonzero=None if nonzero is None else nonzero[span])
+        if isinstance(scale, torch.Tensor):
+            part.addcmul_(mine, scale)
+        else:
+            part.add_(mine, alpha=scale)

@@ -5,12 +5,10 @@ Bytes sent per rank: (M - 1) * message. One latency. Nobody is trusted to count.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+import torch
 
 from mpisign.exchange.runs import Decide
+from mpisign.exchange.staging import Buffer
 from mpisign.world import World
 
 __all__ = ["AllGather"]
@@ -22,22 +20,35 @@ class AllGather:
     name = "allgather"
 
     def __init__(
-        self, length: int, dtype: np.dtype[np.generic], planes_up: int, planes_down: int, world: World
+        self,
+        length: int,
+        dtype: torch.dtype,
+        planes_up: int,
+        planes_down: int,
+        world: World,
+        device: torch.device,
     ) -> None:
-        self.message: npt.NDArray[Any] = np.zeros((planes_up, length), dtype)
-        self._received: npt.NDArray[Any] = np.zeros((world.size, planes_up, length), dtype)
-        self._decision: npt.NDArray[Any] = np.zeros((planes_down, length), dtype)
-        self.bytes_sent = (world.size - 1) * self.message.nbytes
+        self._message = Buffer((planes_up, length), dtype, device)
+        self._received = Buffer((world.size, planes_up, length), dtype, device)
+        self.message = self._message.tensor
+        self.received = self._received.tensor
+        self.decision = torch.zeros((planes_down, length), dtype=dtype, device=device)
+        self.bytes_sent = (world.size - 1) * self._message.nbytes
+
+    def push(self) -> None:
+        self._message.push()
 
     def start(self, world: World) -> None:
-        self._request = world.comm.Iallgather(self.message, self._received)
+        self._message.ready()
+        self._request = world.comm.Iallgather(self._message.mpi, self._received.mpi)
 
     def settle(self, decide: Decide, world: World, what: str) -> None:
         world.wait(self._request, what)
-        decide(list(self._received), self._decision, 0)
+        self._received.pull()
+        decide(list(self.received), self.decision, 0)
 
-    def finish(self, world: World, what: str) -> npt.NDArray[Any]:
-        return self._decision
+    def finish(self, world: World, what: str) -> None:
+        """The decision was made here."""
 
     def counts_ties_for(self, rank: int) -> bool:
         """Whether ``rank``'s count of ties enters the job's: here all count the same ones, so one is enough."""

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
+import torch
 
 from mpisign.errors import OptionError
 from mpisign.exchange.allgather import AllGather
 from mpisign.exchange.runs import Decide
 from mpisign.exchange.two_phase import TwoPhase
+from mpisign.methods import Method
 from mpisign.policy import check_choice
-from mpisign.rules import Rule
 from mpisign.world import World
 
-__all__ = ["CHOICES", "Exchange", "check_exchange", "choose"]
+__all__ = ["CHOICES", "Exchange", "check_exchange", "choose", "shards_for"]
 
 CHOICES = ("auto", "allgather", "two_phase")
 
@@ -26,41 +25,58 @@ SECOND_PHASE_BYTES = 65536
 class Exchange(Protocol):
     """One bucket's way across MPI, with its buffers, which live as long as it does.
 
-    ``start`` sends ``message`` (planes_up, length); ``settle`` waits for the others' and decides what is this
-    rank's to decide; ``finish`` returns the decision (planes_down, length), valid until the next ``start``.
-    Each is called once a step, for all buckets in the same order on all ranks.
+    ``push`` begins to bring ``message`` (planes_up, length) to where MPI reads it; ``start`` sends it; ``settle``
+    waits for the others' and decides what is this rank's to decide; after ``finish``, ``decision``
+    (planes_down, length) is valid until the next ``start``; and where every rank gets every message, ``received``
+    (M, planes_up, length). Each is called once a step, for all buckets in the same
+    order on all ranks.
     """
 
     name: str
-    message: npt.NDArray[Any]
+    message: torch.Tensor
+    decision: torch.Tensor
+    received: torch.Tensor
     bytes_sent: int
 
+    def push(self) -> None: ...
     def start(self, world: World) -> None: ...
     def settle(self, decide: Decide, world: World, what: str) -> None: ...
-    def finish(self, world: World, what: str) -> npt.NDArray[Any]: ...
+    def finish(self, world: World, what: str) -> None: ...
     def counts_ties_for(self, rank: int) -> bool: ...
 
 
-def check_exchange(option: str, rule: Rule) -> None:
-    """Raise :class:`OptionError` if ``option`` is unknown or the rule cannot be decided shard by shard."""
+def check_exchange(option: str, method: Method) -> None:
+    """Raise :class:`OptionError` if ``option`` is unknown or the method cannot be decided shard by shard."""
     check_choice("exchange", option, CHOICES)
-    if option == "two_phase" and not rule.shardable:
+    if option == "two_phase" and not method.rule.shardable:
         raise OptionError(
-            f"exchange='two_phase' decides shards, but the rule {rule.name!r} needs whole vectors: "
+            f"exchange='two_phase' decides shards, but the rule {method.rule.name!r} needs whole vectors: "
             f"use exchange='allgather' (or 'auto', which takes it)"
         )
+    if option == "two_phase" and method.by_value:
+        raise OptionError(
+            f"exchange='two_phase' sends a decision in the form of a message, but the {method.rule.name} of "
+            f"{method.codec.name} messages has another: use exchange='allgather' (or 'auto', which takes it)"
+        )
+
+
+def shards_for(option: str, method: Method, size: int) -> int:
+    """Into how many parts the layout must cut parameters: M where a re-encoding rule decides shard by shard."""
+    two_phase = option == "two_phase" or (option == "auto" and size > 2)
+    return size if method.rule.reencodes and two_phase else 1
 
 
 def choose(
     option: str,
-    rule: Rule,
+    method: Method,
     length: int,
-    dtype: np.dtype[np.generic],
+    dtype: torch.dtype,
     planes_up: int,
     planes_down: int,
     world: World,
+    device: torch.device,
 ) -> Exchange:
-    """Make the exchange of one bucket of ``length`` items.
+    """Make the exchange of one bucket of ``length`` items on ``device``.
 
     ``"auto"`` takes all-gather unless it would send at least 64 KiB more than two-phase does, which is never
     so with one or two ranks; a rule that needs whole vectors always gets all-gather.
@@ -68,6 +84,8 @@ def choose(
     message = length * dtype.itemsize * planes_up
     decision = length * dtype.itemsize * planes_down
     saved = (world.size - 1) * message - (world.size - 1) / world.size * (message + decision)
-    two_phase = option == "two_phase" or (option == "auto" and rule.shardable and saved >= SECOND_PHASE_BYTES)
-    kind = TwoPhase if two_phase else AllGather
-    return kind(length, dtype, planes_up, planes_down, world)
+    pays = method.rule.shardable and not method.by_value and saved >= SECOND_PHASE_BYTES
+    if method.rule.reencodes:  # the layout was cut for it, so it is the same for every bucket
+        pays = shards_for(option, method, world.size) > 1
+    kind = TwoPhase if option == "two_phase" or (option == "auto" and pays) else AllGather
+    return kind(length, dtype, planes_up, planes_down, world, device)

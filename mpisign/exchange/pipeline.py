@@ -3,82 +3,106 @@
 A bucket travels while the next one is packed: its first phase starts as soon as it is full. Decisions wait for
 the tally sheets, which are posted when packing ends, so that a NaN in the last gradient still withdraws the
 rank's whole ballot; by then the first phase of every bucket is on its way and the network never idles.
+
+On a GPU launches cost more than they overlap: all buckets are packed in one, then leave one after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import contextlib
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from mpisign.bitmap import host
-from mpisign.bitmap.tensors import DTYPES, flat, format_of, is_laid_as, raw_bits
+from mpisign.bitmap import ops
+from mpisign.bitmap.ops import Count, Flag
+from mpisign.bitmap.tensors import DTYPES, is_laid_as
 from mpisign.errors import GradientError, MpisignError
 from mpisign.exchange import header
-from mpisign.exchange.choose import Exchange, choose
+from mpisign.exchange.choose import Exchange, choose, shards_for
+from mpisign.exchange.decoder import Decoder
+from mpisign.exchange.encoder import Encoder
 from mpisign.exchange.runs import decide_runs, runs_of
-from mpisign.layout import Bucket, Layout, Segment
-from mpisign.memory.store import state_dtype
+from mpisign.exchange.server import Server
+from mpisign.layout import Bucket, Layout
+from mpisign.memory import Nothing
+from mpisign.memory.store import MemoryStore
 from mpisign.methods import Method
 from mpisign.policy import Policy, Turn
 from mpisign.telemetry import StepReport, Stopwatch
 from mpisign.world import World, current
 
-__all__ = ["MemoryOf", "Pipeline"]
-
-PIECE = 1 << 19  # elements given to memory and codec at once: few calls, and still near a core's cache
-
-MemoryOf = Callable[[torch.Tensor], dict[str, torch.Tensor]]
-"""The memory's state of a parameter: name -> tensor like the parameter."""
+__all__ = ["Pipeline"]
 
 
 class Pipeline:
     """Everything a step needs, allocated once: the exchanges with their buffers, and scratch.
 
     Args:
-        layout: the parameters on the wire; all ranks must have the same.
+        named: (name, parameter) in registration order; all ranks must have the same.
         method, policy: what is sent and how it is decided.
         exchange: ``"auto"``, ``"allgather"`` or ``"two_phase"``.
+        bucket_cap_mb: a message leaves when it has grown to so many MiB.
+        store: where the memory's state is kept.
         world: the job.
         number: which of the job's optimizers this is, so that two alike are not mistaken for each other.
     """
 
     def __init__(
-        self, layout: Layout, method: Method, policy: Policy, exchange: str, world: World, number: int
+        self,
+        named: Sequence[tuple[str, torch.Tensor]],
+        method: Method,
+        policy: Policy,
+        exchange: str,
+        bucket_cap_mb: float,
+        store: MemoryStore,
+        world: World,
+        number: int,
     ) -> None:
+        method.rule.check(world.size)
+        layout = Layout(
+            named,
+            method.codec,
+            bucket_cap_mb * (1 << 20),
+            whole=not method.rule.shardable,
+            shards=shards_for(exchange, method, world.size),
+        )
         self.layout, self.method, self.policy, self.world = layout, method, policy, world
         self.settings = (f"optimizer {number} of the job", f"method {method}", repr(policy), f"exchange {exchange!r}")
         self.fingerprint = layout.fingerprint(self.settings)
-        codec, rule = method.codec, method.rule
-        self._up, self._down = codec.planes_up(policy), codec.planes_down(policy)
+        self._up, down = method.codec.planes_up(policy), method.codec.planes_down(policy)
+        self._down = 0 if method.by_value else down
         self.exchanges: list[Exchange] = [
-            choose(exchange, rule, bucket.length, bucket.dtype, self._up, self._down, world)
+            choose(exchange, method, bucket.length, bucket.dtype, self._up, self._down, world, layout.device)
             for bucket in layout.buckets
         ]
-        self._piecewise = codec.elementwise and method.memory.elementwise
-        largest = max((p.numel() for p in layout.parameters), default=0)
-        self._scratch_size = min(PIECE, largest) if self._piecewise else largest
-        self._scratches: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        self._states: dict[int, dict[str, torch.Tensor]] = {}  # flat views of the memory, by parameter
-        self._decisions: list[npt.NDArray[Any]] = []
+        messages = [exchange.message for exchange in self.exchanges]
+        sending = dataclasses.replace(method, memory=Nothing()) if method.exchanges_models else method
+        self._encoder = Encoder(layout, sending, messages, store.of)
+        self._local = Encoder(layout, method, messages, store.of) if method.exchanges_models else self._encoder
+        self._decoder = Decoder(layout, method, self.exchanges, self._encoder)
+        self._server = Server(layout, method, store.piece)
+        self._previous = [
+            store.remembered(layout, bucket) if method.rule.remembers else None for bucket in layout.buckets
+        ]
+        together = ops.kernels_for(layout.device) is not None
+        self._groups = [list(layout.buckets)] if together else [[bucket] for bucket in layout.buckets]
+        self._ended = torch.cuda.Event() if layout.device.type == "cuda" else None
         self._latest = -1
-        self._unscale = 1.0
 
     # -------------------------------------------------------------------------------------------- a step
 
     @torch.no_grad()
-    def run(self, step: int, memory_of: MemoryOf, excuse: int = header.VOTES, unscale: float = 1.0) -> StepReport:
+    def run(self, step: int, excuse: int = header.VOTES, unscale: float = 1.0) -> StepReport:
         """Turn every ``p.grad`` into the decision, in place. **Collective.**
 
         Parameters on which nobody votes end with ``p.grad = None``; those that have a gradient elsewhere only
-        get one here.
+        get one here. A method that exchanges models works on the parameters themselves instead.
 
         Args:
             step: number of this exchange, equal on all ranks.
-            memory_of: gives the memory's state of a parameter, changed in place.
             excuse: ``header.VOTES``, or why this rank abstains whatever its gradients are.
             unscale: factor that takes a loss scale out of the gradients.
 
@@ -86,21 +110,30 @@ class Pipeline:
             ConsistencyError: ranks differ in step or layout. No gradient and no memory has been changed.
             GradientError: a gradient is sparse or of an unsupported type.
         """
-        self._unscale = unscale
-        gradients = [self._gradient(i) for i in range(len(self.layout.parameters))]
-        return self._run(step, gradients, memory_of, excuse, None)[1]
+        return self._run(step, self._gradients(), excuse, unscale, None)[1]
 
+    @torch.no_grad()
+    def take_in(self, step: int, unscale: float) -> bool:
+        """Turn every ``p.grad`` into what the memory makes of it, for a step of this rank alone.
+
+        Returns:
+            Whether all of it was finite. If not, the memory has been protected, and the gradients are worth nothing.
+        """
+        gradients = [self._gradient(place, parameter) for place, parameter in enumerate(self.layout.parameters)]
+        return self._local.take_in(gradients, self.policy.turn(step, self.world.rank, self.world.size), unscale)
+
+    @torch.no_grad()
     def sit_out(self, step: int, joined_for: int) -> tuple[header.Roll, StepReport]:
-        """Take part in a step without a gradient, after ``join()``; nothing is changed here. **Collective.**"""
+        """Take part in a step without a gradient, after ``join()``; no parameter changes here. **Collective.**"""
         nothing: list[torch.Tensor | None] = [None] * len(self.layout.parameters)
-        return self._run(step, nothing, lambda _: {}, header.JOINED, joined_for)
+        return self._run(step, nothing, header.JOINED, 1.0, joined_for)
 
     def _run(
         self,
         step: int,
         gradients: Sequence[torch.Tensor | None],
-        memory_of: MemoryOf,
         excuse: int,
+        unscale: float,
         joined_for: int | None,
     ) -> tuple[header.Roll, StepReport]:
         world, watch = self.world, Stopwatch()
@@ -109,78 +142,117 @@ class Pipeline:
         if roll.all_joined:
             return roll, self._report(step, watch, roll, None, None)
         self._latest = step
-        with world.unbroken(f"step {step}", self):
-            sheets, ties = self._exchange(step, gradients, memory_of, excuse, watch)
+        with world.unbroken(f"step {step}", self), self._on_device():
+            sheets, ties = self._exchange(step, gradients, excuse, unscale, watch)
         return roll, self._report(step, watch, roll, sheets, ties)
+
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        """Select the device; what the last step has left to do there, maybe on another stream, comes first."""
+        if self._ended is None:
+            return contextlib.nullcontext()
+        torch.cuda.current_stream(self.layout.device).wait_event(self._ended)
+        return torch.cuda.device(self.layout.device)
 
     def _exchange(
         self,
         step: int,
         gradients: Sequence[torch.Tensor | None],
-        memory_of: MemoryOf,
         excuse: int,
+        unscale: float,
         watch: Stopwatch,
     ) -> tuple[header.Sheets, int | None]:
         """All of a step but the roll call. Returns who voted, and the ties."""
-        world, buckets = self.world, self.layout.buckets
-        turn = self.policy.turn(step, world.rank)
-        finite = True
-        for bucket, exchange in zip(buckets, self.exchanges, strict=True):
-            if excuse == header.VOTES:
-                with watch.span("pack"):
-                    for segment in bucket.segments:
-                        gradient = gradients[segment.index]
-                        if gradient is not None:
-                            finite &= self._encode(segment, gradient, memory_of, exchange.message, turn)
-            with watch.span("exchange"):
-                exchange.start(world)
+        world, turn = self.world, self.policy.turn(step, self.world.rank, self.world.size)
         present = [gradient is not None for gradient in gradients]
-        status = excuse
+        status = excuse if excuse != header.VOTES or any(present) else header.NO_GRADIENT
         if status == header.VOTES:
-            status = header.NON_FINITE if not finite else header.VOTES if any(present) else header.NO_GRADIENT
+            with watch.span("pack"):
+                turn, finite = self._encoder.begin(gradients, turn, unscale)
+            status = header.VOTES if finite else header.NON_FINITE
+        status = self._send(gradients, status, turn, watch)
         with watch.span("exchange"):
             sheets = header.exchange_sheets(world, status, present, step)
+        voters = self._whole(sheets.voters)
+        if status == header.VOTES:
+            with watch.span("pack"):
+                self._encoder.sent(gradients, voters, world.rank)
 
-        ties = np.zeros(1, np.int64)
-        for bucket, exchange in zip(buckets, self.exchanges, strict=True):
-            self._settle(bucket, exchange, sheets, turn, watch, ties)
-        counted = np.zeros_like(ties)
-        tally = world.comm.Iallreduce(ties, counted) if self.method.rule.votes else None
+        ties: Count = 0
+        for bucket, exchange in zip(self.layout.buckets, self.exchanges, strict=True):
+            ties = ties + self._settle(bucket, exchange, voters, turn, watch)
+        counting, counted = np.array([[int(ties)], [0]], np.int64)  # kept here: MPI reads them until the tally is in
+        tally = world.comm.Iallreduce(counting, counted) if self.method.rule.votes else None
 
-        self._decisions = []
-        for bucket, exchange in zip(buckets, self.exchanges, strict=True):
+        for group in self._groups:
             with watch.span("exchange"):
-                decision = exchange.finish(world, f"step {step}, bucket {bucket.index}")
-            self._decisions.append(decision)
-            if excuse != header.JOINED:
-                with watch.span("unpack"):
-                    for segment in bucket.segments:
-                        self._decode(segment, gradients[segment.index], decision, sheets)
+                for bucket in group:
+                    self.exchanges[bucket.index].finish(world, f"step {step}, bucket {bucket.index}")
+                    self._remember(bucket)
+            with watch.span("unpack"):
+                if excuse == header.JOINED:
+                    self._decoder.follow(group, voters, turn)
+                else:
+                    self._decoder.decode(group, gradients, voters, turn)
+        if self._ended is not None:
+            self._ended.record()
         if tally is not None:
             with watch.span("exchange"):
                 world.wait(tally, f"step {step}, count of ties")
         return sheets, int(counted[0]) if tally is not None else None
 
+    def _send(self, gradients: Sequence[torch.Tensor | None], status: int, turn: Turn, watch: Stopwatch) -> int:
+        """Pack and send, group by group. Returns the status, now that all values have been looked at."""
+        flags: list[Flag] = []
+        for group in self._groups:
+            if status == header.VOTES:
+                with watch.span("pack"):
+                    flags += self._encoder.encode(group, gradients, turn)
+            with watch.span("exchange"):
+                for bucket in group:
+                    self.exchanges[bucket.index].push()
+                for bucket in group:
+                    self.exchanges[bucket.index].start(self.world)
+        if all([bool(flag) for flag in flags]):
+            return status
+        self._encoder.recover()
+        return header.NON_FINITE
+
     def _settle(
         self,
         bucket: Bucket,
         exchange: Exchange,
-        sheets: header.Sheets,
+        voters: Sequence[tuple[int, ...]],
         turn: Turn,
         watch: Stopwatch,
-        ties: npt.NDArray[np.int64],
-    ) -> None:
-        def decide(messages: Sequence[npt.NDArray[Any]], out: npt.NDArray[Any], start: int) -> None:
+    ) -> Count:
+        tied: Count = 0
+
+        def decide(messages: Sequence[torch.Tensor], out: torch.Tensor, start: int) -> None:
+            nonlocal tied
             before = watch.seconds["decide"]
             with watch.span("decide"):
-                runs = runs_of(bucket, sheets.voters)
-                tied = decide_runs(self.method.rule, turn, bucket, runs, messages, out, start)
-            if exchange.counts_ties_for(self.world.rank):
-                ties[0] += tied
+                if self.method.rule.reencodes:
+                    self._server.decide(bucket, voters, turn, messages, out, start)
+                elif not self.method.by_value:
+                    here = dataclasses.replace(turn, previous=self._previous[bucket.index])
+                    tied = decide_runs(self.method.rule, here, bucket, runs_of(bucket, voters), messages, out, start)
             watch.seconds["exchange"] -= watch.seconds["decide"] - before  # the span around us counts it too
 
         with watch.span("exchange"):
             exchange.settle(decide, self.world, f"step {self._latest}, bucket {bucket.index}")
+        return tied if exchange.counts_ties_for(self.world.rank) else 0
+
+    def _whole(self, voters: Sequence[tuple[int, ...]]) -> Sequence[tuple[int, ...]]:
+        """For rules on whole vectors, a rank that votes at all votes on everything that anybody votes on."""
+        if self.method.rule.shardable:
+            return voters
+        everybody = tuple(sorted({rank for ranks in voters for rank in ranks}))
+        return tuple(everybody if ranks else () for ranks in voters)
+
+    def _remember(self, bucket: Bucket) -> None:
+        previous = self._previous[bucket.index]
+        if previous is not None:
+            previous.copy_(self.exchanges[bucket.index].decision)
 
     def _report(
         self, step: int, watch: Stopwatch, roll: header.Roll, sheets: header.Sheets | None, ties: int | None
@@ -205,111 +277,36 @@ class Pipeline:
             _agreement=((lambda: self._agreement(step, sheets)) if self.method.rule.votes and sheets else None),
         )
 
-    # -------------------------------------------------------------------------------------- one parameter
+    def _gradients(self) -> list[torch.Tensor | None]:
+        """What this rank has to send: gradients in wire order, or None, by parameter."""
+        if self.method.exchanges_models:
+            return [
+                p.detach() if is_laid_as(p, strides) else p.detach().contiguous()
+                for p, strides in zip(self.layout.parameters, self.layout.strides, strict=True)
+            ]
+        return [self._gradient(place, parameter) for place, parameter in enumerate(self.layout.parameters)]
 
-    def _gradient(self, index: int) -> torch.Tensor | None:
-        """The parameter's gradient as a flat vector in wire order, or None."""
-        parameter, name = self.layout.parameters[index], self.layout.names[index]
+    def _gradient(self, place: int, parameter: torch.Tensor) -> torch.Tensor | None:
         gradient = parameter.grad
         if gradient is None:
             return None
+        strides = self.layout.strides[place]
         if gradient.layout != torch.strided:
             raise GradientError(
-                f"rank {self.world.rank}: the gradient of {name!r} is {gradient.layout}; use sparse=False in the "
-                f"embedding, or densify it with p.grad = p.grad.to_dense()"
+                f"rank {self.world.rank}: the gradient of {self.layout.names[place]!r} is {gradient.layout}; use "
+                f"sparse=False in the embedding, or densify it with p.grad = p.grad.to_dense()"
             )
-        if gradient.dtype not in DTYPES or gradient.device.type != "cpu":
+        if gradient.dtype not in DTYPES or gradient.device != self.layout.device:
             raise GradientError(
-                f"rank {self.world.rank}: the gradient of {name!r} is {gradient.dtype} on {gradient.device}; "
-                f"this release votes on floating-point CPU tensors only"
+                f"rank {self.world.rank}: the gradient of {self.layout.names[place]!r} is {gradient.dtype} on "
+                f"{gradient.device}; only floating-point tensors on the parameter's device can be voted on"
             )
-        if not is_laid_as(gradient, self.layout.strides[index]):
+        if not is_laid_as(gradient, strides):
             # Another order of elements than the others expect (or overlapping memory): put it in order.
-            ordered = self._new_gradient(index, gradient.dtype)
+            ordered = torch.empty_strided(parameter.shape, strides, dtype=gradient.dtype, device=gradient.device)
             ordered.copy_(gradient)
             parameter.grad = gradient = ordered
-        return torch.as_strided(gradient, (gradient.numel(),), (1,), gradient.storage_offset())
-
-    def _new_gradient(self, index: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty_strided(self.layout.parameters[index].shape, self.layout.strides[index], dtype=dtype)
-
-    def _encode(
-        self, segment: Segment, gradient: torch.Tensor, memory_of: MemoryOf, message: npt.NDArray[Any], turn: Turn
-    ) -> bool:
-        """Memory, then codec, piece by piece. Returns whether all was finite."""
-        states = self._states.get(segment.index)
-        if states is None:
-            tensors = memory_of(self.layout.parameters[segment.index]) if self.method.memory.fields else {}
-            states = self._states[segment.index] = {key: flat(value) for key, value in tensors.items()}
-        if segment.numel <= PIECE or not self._piecewise:
-            target = message[:, segment.start : segment.stop]
-            return self._encode_piece(gradient, states, target, turn, segment.first_word)
-        finite = True
-        length = self.method.codec.length
-        for lo in range(0, segment.numel, PIECE):
-            hi = min(lo + PIECE, segment.numel)
-            target = message[:, segment.start + length(lo) : segment.start + length(hi)]
-            state = {key: value[lo:hi] for key, value in states.items()}
-            finite &= self._encode_piece(gradient[lo:hi], state, target, turn, segment.first_word + length(lo))
-        return finite
-
-    def _encode_piece(
-        self,
-        gradient: torch.Tensor,
-        state: dict[str, torch.Tensor],
-        target: npt.NDArray[Any],
-        turn: Turn,
-        first_word: int,
-    ) -> bool:
-        values, finite = self._remember(gradient, state)
-        encoded = self.method.codec.encode(values, target, turn, first_word)
-        if finite and not encoded:  # the memory itself has overflowed: without this it would never vote again
-            for value in state.values():
-                value[~torch.isfinite(value)] = 0
-        return finite and encoded
-
-    def _remember(self, g: torch.Tensor, state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, bool]:
-        """Let the memory take a gradient in. Where it is NaN or Inf, the memory stays as it was."""
-        memory = self.method.memory
-        dtype = state[memory.fields[0]].dtype if memory.fields else g.dtype
-        finite = True
-        if memory.fields:  # else the codec's own check is enough, as there is nothing to protect
-            finite = host.all_finite(raw_bits(g), format_of(g.dtype))
-        if self._unscale != 1.0:
-            dtype = state_dtype(dtype)  # 32 bits at least, where small 16-bit gradients do not underflow
-        wide = g
-        if g.dtype != dtype or self._unscale != 1.0:
-            wide = self._scratch("gradient", dtype)[: g.numel()].copy_(g).mul_(self._unscale)
-        if finite:
-            return memory(wide, state, self._scratch("result", dtype)), True
-        if memory.elementwise:
-            bad = ~torch.isfinite(wide)
-            kept = {key: value[bad] for key, value in state.items()}
-            memory(wide, state, self._scratch("result", dtype))
-            for key, value in state.items():
-                value[bad] = kept[key]
-        return wide, False
-
-    def _scratch(self, purpose: str, dtype: torch.dtype) -> torch.Tensor:
-        if (purpose, dtype) not in self._scratches:
-            self._scratches[purpose, dtype] = torch.empty(self._scratch_size, dtype=dtype)
-        return self._scratches[purpose, dtype]
-
-    def _decode(
-        self,
-        segment: Segment,
-        gradient: torch.Tensor | None,
-        decision: npt.NDArray[Any],
-        sheets: header.Sheets,
-    ) -> None:
-        parameter = self.layout.parameters[segment.index]
-        if not sheets.voters[segment.index]:
-            parameter.grad = None
-            return
-        if gradient is None:
-            parameter.grad = self._new_gradient(segment.index, parameter.dtype)
-            gradient = flat(parameter.grad)
-        self.method.codec.decode(decision[:, segment.start : segment.stop], gradient)
+        return gradient
 
     # ------------------------------------------------------------------------------------------ on request
 
@@ -321,19 +318,20 @@ class Pipeline:
             )
         if current("agreement()") is not self.world:
             raise MpisignError("this report is of a job that has been shut down: ask for agreement() before shutdown()")
-        agree = spoken = 0
-        for bucket, exchange, decision in zip(self.layout.buckets, self.exchanges, self._decisions, strict=True):
+        agree: Count = 0
+        spoken: Count = 0
+        for bucket, exchange in zip(self.layout.buckets, self.exchanges, strict=True):
             for segment in bucket.segments:
                 if self.world.rank not in sheets.voters[segment.index]:
                     continue
                 span = slice(segment.start, segment.stop)
-                same, both = host.agreement(
+                same, both = ops.agreement(
                     exchange.message[0, span],
-                    decision[0, span],
+                    exchange.decision[0, span],
                     segment.numel,
                     exchange.message[1, span] if self._up > 1 else None,
-                    decision[1, span] if self._down > 1 else None,
+                    exchange.decision[1, span] if self._down > 1 else None,
                 )
                 agree, spoken = agree + same, spoken + both
-        share = agree / spoken if spoken else float("nan")
+        share = int(agree) / int(spoken) if int(spoken) else float("nan")
         return self.world.gather(share, "agreement()")

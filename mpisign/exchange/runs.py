@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import numpy.typing as npt
+import torch
 
+from mpisign.bitmap.ops import Count
 from mpisign.layout import Bucket
 from mpisign.policy import Turn
 from mpisign.rules import Rule
 
 __all__ = ["Decide", "decide_runs", "runs_of"]
 
-Decide = Callable[[Sequence[npt.NDArray[Any]], npt.NDArray[Any], int], None]
+Decide = Callable[[Sequence[torch.Tensor], torch.Tensor, int], None]
 """``decide(messages, out, start)``: decide items ``start .. start + out.shape[1]`` of a bucket from the M
 ranks' messages (planes_up, k), in the order of the ranks, into ``out`` (planes_down, k)."""
 
@@ -41,17 +42,20 @@ def decide_runs(
     turn: Turn,
     bucket: Bucket,
     runs: Sequence[Run],
-    messages: Sequence[npt.NDArray[Any]],
-    out: npt.NDArray[Any],
+    messages: Sequence[torch.Tensor],
+    out: torch.Tensor,
     start: int,
-) -> int:
+) -> Count:
     """Apply ``rule`` to each run that overlaps the items from ``start`` on; returns the ties."""
-    ties, end = 0, start + out.shape[1]
+    ties: Count = 0
+    end = start + out.shape[1]
     for run_start, run_stop, ranks in runs:
         lo, hi = max(run_start, start), min(run_stop, end)
         if lo >= hi or not ranks:
             continue
         span = slice(lo - start, hi - start)
         voting = [messages[rank][:, span] for rank in ranks]
-        ties += rule.decide(voting, out[:, span], turn, bucket.first_word + lo)
+        previous = None if turn.previous is None else turn.previous[:, span]
+        here = dataclasses.replace(turn, voters=ranks, previous=previous)
+        ties = ties + rule.decide(voting, out[:, span], here, bucket.first_word + lo)
     return ties

@@ -13,9 +13,10 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
+import torch
 
 from mpisign.exchange.runs import Decide
+from mpisign.exchange.staging import Buffer
 from mpisign.world import World
 
 if TYPE_CHECKING:
@@ -30,33 +31,50 @@ class TwoPhase:
     name = "two_phase"
 
     def __init__(
-        self, length: int, dtype: np.dtype[np.generic], planes_up: int, planes_down: int, world: World
+        self,
+        length: int,
+        dtype: torch.dtype,
+        planes_up: int,
+        planes_down: int,
+        world: World,
+        device: torch.device,
     ) -> None:
         ranks = world.size
         shard = -(-length // ranks)  # the last shards may hold padding: less than M items a bucket
         self._shard, self._length = shard, length
-        self._outgoing: npt.NDArray[Any] = np.zeros((planes_up, shard * ranks), dtype)
-        self.message = self._outgoing[:, :length]
-        self._received: npt.NDArray[Any] = np.zeros((ranks, planes_up, shard), dtype)
-        self._verdict: npt.NDArray[Any] = np.zeros((planes_down, shard), dtype)
-        self._decision: npt.NDArray[Any] = np.zeros((planes_down, shard * ranks), dtype)
-        self._slice_up = _slice_type(dtype, planes_up, shard, ranks)
-        self._slice_down = _slice_type(dtype, planes_down, shard, ranks)
-        self.bytes_sent = (ranks - 1) * (self._verdict.nbytes + self._verdict.nbytes // planes_down * planes_up)
+        self._outgoing = Buffer((planes_up, shard * ranks), dtype, device)
+        self._incoming = Buffer((ranks, planes_up, shard), dtype, device)
+        self._verdict = Buffer((planes_down, shard), dtype, device)
+        self._spread = Buffer((planes_down, shard * ranks), dtype, device)
+        self.message = self._outgoing.tensor[:, :length]
+        self.received = self._incoming.tensor
+        self.decision = self._spread.tensor[:, :length]
+        item = torch.empty(0, dtype=dtype).numpy().dtype
+        self._slice_up = _slice_type(item, planes_up, shard, ranks)
+        self._slice_down = _slice_type(item, planes_down, shard, ranks)
+        self.bytes_sent = (ranks - 1) * shard * dtype.itemsize * (planes_up + planes_down)
+
+    def push(self) -> None:
+        self._outgoing.push()
 
     def start(self, world: World) -> None:
-        self._request = world.comm.Ialltoall([self._outgoing, 1, self._slice_up], self._received)
+        self._outgoing.ready()
+        self._request = world.comm.Ialltoall([self._outgoing.mpi, 1, self._slice_up], self._incoming.mpi)
 
     def settle(self, decide: Decide, world: World, what: str) -> None:
         world.wait(self._request, f"{what}, phase 1")
+        self._incoming.pull()
         at = min(world.rank * self._shard, self._length)
         stop = min(at + self._shard, self._length)
-        decide([message[:, : stop - at] for message in self._received], self._verdict[:, : stop - at], at)
-        self._request = world.comm.Iallgather(self._verdict, [self._decision, 1, self._slice_down])
+        messages = [message[:, : stop - at] for message in self._incoming.tensor]
+        decide(messages, self._verdict.tensor[:, : stop - at], at)
+        self._verdict.push()
+        self._verdict.ready()
+        self._request = world.comm.Iallgather(self._verdict.mpi, [self._spread.mpi, 1, self._slice_down])
 
-    def finish(self, world: World, what: str) -> npt.NDArray[Any]:
+    def finish(self, world: World, what: str) -> None:
         world.wait(self._request, f"{what}, phase 2")
-        return self._decision[:, : self._length]
+        self._spread.pull()
 
     def counts_ties_for(self, rank: int) -> bool:
         """Whether ``rank``'s count of ties enters the job's: each counts those of its own shard."""
@@ -64,7 +82,7 @@ class TwoPhase:
 
 
 @functools.cache  # kept until MPI ends: freeing at interpreter exit would come too late
-def _slice_type(dtype: np.dtype[np.generic], planes: int, shard: int, ranks: int) -> MPI.Datatype:
+def _slice_type(dtype: np.dtype[Any], planes: int, shard: int, ranks: int) -> MPI.Datatype:
     """Slice r of a (planes, shard * ranks) array, for r = 0, 1, ...: each starts ``shard`` items after the last."""
     from mpi4py.util.dtlib import from_numpy_dtype
 

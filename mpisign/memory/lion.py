@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from mpisign.memory.memory import Memory
 from mpisign.memory.momentum import check_decay
+from mpisign.policy import Turn
 
 __all__ = ["LionMomentum"]
 
 
 @dataclass(frozen=True)
-class LionMomentum:
+class LionMomentum(Memory):
     """``u = beta1 m + (1 - beta1) g`` is sent, then ``m <- beta2 m + (1 - beta2) g``.
 
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023, Algorithm 2; on workers:
@@ -24,14 +27,33 @@ class LionMomentum:
     beta2: float = 0.99
     name = "lion"
     fields: ClassVar[tuple[str, ...]] = ("momentum",)
-    elementwise = True
 
     def __post_init__(self) -> None:
         check_decay("beta1", self.beta1)
         check_decay("beta2", self.beta2)
 
-    def __call__(self, gradient: torch.Tensor, state: dict[str, torch.Tensor], scratch: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        gradient: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        scratch: torch.Tensor,
+        turn: Turn,
+        first_word: int,
+    ) -> torch.Tensor:
         momentum = state["momentum"]
         signed = torch.lerp(momentum, gradient, 1.0 - self.beta1, out=scratch[: gradient.numel()])
         momentum.lerp_(gradient, 1.0 - self.beta2)
+        return signed
+
+    def many(
+        self,
+        gradients: list[torch.Tensor],
+        states: dict[str, list[torch.Tensor]],
+        scratch: Callable[[], list[torch.Tensor]],
+        turn: Turn,
+    ) -> list[torch.Tensor]:
+        signed = scratch()
+        torch._foreach_copy_(signed, states["momentum"])
+        torch._foreach_lerp_(signed, gradients, 1.0 - self.beta1)
+        torch._foreach_lerp_(states["momentum"], gradients, 1.0 - self.beta2)
         return signed

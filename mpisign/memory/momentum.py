@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from mpisign.errors import OptionError
+from mpisign.memory.memory import Memory
+from mpisign.policy import Turn
 
 __all__ = ["Momentum", "check_decay"]
 
@@ -19,7 +22,7 @@ def check_decay(name: str, value: float) -> None:
 
 
 @dataclass(frozen=True)
-class Momentum:
+class Momentum(Memory):
     """``v <- beta v + (1 - beta) g``, and v is sent: an exponential average of the local gradients.
 
     Source: Bernstein et al., "signSGD: Compressed Optimisation for Non-Convex Problems", 2018, Algorithm 2.
@@ -28,10 +31,26 @@ class Momentum:
     beta: float = 0.9
     name = "momentum"
     fields: ClassVar[tuple[str, ...]] = ("momentum",)
-    elementwise = True
 
     def __post_init__(self) -> None:
         check_decay("momentum", self.beta)
 
-    def __call__(self, gradient: torch.Tensor, state: dict[str, torch.Tensor], scratch: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        gradient: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        scratch: torch.Tensor,
+        turn: Turn,
+        first_word: int,
+    ) -> torch.Tensor:
         return state["momentum"].lerp_(gradient, 1.0 - self.beta)
+
+    def many(
+        self,
+        gradients: list[torch.Tensor],
+        states: dict[str, list[torch.Tensor]],
+        scratch: Callable[[], list[torch.Tensor]],
+        turn: Turn,
+    ) -> list[torch.Tensor]:
+        torch._foreach_lerp_(states["momentum"], gradients, 1.0 - self.beta)
+        return states["momentum"]

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
+
+from mpisign.memory.memory import Memory
+from mpisign.policy import Turn
 
 __all__ = ["Nothing"]
 
 
 @dataclass(frozen=True)
-class Nothing:
+class Nothing(Memory):
     """``u = g``."""
 
     name = "nothing"
-    fields: ClassVar[tuple[str, ...]] = ()
-    elementwise = True
 
-    def __call__(self, gradient: torch.Tensor, state: dict[str, torch.Tensor], scratch: torch.Tensor) -> torch.Tensor:
-        return gradient
+    def many(
+        self,
+        gradients: list[torch.Tensor],
+        states: dict[str, list[torch.Tensor]],
+        scratch: Callable[[], list[torch.Tensor]],
+        turn: Turn,
+    ) -> list[torch.Tensor]:
+        return gradients

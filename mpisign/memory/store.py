@@ -11,12 +11,13 @@ import torch
 
 from mpisign.bitmap.tensors import strides_of
 from mpisign.errors import CheckpointError
+from mpisign.layout import Bucket, Layout
 from mpisign.memory import Memory
 from mpisign.world import World
 
 __all__ = ["MemoryStore", "state_dtype"]
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -26,15 +27,19 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class MemoryStore:
-    """The state of ``memory`` for every parameter that has had a gradient here.
+    """The state of ``memory`` for every parameter that has had a gradient here, and of the deciding side.
 
-    Each tensor has its parameter's shape and wire order, starts at zero, and is changed in place.
+    Each tensor of the memory has its parameter's shape and wire order, starts at zero, and is changed in place. What
+    a rule keeps (a server's error, a centre) belongs to the pieces of parameters that this rank decides.
     """
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self._place = (0, 1)  # rank and size of the job it belongs to
         self._states: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+        self._pieces: dict[torch.Tensor, dict[int, torch.Tensor]] = {}  # by first element
+        self._former: dict[torch.Tensor, dict[int, torch.Tensor]] = {}  # of an earlier layout, or another job
+        self._rates: dict[torch.Tensor, float] = {}
 
     def of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         """The state of one parameter by field, made on first use."""
@@ -46,17 +51,80 @@ class MemoryStore:
         """Take note of changes: forget parameters no longer held, and lay the state out anew where they differ."""
         self._place = (world.rank, world.size)
         held = set(parameters)
+        self._former = self._kept_pieces()
+        self._pieces = {}
         self._states = {parameter: state for parameter, state in self._states.items() if parameter in held}
+        self._former = {parameter: pieces for parameter, pieces in self._former.items() if parameter in held}
+        self._rates = {parameter: rate for parameter, rate in self._rates.items() if parameter in held}
         for parameter, state in self._states.items():
             for field, value in state.items():
                 if value.shape != parameter.shape:
                     state[field] = _lay(parameter, None)
-                elif value.dtype != state_dtype(parameter.dtype) or value.stride() != strides_of(parameter):
+                elif (value.dtype, value.device) != (state_dtype(parameter.dtype), parameter.device) or (
+                    value.stride() != strides_of(parameter)
+                ):
                     state[field] = _lay(parameter, value)
+
+    def follow_rates(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Rescale the fields that follow the learning rate, so that rate times field stays what it was.
+
+        A step at rate 0 leaves them alone, as there is no factor that could undo it.
+        """
+        if not self.memory.follows_lr:
+            return
+        for group in groups:
+            rate = float(group.get("lr", 1.0))
+            for parameter in group["params"]:
+                before = self._rates.get(parameter, rate)
+                if before != rate != 0.0:
+                    state = self._states.get(parameter, {})
+                    owed = [state[field] for field in self.memory.follows_lr if field in state]
+                    owed += self._pieces.get(parameter, {}).values()
+                    for value in owed:
+                        value.mul_(before / rate)
+                if rate != 0.0:
+                    self._rates[parameter] = rate
+
+    def piece(self, parameter: torch.Tensor, lo: int, hi: int) -> torch.Tensor:
+        """What is kept for elements ``lo .. hi`` of a flat parameter by whoever decides them: (hi - lo,), in place."""
+        mine = self._pieces.setdefault(parameter, {})
+        if lo not in mine:
+            kept = torch.zeros(hi - lo, dtype=state_dtype(parameter.dtype), device=parameter.device)
+            self._recall(parameter, lo, kept)
+            mine[lo] = kept
+        return mine[lo]
+
+    def remembered(self, layout: Layout, bucket: Bucket) -> torch.Tensor:
+        """A bucket's previous decision of plain values, (1, length), to be kept up to date by the caller."""
+        previous = torch.zeros((1, bucket.length), dtype=bucket.dtype, device=layout.device)
+        for segment in bucket.segments:
+            parameter = layout.parameters[segment.index]
+            part = previous[0, segment.start : segment.stop]
+            self._recall(parameter, 0, part)
+            self._pieces[parameter] = {0: part}
+        return previous
+
+    def _recall(self, parameter: torch.Tensor, lo: int, kept: torch.Tensor) -> None:
+        """Copy what earlier pieces hold of the elements from ``lo`` on."""
+        for start, value in self._former.get(parameter, {}).items():
+            begin, end = max(lo, start), min(lo + kept.numel(), start + value.numel())
+            if begin < end:
+                kept[begin - lo : end - lo] = value[begin - start : end - start]
+
+    def _kept_pieces(self) -> dict[torch.Tensor, dict[int, torch.Tensor]]:
+        """All pieces, without the former ones that present ones have replaced."""
+        kept = {parameter: dict(pieces) for parameter, pieces in self._pieces.items()}
+        for parameter, former in self._former.items():
+            present = kept.setdefault(parameter, {})
+            for lo, value in former.items():
+                if not any(lo < at + its.numel() and at < lo + value.numel() for at, its in present.items()):
+                    present[lo] = value
+        return kept
 
     def state_dict(self, parameters: Sequence[torch.Tensor], step: int, method: str) -> dict[str, Any]:
         """This rank's memory, keyed by place in ``parameters``; plain types and tensors only."""
         rank, size = self._place
+        pieces = self._kept_pieces()
         return {
             "version": STATE_VERSION,
             "rank": rank,
@@ -69,6 +137,8 @@ class MemoryStore:
                 for place, parameter in enumerate(parameters)
                 if parameter in self._states
             },
+            "pieces": {place: pieces[p] for place, p in enumerate(parameters) if p in pieces},
+            "rates": {place: self._rates[p] for place, p in enumerate(parameters) if p in self._rates},
         }
 
     def restored(self, saved: dict[str, Any] | None, parameters: Sequence[torch.Tensor], world: World) -> MemoryStore:
@@ -114,12 +184,19 @@ class MemoryStore:
             store._states[parameters[place]] = {
                 field: _lay(parameters[place], value) for field, value in fields.items()
             }
+        for place, pieces in saved.get("pieces", {}).items():
+            store._former[parameters[place]] = {lo: value.to(parameters[place].device) for lo, value in pieces.items()}
+        store._rates = {parameters[place]: rate for place, rate in saved.get("rates", {}).items()}
         return store
 
 
 def _lay(parameter: torch.Tensor, value: torch.Tensor | None) -> torch.Tensor:
     """A new tensor in the parameter's shape and wire order: a copy of ``value``, or zeros."""
-    # NumPy asks the system for huge pages where torch does not, and a memory is read and written at every step.
-    zeros = torch.from_numpy(np.zeros(parameter.numel(), NUMPY_DTYPES[state_dtype(parameter.dtype)]))
+    dtype = state_dtype(parameter.dtype)
+    if parameter.device.type == "cpu":
+        # NumPy asks the system for huge pages where torch does not, and a memory is read and written at every step.
+        zeros = torch.from_numpy(np.zeros(parameter.numel(), NUMPY_DTYPES[dtype]))
+    else:
+        zeros = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
     laid = zeros.as_strided(parameter.shape, strides_of(parameter))
     return laid if value is None else laid.copy_(value)

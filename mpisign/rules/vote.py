@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy.typing as npt
+import torch
 
-from mpisign.bitmap import host
+from mpisign.bitmap import ops
+from mpisign.bitmap.ops import Count
 from mpisign.policy import Turn
+from mpisign.rules.rule import Rule
 
 __all__ = ["MajorityVote"]
 
 
 @dataclass(frozen=True)
-class MajorityVote:
+class MajorityVote(Rule):
     """``sign(sum_m sign(u_m))``, coordinate by coordinate, each rank one vote.
 
     Votes are counted bit-sliced on whole words (:func:`mpisign.bitmap.host.majority`). For +-1 messages the
@@ -26,11 +27,10 @@ class MajorityVote:
     """
 
     name = "vote"
-    shardable = True
     votes = True
 
-    def decide(self, messages: Sequence[npt.NDArray[Any]], out: npt.NDArray[Any], turn: Turn, first_word: int) -> int:
-        return host.majority(
+    def decide(self, messages: Sequence[torch.Tensor], out: torch.Tensor, turn: Turn, first_word: int) -> Count:
+        return ops.majority(
             [message[0] for message in messages],
             out[0],
             ties=turn.policy.ties,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import mpisign
+from mpisign.memory import Memory
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -113,15 +114,14 @@ def test_ranks_that_do_different_things_are_told(comm: MPI.Comm, act: Callable[[
 
 
 @dataclass(frozen=True)
-class Sluggish:
+class Sluggish(Memory):
     """A memory that remembers nothing, slowly: ``seconds[r]`` on rank r."""
 
     seconds: tuple[float, ...]
     name = "sluggish"
-    fields = ()
     elementwise = False
 
-    def __call__(self, gradient: torch.Tensor, state: dict[str, torch.Tensor], scratch: torch.Tensor) -> torch.Tensor:
+    def __call__(self, gradient: torch.Tensor, *_: object) -> torch.Tensor:
         time.sleep(self.seconds[mpisign.rank()])
         return gradient
 

@@ -1,0 +1,66 @@
+"""The shape of a codec, to be subclassed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from mpisign.bitmap.ops import Flag
+from mpisign.policy import Policy, Turn
+
+__all__ = ["Codec"]
+
+
+class Codec(ABC):
+    """How n values of one parameter become k = ``length(n)`` items of a message, and back.
+
+    All tensors lie on the parameter's device. Make it a frozen dataclass: ranks compare the ``repr``.
+
+    Attributes:
+        name: for errors.
+        elementwise: whether it may be called on pieces of a parameter that start at a multiple of 32.
+        ballots: items are words of sign bits, which can be voted on.
+        plain: items are the values themselves, so that any rule can work on messages as they are.
+    """
+
+    name = "codec"
+    elementwise = False
+    ballots = False
+    plain = False
+
+    def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Type of a message item for a parameter of type ``dtype``."""
+        return torch.int32
+
+    @abstractmethod
+    def length(self, elements: int) -> int:
+        """Items that carry so many elements."""
+
+    def planes_up(self, policy: Policy) -> int:
+        """Rows of a message."""
+        return 1
+
+    def planes_down(self, policy: Policy) -> int:
+        """Rows of a decision."""
+        return 1
+
+    @abstractmethod
+    def encode(self, values: torch.Tensor, message: torch.Tensor, turn: Turn, first_word: int) -> Flag:
+        """Write flat ``values`` (n,) into ``message`` (planes_up, k). It allocates as little as it can.
+
+        Args:
+            first_word: number of the message's first item in the layout, which tells places apart.
+
+        Returns:
+            Whether all values were finite; on a GPU a 0-d tensor, so that nobody waits.
+        """
+
+    @abstractmethod
+    def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
+        """``out += alpha * decoded``, in place, for flat fp32 or fp64 ``out`` (n,): for error feedback and means."""
+
+    def decode(self, decision: torch.Tensor, out: torch.Tensor) -> None:
+        """Write ``decision`` (planes_down, k) into flat ``out`` (n,) of any supported float type."""
+        out.zero_()
+        self.add(decision, out, 1.0)

@@ -1,0 +1,139 @@
+"""What comes back: decisions, or everybody's messages, into the gradients that the optimizer will apply."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mpisign.bitmap import ops
+from mpisign.bitmap.tensors import flat
+from mpisign.codecs import SignBits
+from mpisign.exchange.choose import Exchange
+from mpisign.exchange.encoder import Encoder
+from mpisign.layout import Bucket, Layout, Segment
+from mpisign.memory.store import state_dtype
+from mpisign.methods import Method
+from mpisign.policy import Turn
+
+__all__ = ["Decoder"]
+
+
+class Decoder:
+    """Writes into ``p.grad`` on one device, or into the parameters themselves if the method exchanges models.
+
+    Args:
+        exchanges: one a bucket, which hold the decisions and, if all ranks have all messages, those.
+        encoder: whose memory may turn a decision into a gradient.
+    """
+
+    def __init__(self, layout: Layout, method: Method, exchanges: Sequence[Exchange], encoder: Encoder) -> None:
+        self._layout, self._method, self._exchanges, self._encoder = layout, method, exchanges, encoder
+        self._direct = not (
+            method.by_value or method.memory.running or method.rule.reencodes or method.exchanges_models
+        )
+        self._batch: Any = self._one_launch() if self._direct else None
+
+    def decode(
+        self,
+        buckets: Sequence[Bucket],
+        gradients: Sequence[torch.Tensor | None],
+        voters: Sequence[tuple[int, ...]],
+        turn: Turn,
+    ) -> None:
+        """Replace the gradients of ``buckets``: by the decision; by None where nobody votes; new ones where needed.
+
+        Args:
+            gradients: in wire order, by parameter; None where this rank has none.
+            voters: the ranks that vote, by parameter.
+        """
+        outs: list[torch.Tensor | None] = []
+        for bucket in buckets:
+            for segment in bucket.segments:
+                place = segment.index
+                out = gradients[place]
+                if not voters[place]:
+                    out = None
+                    if not self._method.exchanges_models:
+                        self._layout.parameters[place].grad = None
+                elif out is None:
+                    out = self._new_gradient(place)
+                if self._batch is not None:
+                    outs.append(out)
+                elif out is not None:
+                    self._decode(bucket, segment, flat(out), voters[place], turn)
+        if self._batch is not None:
+            self._batch.unpack(outs)
+
+    def follow(self, buckets: Sequence[Bucket], voters: Sequence[tuple[int, ...]], turn: Turn) -> None:
+        """Keep a running memory up to date on a rank that trains no more and has no use for the gradients."""
+        if not self._method.memory.running:
+            return
+        for bucket in buckets:
+            for segment in bucket.segments:
+                if voters[segment.index]:
+                    parameter = self._layout.parameters[segment.index]
+                    unused = torch.empty(segment.numel, dtype=parameter.dtype, device=parameter.device)
+                    self._decode(bucket, segment, unused, voters[segment.index], turn)
+
+    def _new_gradient(self, place: int) -> torch.Tensor:
+        parameter = self._layout.parameters[place]
+        gradient = torch.empty_strided(
+            parameter.shape, self._layout.strides[place], dtype=parameter.dtype, device=parameter.device
+        )
+        parameter.grad = gradient
+        return gradient
+
+    def _decode(self, bucket: Bucket, segment: Segment, out: torch.Tensor, voters: tuple[int, ...], turn: Turn) -> None:
+        exchange, method = self._exchanges[bucket.index], self._method
+        if self._direct:
+            method.codec.decode(exchange.decision[:, segment.start : segment.stop], out)
+            return
+        wide = out if out.dtype == state_dtype(out.dtype) else out.to(state_dtype(out.dtype))
+        for piece in segment.pieces:
+            target = wide[piece.lo : piece.hi]
+            if not method.by_value:
+                method.codec.decode(exchange.decision[:, piece.start : piece.stop], target)
+                continue
+            here = dataclasses.replace(turn, voters=voters)
+            messages = [exchange.received[rank][:, piece.start : piece.stop] for rank in voters]
+            self._combine(messages, target, here, piece.first_word)
+        if method.memory.running:
+            method.memory.received(wide, self._encoder.state(segment.index))
+        if wide is not out:
+            out.copy_(wide)
+        parameter = self._layout.parameters[segment.index]
+        if method.exchanges_models and out.data_ptr() != parameter.data_ptr():
+            parameter.copy_(out.view(parameter.shape))
+
+    def _combine(self, messages: Sequence[torch.Tensor], out: torch.Tensor, turn: Turn, first_word: int) -> None:
+        """Apply the rule to messages that must be decoded first."""
+        codec, rule = self._method.codec, self._method.rule
+        weights = rule.weights(turn)
+        if weights is not None:
+            out.zero_()
+            for message, weight in zip(messages, weights, strict=True):
+                codec.add(message, out, weight)
+            return
+        rows = out.new_zeros((len(messages), 1, out.numel()))
+        for message, row in zip(messages, rows, strict=True):
+            codec.add(message, row[0], 1.0)
+        rule.decide(list(rows), out[None], turn, first_word)
+
+    def _one_launch(self) -> Any:
+        """What unpacks all parameters in one launch, where there are kernels for that."""
+        kernels = ops.kernels_for(self._layout.device)
+        if kernels is None or not isinstance(self._method.codec, SignBits):
+            return None
+        rows = [
+            (self._exchanges[bucket.index].decision[:, segment.start : segment.stop], segment)
+            for bucket in self._layout.buckets
+            for segment in bucket.segments
+        ]
+        return kernels.Batch(
+            words=[row[0] for row, _ in rows],
+            nonzeros=[row[1] for row, _ in rows] if rows and len(rows[0][0]) > 1 else None,
+            first_words=[segment.first_word for _, segment in rows],
+        )

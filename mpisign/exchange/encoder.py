@@ -1,0 +1,261 @@
+"""What this rank sends: every gradient through the memory and the codec into the buckets' messages."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from mpisign.bitmap import ops
+from mpisign.bitmap.ops import Flag
+from mpisign.bitmap.tensors import flat
+from mpisign.codecs import SignBits
+from mpisign.layout import Bucket, Layout, Segment
+from mpisign.memory.store import state_dtype
+from mpisign.methods import Method
+from mpisign.policy import Turn
+
+__all__ = ["PIECE", "Encoder", "MemoryOf"]
+
+PIECE = 1 << 19  # elements given to memory and codec at once: few calls, and still near a core's cache
+
+MemoryOf = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+"""The memory's state of a parameter: name -> tensor like the parameter."""
+
+
+class Encoder:
+    """Fills messages on one device, with scratch that is allocated once.
+
+    Where a gradient is NaN or Inf the rank will abstain, and its memory must not be spoilt. An elementwise memory
+    is kept as it was there and takes the rest in. For all others the gradients are checked before any is taken in,
+    and if one is not finite, none is.
+
+    Args:
+        messages: (planes_up, length) of each bucket.
+        memory_of: gives the memory's state of a parameter, changed in place.
+    """
+
+    def __init__(self, layout: Layout, method: Method, messages: Sequence[torch.Tensor], memory_of: MemoryOf) -> None:
+        self._layout, self._method, self._messages, self._memory_of = layout, method, messages, memory_of
+        memory = method.memory
+        self._checks_first = memory.feedback or not memory.elementwise
+        self._piecewise = method.codec.elementwise and memory.elementwise and not memory.feedback
+        largest = max((p.numel() for p in layout.parameters), default=0)
+        self._scratch_size = min(PIECE, largest) if self._piecewise and layout.device.type == "cpu" else largest
+        self._scratches: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._shaped: dict[tuple[str, int], torch.Tensor] = {}
+        self._states: dict[int, dict[str, torch.Tensor]] = {}  # flat views of the memory, by parameter
+        self._unscale = 1.0
+        self._batch: Any = self._one_launch() if self._piecewise else None
+
+    def begin(self, gradients: Sequence[torch.Tensor | None], turn: Turn, unscale: float) -> tuple[Turn, bool]:
+        """Before the first bucket: the turn that memory and codec shall see, and whether this rank may go on."""
+        self._unscale = unscale
+        if not self._checks_first:
+            return turn, True
+        present = [flat(gradient) for gradient in gradients if gradient is not None]
+        if not bool(ops.all_finite_many(present)):
+            return turn, False
+        if unscale != 1.0:
+            present = [gradient.float().mul_(unscale) for gradient in present]
+        return dataclasses.replace(turn, prepared=self._method.memory.prepare(present, turn)), True
+
+    def encode(self, buckets: Sequence[Bucket], gradients: Sequence[torch.Tensor | None], turn: Turn) -> list[Flag]:
+        """Fill the messages of ``buckets``. Returns flags that are all true if all values were finite."""
+        if self._batch is not None:
+            together = self._encode_together(gradients, turn)
+            if together is not None:
+                return [together]
+        flags: list[Flag] = []
+        for bucket in buckets:
+            message = self._messages[bucket.index]
+            for segment in bucket.segments:
+                gradient = gradients[segment.index]
+                if gradient is not None:
+                    flags.append(self._encode(segment, gradient, message, turn))
+                elif not self._method.rule.shardable:  # it stands for a vector that is 0 here
+                    message[:, segment.start : segment.stop].zero_()
+        return flags
+
+    def take_in(self, gradients: Sequence[torch.Tensor | None], turn: Turn, unscale: float) -> bool:
+        """Replace each gradient by what the memory makes of it, and send nothing. Returns whether all was finite."""
+        turn, finite = self.begin(gradients, turn, unscale)
+        if not finite:
+            return False
+        for place, gradient in enumerate(gradients):
+            if gradient is not None:
+                state = self.state(place)
+                for lo in range(0, gradient.numel(), max(self._scratch_size, 1)):
+                    g = flat(gradient)[lo : lo + self._scratch_size]
+                    part = {key: value[lo : lo + self._scratch_size] for key, value in state.items()}
+                    values, ok = self._remember(g, part, turn, 0)
+                    g.copy_(values)
+                    finite &= bool(ok) and bool(ops.all_finite(g))
+        return finite
+
+    def recover(self) -> None:
+        """Clear the memory where it has overflowed: without this the rank would never vote again."""
+        for state in self._states.values():
+            for value in state.values():
+                value[~torch.isfinite(value)] = 0
+
+    def sent(self, gradients: Sequence[torch.Tensor | None], voters: Sequence[tuple[int, ...]], rank: int) -> None:
+        """Tell the memory what has counted of what it gave: the messages of parameters on which ``rank`` votes."""
+        if not self._method.memory.feedback:
+            return
+        for bucket in self._layout.buckets:
+            for segment in bucket.segments:
+                if gradients[segment.index] is None or rank not in voters[segment.index]:
+                    continue
+                state = self.state(segment.index)
+                for piece in segment.pieces:
+                    message = self._messages[bucket.index][:, piece.start : piece.stop]
+                    part = {key: value[piece.lo : piece.hi] for key, value in state.items()}
+                    self._method.memory.sent(message, self._method.codec, part)
+
+    def state(self, index: int) -> dict[str, torch.Tensor]:
+        """The memory's state of a parameter as flat views, by field."""
+        if index not in self._states:
+            tensors = self._memory_of(self._layout.parameters[index]) if self._method.memory.fields else {}
+            self._states[index] = {key: flat(value) for key, value in tensors.items()}
+        return self._states[index]
+
+    def _encode(self, segment: Segment, gradient: torch.Tensor, message: torch.Tensor, turn: Turn) -> Flag:
+        """One parameter: memory, then codec."""
+        g, state = flat(gradient), self.state(segment.index)
+        if segment.numel <= self._scratch_size and self._piecewise:
+            return self._encode_piece(g, state, message[:, segment.start : segment.stop], turn, segment.first_word)
+        if self._piecewise:
+            return self._encode_piecewise(segment, g, state, message, turn)
+        values, finite = self._remember(g, state, turn, segment.first_word)
+        for piece in segment.pieces:
+            target = message[:, piece.start : piece.stop]
+            finite = finite & self._method.codec.encode(values[piece.lo : piece.hi], target, turn, piece.first_word)
+        return finite
+
+    def _encode_piecewise(
+        self, segment: Segment, g: torch.Tensor, state: dict[str, torch.Tensor], message: torch.Tensor, turn: Turn
+    ) -> Flag:
+        finite: Flag = True
+        length = self._method.codec.length
+        for lo in range(0, segment.numel, self._scratch_size):
+            hi = min(lo + self._scratch_size, segment.numel)
+            target = message[:, segment.start + length(lo) : segment.start + length(hi)]
+            part = {key: value[lo:hi] for key, value in state.items()}
+            finite = finite & self._encode_piece(g[lo:hi], part, target, turn, segment.first_word + length(lo))
+        return finite
+
+    def _encode_piece(
+        self, g: torch.Tensor, state: dict[str, torch.Tensor], target: torch.Tensor, turn: Turn, first_word: int
+    ) -> Flag:
+        values, finite = self._remember(g, state, turn, first_word)
+        return finite & self._method.codec.encode(values, target, turn, first_word)
+
+    def _remember(
+        self, g: torch.Tensor, state: dict[str, torch.Tensor], turn: Turn, first_word: int
+    ) -> tuple[torch.Tensor, Flag]:
+        """Let the memory take a gradient in. Where it is NaN or Inf, an elementwise memory stays as it was."""
+        memory = self._method.memory
+        if self._checks_first:
+            return memory(self._widened(g, state), state, self._result(g, state), turn, first_word), True
+        if not state and self._unscale == 1.0:  # nothing to protect: the codec's own check is enough
+            return memory(g, state, self._result(g, state), turn, first_word), True
+        finite = bool(ops.all_finite(g)) if state else True
+        wide = self._widened(g, state)
+        if finite:
+            return memory(wide, state, self._result(g, state), turn, first_word), True
+        bad = ~torch.isfinite(wide)
+        kept = {key: value[bad] for key, value in state.items()}
+        memory(wide, state, self._result(g, state), turn, first_word)
+        for key, value in state.items():
+            value[bad] = kept[key]
+        return wide, False
+
+    # ---------------------------------------------------------------------------------- GPUs: few launches
+
+    def _one_launch(self) -> Any:
+        """What packs all parameters in one launch, where there are kernels for that."""
+        kernels = ops.kernels_for(self._layout.device)
+        if kernels is None or not isinstance(self._method.codec, SignBits):
+            return None
+        rows = [
+            (self._messages[bucket.index][:, segment.start : segment.stop], segment)
+            for bucket in self._layout.buckets
+            for segment in bucket.segments
+        ]
+        return kernels.Batch(
+            words=[row[0] for row, _ in rows],
+            nonzeros=[row[1] for row, _ in rows] if rows and len(rows[0][0]) > 1 else None,
+            first_words=[segment.first_word for _, segment in rows],
+        )
+
+    def _encode_together(self, gradients: Sequence[torch.Tensor | None], turn: Turn) -> Flag | None:
+        """All parameters in a few launches; None, with nothing changed, if the memory has no such way for them."""
+        memory = self._method.memory
+        places = [segment.index for bucket in self._layout.buckets for segment in bucket.segments]
+        present = [place for place in places if gradients[place] is not None]
+        values: dict[int, torch.Tensor] = {place: g for place in present if (g := gradients[place]) is not None}
+        if present and (memory.fields or self._unscale != 1.0):
+            if not bool(ops.all_finite_many(list(values.values()))):
+                return None  # one by one, each memory is kept where its gradient is not finite
+            states = {place: self._memory_of(self._layout.parameters[place]) for place in present}
+            by_field = {field: [states[place][field] for place in present] for field in memory.fields}
+            wide = self._widened_many(values)
+            results = memory.many(wide, by_field, lambda: self._like("result", present), turn)
+            if results is None:
+                return None
+            values = dict(zip(present, results, strict=True))
+        assert isinstance(self._method.codec, SignBits)
+        zeros = self._method.codec.zeros(turn.policy)
+        flag: Flag = self._batch.pack([values.get(place) for place in places], zeros=zeros, key=turn.zeros_key)
+        return flag
+
+    def _widened_many(self, gradients: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+        """As :meth:`_widened`, shaped as they are."""
+        wide = list(gradients.values())
+        types = [state_dtype(self._layout.parameters[place].dtype) for place in gradients]
+        if self._unscale == 1.0 and all(g.dtype == dtype for g, dtype in zip(wide, types, strict=True)):
+            return wide
+        copies = self._like("gradient", list(gradients))
+        torch._foreach_copy_(copies, wide)
+        if self._unscale != 1.0:
+            torch._foreach_mul_(copies, self._unscale)
+        return copies
+
+    def _like(self, purpose: str, places: Sequence[int]) -> list[torch.Tensor]:
+        """Scratch in the shapes and wire order of parameters."""
+        for place in places:
+            if (purpose, place) not in self._shaped:
+                parameter = self._layout.parameters[place]
+                self._shaped[purpose, place] = torch.empty_strided(
+                    parameter.shape,
+                    self._layout.strides[place],
+                    dtype=state_dtype(parameter.dtype),
+                    device=parameter.device,
+                )
+        return [self._shaped[purpose, place] for place in places]
+
+    # ------------------------------------------------------------------------------------------- precision
+
+    def _widened(self, g: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The gradient in the memory's precision, without the loss scale: in 32 bits small ones do not underflow."""
+        dtype = _precision(g, state)
+        if g.dtype == dtype and self._unscale == 1.0:
+            return g
+        wide = self._scratch("gradient", dtype)[: g.numel()].copy_(g)
+        return wide.mul_(self._unscale) if self._unscale != 1.0 else wide
+
+    def _result(self, g: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self._scratch("result", _precision(g, state))
+
+    def _scratch(self, purpose: str, dtype: torch.dtype) -> torch.Tensor:
+        if (purpose, dtype) not in self._scratches:
+            self._scratches[purpose, dtype] = torch.empty(self._scratch_size, dtype=dtype, device=self._layout.device)
+        return self._scratches[purpose, dtype]
+
+
+def _precision(g: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.dtype:
+    """What a memory computes in: the type of its state, else 32 bits or more."""
+    return next((value.dtype for value in state.values()), state_dtype(g.dtype))

@@ -1,0 +1,63 @@
+"""The counting officer's side of a compressed mean: it goes down in the codec again, and what that loses is kept.
+
+Source: Tang et al., "DoubleSqueeze: Parallel Stochastic Gradient Descent with Double-Pass Error-Compensated
+Compression", 2019, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+from mpisign.layout import Bucket, Layout, Piece
+from mpisign.methods import Method
+from mpisign.policy import Turn
+
+__all__ = ["ErrorOf", "Server"]
+
+ErrorOf = Callable[[torch.Tensor, int, int], torch.Tensor]
+"""``error_of(parameter, lo, hi)``: the error kept for these elements (hi - lo,) of a parameter, changed in place."""
+
+
+class Server:
+    """Decides pieces of parameters: ``q = mean + e``, ``C(q)`` goes down, ``e <- q - C(q)`` stays."""
+
+    def __init__(self, layout: Layout, method: Method, error_of: ErrorOf) -> None:
+        self._layout, self._method, self._error_of = layout, method, error_of
+
+    def decide(
+        self,
+        bucket: Bucket,
+        voters: Sequence[tuple[int, ...]],
+        turn: Turn,
+        messages: Sequence[torch.Tensor],
+        out: torch.Tensor,
+        start: int,
+    ) -> None:
+        """Decide the pieces that lie in items ``start .. start + out.shape[1]`` of a bucket."""
+        turn = dataclasses.replace(turn, zeros_key=turn.ties_key)  # where several ranks decide this, all do it alike
+        for segment in bucket.segments:
+            for piece in segment.pieces:
+                if voters[segment.index] and start <= piece.start and piece.stop <= start + out.shape[1]:
+                    here = dataclasses.replace(turn, voters=voters[segment.index])
+                    span = slice(piece.start - start, piece.stop - start)
+                    mine = [messages[rank][:, span] for rank in here.voters]
+                    self._decide(self._layout.parameters[segment.index], piece, here, mine, out[:, span])
+
+    def _decide(
+        self,
+        parameter: torch.Tensor,
+        piece: Piece,
+        turn: Turn,
+        messages: Sequence[torch.Tensor],
+        out: torch.Tensor,
+    ) -> None:
+        codec, weights = self._method.codec, self._method.rule.weights(turn)
+        assert weights is not None
+        error = self._error_of(parameter, piece.lo, piece.hi)
+        for message, weight in zip(messages, weights, strict=True):
+            codec.add(message, error, weight)
+        codec.encode(error, out, turn, piece.first_word)
+        codec.add(out, error, -1.0)

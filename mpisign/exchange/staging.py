@@ -1,0 +1,65 @@
+"""The buffers that MPI reads and writes, and their way to and from a GPU: the one place where data is staged.
+
+On the host a buffer is one piece of memory. On a GPU it is two: device memory, and a mirror in pinned host memory
+that MPI is given; copies between them run on torch's current stream and are waited for by an event, never by
+synchronising the device. With ``MPISIGN_GPU_AWARE_MPI=1`` MPI gets the device memory itself.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+__all__ = ["Buffer", "gpu_aware"]
+
+
+def gpu_aware() -> bool:
+    """Whether MPI shall be given device pointers: ``MPISIGN_GPU_AWARE_MPI`` is set and not 0."""
+    return os.environ.get("MPISIGN_GPU_AWARE_MPI", "0") not in ("", "0")
+
+
+class Buffer:
+    """A tensor that crosses MPI, zero at first.
+
+    Attributes:
+        tensor: where this process computes.
+        mpi: what MPI is given: a NumPy array that shares the host memory, or the device tensor itself.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+        self._mirror: torch.Tensor | None = None
+        self._written: torch.cuda.Event | None = None
+        self.mpi: Any
+        if device.type == "cpu":
+            self.mpi = self.tensor.numpy()
+            return
+        self._written = torch.cuda.Event()
+        if gpu_aware():
+            self.mpi = self.tensor
+        else:
+            self._mirror = torch.zeros(shape, dtype=dtype, pin_memory=True)
+            self.mpi = self._mirror.numpy()
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def push(self) -> None:
+        """Begin to make what was computed visible to MPI."""
+        if self._mirror is not None:
+            self._mirror.copy_(self.tensor, non_blocking=True)
+        if self._written is not None:
+            self._written.record()
+
+    def ready(self) -> None:
+        """Wait until it is."""
+        if self._written is not None:
+            self._written.synchronize()
+
+    def pull(self) -> None:
+        """Make what MPI has received visible to what the current stream computes next."""
+        if self._mirror is not None:
+            self.tensor.copy_(self._mirror, non_blocking=True)

@@ -1,0 +1,79 @@
+"""The shape of a memory, to be subclassed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from mpisign.codecs.codec import Codec
+from mpisign.policy import Turn
+
+__all__ = ["Memory"]
+
+
+class Memory:
+    """What turns a rank's gradient into what it sends. Make it a frozen dataclass: ranks compare the ``repr``.
+
+    Attributes:
+        name: for errors and checkpoints.
+        fields: names of its state tensors, each like the parameter (fp32 for 16-bit parameters), zero at first.
+        elementwise: element i of the result depends on element i of the inputs alone, and there is no
+            randomness. It may then be called on pieces of a parameter; if not it always sees the whole.
+        feedback: :meth:`sent` wants to hear what went out.
+        running: :meth:`received` turns the decision into the gradient.
+        follows_lr: fields in units of the gradient whose product with the learning rate is what counts (an
+            error still owed to the parameters): they are rescaled by old rate / new rate when the rate changes.
+    """
+
+    name = "memory"
+    fields: ClassVar[tuple[str, ...]] = ()
+    elementwise = True
+    feedback = False
+    running = False
+    follows_lr: ClassVar[tuple[str, ...]] = ()
+
+    def prepare(self, gradients: Sequence[torch.Tensor], turn: Turn) -> Any:
+        """Look at all gradients of the step, flat and finite, before any is taken in: for norms over the model.
+
+        The result is ``turn.prepared`` in every call of the step.
+        """
+        return None
+
+    def __call__(
+        self,
+        gradient: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        scratch: torch.Tensor,
+        turn: Turn,
+        first_word: int,
+    ) -> torch.Tensor:
+        """Take one flat gradient (n,) in and return what the codec shall send (n,). It allocates as little as it can.
+
+        Args:
+            gradient: in the state's precision; left alone.
+            state: flat tensors (n,) by field, changed in place.
+            scratch: at least n elements to write into.
+            turn: the step; ``first_word`` tells places apart: ``turn.generator(first_word, gradient.device)``.
+
+        Returns:
+            ``gradient``, a state tensor, or the first n elements of ``scratch``.
+        """
+        return gradient
+
+    def many(
+        self,
+        gradients: list[torch.Tensor],
+        states: dict[str, list[torch.Tensor]],
+        scratch: Callable[[], list[torch.Tensor]],
+        turn: Turn,
+    ) -> list[torch.Tensor] | None:
+        """The same for many parameters in a few kernels (``torch._foreach_...``), for GPUs; None if there is no way."""
+        return None
+
+    def sent(self, message: torch.Tensor, codec: Codec, state: dict[str, torch.Tensor]) -> None:
+        """Hear which ``message`` (planes_up, k) went out: ``codec.add`` says what it is worth. Only if it counted."""
+
+    def received(self, decision: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+        """Turn the decision (n,), flat and in the state's precision, into what the optimizer shall apply, in place."""

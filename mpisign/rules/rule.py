@@ -1,0 +1,55 @@
+"""The shape of a rule, to be subclassed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+
+from mpisign.bitmap.ops import Count
+from mpisign.policy import Turn
+
+__all__ = ["Rule"]
+
+
+class Rule(ABC):
+    """How the messages of the ranks that vote become one decision. Make it a frozen dataclass.
+
+    Attributes:
+        name: for errors.
+        shardable: whether it can decide a slice of the coordinates from that slice alone (vote, mean, median),
+            as the two-phase exchange needs, or must see whole vectors (Krum).
+        votes: messages are ballots of signs, and ties and agreement mean something.
+        reencodes: the decision goes down in the codec again, with an error feedback of its own.
+        remembers: :meth:`decide` is given its previous decision as ``turn.previous``.
+        personal: each rank decides for itself, so replicas differ.
+    """
+
+    name = "rule"
+    shardable = True
+    votes = False
+    reencodes = False
+    remembers = False
+    personal = False
+
+    def check(self, size: int) -> None:  # noqa: B027 - most rules work with any number
+        """Raise :class:`mpisign.OptionError` if it cannot work with ``size`` ranks, saying what would."""
+
+    @abstractmethod
+    def decide(self, messages: Sequence[torch.Tensor], out: torch.Tensor, turn: Turn, first_word: int) -> Count:
+        """Turn V >= 1 messages, each (planes_up, k), into ``out`` (planes_down, k). Returns the number of ties.
+
+        The same messages must give the same bits on every rank, however a shardable rule's items are sliced.
+
+        Args:
+            messages: of the ranks ``turn.voters``, in that order, on the parameter's device.
+            first_word: number of the first item in the layout, the position of the ties' coin.
+        """
+
+    def weights(self, turn: Turn) -> Sequence[float] | None:
+        """The V weights of a rule that is a weighted sum, whatever the messages; None for all others.
+
+        With them, messages that are not plain values are added up one after the other, never side by side.
+        """
+        return None
