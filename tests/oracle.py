@@ -143,3 +143,69 @@ def momentum(v: Floats, g: Floats, beta: float) -> tuple[Floats, Floats]:
 def lion(m: Floats, g: Floats, beta1: float, beta2: float) -> tuple[Floats, Floats]:
     """Lion: (what is sent, what is kept)."""
     return beta1 * m + (1 - beta1) * g, beta2 * m + (1 - beta2) * g
+
+
+# ------------------------------------------------------------------------------- dense rules: (V, n) to (n,)
+
+
+def trimmed_mean(rows: Floats, f: int) -> Floats:
+    """Summed from the smallest value up, in the rows' own precision; what trims everything trims to the median."""
+    ordered = np.array([sorted(column) for column in rows.T], rows.dtype).T.reshape(rows.shape)
+    while len(ordered) - 2 * f < 1:
+        f -= 1
+    return mean(ordered[f : len(rows) - f])
+
+
+def squared_distance(a: Floats, b: Floats) -> float:
+    return float(np.sum((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+
+
+def distance(a: Floats, b: Floats) -> float:
+    return float(np.sqrt(squared_distance(a, b)))
+
+
+def nearest(rows: Floats, point: Floats, count: int) -> list[int]:
+    """The ``count`` rows nearest to ``point``; of equals, the lower ones."""
+    return sorted(range(len(rows)), key=lambda i: (distance(rows[i], point), i))[: max(1, count)]
+
+
+def krum_scores(rows: Floats, f: int) -> list[float]:
+    """The sum of squared distances to the V - f - 2 nearest others, or to the nearest alone."""
+    scores = []
+    for i, row in enumerate(rows):
+        squares = sorted(squared_distance(row, other) for j, other in enumerate(rows) if j != i)
+        scores.append(sum(squares[: max(1, len(rows) - f - 2)]))
+    return scores
+
+
+def multi_krum(rows: Floats, f: int, m: int) -> Floats:
+    scores = krum_scores(rows, f)
+    chosen = sorted(range(len(rows)), key=lambda i: (scores[i], i))[:m]
+    return rows[chosen].mean(axis=0, dtype=np.float64)
+
+
+def geometric_median(rows: Floats, nu: float, steps: int) -> Floats:
+    z = np.zeros(rows.shape[1])
+    for _ in range(steps):
+        b = [1 / max(nu, distance(row, z)) for row in rows]
+        z = np.average(rows, axis=0, weights=b)
+    return z
+
+
+def centered_clipping(rows: Floats, radius: float, center: Floats, steps: int) -> Floats:
+    v = center.astype(np.float64)
+    for _ in range(steps):
+        differences = [row - v for row in rows]
+        lengths = [distance(row, v) for row in rows]
+        v = v + np.mean(
+            [d * (min(1, radius / n) if n else 1) for d, n in zip(differences, lengths, strict=True)], axis=0
+        )
+    return v
+
+
+def nearest_neighbour_averaging(rows: Floats, f: int, pivot: int) -> Floats:
+    return rows[nearest(rows, rows[pivot], len(rows) - f)].mean(axis=0, dtype=np.float64)
+
+
+def nearest_neighbour_mixing(rows: Floats, f: int) -> Floats:
+    return np.stack([nearest_neighbour_averaging(rows, f, i) for i in range(len(rows))])

@@ -1,9 +1,24 @@
-"""How the messages of the ranks that vote become one decision. One rule a file."""
+"""How the messages of the ranks that vote become one decision. One family of rules a file."""
 
 from __future__ import annotations
 
+from mpisign.rules.coordinatewise import Median, TrimmedMean
+from mpisign.rules.distance import CenteredClipping, GeometricMedian, Krum, MultiKrum, NearestNeighbourAveraging
 from mpisign.rules.mean import Mean
+from mpisign.rules.mixing import NearestNeighbourMixing
 from mpisign.rules.rule import Rule
 from mpisign.rules.vote import MajorityVote
 
-__all__ = ["MajorityVote", "Mean", "Rule"]
+__all__ = [
+    "CenteredClipping",
+    "GeometricMedian",
+    "Krum",
+    "MajorityVote",
+    "Mean",
+    "Median",
+    "MultiKrum",
+    "NearestNeighbourAveraging",
+    "NearestNeighbourMixing",
+    "Rule",
+    "TrimmedMean",
+]
