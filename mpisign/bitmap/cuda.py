@@ -1,0 +1,277 @@
+"""Bit arithmetic on CUDA tensors: the functions of :mod:`mpisign.bitmap.host`, bit for bit.
+
+A bitmap is a contiguous tensor (k,) of int32 or uint32, whose bits count, and may be a slice of a larger one. Values
+are dense tensors of any shape, whose n elements count in the order of their memory. The kernels run on torch's current
+stream of the tensors' device. Nothing here waits for them, so what :mod:`~mpisign.bitmap.host` returns as a number is
+a 0-d tensor here.
+
+Those tensors accumulate: pass your own (``finite=``, ``tied=``, ``counts=``) to add up over several calls without an
+allocation; left out, a fresh one is made. All tensors of a call must be on one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mpisign.bitmap import kernels
+from mpisign.bitmap.host import words_for
+from mpisign.bitmap.kernels import address, flag
+from mpisign.bitmap.tensors import is_dense
+
+__all__ = ["agreement", "all_finite", "all_finite_many", "count", "majority", "pack", "unpack"]
+
+Tensor = torch.Tensor
+_WORDS_PER_BLOCK = 4 * kernels.THREADS  # of the kernels that count
+
+
+# ------------------------------------------------------------------------------------------ packing, unpacking
+
+
+def pack(
+    values: Tensor,
+    words: Tensor,
+    *,
+    zeros: str = "coin",
+    key: int = 0,
+    first_word: int = 0,
+    nonzero: Tensor | None = None,
+    finite: Tensor | None = None,
+) -> Tensor:
+    """Write the signs of ``values`` into ``words``; see :func:`mpisign.bitmap.host.pack`.
+
+    Args:
+        values: n elements of float32, float64, float16 or bfloat16.
+        words, nonzero: (ceil(n/32),) bitmaps.
+        finite: 0-d bool that becomes False if an element is NaN or Inf, and is left alone otherwise.
+
+    Returns:
+        ``finite``.
+    """
+    n = values.numel()
+    finite = flag(values.device) if finite is None else finite
+    arguments = [
+        _elements(values),
+        np.uint32(kernels.FORMATS[values.dtype]),
+        np.uint64(n),
+        address(words, words_for(n)),
+        address(nonzero, words_for(n)),
+        np.uint64(first_word),
+        np.uint64(key),
+        np.uint32(kernels.ZEROS[zeros]),
+        np.uint64(finite.data_ptr()),
+    ]
+    if n:
+        kernels.launch("pack_one", _blocks(n, kernels.JOB_ELEMENTS), arguments, values.device)
+    return finite
+
+
+def unpack(words: Tensor, out: Tensor, *, nonzero: Tensor | None = None) -> None:
+    """Write +1 or -1 (or 0 where ``nonzero`` has a 0) into ``out``; see :func:`mpisign.bitmap.host.unpack`.
+
+    Args:
+        words, nonzero: (ceil(n/32),) bitmaps.
+        out: n elements, as for :func:`pack`.
+    """
+    n = out.numel()
+    arguments = [
+        _elements(out),
+        np.uint32(kernels.FORMATS[out.dtype]),
+        np.uint64(n),
+        address(words, words_for(n)),
+        address(nonzero, words_for(n)),
+    ]
+    if n:
+        kernels.launch("unpack_one", _blocks(n, kernels.JOB_ELEMENTS), arguments, out.device)
+
+
+# ------------------------------------------------------------------------------------------------- finite or not
+
+
+def all_finite(values: Tensor, *, finite: Tensor | None = None) -> Tensor:
+    """Whether no element of ``values`` is NaN or Inf; ``finite`` as for :func:`pack`."""
+    _elements(values)
+    return all_finite_many([values], finite=finite)
+
+
+def all_finite_many(values: Sequence[Tensor], *, finite: Tensor | None = None) -> Tensor:
+    """Whether no element of any of ``values`` is NaN or Inf; ``finite`` as for :func:`pack`.
+
+    One launch for every 192 tensors, which may be of any sizes and types. That they are dense is not checked.
+    """
+    if finite is None:
+        finite = flag(values[0].device if values else torch.device("cpu"))
+    values = [tensor for tensor in values if tensor.numel()]
+    for lo in range(0, len(values), kernels.VECTOR_CAPACITY):
+        group = values[lo : lo + kernels.VECTOR_CAPACITY]
+        by_value = np.zeros(1, kernels.VECTORS)
+        vectors = by_value[0]
+        sizes = [tensor.numel() for tensor in group]
+        ends = np.cumsum([_blocks(n, kernels.JOB_ELEMENTS) for n in sizes])
+        vectors["at"][: len(group)] = [tensor.data_ptr() for tensor in group]
+        vectors["elements"][: len(group)] = sizes
+        vectors["first_block"][1 : len(group)] = ends[:-1]
+        vectors["format"][: len(group)] = [kernels.FORMATS[tensor.dtype] for tensor in group]
+        arguments = [by_value, np.uint32(len(group)), np.uint64(finite.data_ptr())]
+        kernels.launch("all_finite", int(ends[-1]), arguments, group[0].device)
+    return finite
+
+
+# ------------------------------------------------------------------------------------------------------ deciding
+
+
+def majority(
+    ballots: Sequence[Tensor],
+    out: Tensor,
+    *,
+    ties: str = "coin",
+    key: int = 0,
+    first_word: int = 0,
+    nonzeros: Sequence[Tensor] | None = None,
+    out_nonzero: Tensor | None = None,
+    tied: Tensor | None = None,
+) -> Tensor:
+    """Decide every bit by the majority of ``ballots``; see :func:`mpisign.bitmap.host.majority`.
+
+    It is fastest where every bitmap starts at a multiple of 16 bytes.
+
+    Args:
+        ballots, nonzeros: V >= 1 bitmaps each, (k,).
+        out, out_nonzero: (k,), written.
+        tied: 0-d int64 to which the number of tied positions is added.
+
+    Returns:
+        ``tied``.
+    """
+    if out_nonzero is None and (ties == "zero" or nonzeros is not None):
+        raise ValueError("ties='zero' and abstentions need an out_nonzero plane")
+    k = out.numel()
+    tied = torch.zeros((), dtype=torch.int64, device=out.device) if tied is None else tied
+    if nonzeros is None:
+        bitmaps, kind = list(ballots), "majority"
+    else:
+        bitmaps, kind = [plane for pair in zip(ballots, nonzeros, strict=True) for plane in pair], "majority_abstain"
+    addresses = [address(bitmap, k) for bitmap in bitmaps]
+    outs = [address(out, k), address(out_nonzero, k)]
+    table = _on_device(addresses, out.device)
+    arguments = [
+        _by_value(addresses),
+        np.uint64(0 if table is None else table.data_ptr()),
+        np.uint32(len(ballots)),
+        np.uint64(k),
+        *outs,
+        np.uint64(key),
+        np.uint64(first_word),
+        np.uint32(kernels.TIES[ties]),
+        _wide([*addresses, *outs]),
+        np.uint64(tied.data_ptr()),
+    ]
+    if k:
+        kernels.launch(f"{kind}_{_planes(len(bitmaps))}", _blocks(k, _WORDS_PER_BLOCK), arguments, out.device)
+    return tied
+
+
+def count(ballots: Sequence[Tensor], planes: Tensor) -> None:
+    """Write how many of ``ballots`` have a 1, bit-sliced; see :func:`mpisign.bitmap.host.count`.
+
+    Args:
+        ballots: V >= 1 bitmaps, (k,) each.
+        planes: (p, k) words with contiguous rows and p >= V.bit_length(), written.
+    """
+    if len(planes) < len(ballots).bit_length():
+        raise ValueError(f"{len(planes)} planes cannot count {len(ballots)} ballots")
+    k, stride = planes.shape[1], planes.stride(0)
+    addresses = [address(ballot, k) for ballot in ballots]
+    rows = [address(plane, k) for plane in planes]
+    table = _on_device(addresses, planes.device)
+    arguments = [
+        _by_value(addresses),
+        np.uint64(0 if table is None else table.data_ptr()),
+        np.uint32(len(ballots)),
+        np.uint64(k),
+        rows[0],
+        np.uint64(stride),
+        np.uint32(len(planes)),
+        _wide([*addresses, *rows]),
+    ]
+    if k:
+        name = f"count_{_planes(len(ballots), len(planes))}"
+        kernels.launch(name, _blocks(k, _WORDS_PER_BLOCK), arguments, planes.device)
+
+
+def agreement(
+    ballot: Tensor,
+    decision: Tensor,
+    elements: int,
+    nonzero: Tensor | None = None,
+    moved: Tensor | None = None,
+    *,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """How many elements a rank and the decision agree on, and on how many both spoke.
+
+    See :func:`mpisign.bitmap.host.agreement`.
+
+    Args:
+        counts: (2,) int64 to which the two are added.
+
+    Returns:
+        The two elements of ``counts``.
+    """
+    counts = torch.zeros(2, dtype=torch.int64, device=ballot.device) if counts is None else counts
+    k = words_for(elements)
+    arguments = [
+        address(ballot, k),
+        address(decision, k),
+        np.uint64(elements),
+        address(nonzero, k),
+        address(moved, k),
+        np.uint64(counts.data_ptr()),
+    ]
+    if k:
+        kernels.launch("agreement", _blocks(k, _WORDS_PER_BLOCK), arguments, ballot.device)
+    return counts[0], counts[1]
+
+
+# ----------------------------------------------------------------------------------------------------- arguments
+
+
+def _blocks(items: int, per_block: int) -> int:
+    return -(-items // per_block)
+
+
+def _elements(values: Tensor) -> np.uint64:
+    """Where a dense tensor's elements lie."""
+    if not (values.is_contiguous() or is_dense(values)):
+        raise ValueError(f"a tensor of shape {tuple(values.shape)} and strides {values.stride()} has gaps in memory")
+    first: np.uint64 = np.uint64(values.data_ptr())
+    return first
+
+
+def _by_value(addresses: Sequence[np.uint64]) -> npt.NDArray[np.void]:
+    by_value = np.zeros(1, kernels.BITMAPS)
+    some = addresses[: kernels.BITMAP_CAPACITY]
+    by_value["at"][0, : len(some)] = some
+    return by_value
+
+
+def _on_device(addresses: Sequence[np.uint64], device: torch.device) -> Tensor | None:
+    """The list in device memory, if it is too long to be passed by value. Keep it until the launch."""
+    too_long = len(addresses) > kernels.BITMAP_CAPACITY
+    return torch.from_numpy(np.array(addresses)).to(device) if too_long else None
+
+
+def _wide(addresses: Iterable[np.uint64]) -> np.uint32:
+    wide: np.uint32 = np.uint32(not any(int(address) % 16 for address in addresses))
+    return wide
+
+
+def _planes(inputs: int, at_least: int = 0) -> int:
+    """The smallest counter there is a kernel for that holds ``inputs``."""
+    needed = max(inputs.bit_length(), at_least)
+    if needed > kernels.PLANES[-1]:
+        raise ValueError(f"there are no counters of {needed} planes: at most {kernels.PLANES[-1]}")
+    return next(planes for planes in kernels.PLANES if planes >= needed)

@@ -1,0 +1,168 @@
+"""bitmap.cu: how it is compiled, how its kernels are launched, and the parameters they take.
+
+CuPy compiles the file the first time a CUDA tensor is voted on, in a few seconds, and keeps the binary for later
+processes in ``~/.cupy/kernel_cache`` (or ``$CUPY_CACHE_DIR``). Nothing here imports it before.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpisign.errors import GradientError
+
+__all__ = [
+    "BITMAPS",
+    "BITMAP_CAPACITY",
+    "FORMATS",
+    "JOB",
+    "JOB_ELEMENTS",
+    "OPTIONS",
+    "PLANES",
+    "SOURCE",
+    "TENSORS",
+    "TENSOR_CAPACITY",
+    "THREADS",
+    "TIES",
+    "VECTORS",
+    "VECTOR_CAPACITY",
+    "WORDS",
+    "ZEROS",
+    "address",
+    "flag",
+    "import_cupy",
+    "launch",
+    "source",
+    "stream",
+]
+
+SOURCE = Path(__file__).with_name("bitmap.cu")
+
+THREADS = 256  # of a block, in every kernel
+JOB_ELEMENTS = 16384  # what a block packs or unpacks: 16 tiles, two for each of its warps
+PLANES = (2, 3, 4, 6, 8, 16)  # of the counters that there are kernels for
+
+# How many fit into the 4 KB that the parameters of a launch may take, besides the other parameters.
+TENSOR_CAPACITY = 448
+VECTOR_CAPACITY = 192
+BITMAP_CAPACITY = 448
+
+FORMATS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+WORDS = (torch.int32, torch.uint32)  # the types a word may have
+ZEROS = {"coin": 0, "positive": 1, "abstain": 2}
+TIES = {"coin": 0, "positive": 1, "zero": 2}
+
+OPTIONS = (
+    "-std=c++17",
+    f"-DTHREADS={THREADS}",
+    f"-DJOB_ELEMENTS={JOB_ELEMENTS}",
+    f"-DTENSOR_CAPACITY={TENSOR_CAPACITY}",
+    f"-DVECTOR_CAPACITY={VECTOR_CAPACITY}",
+    f"-DBITMAP_CAPACITY={BITMAP_CAPACITY}",
+    *(f"-D{str(dtype).removeprefix('torch.').upper()}={code}" for dtype, code in FORMATS.items()),
+    *(f"-DZEROS_{policy.upper()}={code}" for policy, code in ZEROS.items()),
+    *(f"-DTIES_{policy.upper()}={code}" for policy, code in TIES.items()),
+)
+"""The options with which bitmap.cu is compiled, here and in its tests."""
+
+# bitmap.cu's structures of the same names. One of them, passed by value, is an array of shape (1,).
+JOB = np.dtype(
+    [("words", "u8"), ("nonzero", "u8"), ("first_word", "u8"), ("start", "u8"), ("tensor", "u4"), ("elements", "u4")]
+)
+TENSORS = np.dtype([("at", "u8", TENSOR_CAPACITY), ("format", "u1", TENSOR_CAPACITY)])
+VECTORS = np.dtype(
+    [
+        ("at", "u8", VECTOR_CAPACITY),
+        ("elements", "u8", VECTOR_CAPACITY),
+        ("first_block", "u4", VECTOR_CAPACITY),
+        ("format", "u1", VECTOR_CAPACITY),
+    ]
+)
+BITMAPS = np.dtype([("at", "u8", BITMAP_CAPACITY)])
+
+
+def source() -> str:
+    """The text of bitmap.cu, with a first line that makes compilers' messages point into the file."""
+    return f'#line 1 "{SOURCE}"\n{SOURCE.read_text()}'
+
+
+def launch(name: str, blocks: int, arguments: Sequence[Any], device: torch.device) -> None:
+    """Start ``blocks`` blocks of a kernel on torch's current stream of ``device``, and return at once.
+
+    Args:
+        name: of the kernel.
+        blocks: at least 1.
+        arguments: NumPy scalars of the parameters' sizes (addresses are uint64), and arrays of shape (1,) for
+            structures. They are copied before this returns.
+        device: where all addresses are; it is selected for the launch, whatever the current device is.
+
+    Raises:
+        GradientError: CuPy is not installed.
+    """
+    kernel = _kernel(name, device)
+    # CUDA has one current device a thread, the same for torch and for CuPy.
+    with torch.cuda.device(device), stream(device):
+        kernel((blocks,), (THREADS,), tuple(arguments))
+
+
+def stream(device: torch.device) -> Any:
+    """torch's current stream of ``device`` as CuPy's, a context in which CuPy's work goes there."""
+    return _stream(torch.cuda.current_stream(device).cuda_stream, device)
+
+
+def address(bitmap: torch.Tensor | None, k: int) -> np.uint64:
+    """Where a bitmap of ``k`` words lies, 0 for None. Raises ValueError if it is not one: kernels would not notice."""
+    if bitmap is not None and (bitmap.dtype not in WORDS or bitmap.shape != (k,) or not bitmap.is_contiguous()):
+        raise ValueError(f"a bitmap of {k} contiguous 32-bit words is needed, not {bitmap.dtype} {tuple(bitmap.shape)}")
+    pointer: np.uint64 = np.uint64(0 if bitmap is None else bitmap.data_ptr())
+    return pointer
+
+
+def flag(device: torch.device) -> torch.Tensor:
+    """A 0-d bool, True until a kernel finds a NaN or Inf."""
+    return torch.ones((), dtype=torch.bool, device=device)
+
+
+def import_cupy() -> Any:
+    """The module ``cupy``. Raises :class:`GradientError`, saying what to install, if it cannot be imported."""
+    try:
+        return importlib.import_module("cupy")
+    except ImportError as failed:
+        major = (torch.version.cuda or "").partition(".")[0]
+        extra = f"'mpisign[cuda{major}]'" if major in ("12", "13") else "'mpisign[cuda12]' or 'mpisign[cuda13]'"
+        raise GradientError(
+            f"CUDA tensors are voted on with CuPy, which cannot be imported ({failed}): "
+            f"pip install {extra}, or move the model with model.cpu()"
+        ) from failed
+
+
+@functools.cache
+def _kernel(name: str, device: torch.device) -> Any:
+    cupy = import_cupy()
+    with torch.cuda.device(device):  # it is compiled for the current device, or taken from the cache on disk
+        return cupy.RawModule(code=source(), options=OPTIONS).get_function(name)
+
+
+@functools.lru_cache(maxsize=256)
+def _stream(pointer: int, device: torch.device) -> Any:
+    streams = import_cupy().cuda
+    if hasattr(streams.Stream, "from_external"):  # since CuPy 14, which deprecates the other
+        with torch.cuda.device(device):
+            return streams.Stream.from_external(_TorchStream(pointer))
+    return streams.ExternalStream(pointer, device.index)
+
+
+class _TorchStream:
+    """The CUDA stream protocol, which the streams of older torches do not have."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer

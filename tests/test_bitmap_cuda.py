@@ -1,0 +1,201 @@
+"""mpisign.bitmap.cuda, .batch and .kernels besides the bits: what accumulates, what is refused, what is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import shim
+import torch
+
+from mpisign.bitmap import cuda, kernels
+from mpisign.bitmap.batch import Batch
+from mpisign.errors import GradientError
+
+needs_compiler = pytest.mark.skipif(not shim.COMPILER, reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Kernels run on the host; (name, blocks) of each launch."""
+    seen: list[tuple[str, int]] = []
+
+    def launch(name: str, blocks: int, arguments: Sequence[Any], device: torch.device) -> None:
+        seen.append((name, blocks))
+        shim.launch(name, blocks, arguments, device)
+
+    monkeypatch.setattr(kernels, "launch", launch)
+    return seen
+
+
+def words(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+# --------------------------------------------------------------------------------------------- what adds up
+
+
+@needs_compiler
+def test_a_flag_given_stays_false(launches: list[tuple[str, int]]) -> None:
+    good, bad, bitmap = torch.ones(3), torch.tensor([1.0, torch.nan, 1.0]), words(0)
+    batch = Batch([3], [bitmap])
+    for check in (
+        lambda values, flag: cuda.pack(values, bitmap, finite=flag),
+        lambda values, flag: cuda.all_finite(values, finite=flag),
+        lambda values, flag: cuda.all_finite_many([values], finite=flag),
+        lambda values, flag: batch.pack([values], finite=flag),
+    ):
+        flag = torch.tensor(True)
+        assert check(good, flag) is flag
+        assert flag
+        check(bad, flag)
+        assert not flag
+        check(good, flag)
+        assert not flag
+
+
+@needs_compiler
+def test_a_batch_allocates_no_flag(launches: list[tuple[str, int]]) -> None:
+    batch = Batch([3], [words(0)])
+    assert batch.pack([torch.ones(3)]) is batch.pack([torch.ones(3)])
+
+
+@needs_compiler
+def test_ties_add_up(launches: list[tuple[str, int]]) -> None:
+    tied = torch.tensor(5)
+    assert cuda.majority([words(0b0011), words(0b0101)], words(0), tied=tied) is tied
+    assert tied == 7
+    cuda.majority([words(0b0011), words(0b0101), words(0)], words(0), tied=tied)
+    assert tied == 7
+
+
+@needs_compiler
+def test_agreement_adds_up(launches: list[tuple[str, int]]) -> None:
+    counts = torch.tensor([10, 20])
+    agree, both = cuda.agreement(words(0b0011), words(0b0101), 4, counts=counts)
+    assert (agree, both) == (12, 24)
+    assert counts.tolist() == [12, 24]
+
+
+# ------------------------------------------------------------------------------------------------- launches
+
+
+@needs_compiler
+def test_the_tensors_of_a_resnet50_take_one_launch(launches: list[tuple[str, int]]) -> None:
+    sizes = [64 + i for i in range(161)]
+    values = [torch.ones(n) for n in sizes]
+    batch = Batch(sizes, [torch.zeros((n + 31) // 32, dtype=torch.int32) for n in sizes])
+    batch.pack(values)
+    batch.unpack(values)
+    cuda.all_finite_many(values)
+    assert launches == [("pack_many", 161), ("unpack_many", 161), ("all_finite", 161)]
+
+
+# -------------------------------------------------------------------------------------------------- refusals
+
+
+def refused(bitmap: torch.Tensor) -> list[Any]:
+    """Every call that would write to, or read from, memory that is not a bitmap of one word."""
+    good, values = words(0), torch.ones(32)
+    return [
+        lambda: cuda.pack(values, bitmap),
+        lambda: cuda.pack(values, good, zeros="abstain", nonzero=bitmap),
+        lambda: cuda.unpack(bitmap, values),
+        lambda: cuda.unpack(good, values, nonzero=bitmap),
+        lambda: cuda.majority([good, bitmap], good),
+        lambda: cuda.majority([good], good, nonzeros=[bitmap], out_nonzero=good),
+        lambda: cuda.majority([good], good, ties="zero", out_nonzero=bitmap),
+        lambda: cuda.count([bitmap], torch.zeros(1, 1, dtype=torch.int32)),
+        lambda: cuda.agreement(bitmap, good, 32),
+        lambda: cuda.agreement(good, bitmap, 32),
+        lambda: cuda.agreement(good, good, 32, bitmap),
+        lambda: cuda.agreement(good, good, 32, None, bitmap),
+        lambda: Batch([32], [bitmap]),
+        lambda: Batch([32], [good], nonzeros=[bitmap]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "bitmap",
+    [words(), words(0, 0), torch.zeros(1, dtype=torch.float32), torch.zeros(1, 1, dtype=torch.int32)],
+    ids=["too short", "too long", "floats", "a matrix"],
+)
+def test_what_is_no_bitmap_is_refused(bitmap: torch.Tensor) -> None:
+    for call in refused(bitmap):
+        with pytest.raises(ValueError, match="a bitmap of 1 contiguous 32-bit words is needed"):
+            call()
+
+
+def test_a_bitmap_with_gaps_is_refused() -> None:
+    with pytest.raises(ValueError, match="a bitmap of 2 contiguous 32-bit words is needed"):
+        cuda.pack(torch.ones(64), torch.zeros(4, dtype=torch.int32)[::2])
+
+
+def test_values_with_gaps_are_refused() -> None:
+    for call in (
+        lambda values: cuda.pack(values, words(0)),
+        lambda values: cuda.unpack(words(0), values),
+        cuda.all_finite,
+    ):
+        with pytest.raises(ValueError, match="gaps"):
+            call(torch.ones(8)[::2])
+
+
+def test_a_batch_refuses_tensors_of_other_sizes_and_numbers() -> None:
+    batch = Batch([3, 4], [words(0), words(0)])
+    for call in (batch.pack, batch.unpack):
+        with pytest.raises(ValueError, match="a tensor of 5 elements stands where the batch has 4"):
+            call([torch.ones(3), torch.ones(5)])
+        with pytest.raises(ValueError, match="zip"):
+            call([torch.ones(3)])
+    with pytest.raises(ValueError, match="zip"):
+        Batch([3, 4], [words(0)])
+
+
+def test_counters_have_a_largest_size() -> None:
+    with pytest.raises(ValueError, match="no counters of 17 planes: at most 16"):
+        cuda.count([words(0)], torch.zeros(17, 1, dtype=torch.int32))
+
+
+def test_types_that_cannot_be_voted_on() -> None:
+    integers = torch.ones(3, dtype=torch.int32)
+    for call in (lambda: cuda.pack(integers, words(0)), lambda: Batch([3], [words(0)]).pack([integers])):
+        with pytest.raises(KeyError):
+            call()
+
+
+# --------------------------------------------------------------------------------------------- CuPy
+
+
+@pytest.mark.parametrize(
+    ("version", "extra"),
+    [("12.6", "'mpisign[cuda12]',"), ("13.0", "'mpisign[cuda13]',"), (None, "'mpisign[cuda12]' or 'mpisign[cuda13]',")],
+)
+def test_without_cupy_the_error_names_the_extra(
+    version: str | None, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)  # Python's way to say that a module cannot be imported
+    monkeypatch.setattr(torch.version, "cuda", version)
+    with pytest.raises(GradientError) as caught:
+        kernels.import_cupy()
+    assert f"pip install {extra}" in str(caught.value)
+
+
+def test_importing_the_cuda_modules_imports_no_cupy() -> None:
+    program = "import mpisign.bitmap.cuda, mpisign.bitmap.batch, sys; print('cupy' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout.strip() == "False"
+
+
+def test_structures_are_laid_out_as_in_c() -> None:
+    """C puts a field at a multiple of its size, and pads the whole to the largest; NumPy packs unless told."""
+    for structure in (kernels.JOB, kernels.TENSORS, kernels.VECTORS, kernels.BITMAPS):
+        assert structure.fields is not None
+        for dtype, offset, *_ in structure.fields.values():
+            assert offset % dtype.base.itemsize == 0
+        assert structure.itemsize % max(dtype.base.itemsize for dtype, *_ in structure.fields.values()) == 0
+        assert np.dtype(structure.descr, align=True).itemsize == structure.itemsize

@@ -1,0 +1,99 @@
+"""bitmap.cu compiles for every GPU it is meant for, without a warning and without spilling registers. Needs no GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from mpisign.bitmap import kernels
+
+# CUDA 13 does not know Volta any more.
+ARCHITECTURES = {"sm_70": 12, "sm_80": 13, "sm_90": 13, "sm_100": 13, "sm_120": 13}
+
+AS_CUPY_DOES = ("-ftz=true", "--device-as-default-execution-space")
+
+ENTRY = r"ptxas info +: Compiling entry function '(\w+)' for 'sm_\d+'\n"
+PROPERTIES = r"ptxas info +: Function properties for \1\n"
+USAGE = r"ptxas +\. +(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+
+
+@functools.cache
+def nvrtc(major: int) -> ctypes.CDLL:
+    """The compiler of CUDA 12 or 13, from PyPI."""
+    package = find_spec("nvidia")
+    folders = [Path(folder) for folder in package.submodule_search_locations or []] if package else []
+    found = [library for folder in folders for library in folder.glob(f"*/lib/libnvrtc.so.{major}")]
+    name = "nvidia-cuda-nvrtc" + ("" if major > 12 else f"-cu{major}")
+    assert found, f"there is no libnvrtc.so.{major}: pip install {name}"
+    for part in found[0].parent.glob("libnvrtc-builtins.so*"):
+        ctypes.CDLL(str(part))  # which it would look for in the system's folders, unless it is there
+    return ctypes.CDLL(str(found[0]))
+
+
+def compile_for(major: int, text: str, *options: str) -> tuple[bool, str]:
+    """Whether the compiler makes a binary, and all it says."""
+    library, program = nvrtc(major), ctypes.c_void_p()
+    assert library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"program.cu", 0, None, None) == 0
+    arguments = [option.encode() for option in (*kernels.OPTIONS, *AS_CUPY_DOES, "--ptxas-options=-v", *options)]
+    failed = library.nvrtcCompileProgram(program, len(arguments), (ctypes.c_char_p * len(arguments))(*arguments))
+    size = ctypes.c_size_t()
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetProgramLog(program, log)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    return not failed, log.value.decode()
+
+
+def usage(log: str) -> dict[str, tuple[int, ...]]:
+    """(bytes of stack, spilled, reloaded) of every kernel."""
+    return {name: tuple(map(int, numbers)) for name, *numbers in re.findall(ENTRY + PROPERTIES + USAGE, log)}
+
+
+def complaints(log: str) -> list[str]:
+    """What is no mere information. (That Volta is deprecated is true, and not about us.)"""
+    return [
+        line for line in log.split("\n") if line.strip("\0 ") and not re.match(r"ptxas (info|  )|.*deprecated", line)
+    ]
+
+
+def expected_kernels() -> set[str]:
+    counting = {f"{name}_{planes}" for name in ("majority", "majority_abstain", "count") for planes in kernels.PLANES}
+    return counting | {"pack_one", "pack_many", "unpack_one", "unpack_many", "all_finite", "agreement"}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles_without_warnings_and_spills(architecture: str) -> None:
+    done, log = compile_for(ARCHITECTURES[architecture], kernels.source(), f"-arch={architecture}")
+    assert done, log
+    assert not complaints(log)
+    assert usage(log) == dict.fromkeys(expected_kernels(), (0, 0, 0))
+
+
+@pytest.mark.parametrize("major", [12, 13])
+def test_spills_and_warnings_would_be_seen(major: int) -> None:
+    text = """
+    extern "C" __global__ void spills(int* x) {
+        int unused, kept[60];
+        for (int i = 0; i < 60; ++i) kept[i] = x[i];
+        __syncthreads();
+        for (int i = 0; i < 60; ++i) x[i * kept[59 - i]] = kept[i];
+    }
+    """
+    done, log = compile_for(major, text, "-arch=sm_90", "-maxrregcount=24")
+    assert done, log
+    assert any("unused" in line for line in complaints(log))
+    stack, stores, loads = usage(log)["spills"]
+    assert min(stack, stores, loads) > 0
+
+
+@pytest.mark.parametrize("major", [12, 13])
+def test_messages_point_into_the_file(major: int) -> None:
+    lines = kernels.source().count("\n")
+    done, log = compile_for(major, kernels.source() + "nonsense", "-arch=sm_90")
+    assert not done
+    assert f"{kernels.SOURCE}({lines})" in log
