@@ -1,5 +1,6 @@
 """mpisign: distributed training by majority vote, one bit a coordinate, over MPI."""
 
+from mpisign import checkpoint
 from mpisign.errors import (
     AlreadyInitializedError,
     CheckpointError,
@@ -13,6 +14,7 @@ from mpisign.errors import (
 )
 from mpisign.methods import Method, lion, mean, signsgd, signum
 from mpisign.optimizer import DistributedSignOptimizer
+from mpisign.preemption import REQUEUE_EXIT_CODE, stop_on_signal, stop_requested
 from mpisign.sync import (
     allgather_object,
     broadcast_object,
@@ -38,6 +40,7 @@ from mpisign.world import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "REQUEUE_EXIT_CODE",
     "AlreadyInitializedError",
     "CheckpointError",
     "ConsistencyError",
@@ -57,6 +60,7 @@ __all__ = [
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "check_consistency",
+    "checkpoint",
     "device",
     "init",
     "is_initialized",
@@ -71,4 +75,6 @@ __all__ = [
     "signsgd",
     "signum",
     "size",
+    "stop_on_signal",
+    "stop_requested",
 ]

@@ -13,7 +13,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -48,6 +48,10 @@ ACTS = (
     "check_consistency()",
     "agreement()",
     "a comparison of layouts",
+    "checkpoint.save()",
+    "checkpoint.wait()",
+    "checkpoint.load()",
+    "checkpoint.newest()",
 )
 """What ranks do together besides steps. A call begins with -2 - its place here; a step's with a number above 0."""
 
@@ -66,6 +70,9 @@ class Channel:
     stall_timeout: float | None
     parted: bool = field(default=False, init=False)  # a rank has left before the others: all can only end
     broken: str = field(default="", init=False)  # where this rank was interrupted; the others wait for it there
+    wants_stop: bool = field(default=False, init=False)  # this rank has been asked to stop
+    stopping: bool = field(default=False, init=False)  # some rank had been, when all last called: the same on all
+    farewells: ExitStack = field(default_factory=ExitStack, init=False, repr=False)  # done when all leave together
     _orphans: list[object] = field(default_factory=list, init=False, repr=False)
 
     def wait(self, request: MPI.Request, what: str, missing: Callable[[], str] | None = None) -> None:
@@ -109,7 +116,10 @@ class Channel:
         return f"rank {self.rank} of {self.size} has waited {waited:.3g} s in {what}" + (whom and f"; {whom}")
 
     def call(self, mine: npt.NDArray[np.int64], what: str) -> npt.NDArray[np.int64]:
-        """All-gather a few numbers, the same few from everyone: (fields,) int64 to (M, fields). **Collective.**"""
+        """All-gather a few numbers, the same few from everyone: (fields,) int64 to (M, fields). **Collective.**
+
+        The wish to stop travels as the lowest bit of the last number, so that no number may need more than 63 bits.
+        """
         if self.broken:
             raise ConsistencyError(
                 f"rank {self.rank} was interrupted in {self.broken}, where the other ranks still wait for it: this job "
@@ -117,14 +127,17 @@ class Channel:
             )
         if self.parted:
             raise ConsistencyError(f"rank {self.rank}: a rank has left the job before the others; it can only end now")
-        heard = np.full((self.size, mine.size), _UNHEARD, np.int64)
+        said, heard = mine.copy(), np.full((self.size, mine.size), _UNHEARD, np.int64)
+        said[-1] = 2 * mine[-1] + self.wants_stop
 
         def missing() -> str:
             # Only a hint in a warning: what has arrived so far, read while MPI still owns the buffer.
             unheard = [rank for rank in range(self.size) if rank != self.rank and heard[rank, 0] == _UNHEARD]
             return f"not heard from yet: ranks {unheard}" if unheard else ""
 
-        self.wait(self.comm.Iallgather(mine, heard), what, missing)
+        self.wait(self.comm.Iallgather(said, heard), what, missing)
+        self.stopping = bool((heard[:, -1] & 1).any())
+        heard[:, -1] >>= 1
         return heard
 
     def meet(self, act: str, number: int = 0) -> npt.NDArray[np.int64]:
@@ -179,6 +192,8 @@ class Channel:
     def say_goodbye(self) -> bool:
         """Meet the others before leaving, as MPI_Finalize would wait for them in silence. **Collective.**
 
+        What is in ``farewells`` is done after that, and may be collective.
+
         Returns:
             Whether all leave together. If not, the others get an error, and this rank is past doing anything about it.
         """
@@ -189,6 +204,7 @@ class Channel:
         except ConsistencyError as error:
             logger.error("%s", error)
             return False
+        self.farewells.close()
         return True
 
     def abort(self, reason: str, code: int = 1) -> None:

@@ -48,4 +48,4 @@ class SynchronizationError(MpisignError, RuntimeError):
 
 
 class CheckpointError(MpisignError, RuntimeError):
-    """A saved state does not fit the job that loads it."""
+    """A checkpoint cannot be written, is damaged, or does not fit the job that loads it."""

@@ -16,8 +16,8 @@ import mpisign
 ROOT = Path(mpisign.__file__).parent
 LAYERS = [
     {"errors", "launch", "bitmap", "telemetry", "policy"},
-    {"layout", "channel", "world", "codecs", "rules", "memory"},
-    {"exchange", "methods", "sync", "wrapping", "checkpoint"},
+    {"layout", "channel", "world", "preemption", "codecs", "rules", "memory"},
+    {"attacks", "exchange", "methods", "sync", "wrapping", "checkpoint"},
     {"optimizer", "doctor"},
     {"__init__", "__main__"},
 ]
@@ -103,3 +103,8 @@ def test_importing_mpisign_starts_no_mpi() -> None:
     program = "import mpisign, sys; print([m for m in ('mpi4py.MPI', 'cupy') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_nothing_imports_attacks() -> None:
+    """They are for experiments alone."""
+    assert not [name for name in MODULES if "mpisign.attacks" in imports(name)]

@@ -1,0 +1,186 @@
+"""The directory that holds checkpoints: names, manifests, what is kept. Everything here is done by one rank."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpisign.checkpoint.files import Stamp, read_json, sync_folder, write_json
+from mpisign.errors import CheckpointError
+
+__all__ = [
+    "MANIFEST",
+    "SHARED",
+    "Manifest",
+    "begin",
+    "commit",
+    "done",
+    "find",
+    "folder_of",
+    "is_checkpoint",
+    "rank_file",
+    "say_done",
+]
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SHARED = "shared.pt"
+UNFINISHED = ".tmp"
+REPLACED = ".old"  # has been saved a second time at the same step; stays until the second is in its place
+_NAME = re.compile(rf"step-\d+({re.escape(REPLACED)})?")
+
+logger = logging.getLogger(__name__)
+
+
+def folder_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.pt"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    ``serial`` counts the saves into a directory, which orders them also after going back to an earlier step;
+    ``files`` by name.
+    """
+
+    step: int
+    ranks: int
+    serial: int
+    files: dict[str, Stamp]
+
+    def write(self, folder: Path) -> None:
+        """Raises OSError."""
+        about = {"format": "mpisign checkpoint", "version": FORMAT_VERSION}
+        write_json(folder / MANIFEST, about | {**vars(self), "files": _as_json(self.files)})
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Raises CheckpointError, with what is wrong."""
+        path = folder / MANIFEST
+        try:
+            content = read_json(path)
+            if content["version"] != FORMAT_VERSION:
+                raise CheckpointError(
+                    f"{path} has format {content['version']} and this mpisign reads {FORMAT_VERSION}: "
+                    + ("pip install --upgrade mpisign" if content["version"] > FORMAT_VERSION else "it is too old")
+                )
+            files = {name: Stamp(**stamp) for name, stamp in content["files"].items()}
+            return cls(content["step"], content["ranks"], content["serial"], files)
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder} has no {MANIFEST}, so it is not a checkpoint of mpisign's") from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged, or of another program") from error
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is that of one checkpoint, be it damaged, and not of a directory of them."""
+    return _NAME.fullmatch(path.name) is not None or (path / MANIFEST).exists()
+
+
+def find(directory: Path) -> list[tuple[Path, Manifest | str]]:
+    """The checkpoints in a directory, the latest first, with what is wrong where the manifest cannot be read.
+
+    Raises CheckpointError if the directory cannot be read; one that does not exist is empty.
+    """
+    try:
+        folders = sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {error.strerror}") from error
+    found, unreadable = [], []
+    for folder in folders:
+        try:
+            found.append((folder, Manifest.read(folder)))
+        except CheckpointError as error:
+            unreadable.append((folder, str(error)))
+    ordered: list[tuple[Path, Manifest | str]] = [*sorted(found, key=lambda entry: -entry[1].serial)]
+    for folder, problem in unreadable:  # it cannot say when it was saved: take it as later than an earlier step
+        earlier = (at for at, (_, it) in enumerate(ordered) if isinstance(it, Manifest) and it.step < _step_of(folder))
+        ordered.insert(next(earlier, len(ordered)), (folder, problem))
+    return ordered
+
+
+def begin(directory: Path, step: int) -> Path:
+    """A new folder to write to, in a directory freed of what killed jobs have left there. Raises OSError."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.glob(f"step-*{UNFINISHED}"):
+        _remove(leftover)
+    folder = directory / f"{folder_of(step)}.{secrets.token_hex(4)}{UNFINISHED}"
+    folder.mkdir()
+    return folder
+
+
+def say_done(written: Path, rank: int, stamps: dict[str, Stamp]) -> None:
+    """Tell rank 0 through the folder that ``rank`` has written its files. Raises OSError."""
+    write_json(_note(written, rank), _as_json(stamps))
+
+
+def done(written: Path, rank: int) -> dict[str, Stamp] | None:
+    """What ``rank`` has said, or None if it is not done yet. Raises OSError, ValueError."""
+    try:
+        return {name: Stamp(**stamp) for name, stamp in read_json(_note(written, rank)).items()}
+    except FileNotFoundError:
+        return None
+
+
+def _note(written: Path, rank: int) -> Path:
+    return written / f"rank-{rank:05d}.done"
+
+
+def commit(written: Path, stamps: dict[str, Stamp], step: int, ranks: int, keep: int) -> Path:
+    """Make the files in ``written`` a checkpoint of the directory they are in, and keep the latest ``keep``.
+
+    Raises OSError; there is no new checkpoint then, and the others are as they were.
+    """
+    directory, final = written.parent, written.parent / folder_of(step)
+    replaced = final.with_name(final.name + REPLACED)
+    serial = 1 + max((manifest.serial for _, manifest in _readable(directory)), default=0)
+    Manifest(step, ranks, serial, stamps).write(written)
+    for note in written.glob("*.done"):
+        note.unlink()
+    sync_folder(written)
+    if final.exists():
+        _remove(replaced)
+        final.rename(replaced)
+    written.rename(final)
+    sync_folder(directory)
+    _remove(replaced)
+    for folder, _ in _readable(directory)[keep:]:
+        _remove(folder)
+    return final
+
+
+def _readable(directory: Path) -> list[tuple[Path, Manifest]]:
+    return [(folder, manifest) for folder, manifest in find(directory) if isinstance(manifest, Manifest)]
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-").removesuffix(REPLACED))
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder: for whoever looks for a checkpoint at once, then its files."""
+    doomed = folder if folder.suffix == UNFINISHED else folder.with_name(folder.name + UNFINISHED)
+    try:
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        logger.warning("%s is no longer needed and cannot be removed: %s", folder, error)
+
+
+def _as_json(stamps: dict[str, Stamp]) -> dict[str, dict[str, int]]:
+    return {name: stamp._asdict() for name, stamp in stamps.items()}

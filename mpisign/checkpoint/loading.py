@@ -1,0 +1,191 @@
+"""Loading: the ranks agree on the latest undamaged checkpoint, and each takes what is shared and what is its own."""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpisign.checkpoint import directory
+from mpisign.checkpoint.agreement import agree
+from mpisign.checkpoint.directory import Manifest
+from mpisign.checkpoint.files import damage, read_tensors
+from mpisign.checkpoint.merging import merged
+from mpisign.checkpoint.saving import wait
+from mpisign.checkpoint.state import State, Stateful, map_tensors, reseed, set_random_state
+from mpisign.errors import CheckpointError
+from mpisign.world import World, current
+
+__all__ = ["Resumed", "load", "newest"]
+
+ACT = "checkpoint.load()"
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What :func:`load` has found: the ``step`` and ``extra`` of the save, its folder, and how many ranks saved."""
+
+    step: int
+    extra: Any
+    path: Path
+    ranks: int
+
+
+def newest(path: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint in a directory that was saved last, its files unread; None if there is none. **Collective.**
+
+    Raises:
+        CheckpointError: the directory cannot be read.
+    """
+    world = current("checkpoint.newest()")
+    error, found = None, None
+    if world.rank == 0:
+        try:
+            found = next((folder for folder, _ in directory.find(Path(path))), None)
+        except CheckpointError as caught:
+            error = caught
+    latest: Path | None = agree(world, "checkpoint.newest()", "no checkpoint", error, found)[0]
+    return latest
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: torch.nn.Module,
+    optimizer: Stateful | None = None,
+    scheduler: Stateful | None = None,
+    scaler: Stateful | None = None,
+) -> Resumed:
+    """Put a job where :func:`save` has left it. **Collective.**
+
+    On as many ranks as have saved, training goes on bit for bit. On another number, which a warning tells:
+
+    - Every rank gets the mean over the old ranks' memories; a rank without one for a parameter counts as zeros, as
+      which a memory begins. The rules combine the ranks' messages evenly, so an update depends on the ranks' mean
+      momentum, and what error feedback still owes the parameters is the mean of the residuals: both stay as they
+      were, up to rounding, on any number of ranks.
+    - Random number generators are seeded anew, each rank's from rank 0's saved state and its own number.
+    - Buffers and loss scale are rank 0's.
+
+    Call it after the model, optimizer and so on are made as for the first start; nothing needs to be broadcast then.
+
+    Args:
+        path: a directory of checkpoints, of which the last undamaged one is taken, with a warning if others had to be
+            left out; or the folder of one checkpoint.
+        optimizer, scheduler, scaler: what shall go on too.
+
+    Raises:
+        CheckpointError: on every rank: there is no checkpoint, or it is damaged or does not fit, in which case the
+            objects may have been changed in part. The message names file and rank, and another checkpoint
+            that is good.
+    """
+    world = current(ACT)
+    wait()
+    folder, manifest, left_out = _choose(world, Path(path))
+    error, extra = None, None
+    try:
+        shared, own = _read(folder, manifest, world)
+        model.load_state_dict(shared["model"])
+        for name, target in (("optimizer", optimizer), ("scheduler", scheduler), ("scaler", scaler)):
+            if target is not None:
+                if shared[name] is None:
+                    raise CheckpointError(f"it was saved without {name}=")
+                target.load_state_dict(_owned(shared[name]))
+        extra = _owned(shared["extra"])
+        if manifest.ranks == world.size:
+            set_random_state(own["random"])
+        else:
+            reseed(own["random"], world.rank, world.size)
+    except Exception as caught:  # whatever it is, the others must hear of it
+        error = caught
+    agree(world, ACT, f"{folder} does not fit", error)
+    if world.rank == 0:
+        if left_out:
+            warnings.warn(f"training goes on from {folder}, as {'; '.join(left_out)}", stacklevel=2)
+        if manifest.ranks != world.size:
+            warnings.warn(
+                f"{folder} was saved by {manifest.ranks} ranks and this job has {world.size}: every rank goes on with "
+                f"the mean of the old ranks' memories and fresh random numbers (see mpisign.checkpoint.load)",
+                stacklevel=2,
+            )
+    return Resumed(manifest.step, extra, folder, manifest.ranks)
+
+
+def _choose(world: World, path: Path) -> tuple[Path, Manifest, list[str]]:
+    """The checkpoint to load, and what is wrong with those that were preferred to it. **Collective.**"""
+    error, found = None, None
+    if world.rank == 0:
+        try:
+            found = _candidates(path)
+        except CheckpointError as caught:
+            error = caught
+    one, candidates = agree(world, ACT, f"{path} cannot be loaded", error, found)[0]
+    wrong: list[str] = []
+    for name, manifest in candidates:
+        folder = (path.parent if one else path) / name  # rank 0's path may be another: a mount of another name
+        problem = manifest if isinstance(manifest, str) else _find_damage(world, folder, manifest)
+        if not problem:
+            break
+        wrong.append(problem)
+    else:
+        raise CheckpointError(f"{ACT}: there is no good checkpoint in {path}: {'; '.join(wrong) or 'it is empty'}")
+    if one and wrong:
+        raise CheckpointError(
+            f"{ACT}: {wrong[0]}. The latest good checkpoint beside it is {folder}: load({str(folder)!r}, ...)"
+        )
+    return folder, manifest, wrong
+
+
+def _candidates(path: Path) -> tuple[bool, list[tuple[str, Manifest | str]]]:
+    """Whether the path is that of one checkpoint, and what may be loaded, by the folders' names, in this order.
+
+    A manifest that cannot be read is replaced by what is wrong with it.
+    """
+    if path.is_file():
+        raise CheckpointError(
+            f"{path} is a file, and a checkpoint is a folder; what torch.save() has written of an optimizer loads by "
+            f"optimizer.load_state_dict(torch.load({str(path)!r}, weights_only=True))"
+        )
+    if not directory.is_checkpoint(path):
+        return False, [(folder.name, manifest) for folder, manifest in directory.find(path)]
+    try:
+        wanted: Manifest | str = Manifest.read(path)
+    except CheckpointError as problem:
+        wanted = str(problem)
+    others = [(folder.name, it) for folder, it in directory.find(path.parent) if folder.name != path.name]
+    return True, [(path.name, wanted), *others]
+
+
+def _find_damage(world: World, folder: Path, manifest: Manifest) -> str:
+    """What is wrong with a checkpoint's files, each read by one rank, or "". **Collective.**"""
+    mine = [name for at, name in enumerate(sorted(manifest.files)) if at % world.size == world.rank]
+    problem = next(filter(None, (damage(folder / name, manifest.files[name]) for name in mine)), "")
+    problems = world.gather(problem and f"{problem} (rank {world.rank} on {platform.node()})", ACT)
+    return next(filter(None, problems), "")
+
+
+def _read(folder: Path, manifest: Manifest, world: World) -> tuple[State, State]:
+    """What is shared, with this rank's own in its place, and the rest of this rank's."""
+    shared = read_tensors(folder / directory.SHARED)
+    files = [folder / directory.rank_file(rank) for rank in range(manifest.ranks)]
+    if manifest.ranks == world.size:
+        own = read_tensors(files[world.rank])
+        shared["model"].update(own["buffers"])
+        shared["scaler"] = own["scaler"]
+        memory = own["mpisign"]
+    else:
+        own = read_tensors(files[0])
+        memory = merged(files, world.rank, world.size)
+    if memory is not None:
+        shared["optimizer"]["mpisign"] = memory
+    return shared, own
+
+
+def _owned(tree: Any) -> Any:
+    """``tree`` with its tensors in memory; read lazily, they would be gone with the file."""
+    return map_tensors(tree, torch.clone)

@@ -1,0 +1,218 @@
+"""Saving: every rank writes its files, and when all have, rank 0 makes them a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpisign.channel import minority
+from mpisign.checkpoint import directory
+from mpisign.checkpoint.agreement import agree
+from mpisign.checkpoint.files import Stamp, write_tensors
+from mpisign.checkpoint.state import Snapshot, State, Stateful, check_loadable, collect
+from mpisign.errors import CheckpointError, ConsistencyError, MpisignError, OptionError
+from mpisign.world import World, current
+
+__all__ = ["save", "wait"]
+
+ACT = "checkpoint.save()"
+POLL_SECONDS = 0.05  # how often rank 0's thread looks whether another rank's is done
+
+_snapshot = Snapshot()
+_pending: _Save | None = None
+_waited_for_in: World | None = None  # the world that will not be left before the pending save is done
+
+
+def save(
+    path: str | os.PathLike[str],
+    *,
+    model: torch.nn.Module,
+    optimizer: Stateful,
+    step: int,
+    scheduler: Stateful | None = None,
+    scaler: Stateful | None = None,
+    extra: Any = None,
+    keep: int = 3,
+    asynchronous: bool = False,
+) -> Path:
+    """Write a checkpoint into the directory ``path``, which is made if need be. **Collective.**
+
+    A job that is killed meanwhile, or that finds the disk full, keeps the checkpoints it has. The states of Python's,
+    NumPy's and torch's random number generators are saved too; where the data loader is belongs into ``extra``. Ranks
+    wait for the slowest one's disk: let a ``stall_timeout`` of :func:`mpisign.init` be longer than that takes.
+
+    Args:
+        path: on a file system that all nodes share; used by no other job at the same time.
+        model: its parameters are the same on all ranks; buffers may differ and are saved for each rank. Of a
+            ``DistributedDataParallel`` pass ``.module``.
+        optimizer: a :class:`~mpisign.DistributedSignOptimizer`, or a plain one that is the same on all ranks.
+        step: names the checkpoint; the same on all ranks.
+        scheduler: a learning rate scheduler.
+        scaler: a GradScaler.
+        extra: plain Python types and tensors, e.g. ``{"epoch": 3, "batch": 120}``. Rank 0's is saved; for what
+            differs between ranks, ``mpisign.allgather_object(it)`` makes a list of all ranks'.
+        keep: how many checkpoints to keep; older ones are removed when the new one is on the disk.
+        asynchronous: only copy the state, and write it in a thread while training goes on. The memory for the copy
+            is kept for the next time, so that the first time takes longest. It is a checkpoint when all ranks'
+            threads are done, at the latest after :func:`wait`, which :func:`save`, :func:`load` and
+            :func:`mpisign.shutdown` begin with.
+
+    Returns:
+        The checkpoint's folder, ``path/step-00000120``.
+
+    Raises:
+        CheckpointError: on every rank, naming the rank that could not write and why. Also for an earlier
+            asynchronous save.
+        ConsistencyError: ranks are at different steps, or pass different options.
+        OptionError: an impossible option.
+    """
+    for name, value, least in (("step", step, 0), ("keep", keep, 1)):
+        if not isinstance(value, int) or value < least:
+            raise OptionError(f"{name}={value!r} must be an integer of at least {least}")
+    world = current(ACT)
+    wait()
+    error, files, made = None, dict[str, State](), None
+    said = {"step": step, "keep": keep, "asynchronous": asynchronous}
+    try:
+        shared, own = collect(model, optimizer, scheduler, scaler)
+        said["the optimizer's steps"] = (own["mpisign"] or said)["step"]
+        check_loadable({"the optimizer's memory": own["mpisign"]})
+        files[directory.rank_file(world.rank)] = own
+        if world.rank == 0:
+            files[directory.SHARED] = {**shared, "step": step, "extra": extra}
+            check_loadable(files[directory.SHARED])
+            made = directory.begin(Path(path), step)
+        if asynchronous:
+            files = _snapshot.of(files)
+    except Exception as caught:  # whatever it is, the others must hear of it
+        error = caught
+    try:
+        everyone = agree(world, ACT, f"step {step} is not saved", error, (said, made and made.name))
+        _demand_same(world, [said for said, _ in everyone])
+    except MpisignError:
+        if made is not None:
+            made.rmdir()
+        raise
+    written = Path(path) / everyone[0][1]
+    saving = _Save(world, written, written.with_name(directory.folder_of(step)), step, keep)
+    if asynchronous:
+        _let_run(saving, files)
+    else:
+        saving.write(files)
+        saving.finish(ACT)
+    return saving.folder
+
+
+def wait() -> None:
+    """Wait until an asynchronous :func:`save` is a checkpoint; return at once if there is none. **Collective.**
+
+    Raises:
+        CheckpointError: on every rank, naming the rank that could not write and why.
+    """
+    global _pending
+    saving, _pending = _pending, None
+    if saving is not None:
+        saving.finish("checkpoint.wait()")
+
+
+def _let_run(saving: _Save, files: dict[str, State]) -> None:
+    global _pending, _waited_for_in
+    _pending = saving
+    if saving.world is not _waited_for_in:
+        _waited_for_in = saving.world
+        saving.world.farewells.callback(wait)
+    saving.start(files)
+
+
+def _demand_same(world: World, said: list[dict[str, int]]) -> None:
+    for name, mine in said[world.rank].items():
+        values = [theirs[name] for theirs in said]
+        odd, usual = minority(values)
+        if odd:
+            raise ConsistencyError(
+                f"{ACT}: ranks {odd} differ from the others in {name}: rank {odd[0]} has {values[odd[0]]}, the others "
+                f"{usual} (this is rank {world.rank}, with {mine}). Every rank must save the same step in the same way"
+            )
+
+
+@dataclass
+class _Save:
+    """One checkpoint on its way to the disk: from ``written``, where its files are, it will be moved to ``folder``."""
+
+    world: World
+    written: Path
+    folder: Path
+    step: int
+    keep: int
+    _stamps: dict[str, Stamp] = field(default_factory=dict)
+    _error: Exception | None = None
+    _committed: bool = False
+    _thread: threading.Thread | None = None
+    _waited_for: threading.Event = field(default_factory=threading.Event)
+
+    def write(self, files: dict[str, State]) -> None:
+        """Write this rank's files; an error is kept for :meth:`finish`."""
+        try:
+            if not self.written.is_dir():
+                raise CheckpointError(
+                    f"there is no {self.written} here, which rank 0 has made: all ranks must pass the same path, on a "
+                    f"file system that all nodes share"
+                )
+            for name, content in files.items():
+                self._stamps[name] = write_tensors(self.written / name, content)
+        except Exception as caught:
+            self._error = caught
+
+    def start(self, files: dict[str, State]) -> None:
+        """The same in a thread, which ends with the process, and the commit too if all ranks' threads are done."""
+        self._thread = threading.Thread(target=self._run, args=(files,), name="mpisign checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self, files: dict[str, State]) -> None:
+        # No MPI here: it need not stand threads, and the channel belongs to training. Ranks meet in the folder.
+        self._waited_for.wait(POLL_SECONDS)  # let save() return first: what torch.save() does at first holds the GIL
+        self.write(files)
+        if self._error is not None:
+            return
+        try:
+            if self.world.rank != 0:
+                directory.say_done(self.written, self.world.rank, self._stamps)
+                return
+            stamps = dict(self._stamps)
+            for rank in range(1, self.world.size):
+                while (theirs := directory.done(self.written, rank)) is None:
+                    if self._waited_for.wait(POLL_SECONDS):
+                        return  # then finish() does it
+                stamps |= theirs
+            self._commit(stamps)
+        except Exception as caught:
+            self._error = caught
+
+    def finish(self, act: str) -> None:
+        """Return when there is a checkpoint. **Collective.** Raises CheckpointError on all ranks if there is none."""
+        self._waited_for.set()
+        if self._thread is not None:
+            self._thread.join()
+        failed = f"{self.folder} is not saved, and earlier checkpoints are as they were"
+        try:
+            stamps = agree(self.world, act, failed, self._error, self._stamps)
+            if self.world.rank == 0 and not self._committed:
+                try:
+                    self._commit({name: stamp for one in stamps for name, stamp in one.items()})
+                except Exception as caught:
+                    self._error = caught
+            agree(self.world, act, failed, self._error)
+        except CheckpointError:
+            if self.world.rank == 0:
+                shutil.rmtree(self.written, ignore_errors=True)
+            raise
+
+    def _commit(self, stamps: dict[str, Stamp]) -> None:
+        directory.commit(self.written, stamps, self.step, self.world.size, self.keep)
+        self._committed = True

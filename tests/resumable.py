@@ -1,0 +1,110 @@
+"""A training run in which everything that a checkpoint must bring back matters, for the tests of checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DistributedSampler
+
+import mpisign
+from mpisign import Method
+
+METHODS = [mpisign.signum(0.9), mpisign.lion(), mpisign.signsgd(), mpisign.mean()]
+BATCH = 4
+
+
+class Job:
+    """Dropout and noise from three generators, BatchNorm, a scheduler, a shuffled share of the data for each rank."""
+
+    def __init__(self, method: Method | None = None, *, plain: bool = False, seed: int = 0) -> None:
+        rank, size = mpisign.rank(), mpisign.size()
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.Dropout(0.3), nn.Linear(24, 3))
+        sgd = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.5 if plain else 0.0, weight_decay=0.01)
+        self.optimizer = (
+            sgd if plain else mpisign.DistributedSignOptimizer(sgd, self.model.named_parameters(), method=method)
+        )
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 3, gamma=0.7)
+        self.inputs, self.labels = torch.randn(60, 12), torch.randint(3, (60,))
+        self.sampler = DistributedSampler(range(60), num_replicas=size, rank=rank, seed=seed)
+        self.step = self.epoch = self.batch = 0
+        self.seen: list[list[int]] = []
+        torch.manual_seed(100 + rank)
+        np.random.seed(200 + rank)  # noqa: NPY002
+        random.seed(300 + rank)
+
+    def train(self, until: int) -> Job:
+        """Go on until so many steps have been made."""
+        while self.step < until:
+            self.sampler.set_epoch(self.epoch)
+            order = list(self.sampler)
+            chosen = order[self.batch * BATCH : (self.batch + 1) * BATCH]
+            self.batch += 1
+            if (self.batch + 1) * BATCH > len(order):
+                self.epoch, self.batch = self.epoch + 1, 0
+            self.seen.append(chosen)
+            noise = random.gauss(0, 0.1) + np.random.normal(0, 0.1)  # noqa: NPY002
+            loss = nn.functional.cross_entropy(self.model(self.inputs[chosen] + noise), self.labels[chosen])
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.scheduler.step()
+            self.step += 1
+        return self
+
+    def save(self, path: Path, **options: Any) -> Path:
+        extra = {"epoch": self.epoch, "batch": self.batch}
+        return mpisign.checkpoint.save(path, **self._parts(), **{"step": self.step, "extra": extra, **options})
+
+    def load(self, path: Path) -> mpisign.checkpoint.Resumed:
+        resumed = mpisign.checkpoint.load(path, **self._parts())
+        self.step, self.epoch, self.batch = resumed.step, resumed.extra["epoch"], resumed.extra["batch"]
+        return resumed
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+
+    def everything(self) -> dict[str, Any]:
+        """All that the next step depends on, copied."""
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        at = {"step": self.step, "epoch": self.epoch, "batch": self.batch}
+        generators = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False)}  # noqa: NPY002
+        return copy.deepcopy(parts | at | generators | {"torch": torch.get_rng_state()})
+
+
+def assert_equal(a: Any, b: Any, where: str = "everything") -> None:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}[{key!r}]")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    elif isinstance(a, np.ndarray):
+        assert np.array_equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def digest(tree: Any) -> str:
+    """The same for what :func:`assert_equal` takes for equal, in another process too."""
+    if isinstance(tree, dict):
+        told = "".join(f"{key}: {digest(tree[key])}" for key in sorted(tree, key=str)).encode()
+    elif isinstance(tree, torch.Tensor):
+        told = tree.numpy().tobytes()
+    else:
+        told = tree.tobytes() if isinstance(tree, np.ndarray) else repr(tree).encode()
+    return hashlib.blake2b(told, digest_size=8).hexdigest()
+
+
+def spoil_generators() -> None:
+    """Draw some, so that whatever is not put back shows."""
+    torch.randn(7), random.random(), np.random.normal()  # noqa: NPY002
