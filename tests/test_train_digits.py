@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -70,19 +71,21 @@ def test_two_ranks(tmp_path: Path) -> None:
         assert sent == f"{data['runs'][first]['bytes_sent']:,}"
         assert re.fullmatch(r"\d\.\d{4} ± \d\.\d{4}", seconds)
     assert cells(done.text, "mean / vote")[1] == f"{data['bytes_ratio']:.1f} x"
-    assert "seed 3, signum: 100%" in done.text
+    assert "seed-3-signum: 100%" in done.text
     assert "\x1b[1m" not in done.text, "no styles in what may be a file"
     assert_png(figure)
 
 
 def test_every_option_reaches_the_training(tmp_path: Path) -> None:
     done = mpirun(
-        3, SCRIPT, *SMALL, "--method", "lion", "--zeros", "abstain", "--ties", "zero", "--exchange", "two_phase",
-        "--batch-size", "100", "--lr-mean", "0.2", "--quiet",
+        3, SCRIPT, *SMALL, "--method", "lion:beta1=0.95", "--zeros", "abstain", "--ties", "zero",
+        "--exchange", "two_phase", "--batch-size", "100", "--lr-mean", "0.2", "--quiet",
         "--out", tmp_path / "a.png", "--json", tmp_path / "a.json",
     )  # fmt: skip
     assert done.returncode == 0, done.text
-    vote, mean = json.loads((tmp_path / "a.json").read_text())["runs"]
+    data = json.loads((tmp_path / "a.json").read_text())
+    assert data["options"]["method"].startswith("lion (LionMomentum(beta1=0.95, beta2=0.99)")
+    vote, mean = data["runs"]
     assert vote["method"] == "lion"
     assert vote["exchange"] == mean["exchange"] == "two_phase"
     assert len(vote["losses"]) == 3 * 5, "479 images a rank, 100 a step"
@@ -102,6 +105,21 @@ def test_without_mpirun_one_rank_votes_alone(tmp_path: Path) -> None:
     assert cells(done.stdout, "mean / vote")[1] == "-"
     assert "loss curves: out/digits.png" in done.stdout
     assert_png(tmp_path / "out" / "digits.png")
+
+
+def test_on_other_ranks_it_goes_on_in_the_same_epoch(tmp_path: Path) -> None:
+    places = ("--checkpoint-dir", tmp_path / "saved", "--log-dir", tmp_path / "log", "--out", tmp_path / "a.png")
+    for ranks, options in ((2, ("--max-steps", "30")), (3, ("--json", tmp_path / "a.json"))):
+        done = mpirun(ranks, SCRIPT, *SMALL, "--quiet", "--log-every", "1", *places, *options)
+        assert done.returncode == 0, done.text
+    for run in json.loads((tmp_path / "a.json").read_text())["runs"]:
+        # It had done 30 steps of 23 an epoch, which are 19.57 of 15: it goes on from 19.
+        assert run["epochs"] == [step / 23 for step in range(30)] + [step / 15 for step in range(19, 45)]
+        assert run["accuracy"] > 0.85
+    rows = (tmp_path / "log" / "seed-0-signum" / "train.csv").read_text().splitlines()[1:]
+    for row in rows:
+        _, epoch, _, rate, *_ = map(float, row.split(","))
+        assert rate == pytest.approx(0.003 * (1 + math.cos(math.pi * epoch / 3)) / 2, abs=1e-8)
 
 
 def test_bad_input_on_several_ranks_is_said_once_and_ends_the_job() -> None:
@@ -141,8 +159,8 @@ def test_help(parse: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> 
         (("--lr", "nan"), "'nan' is not a positive number, such as 0.001"),
         (("--lr", "fast"), "'fast' is not a positive number"),
         (("--lr-mean", "inf"), "'inf' is not a positive number"),
-        (("--seeds", "0", "x"), "as --seeds 0 1 2"),
-        (("--seeds", str(2**32)), "as --seeds 0 1 2"),
+        (("--seeds", "0", "x"), "'x' is not a whole number from 0 up"),
+        (("--seeds", str(2**32)), "'4294967296' is not a whole number from 0 up"),
         (("--method", "adam"), "signsgd"),
         (("--out", "digits"), "must end in .png, such as --out out/digits.png"),
         (("--out", f"{SCRIPT}/a.png"), "name a file in a folder that can be made"),
