@@ -49,6 +49,7 @@ class Segment:
     index: int
     name: str
     numel: int
+    codec: Codec
     pieces: tuple[Piece, ...]
 
     @property
@@ -108,12 +109,12 @@ class Layout:
         for name, parameter in parameters:
             _check_supported(name, parameter)
         self.device = _common_device(parameters)
-        self._codec, self._shards = codec, shards
+        self._codecs, self._shards = [codec.of(parameter) for parameter in self.parameters], shards
         self.buckets = tuple(self._cut(float("inf") if whole else cap_bytes, whole))
 
     def _cut(self, cap_bytes: float, whole: bool) -> Iterator[Bucket]:
         """Fill buckets with whole parameters and close them where they are full or the type changes."""
-        types = [self._codec.wire_dtype(parameter.dtype) for parameter in self.parameters]
+        types = [codec.wire_dtype(p.dtype) for codec, p in zip(self._codecs, self.parameters, strict=True)]
         if whole and types:
             types = [max(types, key=lambda dtype: dtype.itemsize)] * len(types)
         index = first_word = length = 0
@@ -124,7 +125,7 @@ class Layout:
                 yield bucket
                 index, first_word, length, places = index + 1, first_word + bucket.length, 0, []
             places.append(place)
-            length += self._codec.length(self.parameters[place].numel())
+            length += self._codecs[place].length(self.parameters[place].numel())
         if places:
             yield self._fill(index, first_word, places, types[places[0]])
 
@@ -144,15 +145,15 @@ class Layout:
                 room = quota
             spans[-1].append((place, lo, size))
             room -= words_for(size - lo)
-        length = max(sum(self._codec.length(hi - lo) for _, lo, hi in shard) for shard in spans)
+        length = max(sum(self._codecs[place].length(hi - lo) for place, lo, hi in shard) for shard in spans)
         pieces: dict[int, list[Piece]] = {place: [] for place in places}
         for number, shard in enumerate(spans):
             start = number * length
             for place, lo, hi in shard:
-                stop = start + self._codec.length(hi - lo)
+                stop = start + self._codecs[place].length(hi - lo)
                 pieces[place].append(Piece(lo, hi, start, stop, first_word + start))
                 start = stop
-        segments = tuple(Segment(at, self.names[at], sizes[at], tuple(pieces[at])) for at in places)
+        segments = tuple(Segment(at, self.names[at], sizes[at], self._codecs[at], tuple(pieces[at])) for at in places)
         return Bucket(index, dtype, length * self._shards, first_word, segments)
 
     @property

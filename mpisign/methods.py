@@ -5,81 +5,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
-from mpisign.codecs import Codec, Dense, SignBits
+from mpisign.codecs import Codec, Dense, ScaledBits, SignBits, TopK, Trits
 from mpisign.errors import OptionError
-from mpisign.memory import LionMomentum, Memory, Momentum, Nothing
-from mpisign.rules import MajorityVote, Mean, Rule
+from mpisign.memory import (
+    DGC,
+    EF21,
+    ClippedNoise,
+    ErrorFeedback,
+    GaussianNoise,
+    LionMomentum,
+    Memory,
+    Momentum,
+    Nothing,
+    OneBitAdam,
+    SparseSign,
+    StochasticSign,
+    TernarySign,
+    gaussian_mechanism,
+)
+from mpisign.method import Method
+from mpisign.rules import (
+    CenteredClipping,
+    GeometricMedian,
+    Krum,
+    MajorityVote,
+    Mean,
+    Median,
+    MultiKrum,
+    NearestNeighbourAveraging,
+    NearestNeighbourMixing,
+    TrimmedMean,
+)
 
-__all__ = ["Method", "lion", "mean", "signsgd", "signum"]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to turn M local gradients into one update.
-
-    Args:
-        memory: what a worker keeps in front of the codec.
-        codec: what one message holds.
-        rule: how M messages become one.
-        name: for reports and errors.
-
-    The ``repr`` of the three tells ranks whether they run the same method: make them dataclasses.
-
-    Raises:
-        OptionError: a ``repr`` has a memory address in it, which differs from rank to rank.
-    """
-
-    memory: Memory
-    codec: Codec
-    rule: Rule
-    name: str = "custom"
-
-    def __post_init__(self) -> None:
-        for part, kind in ((self.memory, Memory), (self.codec, Codec), (self.rule, Rule)):
-            if not isinstance(part, kind):
-                raise OptionError(
-                    f"{part!r} of method {self.name!r} is no {kind.__name__}: make {kind!r} its base class"
-                )
-            if " at 0x" in repr(part):
-                raise OptionError(
-                    f"{part!r} of method {self.name!r} is told from others by its address, so ranks cannot see that "
-                    f"they run the same: make {type(part).__name__} a dataclass, or give it a __repr__"
-                )
-
-        if self.rule.votes and not self.codec.ballots:
-            raise OptionError(
-                f"the rule {self.rule.name!r} counts votes, and {self.codec.name!r} messages are none: use SignBits() "
-                f"or Trits(), or another rule"
-            )
-
-        if not (self.rule.shardable or self.codec.plain):
-            raise OptionError(
-                f"the rule {self.rule.name!r} compares whole vectors, and {self.codec.name!r} messages are in pieces: "
-                f"use Dense()"
-            )
-
-    @property
-    def exchanges_models(self) -> bool:
-        """Whether parameters cross the wire instead of gradients, so that replicas differ."""
-        return self.rule.personal
-
-    @property
-    def by_value(self) -> bool:
-        """Whether messages must be decoded before the rule can work on them."""
-        return not (self.rule.votes or self.rule.reencodes or self.codec.plain)
-
-    def at(self, step: int, epoch: int) -> Method:
-        """The method as it is at this exchange of this epoch: itself, unless it changes as training goes on."""
-        return self
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.memory!r}, {self.codec!r}, {self.rule!r})"
+# ------------------------------------------------------------------------------------------- signs and votes
 
 
 def signsgd() -> Method:
     """signSGD with majority vote: each rank votes with the sign of its gradient.
+
+    Robust to a minority of ranks that err blindly. Biased where ranks hold data of different kinds.
 
     Bernstein et al., "signSGD with Majority Vote is Communication Efficient and Fault Tolerant", 2018, Alg. 1.
     """
@@ -89,19 +56,273 @@ def signsgd() -> Method:
 def signum(momentum: float = 0.9) -> Method:
     """Signum with majority vote: each rank votes with the sign of ``v <- momentum v + (1 - momentum) g``.
 
+    Take it by default. Robust and biased as :func:`signsgd`, with less noise.
+
     The same paper, Algorithm 1 with beta > 0. The momentum lives on each worker, before the sign.
     """
     return Method(Momentum(momentum), SignBits(), MajorityVote(), "signum")
 
 
-def lion(beta1: float = 0.9, beta2: float = 0.99) -> Method:
-    """Distributed Lion with majority vote: sign of ``beta1 m + (1 - beta1) g``; m decays by ``beta2``.
+def lion(beta1: float = 0.9, beta2: float = 0.99, vote: bool = True) -> Method:
+    """Distributed Lion: sign of ``beta1 m + (1 - beta1) g``; m decays by ``beta2``.
 
-    Liu et al., "Communication Efficient Distributed Training with Distributed Lion", 2024, Algorithm 1, MaVo.
+    Take it for transformers, with weight decay in the wrapped SGD. ``vote=False`` averages the signs instead of
+    voting on them: finer, by all-gather only, and a hostile rank moves the mean.
+
+    Liu et al., "Communication Efficient Distributed Training with Distributed Lion", 2024, Algorithm 1 (MaVo, Avg).
     """
-    return Method(LionMomentum(beta1, beta2), SignBits(), MajorityVote(), "lion")
+    return Method(LionMomentum(beta1, beta2), SignBits(), MajorityVote() if vote else Mean(), "lion")
+
+
+def noisy_signsgd(scale: float, relative: bool = False) -> Method:
+    """Each rank votes with the sign of ``g + b xi``, xi normal: the more noise, the closer the vote is to the mean.
+
+    Take it where ranks hold data of different kinds and noise costs less than the bias. ``b`` is ``scale``, or with
+    ``relative`` that many times the parameter's largest ``|g|``.
+
+    Chen et al., "Distributed Training with Heterogeneous Data: Bridging Median- and Mean-Based Algorithms", 2020,
+    Algorithm 3.
+    """
+    return Method(GaussianNoise(scale, relative), SignBits(), MajorityVote(), "noisy_signsgd")
+
+
+def sto_sign(bound: float | None = None) -> Method:
+    """Each rank votes +1 with probability ``1/2 + g / 2b``, so that votes are right on average on any data.
+
+    ``bound=None`` takes the exact maximum of ``|g|`` over ranks, coordinate by coordinate, and pays for it with one
+    dense fp32 all-reduce a step: no traffic is saved then.
+
+    Jin et al., "Stochastic-Sign SGD for Federated Learning with Theoretical Guarantees", 2020, Algorithm 1.
+    """
+    return Method(StochasticSign(bound), SignBits(), MajorityVote(), "sto_sign")
+
+
+def dp_sign(
+    clip: float, noise: float | None = None, *, epsilon: float | None = None, delta: float | None = None
+) -> Method:
+    """Private votes: clip the rank's gradient to L2 norm ``clip``, add normal ``noise``, take the sign.
+
+    Give ``noise``, or ``epsilon`` and ``delta`` of one step. What leaves a rank is private, without trust in the
+    others; accounting over steps is yours.
+
+    Jin et al., 2020 (see :func:`sto_sign`), Algorithm 2; Lyu, "DP-signSGD", 2021.
+    """
+    if (noise is None) == (epsilon is None) or (epsilon is None) != (delta is None):
+        raise OptionError("dp_sign needs noise=, or epsilon= and delta=: e.g. dp_sign(1.0, epsilon=0.5, delta=1e-5)")
+    if noise is None:
+        assert epsilon is not None
+        assert delta is not None
+        noise = gaussian_mechanism(clip, epsilon, delta)
+    return Method(ClippedNoise(clip, noise), SignBits(), MajorityVote(), "dp_sign")
+
+
+def ternary_vote(A: float = 1.0, B: float = 2.0) -> Method:  # noqa: N803 - the paper's names
+    """A vote of trits: +1 with probability (A + g)/2B, -1 with (A - g)/2B, else nothing. A bounds ``|g|``; B >= A.
+
+    Private (the smaller A/B the more), robust to a minority, and right on average on data of different kinds. Two bits.
+
+    "TernaryVote: Differentially Private, Communication Efficient, and Byzantine Resilient Distributed Optimization on
+    Heterogeneous Data", 2024, Algorithm 1.
+    """
+    return Method(TernarySign(A, B), Trits(), MajorityVote(), "ternary_vote")
+
+
+def sparsign(budget: float) -> Method:
+    """A vote of trits: sign(g) with probability ``min(1, budget |g|)``, else nothing.
+
+    Jin et al., "Magnitude Matters: Fixing SIGNSGD Through Magnitude-Aware Sparsification in the Presence of Data
+    Heterogeneity", 2023, Algorithm 1.
+    """
+    return Method(SparseSign(budget), Trits(), MajorityVote(), "sparsign")
+
+
+# -------------------------------------------------------------------------------------------- error feedback
+
+
+def ef_signsgd() -> Method:
+    """The mean of scaled signs, with what they lose fed back: close to SGD on any data, at a bit a coordinate up.
+
+    All-gather only, as the mean is no message of its own kind; :func:`double_squeeze` sends it in one bit, too.
+    Wrap plain SGD, which may have momentum. A hostile rank moves the mean at will.
+
+    Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression Schemes", 2019, Algorithm 1.
+    """
+    return Method(ErrorFeedback(), ScaledBits(), Mean(), "ef_signsgd")
+
+
+def double_squeeze() -> Method:
+    """:func:`ef_signsgd` whose mean comes down as scaled signs, too, with an error kept by whoever decided it.
+
+    One bit and a scale a parameter (or part of one, where a shard ends in it) both ways. Take it for many ranks.
+
+    Tang et al., "DoubleSqueeze: Parallel Stochastic Gradient Descent with Double-Pass Error-Compensated Compression",
+    2019, Algorithm 1.
+    """
+    return Method(ErrorFeedback(), ScaledBits(), Mean(reencodes=True), "double_squeeze")
+
+
+def one_bit_adam(freeze_step: int, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> Method:
+    """Adam on exact means for ``freeze_step`` steps, then compressed momentum over the frozen second moment.
+
+    The gradient it leaves is ``m / (sqrt(v) + eps)``: wrap plain SGD, whose rate is Adam's. Freeze after the warm-up,
+    at 15 to 20 % of all steps. Not robust.
+
+    Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence Speed", 2021, Alg. 1.
+    """
+    if not (isinstance(freeze_step, int) and freeze_step >= 0):
+        raise OptionError(f"freeze_step={freeze_step!r} must be a number of steps, 0 or more")
+    squeezed = Method(OneBitAdam(beta1, beta2, eps, frozen=True), ScaledBits(), Mean(reencodes=True), "one_bit_adam")
+    return Method(OneBitAdam(beta1, beta2, eps), Dense(), Mean(), "one_bit_adam", by_step=((freeze_step, squeezed),))
+
+
+def _contraction(ratio: float | None) -> Codec:
+    """Top-k of ``ratio``, or the scaled sign."""
+    return ScaledBits() if ratio is None else TopK(ratio)
+
+
+def ef21(ratio: float | None = 0.01) -> Method:
+    """Each rank sends the compressed change of an estimate of its gradient; all apply the mean of the estimates.
+
+    Right on data of different kinds; made for exact or large-batch gradients. ``ratio=None`` sends scaled signs
+    instead of the top-k. :func:`mpisign.memory.ef21_step_size` computes the theory's step size. Not robust.
+
+    Richtarik et al., "EF21: A New, Simpler, Theoretically Better, and Practically Faster Error Feedback", 2021, Alg. 2.
+    """
+    return Method(EF21(), _contraction(ratio), Mean(of_all=True), "ef21")
+
+
+def ef21_sgdm(momentum: float = 0.9, ratio: float | None = 0.01) -> Method:
+    """:func:`ef21` of a running average of the gradient: for stochastic gradients of any batch size.
+
+    Fatkhullin et al., "Momentum Provably Improves Error Feedback!", 2023, Algorithm 1; ``momentum`` is 1 - eta.
+    """
+    return Method(EF21(momentum), _contraction(ratio), Mean(of_all=True), "ef21_sgdm")
+
+
+def ef21_w(smoothness: Sequence[float], ratio: float | None = 0.01) -> Method:
+    """:func:`ef21` with ranks weighted by the smoothness L_m of their functions, which allows a larger step.
+
+    With equal step sizes it is EF21, step for step. ``smoothness`` has one constant a rank, the same on all.
+
+    "Error Feedback Reloaded: From Quadratic to Arithmetic Mean of Smoothness Constants", 2024, Algorithm 3.
+    """
+    if not smoothness or min(smoothness) <= 0.0:
+        raise OptionError(f"smoothness={list(smoothness)!r} must be one positive constant for each rank")
+    shares = tuple(float(constant) / sum(smoothness) for constant in smoothness)
+    return Method(EF21(shares=shares), _contraction(ratio), Mean(shares=shares), "ef21_w")
+
+
+# ---------------------------------------------------------------------------------------------------- sparse
+
+
+def top_k(ratio: float = 0.01, sample: float | None = None) -> Method:
+    """The largest coordinates of gradient plus error, with what is left fed back. 64 bits a coordinate sent.
+
+    Stich et al., "Sparsified SGD with Memory", 2018, Algorithm 1.
+    """
+    return Method(ErrorFeedback(), TopK(ratio, sample), Mean(), "top_k")
+
+
+def dgc(
+    ratio: float = 0.001,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+    clip: float | None = None,
+    warmup_epochs: int = 4,
+    masking: bool = True,
+    sample: float | None = 0.01,
+) -> Method:
+    """Deep Gradient Compression: momentum, and what was not sent yet, accumulate where they are; the largest are sent.
+
+    Wrap SGD without momentum. For ``warmup_epochs`` epochs the share sent falls from 25 % in equal ratios to ``ratio``:
+    tell the epoch with ``optimizer.set_epoch(epoch)``. Parameters of one dimension are sent whole. Not robust.
+
+    Args:
+        ratio: share of the coordinates of each parameter that is sent in the end.
+        momentum, nesterov, clip, masking: see :class:`mpisign.memory.DGC`.
+        sample: share of the coordinates looked at for the threshold; None for all.
+
+    Lin et al., "Deep Gradient Compression: Reducing the Communication Bandwidth for Distributed Training", 2018,
+    Algorithm 4.
+    """
+    if not (isinstance(warmup_epochs, int) and warmup_epochs >= 0):
+        raise OptionError(f"warmup_epochs={warmup_epochs!r} must be a number of epochs, 0 or more")
+    memory = DGC(momentum, nesterov, clip, masking)
+
+    def phase(share: float) -> Method:
+        return Method(memory, TopK(share, sample, vectors=False), Mean(), "dgc")
+
+    settled, first = phase(ratio), max(0.25, ratio)
+    if warmup_epochs == 0:
+        return settled
+    shares = [first * (ratio / first) ** (epoch / warmup_epochs) for epoch in range(warmup_epochs)]
+    changes = tuple((epoch, phase(share)) for epoch, share in enumerate(shares))
+    return replace(settled, by_epoch=(*changes, (warmup_epochs, settled)))
+
+
+# -------------------------------------------------------------------------------------------- dense and robust
 
 
 def mean() -> Method:
     """The full-precision baseline: the mean of the gradients in fp32, as any data-parallel training does."""
     return Method(Nothing(), Dense(), Mean(), "mean")
+
+
+def _remembering(momentum: float) -> Memory:
+    return Momentum(momentum) if momentum else Nothing()
+
+
+def median(momentum: float = 0.9) -> Method:
+    """The coordinatewise median of the ranks' momenta: see :class:`mpisign.rules.Median`."""
+    return Method(_remembering(momentum), Dense(), Median(), "median")
+
+
+def noisy_median(scale: float, relative: bool = False) -> Method:
+    """The median of ``g + b xi``: as :func:`noisy_signsgd`, in full precision (Chen et al. 2020, Alg. 4)."""
+    return Method(GaussianNoise(scale, relative), Dense(), Median(), "noisy_median")
+
+
+def trimmed_mean(f: int, momentum: float = 0.9) -> Method:
+    """The mean without the f smallest and f largest of each coordinate: see :class:`mpisign.rules.TrimmedMean`."""
+    return Method(_remembering(momentum), Dense(), TrimmedMean(f), "trimmed_mean")
+
+
+def krum(f: int, momentum: float = 0.9) -> Method:
+    """One rank's whole vector, the one closest to its neighbours: see :class:`mpisign.rules.Krum`."""
+    return Method(_remembering(momentum), Dense(), Krum(f), "krum")
+
+
+def multi_krum(f: int, m: int | None = None, momentum: float = 0.9) -> Method:
+    """The mean of the m vectors that Krum likes best: see :class:`mpisign.rules.MultiKrum`."""
+    return Method(_remembering(momentum), Dense(), MultiKrum(f, m), "multi_krum")
+
+
+def geometric_median(nu: float = 0.1, steps: int = 3, momentum: float = 0.9) -> Method:
+    """The vector with the smallest sum of distances, smoothed: see :class:`mpisign.rules.GeometricMedian`."""
+    return Method(_remembering(momentum), Dense(), GeometricMedian(nu, steps), "geometric_median")
+
+
+def centered_clipping(radius: float = 10.0, steps: int = 1, momentum: float = 0.9) -> Method:
+    """The last decision plus the clipped mean change: see :class:`mpisign.rules.CenteredClipping`."""
+    return Method(_remembering(momentum), Dense(), CenteredClipping(radius, steps), "centered_clipping")
+
+
+def nearest_neighbour_mixing(f: int, then: Method | None = None) -> Method:
+    """Each vector becomes the mean of its M - f nearest before the rule of ``then`` (default :func:`trimmed_mean`).
+
+    It makes rules on means of the honest vectors out of rules on vectors: with it they tolerate data of different kinds
+    far better. See :class:`mpisign.rules.NearestNeighbourMixing`.
+    """
+    inner = trimmed_mean(f) if then is None else then
+    return replace(inner, rule=NearestNeighbourMixing(inner.rule, f), name=f"nearest_neighbour_mixing({inner.name})")
+
+
+def monna(f: int, momentum: float = 0.99) -> Method:
+    """MoNNA: each rank steps on its own momentum, then averages its **parameters** with those nearest to its own.
+
+    Replicas differ, within the honest ranks' spread; nobody decides for all. Robust to f hostile ranks, without a
+    counting officer. ``check_consistency`` compares no values, ``synchronize`` and ``join`` do not apply.
+
+    Farhadkhani et al., "Robust Collaborative Learning with Linear Gradient Overhead", 2022, Algorithm 1.
+    """
+    return Method(_remembering(momentum), Dense(), NearestNeighbourAveraging(f), "monna")

@@ -16,7 +16,8 @@ from mpisign.exchange import header
 from mpisign.exchange.choose import check_exchange
 from mpisign.exchange.pipeline import Pipeline
 from mpisign.memory.store import MemoryStore
-from mpisign.methods import Method, signum
+from mpisign.method import Method
+from mpisign.methods import signum
 from mpisign.policy import Policy, check_positive
 from mpisign.telemetry import StepReport
 from mpisign.world import World, current

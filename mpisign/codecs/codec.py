@@ -29,6 +29,10 @@ class Codec(ABC):
     ballots = False
     plain = False
 
+    def of(self, parameter: torch.Tensor) -> Codec:
+        """The codec for this parameter, told by its shape: usually this one. All must have the same wire types."""
+        return self
+
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Type of a message item for a parameter of type ``dtype``."""
         return torch.int32

@@ -12,54 +12,91 @@ from mpisign.codecs.codec import Codec
 from mpisign.errors import OptionError
 from mpisign.policy import Turn
 
-__all__ = ["TopK"]
+__all__ = ["TopK", "top_k"]
+
+MARGIN = 2.0
+"""How many times more candidates than wanted a sample's threshold aims at: fewer would often not be enough."""
 
 
 @dataclass(frozen=True)
 class TopK(Codec):
     """The ``k = max(1, round(ratio n))`` entries of largest magnitude: k indices, then k fp32 values, 64 bits each.
 
-    fp64 values travel as fp32.
+    Where all n are sent the indices are left out. fp64 values travel as fp32.
 
     Args:
         ratio: share of each parameter's coordinates that is sent, in (0, 1].
+        sample: look for a threshold in this share of the coordinates, and only among those above it for the k
+            largest (which are found all the same); None to look at all.
+        vectors: whether parameters of one dimension (biases, norms) are sparse too; if not they are sent whole.
 
     Raises:
-        OptionError: ``ratio`` is out of range.
+        OptionError: ``ratio`` or ``sample`` is out of range.
     """
 
     ratio: float = 0.01
+    sample: float | None = None
+    vectors: bool = True
     name = "top_k"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.ratio, (int, float)) and 0.0 < self.ratio <= 1.0):
-            raise OptionError(f"ratio={self.ratio!r} must be in (0, 1], e.g. ratio=0.001 for one coordinate in 1000")
+        for name, value in (("ratio", self.ratio), ("sample", self.sample)):
+            if value is not None and not (isinstance(value, (int, float)) and 0.0 < value <= 1.0):
+                raise OptionError(f"{name}={value!r} must be in (0, 1], e.g. {name}=0.001 for one coordinate in 1000")
+
+    def of(self, parameter: torch.Tensor) -> TopK:
+        return self if self.vectors or parameter.dim() > 1 else TopK(1.0)
 
     def count(self, elements: int) -> int:
         """How many coordinates of ``elements`` are sent."""
         return min(elements, max(1, round(self.ratio * elements)))
 
     def length(self, elements: int) -> int:
-        return 2 * self.count(elements)
+        count = self.count(elements)
+        return elements if count == elements else 2 * count
 
     def encode(self, values: torch.Tensor, message: torch.Tensor, turn: Turn, first_word: int) -> Flag:
-        chosen = self.select(values, self.count(values.numel()))
+        if message.shape[1] == values.numel():
+            message[0].view(torch.float32).copy_(values)
+            return ops.all_finite(values)
+        chosen = top_k(values, self.count(values.numel()), self.sample)
         indices, sent = _parts(message)
         indices.copy_(chosen)
         sent.copy_(values[chosen])
         return ops.all_finite(sent)
 
-    def select(self, values: torch.Tensor, count: int) -> torch.Tensor:
-        """The indices (count,) int64 of what is sent."""
-        return values.abs().topk(count, sorted=False).indices
-
     def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
-        indices, values = _parts(message)
-        out.index_add_(0, indices, values.to(out.dtype), alpha=alpha)
+        if message.shape[1] == out.numel():
+            out.add_(message[0].view(torch.float32), alpha=alpha)
+        else:
+            indices, values = _parts(message)
+            out.index_add_(0, indices, values.to(out.dtype), alpha=alpha)
 
-    def indices(self, message: torch.Tensor) -> torch.Tensor:
-        """Where a message has values: (k,) int32."""
-        return _parts(message)[0]
+    def clear(self, message: torch.Tensor, out: torch.Tensor) -> None:
+        """Set ``out`` (n,) to 0 where the message has values."""
+        if message.shape[1] == out.numel():
+            out.zero_()
+        else:
+            out.index_fill_(0, _parts(message)[0].long(), 0.0)
+
+
+def top_k(values: torch.Tensor, count: int, sample: float | None = None) -> torch.Tensor:
+    """The indices (count,) of the entries of ``values`` (n,) with the largest magnitude, in no particular order.
+
+    With ``sample`` the k-th largest magnitude is first guessed from evenly spaced entries, low enough to have enough
+    candidates almost always; if they are too few after all, everything is looked at.
+
+    Source: Lin et al., "Deep Gradient Compression", 2018, section 5 (hierarchical selection).
+    """
+    if sample is not None and count < values.numel():
+        stride = max(1, int(1.0 / sample))
+        few = values[::stride].abs()
+        rank = min(few.numel(), 1 + int(MARGIN * count * few.numel() / values.numel()))
+        threshold = few.topk(rank, sorted=False).values.min()
+        candidates = (values.abs() >= threshold).nonzero().view(-1)
+        if count <= candidates.numel() < values.numel():
+            return candidates[values[candidates].abs().topk(count, sorted=False).indices]
+    return values.abs().topk(count, sorted=False).indices
 
 
 def _parts(message: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

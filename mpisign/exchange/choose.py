@@ -10,7 +10,7 @@ from mpisign.errors import OptionError
 from mpisign.exchange.allgather import AllGather
 from mpisign.exchange.runs import Decide
 from mpisign.exchange.two_phase import TwoPhase
-from mpisign.methods import Method
+from mpisign.method import Method
 from mpisign.policy import check_choice
 from mpisign.world import World
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from mpisign.bitmap import ops
+from mpisign.bitmap.batch import Batch
 from mpisign.bitmap.tensors import flat
-from mpisign.codecs import SignBits
+from mpisign.codecs import Codec, SignBits
 from mpisign.exchange.choose import Exchange
 from mpisign.exchange.encoder import Encoder
 from mpisign.layout import Bucket, Layout, Segment
 from mpisign.memory.store import state_dtype
-from mpisign.methods import Method
+from mpisign.method import Method
 from mpisign.policy import Turn
 
 __all__ = ["Decoder"]
@@ -34,7 +34,7 @@ class Decoder:
         self._direct = not (
             method.by_value or method.memory.running or method.rule.reencodes or method.exchanges_models
         )
-        self._batch: Any = self._one_launch() if self._direct else None
+        self._batch: Batch | None = self._one_launch() if self._direct else None
 
     def decode(
         self,
@@ -89,17 +89,17 @@ class Decoder:
     def _decode(self, bucket: Bucket, segment: Segment, out: torch.Tensor, voters: tuple[int, ...], turn: Turn) -> None:
         exchange, method = self._exchanges[bucket.index], self._method
         if self._direct:
-            method.codec.decode(exchange.decision[:, segment.start : segment.stop], out)
+            segment.codec.decode(exchange.decision[:, segment.start : segment.stop], out)
             return
         wide = out if out.dtype == state_dtype(out.dtype) else out.to(state_dtype(out.dtype))
         for piece in segment.pieces:
             target = wide[piece.lo : piece.hi]
             if not method.by_value:
-                method.codec.decode(exchange.decision[:, piece.start : piece.stop], target)
+                segment.codec.decode(exchange.decision[:, piece.start : piece.stop], target)
                 continue
             here = dataclasses.replace(turn, voters=voters)
             messages = [exchange.received[rank][:, piece.start : piece.stop] for rank in voters]
-            self._combine(messages, target, here, piece.first_word)
+            self._combine(segment.codec, messages, target, here, piece.first_word)
         if method.memory.running:
             method.memory.received(wide, self._encoder.state(segment.index))
         if wide is not out:
@@ -108,9 +108,11 @@ class Decoder:
         if method.exchanges_models and out.data_ptr() != parameter.data_ptr():
             parameter.copy_(out.view(parameter.shape))
 
-    def _combine(self, messages: Sequence[torch.Tensor], out: torch.Tensor, turn: Turn, first_word: int) -> None:
+    def _combine(
+        self, codec: Codec, messages: Sequence[torch.Tensor], out: torch.Tensor, turn: Turn, first_word: int
+    ) -> None:
         """Apply the rule to messages that must be decoded first."""
-        codec, rule = self._method.codec, self._method.rule
+        rule = self._method.rule
         weights = rule.weights(turn)
         if weights is not None:
             out.zero_()
@@ -122,18 +124,17 @@ class Decoder:
             codec.add(message, row[0], 1.0)
         rule.decide(list(rows), out[None], turn, first_word)
 
-    def _one_launch(self) -> Any:
+    def _one_launch(self) -> Batch | None:
         """What unpacks all parameters in one launch, where there are kernels for that."""
-        kernels = ops.kernels_for(self._layout.device)
-        if kernels is None or not isinstance(self._method.codec, SignBits):
+        if ops.kernels_for(self._layout.device) is None or not isinstance(self._method.codec, SignBits):
             return None
         rows = [
             (self._exchanges[bucket.index].decision[:, segment.start : segment.stop], segment)
             for bucket in self._layout.buckets
             for segment in bucket.segments
         ]
-        return kernels.Batch(
-            words=[row[0] for row, _ in rows],
+        return Batch(
+            [segment.numel for _, segment in rows],
+            [row[0] for row, _ in rows],
             nonzeros=[row[1] for row, _ in rows] if rows and len(rows[0][0]) > 1 else None,
-            first_words=[segment.first_word for _, segment in rows],
         )

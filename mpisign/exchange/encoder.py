@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 from mpisign.bitmap import ops
+from mpisign.bitmap.batch import Batch
 from mpisign.bitmap.ops import Flag
 from mpisign.bitmap.tensors import flat
 from mpisign.codecs import SignBits
 from mpisign.layout import Bucket, Layout, Segment
 from mpisign.memory.store import state_dtype
-from mpisign.methods import Method
+from mpisign.method import Method
 from mpisign.policy import Turn
 
 __all__ = ["PIECE", "Encoder", "MemoryOf"]
@@ -48,7 +48,7 @@ class Encoder:
         self._shaped: dict[tuple[str, int], torch.Tensor] = {}
         self._states: dict[int, dict[str, torch.Tensor]] = {}  # flat views of the memory, by parameter
         self._unscale = 1.0
-        self._batch: Any = self._one_launch() if self._piecewise else None
+        self._batch: Batch | None = self._one_launch() if self._piecewise else None
 
     def begin(self, gradients: Sequence[torch.Tensor | None], turn: Turn, unscale: float) -> tuple[Turn, bool]:
         """Before the first bucket: the turn that memory and codec shall see, and whether this rank may go on."""
@@ -60,7 +60,8 @@ class Encoder:
             return turn, False
         if unscale != 1.0:
             present = [gradient.float().mul_(unscale) for gradient in present]
-        return dataclasses.replace(turn, prepared=self._method.memory.prepare(present, turn)), True
+        prepared = self._method.memory.prepare(present, turn)
+        return turn if prepared is None else dataclasses.replace(turn, prepared=prepared), True
 
     def encode(self, buckets: Sequence[Bucket], gradients: Sequence[torch.Tensor | None], turn: Turn) -> list[Flag]:
         """Fill the messages of ``buckets``. Returns flags that are all true if all values were finite."""
@@ -113,7 +114,7 @@ class Encoder:
                 for piece in segment.pieces:
                     message = self._messages[bucket.index][:, piece.start : piece.stop]
                     part = {key: value[piece.lo : piece.hi] for key, value in state.items()}
-                    self._method.memory.sent(message, self._method.codec, part)
+                    self._method.memory.sent(message, segment.codec, part)
 
     def state(self, index: int) -> dict[str, torch.Tensor]:
         """The memory's state of a parameter as flat views, by field."""
@@ -132,7 +133,7 @@ class Encoder:
         values, finite = self._remember(g, state, turn, segment.first_word)
         for piece in segment.pieces:
             target = message[:, piece.start : piece.stop]
-            finite = finite & self._method.codec.encode(values[piece.lo : piece.hi], target, turn, piece.first_word)
+            finite = finite & segment.codec.encode(values[piece.lo : piece.hi], target, turn, piece.first_word)
         return finite
 
     def _encode_piecewise(
@@ -175,18 +176,18 @@ class Encoder:
 
     # ---------------------------------------------------------------------------------- GPUs: few launches
 
-    def _one_launch(self) -> Any:
+    def _one_launch(self) -> Batch | None:
         """What packs all parameters in one launch, where there are kernels for that."""
-        kernels = ops.kernels_for(self._layout.device)
-        if kernels is None or not isinstance(self._method.codec, SignBits):
+        if ops.kernels_for(self._layout.device) is None or not isinstance(self._method.codec, SignBits):
             return None
         rows = [
             (self._messages[bucket.index][:, segment.start : segment.stop], segment)
             for bucket in self._layout.buckets
             for segment in bucket.segments
         ]
-        return kernels.Batch(
-            words=[row[0] for row, _ in rows],
+        return Batch(
+            [segment.numel for _, segment in rows],
+            [row[0] for row, _ in rows],
             nonzeros=[row[1] for row, _ in rows] if rows and len(rows[0][0]) > 1 else None,
             first_words=[segment.first_word for _, segment in rows],
         )
@@ -207,10 +208,10 @@ class Encoder:
             if results is None:
                 return None
             values = dict(zip(present, results, strict=True))
+        assert self._batch is not None
         assert isinstance(self._method.codec, SignBits)
         zeros = self._method.codec.zeros(turn.policy)
-        flag: Flag = self._batch.pack([values.get(place) for place in places], zeros=zeros, key=turn.zeros_key)
-        return flag
+        return self._batch.pack([values.get(place) for place in places], zeros=zeros, key=turn.zeros_key)
 
     def _widened_many(self, gradients: dict[int, torch.Tensor]) -> list[torch.Tensor]:
         """As :meth:`_widened`, shaped as they are."""

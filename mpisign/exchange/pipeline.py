@@ -24,12 +24,13 @@ from mpisign.exchange import header
 from mpisign.exchange.choose import Exchange, choose, shards_for
 from mpisign.exchange.decoder import Decoder
 from mpisign.exchange.encoder import Encoder
+from mpisign.exchange.maximum import Maximum
 from mpisign.exchange.runs import decide_runs, runs_of
 from mpisign.exchange.server import Server
 from mpisign.layout import Bucket, Layout
 from mpisign.memory import Nothing
 from mpisign.memory.store import MemoryStore
-from mpisign.methods import Method
+from mpisign.method import Method
 from mpisign.policy import Policy, Turn
 from mpisign.telemetry import StepReport, Stopwatch
 from mpisign.world import World, current
@@ -83,6 +84,7 @@ class Pipeline:
         self._encoder = Encoder(layout, sending, messages, store.of)
         self._local = Encoder(layout, method, messages, store.of) if method.exchanges_models else self._encoder
         self._decoder = Decoder(layout, method, self.exchanges, self._encoder)
+        self._maximum = Maximum(layout, world) if method.memory.needs_maximum else None
         self._server = Server(layout, method, store.piece)
         self._previous = [
             store.remembered(layout, bucket) if method.rule.remembers else None for bucket in layout.buckets
@@ -169,6 +171,11 @@ class Pipeline:
             with watch.span("pack"):
                 turn, finite = self._encoder.begin(gradients, turn, unscale)
             status = header.VOTES if finite else header.NON_FINITE
+        if self._maximum is not None:
+            with watch.span("exchange"):
+                heard = gradients if status == header.VOTES else [None] * len(gradients)
+                bounds = self._maximum.over_ranks(heard, world, f"step {step}, maximum over ranks")
+            turn = dataclasses.replace(turn, prepared=bounds)
         status = self._send(gradients, status, turn, watch)
         with watch.span("exchange"):
             sheets = header.exchange_sheets(world, status, present, step)
@@ -263,6 +270,7 @@ class Pipeline:
         if sheets is not None:
             headers += sheets.bytes_sent + (0 if ties is None else 8 * (self.world.size - 1))
             messages = sum(exchange.bytes_sent for exchange in self.exchanges)
+            messages += self._maximum.bytes_sent if self._maximum is not None else 0
         return StepReport(
             step=step,
             method=self.method.name,

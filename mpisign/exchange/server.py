@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from mpisign.codecs import Codec
 from mpisign.layout import Bucket, Layout, Piece
-from mpisign.methods import Method
+from mpisign.method import Method
 from mpisign.policy import Turn
 
 __all__ = ["ErrorOf", "Server"]
@@ -44,17 +45,18 @@ class Server:
                     here = dataclasses.replace(turn, voters=voters[segment.index])
                     span = slice(piece.start - start, piece.stop - start)
                     mine = [messages[rank][:, span] for rank in here.voters]
-                    self._decide(self._layout.parameters[segment.index], piece, here, mine, out[:, span])
+                    self._decide(self._layout.parameters[segment.index], segment.codec, piece, here, mine, out[:, span])
 
     def _decide(
         self,
         parameter: torch.Tensor,
+        codec: Codec,
         piece: Piece,
         turn: Turn,
         messages: Sequence[torch.Tensor],
         out: torch.Tensor,
     ) -> None:
-        codec, weights = self._method.codec, self._method.rule.weights(turn)
+        weights = self._method.rule.weights(turn)
         assert weights is not None
         error = self._error_of(parameter, piece.lo, piece.hi)
         for message, weight in zip(messages, weights, strict=True):

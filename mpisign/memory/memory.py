@@ -23,6 +23,8 @@ class Memory:
             randomness. It may then be called on pieces of a parameter; if not it always sees the whole.
         feedback: :meth:`sent` wants to hear what went out.
         running: :meth:`received` turns the decision into the gradient.
+        needs_maximum: ``turn.prepared[first_word]`` shall be the largest magnitude (n,) that any rank's gradient has,
+            coordinate by coordinate. It costs a dense all-reduce.
         follows_lr: fields in units of the gradient whose product with the learning rate is what counts (an
             error still owed to the parameters): they are rescaled by old rate / new rate when the rate changes.
     """
@@ -32,6 +34,7 @@ class Memory:
     elementwise = True
     feedback = False
     running = False
+    needs_maximum = False
     follows_lr: ClassVar[tuple[str, ...]] = ()
 
     def prepare(self, gradients: Sequence[torch.Tensor], turn: Turn) -> Any:

@@ -1,0 +1,38 @@
+"""The largest magnitude of every coordinate over all ranks, for methods that need it: one dense reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mpisign.bitmap.tensors import flat
+from mpisign.exchange.staging import Buffer
+from mpisign.layout import Layout
+from mpisign.world import World
+
+__all__ = ["Maximum"]
+
+
+class Maximum:
+    """Its buffer, of one fp32 number a coordinate."""
+
+    def __init__(self, layout: Layout, world: World) -> None:
+        self._segments = [segment for bucket in layout.buckets for segment in bucket.segments]
+        self._buffer = Buffer((sum(segment.numel for segment in self._segments),), torch.float32, layout.device)
+        ranks = world.size
+        self.bytes_sent = 2 * (ranks - 1) * self._buffer.nbytes // ranks  # of a ring; MPI may choose another way
+
+    def over_ranks(self, gradients: Sequence[torch.Tensor | None], world: World, what: str) -> dict[int, torch.Tensor]:
+        """By a segment's first word: ``max_m |g_m|`` (n,) over the ranks that have a gradient. **Collective.**"""
+        from mpi4py import MPI
+
+        parts = self._buffer.tensor.split([segment.numel for segment in self._segments])
+        for segment, part in zip(self._segments, parts, strict=True):
+            gradient = gradients[segment.index]
+            part.zero_() if gradient is None else part.copy_(flat(gradient)).abs_()
+        self._buffer.push()
+        self._buffer.ready()
+        world.wait(world.comm.Iallreduce(MPI.IN_PLACE, self._buffer.mpi, op=MPI.MAX), what)
+        self._buffer.pull()
+        return {segment.first_word: part for segment, part in zip(self._segments, parts, strict=True)}

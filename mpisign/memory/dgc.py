@@ -1,0 +1,76 @@
+"""Deep Gradient Compression: momentum and what was not sent yet, corrected for each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from mpisign.codecs.codec import Codec
+from mpisign.codecs.sparse import TopK
+from mpisign.memory.memory import Memory
+from mpisign.memory.momentum import check_decay
+from mpisign.memory.noise import total_norm
+from mpisign.policy import Turn, check_positive
+
+__all__ = ["DGC"]
+
+
+@dataclass(frozen=True)
+class DGC(Memory):
+    """``u <- m u + g; v <- v + u`` (Nesterov: ``u <- m (u + g); v <- v + u + g``); the top of |v| is sent and cleared.
+
+    Args:
+        momentum: m.
+        nesterov: use Nesterov's form.
+        clip: clip the rank's whole gradient to the norm ``clip / sqrt(M)`` before it is taken in; None for never.
+        masking: clear u, too, where v is sent (momentum factor masking). Without it, everything sent plus what v still
+            holds is the sum of all u.
+
+    Source: Lin et al., "Deep Gradient Compression: Reducing the Communication Bandwidth for Distributed Training",
+    2018, Algorithm 4 and sections 3.1 to 3.3.
+    """
+
+    momentum: float = 0.9
+    nesterov: bool = True
+    clip: float | None = None
+    masking: bool = True
+    name = "dgc"
+    fields: ClassVar[tuple[str, ...]] = ("velocity", "residual")
+    feedback = True
+
+    def __post_init__(self) -> None:
+        check_decay("momentum", self.momentum)
+        if self.clip is not None:
+            check_positive("clip", self.clip, ", or None for never")
+
+    def prepare(self, gradients: Sequence[torch.Tensor], turn: Turn) -> Any:
+        if self.clip is None:
+            return None
+        return (self.clip * turn.size**-0.5 / total_norm(gradients)).clamp(max=1.0)
+
+    def __call__(
+        self,
+        gradient: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        scratch: torch.Tensor,
+        turn: Turn,
+        first_word: int,
+    ) -> torch.Tensor:
+        velocity, residual = state["velocity"], state["residual"]
+        if self.clip is not None:
+            gradient = torch.mul(gradient, turn.prepared.to(gradient.dtype), out=scratch[: gradient.numel()])
+        if self.nesterov:
+            velocity.add_(gradient).mul_(self.momentum)
+            residual.add_(gradient)
+        else:
+            velocity.mul_(self.momentum).add_(gradient)
+        return residual.add_(velocity)
+
+    def sent(self, message: torch.Tensor, codec: Codec, state: dict[str, torch.Tensor]) -> None:
+        codec.add(message, state["residual"], -1.0)
+        if self.masking:
+            assert isinstance(codec, TopK)
+            codec.clear(message, state["velocity"])

@@ -1,0 +1,91 @@
+"""EF21: compress the change of an estimate, not the gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mpisign.codecs.codec import Codec
+from mpisign.errors import OptionError
+from mpisign.memory.memory import Memory
+from mpisign.memory.momentum import check_decay
+from mpisign.policy import Turn
+
+__all__ = ["EF21", "ef21_step_size"]
+
+
+@dataclass(frozen=True)
+class EF21(Memory):
+    """``c = C(v - G)``, ``G <- G + c``; all keep ``a <- a + mean c``, which is the mean of all G, and apply it.
+
+    v is the gradient, or with ``momentum`` its running average (EF21-SGDM). With ``shares`` w (EF21-W), rank m's v is
+    ``gradient / (M w_m)`` and the mean is weighted by w.
+
+    Source: Richtarik et al., "EF21: A New, Simpler, Theoretically Better, and Practically Faster Error Feedback",
+    2021, Algorithm 2; Fatkhullin et al., "Momentum Provably Improves Error Feedback!", 2023, Algorithm 1 (SGDM);
+    "Error Feedback Reloaded", 2024, Algorithm 3 (W).
+    """
+
+    momentum: float = 0.0
+    shares: tuple[float, ...] | None = None
+    name = "ef21"
+    feedback = True
+    running = True
+
+    def __post_init__(self) -> None:
+        check_decay("momentum", self.momentum)
+
+    @property
+    def fields(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("estimate", "average", "momentum") if self.momentum else ("estimate", "average")
+
+    def __call__(
+        self,
+        gradient: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        scratch: torch.Tensor,
+        turn: Turn,
+        first_word: int,
+    ) -> torch.Tensor:
+        tracked = state["momentum"].lerp_(gradient, 1.0 - self.momentum) if self.momentum else gradient
+        change = scratch[: gradient.numel()]
+        if self.shares is None:
+            return torch.sub(tracked, state["estimate"], out=change)
+        return torch.div(tracked, turn.size * self.shares[turn.rank], out=change).sub_(state["estimate"])
+
+    def sent(self, message: torch.Tensor, codec: Codec, state: dict[str, torch.Tensor]) -> None:
+        codec.add(message, state["estimate"], 1.0)
+
+    def received(self, decision: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+        decision.copy_(state["average"].add_(decision))
+
+
+def ef21_step_size(
+    smoothness: Sequence[float], contraction: float, *, weighted: bool = False, global_smoothness: float | None = None
+) -> float:
+    """The largest step size for which theory gives EF21 its rate: ``1 / (L + L' xi)``.
+
+    ``xi = sqrt(1 - alpha) / (1 - sqrt(1 - alpha))``; L' is the quadratic mean of the ranks' constants for EF21, and
+    their arithmetic mean for EF21-W, which is what it gains.
+
+    Args:
+        smoothness: L_m, the Lipschitz constant of each rank's gradient.
+        contraction: alpha, in (0, 1]: k/n for top-k; for the scaled sign ``||p||_1^2 / (n ||p||_2^2)``.
+        weighted: for EF21-W.
+        global_smoothness: L of the mean function; default the arithmetic mean of L_m, which bounds it.
+
+    Raises:
+        OptionError: a constant is out of range.
+    """
+    if not smoothness or min(smoothness) <= 0.0:
+        raise OptionError(f"smoothness={list(smoothness)!r} must be one positive constant for each rank")
+    if not 0.0 < contraction <= 1.0:
+        raise OptionError(f"contraction={contraction!r} must be in (0, 1], e.g. k/n for top-k")
+    arithmetic = sum(smoothness) / len(smoothness)
+    quadratic = math.sqrt(sum(constant**2 for constant in smoothness) / len(smoothness))
+    root = math.sqrt(1.0 - contraction)
+    whole = arithmetic if global_smoothness is None else global_smoothness
+    return 1.0 / (whole + (arithmetic if weighted else quadratic) * root / (1.0 - root))

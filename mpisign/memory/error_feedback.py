@@ -1,0 +1,44 @@
+"""Error feedback: what a message loses is added to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from mpisign.codecs.codec import Codec
+from mpisign.memory.memory import Memory
+from mpisign.policy import Turn
+
+__all__ = ["ErrorFeedback"]
+
+
+@dataclass(frozen=True)
+class ErrorFeedback(Memory):
+    """``p = g + e`` is sent as C(p), then ``e <- p - C(p)``.
+
+    The paper accumulates ``lr g``; here the error is in units of the gradient, and is rescaled when the learning
+    rate changes, which is the same. It needs a rule that is a mean: under a vote nothing is guaranteed.
+
+    Source: Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression Schemes", 2019,
+    Algorithm 2.
+    """
+
+    name = "error_feedback"
+    fields: ClassVar[tuple[str, ...]] = ("error",)
+    follows_lr: ClassVar[tuple[str, ...]] = ("error",)
+    feedback = True
+
+    def __call__(
+        self,
+        gradient: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        scratch: torch.Tensor,
+        turn: Turn,
+        first_word: int,
+    ) -> torch.Tensor:
+        return state["error"].add_(gradient)
+
+    def sent(self, message: torch.Tensor, codec: Codec, state: dict[str, torch.Tensor]) -> None:
+        codec.add(message, state["error"], -1.0)

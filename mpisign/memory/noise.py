@@ -1,0 +1,202 @@
+"""Noise in front of the sign: it makes the probability of a vote, and so the mean of many, follow the magnitude."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mpisign.errors import OptionError
+from mpisign.memory.memory import Memory
+from mpisign.policy import Turn, check_positive
+
+__all__ = ["ClippedNoise", "GaussianNoise", "SparseSign", "StochasticSign", "TernarySign", "gaussian_mechanism"]
+
+
+@dataclass(frozen=True)
+class GaussianNoise(Memory):
+    """``u = g + b xi``, xi standard normal; ``b`` is ``scale``, or ``scale`` times the parameter's largest ``|g|``.
+
+    Source: Chen et al., "Distributed Training with Heterogeneous Data: Bridging Median- and Mean-Based Algorithms",
+    2020, Algorithms 3 and 4 (noisy signSGD, noisy medianSGD).
+    """
+
+    scale: float = 1.0
+    relative: bool = False
+    name = "gaussian_noise"
+    elementwise = False
+
+    def __post_init__(self) -> None:
+        check_positive("scale", self.scale)
+
+    def __call__(
+        self,
+        gradient: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        scratch: torch.Tensor,
+        turn: Turn,
+        first_word: int,
+    ) -> torch.Tensor:
+        noise = scratch[: gradient.numel()]
+        noise.normal_(generator=turn.generator(first_word, gradient.device)).mul_(self.scale)
+        if self.relative and gradient.numel():
+            noise.mul_(torch.linalg.vector_norm(gradient, math.inf))
+        return noise.add_(gradient)
+
+
+@dataclass(frozen=True)
+class StochasticSign(Memory):
+    """``u = g + b U``, U uniform on (-1, 1), so that ``P(u > 0) = 1/2 + g / 2b`` and the sign's mean is ``g / b``.
+
+    Args:
+        bound: b, at least the largest ``|g|`` (beyond it the sign is certain, and the mean no longer in
+            proportion); None for the exact maximum over the ranks, coordinate by coordinate, which costs one dense
+            fp32 all-reduce a step.
+
+    Source: Jin et al., "Stochastic-Sign SGD for Federated Learning with Theoretical Guarantees", 2020, Definition 1.
+    """
+
+    bound: float | None = None
+    name = "stochastic_sign"
+    elementwise = False
+
+    def __post_init__(self) -> None:
+        if self.bound is not None:
+            check_positive("bound", self.bound, ", or None for the exact maximum over the ranks")
+
+    @property
+    def needs_maximum(self) -> bool:  # type: ignore[override]
+        return self.bound is None
+
+    def __call__(
+        self,
+        gradient: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        scratch: torch.Tensor,
+        turn: Turn,
+        first_word: int,
+    ) -> torch.Tensor:
+        noise = scratch[: gradient.numel()]
+        noise.uniform_(-1.0, 1.0, generator=turn.generator(first_word, gradient.device))
+        return noise.mul_(turn.prepared[first_word] if self.bound is None else self.bound).add_(gradient)
+
+
+@dataclass(frozen=True)
+class ClippedNoise(Memory):
+    """``u = g min(1, C / ||g||_2) + sigma xi``: P(+1) = Phi(clipped g / sigma). The norm is the whole gradient's.
+
+    Differentially private towards whoever counts: (epsilon, delta) of a step are :func:`gaussian_mechanism`'s.
+    Accounting over steps and subsampling are the user's.
+
+    Source: Jin et al., 2020 (see :class:`StochasticSign`), Definition 2; Lyu, "DP-signSGD", 2021.
+    """
+
+    clip: float = 1.0
+    noise: float = 1.0
+    name = "clipped_noise"
+    elementwise = False
+
+    def __post_init__(self) -> None:
+        check_positive("clip", self.clip)
+        check_positive("noise", self.noise)
+
+    def prepare(self, gradients: Sequence[torch.Tensor], turn: Turn) -> torch.Tensor:
+        return (self.clip / total_norm(gradients)).clamp(max=1.0)
+
+    def __call__(
+        self,
+        gradient: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        scratch: torch.Tensor,
+        turn: Turn,
+        first_word: int,
+    ) -> torch.Tensor:
+        noise = scratch[: gradient.numel()]
+        noise.normal_(generator=turn.generator(first_word, gradient.device)).mul_(self.noise)
+        return noise.addcmul_(gradient, turn.prepared.to(gradient.dtype))
+
+
+def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The L2 norm of all gradients together, 0-d fp64; it waits for no GPU."""
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
+
+
+def gaussian_mechanism(clip: float, epsilon: float, delta: float) -> float:
+    """The noise ``sigma = C sqrt(2 ln(1.25 / delta)) / epsilon`` that makes one step (epsilon, delta)-private.
+
+    Source: Dwork & Roth, "The Algorithmic Foundations of Differential Privacy", 2014, Theorem A.1 (epsilon < 1).
+
+    Raises:
+        OptionError: ``epsilon`` or ``delta`` is not in (0, 1).
+    """
+    check_positive("clip", clip)
+    for name, value in (("epsilon", epsilon), ("delta", delta)):
+        if not 0.0 < value < 1.0:
+            raise OptionError(f"{name}={value!r} must be in (0, 1), where the Gaussian mechanism's bound holds")
+    return clip * math.sqrt(2.0 * math.log(1.25 / delta)) / epsilon
+
+
+@dataclass(frozen=True)
+class TernarySign(Memory):
+    """+1 with probability (A + g) / 2B, -1 with (A - g) / 2B, else 0; g is clipped to [-A, A]. The mean is g / B.
+
+    Source: "TernaryVote: Differentially Private, Communication Efficient, and Byzantine Resilient Distributed
+    Optimization on Heterogeneous Data", 2024, Definition 3.
+    """
+
+    a: float = 1.0
+    b: float = 2.0
+    name = "ternary_sign"
+    elementwise = False
+
+    def __post_init__(self) -> None:
+        check_positive("A", self.a)
+        check_positive("B", self.b)
+        if self.b < self.a:
+            raise OptionError(f"B={self.b!r} must be at least A={self.a!r}, as A/B is the probability to vote")
+
+    def __call__(
+        self,
+        gradient: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        scratch: torch.Tensor,
+        turn: Turn,
+        first_word: int,
+    ) -> torch.Tensor:
+        drawn = scratch[: gradient.numel()]
+        drawn.uniform_(generator=turn.generator(first_word, gradient.device))
+        up = drawn < gradient.clamp(-self.a, self.a).add_(self.a).div_(2.0 * self.b)
+        votes = drawn < self.a / self.b
+        return drawn.copy_(up).mul_(2.0).sub_(votes.to(drawn.dtype))
+
+
+@dataclass(frozen=True)
+class SparseSign(Memory):
+    """``sign(g)`` with probability ``min(1, B |g|)``, else 0. The mean is ``B g`` while ``B |g| <= 1``.
+
+    Source: Jin et al., "Magnitude Matters: Fixing SIGNSGD Through Magnitude-Aware Sparsification in the Presence of
+    Data Heterogeneity", 2023 (sparsign).
+    """
+
+    budget: float = 1.0
+    name = "sparse_sign"
+    elementwise = False
+
+    def __post_init__(self) -> None:
+        check_positive("budget", self.budget)
+
+    def __call__(
+        self,
+        gradient: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        scratch: torch.Tensor,
+        turn: Turn,
+        first_word: int,
+    ) -> torch.Tensor:
+        drawn = scratch[: gradient.numel()]
+        drawn.uniform_(generator=turn.generator(first_word, gradient.device))
+        speaks = drawn < gradient.abs().mul_(self.budget)
+        return drawn.copy_(speaks).mul_(gradient.sign())

@@ -1,0 +1,70 @@
+"""1-bit Adam: Adam until its second moment has settled, then compressed momentum over the frozen one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from mpisign.codecs.codec import Codec
+from mpisign.memory.memory import Memory
+from mpisign.memory.momentum import check_decay
+from mpisign.policy import Turn, check_positive
+
+__all__ = ["OneBitAdam"]
+
+
+@dataclass(frozen=True)
+class OneBitAdam(Memory):
+    """What is applied is ``m / (sqrt(v) + eps)``, m and v the same on all ranks.
+
+    Before the freeze: exact means of gradients come in, ``m <- beta1 m + (1 - beta1) g``, ``v <- beta2 v +
+    (1 - beta2) g^2``. After it v stays, each rank sends ``beta1 m + (1 - beta1) g`` with error feedback, and m
+    becomes what comes back. No bias correction, as in the paper.
+
+    Source: Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence Speed",
+    2021, Algorithm 1.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    frozen: bool = False
+    name = "one_bit_adam"
+    fields: ClassVar[tuple[str, ...]] = ("momentum", "variance", "error")
+    running = True
+
+    def __post_init__(self) -> None:
+        check_decay("beta1", self.beta1)
+        check_decay("beta2", self.beta2)
+        check_positive("eps", self.eps)
+
+    @property
+    def feedback(self) -> bool:  # type: ignore[override]
+        return self.frozen
+
+    def __call__(
+        self,
+        gradient: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        scratch: torch.Tensor,
+        turn: Turn,
+        first_word: int,
+    ) -> torch.Tensor:
+        if not self.frozen:
+            return gradient
+        error = state["error"].add_(state["momentum"], alpha=self.beta1)
+        return error.add_(gradient, alpha=1.0 - self.beta1)
+
+    def sent(self, message: torch.Tensor, codec: Codec, state: dict[str, torch.Tensor]) -> None:
+        codec.add(message, state["error"], -1.0)
+
+    def received(self, decision: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+        momentum, variance = state["momentum"], state["variance"]
+        if self.frozen:
+            momentum.copy_(decision)
+        else:
+            momentum.mul_(self.beta1).add_(decision, alpha=1.0 - self.beta1)
+            variance.mul_(self.beta2).addcmul_(decision, decision, value=1.0 - self.beta2)
+        torch.div(momentum, torch.sqrt(variance, out=decision).add_(self.eps), out=decision)
