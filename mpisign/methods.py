@@ -40,6 +40,16 @@ from mpisign.rules import (
     TrimmedMean,
 )
 
+# fmt: off
+__all__ = [
+    "centered_clipping", "dgc", "double_squeeze", "dp_sign", "ef21", "ef21_sgdm", "ef21_w", "ef_signsgd",
+    "geometric_median", "krum", "lion", "mean", "median", "monna", "multi_krum", "nearest_neighbour_mixing",
+    "noisy_median", "noisy_signsgd", "one_bit_adam", "signsgd", "signum", "sparsign", "sto_sign", "ternary_vote",
+    "top_k", "trimmed_mean",
+]
+# fmt: on
+
+
 # ------------------------------------------------------------------------------------------- signs and votes
 
 

@@ -117,7 +117,6 @@ class DistributedSignOptimizer(Optimizer):
 
     # ------------------------------------------------------------------------------- the wrapped optimizer
 
-    # The ranks' memory is not in the state, but in state_dict().
     param_groups = _passed_through("param_groups", "The wrapped optimizer's parameter groups themselves.")
     state = _passed_through("state", "The wrapped optimizer's state itself.")
     defaults = _passed_through("defaults", "The wrapped optimizer's defaults themselves.")

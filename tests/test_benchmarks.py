@@ -220,3 +220,18 @@ def test_slow_network_runs_a_rank_on_each_host_and_leaves_nothing():
     assert "2 on 2 nodes" in seen.stdout
     after = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     assert after == before
+
+
+def test_checkpoint(tmp_path: Path) -> None:
+    (results := tmp_path / "results").mkdir()
+    (disk := tmp_path / "disk").mkdir()
+    printed = run_ranks(
+        3, "bench_checkpoint.py", "--width", "2", "--steps", "2", "--folder", str(disk), *reporting(results)
+    )
+    data = check_report(results, "checkpoint", printed)
+    assert [(target["contender"], target["reference"]) for target in data["targets"]] == [
+        ("save", "plain write"),
+        ("save(asynchronous=True)", "save"),
+    ]
+    assert data["bytes"] > 4 * 4 * data["parameters"], "the parameters once, and a momentum a rank"
+    assert list(disk.iterdir()) == [], "it tidies up"

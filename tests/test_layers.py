@@ -17,7 +17,7 @@ ROOT = Path(mpisign.__file__).parent
 LAYERS = [
     {"errors", "launch", "bitmap", "telemetry", "policy"},
     {"layout", "channel", "world", "preemption", "codecs", "rules", "memory"},
-    {"attacks", "exchange", "methods", "sync", "wrapping", "checkpoint"},
+    {"attacks", "exchange", "method", "methods", "sync", "wrapping", "checkpoint"},
     {"optimizer", "doctor"},
     {"__init__", "__main__"},
 ]

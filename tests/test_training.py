@@ -100,7 +100,7 @@ def test_arguments_of_any_kind_reach_a_method(flags: ModuleType, monkeypatch: py
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("adam", r"'adam' is not a method: choose from .*lion\(beta1=0.9, beta2=0.99\).*signsgd\(\)"),
+        ("adam", r"'adam' is not a method: choose from .*lion\(beta1=0.9, beta2=0.99, vote=True\).*signsgd\(\)"),
         (
             "signum:beta=0.9",
             r"unexpected keyword argument 'beta'. It is signum\(momentum=0.9\): write --method signum:",

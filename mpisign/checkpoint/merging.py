@@ -25,9 +25,12 @@ def merged(files: Sequence[Path], rank: int, size: int) -> dict[str, Any] | None
     memories = [read_tensors(file)["mpisign"] for file in files]
     if None in memories:
         return None
+    pieces: dict[int, dict[int, torch.Tensor]] = {}
     for memory in memories:
         del memory["rank"]
-    return {**_merge(memories, "memory"), "rank": rank, "size": size}
+        for place, of_rank in memory.pop("pieces", {}).items():  # what each rank keeps of what it decides: put together
+            pieces.setdefault(place, {}).update(of_rank)
+    return {**_merge(memories, "memory"), "rank": rank, "size": size, "pieces": pieces}
 
 
 def _merge(values: Sequence[Any], what: str) -> Any:
