@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from mpisign.bitmap.host import words_for
+from mpisign.bitmap.kernels import import_cupy
 from mpisign.bitmap.tensors import DTYPES, strides_of
 from mpisign.codecs import Codec
 from mpisign.errors import GradientError
@@ -202,4 +203,7 @@ def _common_device(parameters: Sequence[tuple[str, torch.Tensor]]) -> torch.devi
         raise GradientError(
             f"the parameters lie on several devices ({told}): give those of each device an optimizer of their own"
         )
-    return next(iter(devices), torch.device("cpu"))
+    device = next(iter(devices), torch.device("cpu"))
+    if device.type == "cuda":
+        import_cupy()  # now, rather than in the middle of the first step
+    return device
