@@ -12,6 +12,7 @@ import torch
 
 from mpisign.channel import first_difference, minority
 from mpisign.errors import ConsistencyError, OptionError
+from mpisign.method import Method
 from mpisign.world import World, current
 
 __all__ = [
@@ -113,14 +114,17 @@ def check_consistency(model: torch.nn.Module, optimizer: HasState | None = None,
 
     Args:
         model: its parameters and buffers are compared.
-        optimizer: the options of its groups are compared too, if given.
+        optimizer: the options of its groups are compared too, if given. If its method lets replicas differ, only the
+            shapes of the parameters are compared.
         buffers: pass False where they differ by design (the running statistics of plain BatchNorm).
 
     Raises:
         ConsistencyError: on every rank, naming the ranks and the first tensor that differ.
     """
     world = current("check_consistency()")
-    lines = [f"parameter {name!r} {_digest(p)}" for name, p in model.named_parameters()]
+    method = getattr(optimizer, "method", None)
+    differ = isinstance(method, Method) and method.exchanges_models  # replicas that differ by design (MoNNA)
+    lines = [f"parameter {name!r} {_form(p) if differ else _digest(p)}" for name, p in model.named_parameters()]
     if buffers:
         lines += [f"buffer {name!r} {_digest(b)}" for name, b in model.named_buffers()]
     for at, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
@@ -146,9 +150,12 @@ def _demand_equal(lines: Sequence[str], world: World, act: str, problem: str) ->
     )
 
 
+def _form(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
 def _digest(tensor: torch.Tensor) -> str:
-    detail = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-    return f"{detail} #{hashlib.blake2b(_as_bytes(tensor).data, digest_size=8).hexdigest()}"
+    return f"{_form(tensor)} #{hashlib.blake2b(_as_bytes(tensor).data, digest_size=8).hexdigest()}"
 
 
 def _as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:

@@ -543,3 +543,14 @@ def test_a_file_of_a_job_of_another_size_is_not_taken_for_ones_own(tmp_path: Pat
     with pytest.warns(UserWarning, match="saved by 2 ranks"):
         resumed.load(tmp_path)
     assert_equal(resumed.everything(), got, "the same fresh numbers each time")
+
+
+def test_what_ranks_keep_of_what_they_decide_is_put_together(tmp_path: Path) -> None:
+    """A server's error belongs to pieces of parameters, one rank a piece, which another job cuts elsewhere."""
+    halves = [{"pieces": {0: {0: torch.ones(3)}}}, {"pieces": {0: {3: torch.full((2,), 2.0)}, 1: {0: torch.zeros(1)}}}]
+    one = merged(write_memories(tmp_path, halves), rank=2, size=3)
+    assert one is not None
+    assert {place: {lo: t.tolist() for lo, t in of.items()} for place, of in one["pieces"].items()} == {
+        0: {0: [1.0, 1.0, 1.0], 3: [2.0, 2.0]},
+        1: {0: [0.0]},
+    }

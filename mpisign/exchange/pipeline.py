@@ -19,7 +19,7 @@ import torch
 from mpisign.bitmap import ops
 from mpisign.bitmap.ops import Count, Flag
 from mpisign.bitmap.tensors import DTYPES, is_laid_as
-from mpisign.errors import GradientError, MpisignError
+from mpisign.errors import GradientError, MpisignError, SynchronizationError
 from mpisign.exchange import header
 from mpisign.exchange.choose import Exchange, choose, shards_for
 from mpisign.exchange.decoder import Decoder
@@ -127,6 +127,10 @@ class Pipeline:
     @torch.no_grad()
     def sit_out(self, step: int, joined_for: int) -> tuple[header.Roll, StepReport]:
         """Take part in a step without a gradient, after ``join()``; no parameter changes here. **Collective.**"""
+        if self.method.exchanges_models:
+            raise SynchronizationError(
+                f"{self.method.name} exchanges models, which no rank can sit out: give all the same number of batches"
+            )
         nothing: list[torch.Tensor | None] = [None] * len(self.layout.parameters)
         return self._run(step, nothing, header.JOINED, 1.0, joined_for)
 
