@@ -22,7 +22,7 @@ MARGIN = 2.0
 class TopK(Codec):
     """The ``k = max(1, round(ratio n))`` entries of largest magnitude: k indices, then k fp32 values, 64 bits each.
 
-    Where all n are sent the indices are left out. fp64 values travel as fp32.
+    Where that is no shorter than the n values themselves, those are sent. fp64 values travel as fp32.
 
     Args:
         ratio: share of each parameter's coordinates that is sent, in (0, 1].
@@ -52,13 +52,11 @@ class TopK(Codec):
         return min(elements, max(1, round(self.ratio * elements)))
 
     def length(self, elements: int) -> int:
-        count = self.count(elements)
-        return elements if count == elements else 2 * count
+        return min(elements, 2 * self.count(elements))
 
     def encode(self, values: torch.Tensor, message: torch.Tensor, turn: Turn, first_word: int) -> Flag:
         if message.shape[1] == values.numel():
-            message[0].view(torch.float32).copy_(values)
-            return ops.all_finite(values)
+            return ops.all_finite(message[0].view(torch.float32).copy_(values))
         chosen = top_k(values, self.count(values.numel()), self.sample)
         indices, sent = _parts(message)
         indices.copy_(chosen)
@@ -93,7 +91,7 @@ def top_k(values: torch.Tensor, count: int, sample: float | None = None) -> torc
         few = values[::stride].abs()
         rank = min(few.numel(), 1 + int(MARGIN * count * few.numel() / values.numel()))
         threshold = few.topk(rank, sorted=False).values.min()
-        candidates = (values.abs() >= threshold).nonzero().view(-1)
+        candidates = (~(values.abs() < threshold)).nonzero().view(-1)  # with NaN, which must not be missed
         if count <= candidates.numel() < values.numel():
             return candidates[values[candidates].abs().topk(count, sorted=False).indices]
     return values.abs().topk(count, sorted=False).indices

@@ -82,6 +82,9 @@ class MemoryStore:
                     owed += self._pieces.get(parameter, {}).values()
                     for value in owed:
                         value.mul_(before / rate)
+                    if parameter in self._former:  # not in place: it may be the caller's own state dict
+                        former = self._former[parameter]
+                        self._former[parameter] = {lo: value * (before / rate) for lo, value in former.items()}
                 if rate != 0.0:
                     self._rates[parameter] = rate
 
