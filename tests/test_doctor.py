@@ -6,7 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from mpirun import environment, mpirun
+
+from mpisign import doctor
 
 
 def run_alone(**env: str) -> subprocess.CompletedProcess[str]:
@@ -73,6 +76,33 @@ def test_a_wrong_vote_fails(tmp_path):
     result = mpirun(2, script)
     assert result.returncode != 0
     assert "coordinates differ from NumPy" in result.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_said_of_what_gpus_need():
+    seen = run_alone(MPISIGN_GPU_AWARE_MPI="1").stdout
+    assert "none; voting runs on the CPU" in seen
+    assert "GPU-aware" not in seen
+    assert "GPU kernels" not in seen
+
+
+def test_whether_mpi_reads_a_device_is_tried_where_a_crash_hurts_nobody(monkeypatch):
+    assert doctor._mpi_reads(torch.device("cpu"))
+    assert not doctor._mpi_reads(torch.device("cuda", 99))
+    monkeypatch.setattr(doctor, "_SEND_TO_SELF", "import os; os.abort()")
+    assert not doctor._mpi_reads(torch.device("cpu"))
+
+
+def test_a_rank_can_try_it_too(tmp_path):
+    """Its child must not take itself for a rank of the job."""
+    script = tmp_path / "probe.py"
+    script.write_text(
+        "import torch, mpisign\nfrom mpisign import doctor\nmpisign.init()\n"
+        "print('works' if doctor._mpi_reads(torch.device('cpu')) else 'fails')\nmpisign.shutdown()\n"
+    )
+    result = mpirun(2, script)
+    assert result.returncode == 0, result.text
+    assert result.text.count("works") == 2
 
 
 def test_help_and_version():

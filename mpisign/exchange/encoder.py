@@ -201,8 +201,8 @@ class Encoder:
         if present and (memory.fields or self._unscale != 1.0):
             if not bool(ops.all_finite_many(list(values.values()))):
                 return None  # one by one, each memory is kept where its gradient is not finite
-            states = {place: self._memory_of(self._layout.parameters[place]) for place in present}
-            by_field = {field: [states[place][field] for place in present] for field in memory.fields}
+            kept = self._layout.parameters
+            by_field = {field: [self._memory_of(kept[place])[field] for place in present] for field in memory.fields}
             wide = self._widened_many(values)
             results = memory.many(wide, by_field, lambda: self._like("result", present), turn)
             if results is None:

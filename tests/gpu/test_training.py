@@ -1,0 +1,153 @@
+"""Training on a real GPU, on a rank alone: the votes of the CPU, with all that users put around a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+import mpisign
+from mpisign import DistributedSignOptimizer, Method
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("cupy") is None, reason="needs CuPy"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("world"),
+]
+
+METHODS = [mpisign.signsgd(), mpisign.signum(0.5), mpisign.lion(0.5, 0.75)]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+SHAPES = [(3, 5, 7), (64,), (), (0,), (1,), (33, 2), (20_000,)]
+SLEEP = 200_000_000  # cycles: a tenth of a second
+
+Step = Callable[[], object]
+
+
+def wrap(parameters: Any, method: Method | None = None, **options: Any) -> DistributedSignOptimizer:
+    return DistributedSignOptimizer(SGD(parameters, lr=0.25), method=method or mpisign.signum(0.5), **options)
+
+
+def votes(device: str, method: Method, **options: Any) -> list[list[torch.Tensor]]:
+    """Decisions and parameters after each of 3 steps; gradients are small integers, so that no arithmetic rounds."""
+    random = torch.Generator().manual_seed(0)
+    tensors = [nn.Parameter(torch.zeros(s, dtype=DTYPES[i % 4], device=device)) for i, s in enumerate(SHAPES)]
+    optimizer = wrap(tensors, method, **options)
+    seen = []
+    for _ in range(3):
+        for tensor in tensors:
+            tensor.grad = torch.randint(-2, 3, tensor.shape, generator=random).to(device, tensor.dtype)
+        optimizer.step()
+        seen.append([t.detach().cpu().clone() for p in tensors for t in (p, p.grad)])
+    return seen
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
+@pytest.mark.parametrize("zeros", ["coin", "abstain", "positive"])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_it_votes_as_on_the_cpu(method: Method, zeros: str, exchange: str) -> None:
+    options = {"zeros": zeros, "ties": "zero", "exchange": exchange, "seed": 5}
+    for here, there in zip(votes("cpu", method, **options), votes("cuda", method, **options), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+def test_a_step_on_a_side_stream_that_is_far_behind() -> None:
+    """A gradient that arrives late must be the one that is voted on."""
+    parameter = nn.Parameter(torch.zeros(20_000, device="cuda"))
+    optimizer = wrap([parameter], mpisign.signsgd())
+    late, parameter.grad = -torch.ones_like(parameter), torch.ones_like(parameter)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(SLEEP)
+        parameter.grad.copy_(late)
+        optimizer.step()
+        torch.cuda.current_stream().synchronize()
+    assert (parameter == 0.25).all()
+
+
+def regression(compiled: bool = False) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A model, inputs, and targets that it can reach."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 1)).cuda()
+    inputs = torch.randn(256, 16, device="cuda")
+    return torch.compile(model) if compiled else model, inputs, inputs.sum(1, keepdim=True)
+
+
+def learns(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, step: Step) -> bool:
+    def loss() -> float:
+        with torch.no_grad():
+            return float(nn.functional.mse_loss(model(inputs), targets))
+
+    before = loss()
+    for _ in range(40):
+        step()
+    return loss() < before / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_mixed_precision(dtype: torch.dtype, compiled: bool) -> None:
+    model, inputs, targets = regression(compiled)
+    optimizer = DistributedSignOptimizer(SGD(model.parameters(), lr=0.005), method=mpisign.signum())
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype is torch.float16)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cuda", dtype):
+            loss = nn.functional.mse_loss(model(inputs), targets)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    assert learns(model, inputs, targets, step)
+
+
+def test_forward_and_backward_in_a_cuda_graph() -> None:
+    model, inputs, targets = regression()
+    optimizer = DistributedSignOptimizer(SGD(model.parameters(), lr=0.005), method=mpisign.signum())
+
+    def backward() -> None:
+        optimizer.zero_grad(set_to_none=False)
+        nn.functional.mse_loss(model(inputs), targets).backward()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        backward()  # makes the gradients, which the graph then writes to
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backward()
+
+    def step() -> None:
+        graph.replay()
+        optimizer.step()
+
+    assert learns(model, inputs, targets, step)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_steady_step_takes_no_more_memory(method: Method) -> None:
+    import cupy
+
+    parameters = [nn.Parameter(torch.zeros(1_000_000, device="cuda")) for _ in range(4)]
+    optimizer = wrap(parameters, method)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+
+    def memory() -> tuple[int, int, int]:
+        pool = cupy.get_default_memory_pool()
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), pool.total_bytes()
+
+    for _ in range(2):
+        optimizer.step()
+    before = memory()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        optimizer.step()
+    assert memory() == before
+    assert torch.cuda.max_memory_allocated() - before[0] < 100_000, "a bitmap of one parameter is 125 kB"

@@ -1,0 +1,129 @@
+"""mpisign.exchange as it goes on a GPU, on real ranks, and on jobs of which only some ranks have one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from gpu_branch import gpu_branch, needs_compiler
+
+import mpisign
+
+from . import ballots
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+pytestmark = [pytest.mark.mpi, needs_compiler]
+
+SHAPES = ((3, 5, 7), (64,), (), (0,), (1,), (33, 2), (127,))
+METHODS = (mpisign.signsgd(), mpisign.signum(0.5), mpisign.lion(0.5, 0.75))
+POLICIES = [(zeros, ties) for zeros in ("coin", "abstain", "positive") for ties in ("coin", "zero", "positive")]
+SMALL = 64 / (1 << 20)  # MiB of a bucket: several buckets
+
+
+def rounds(rank: int, steps: int = 4) -> list[list[torch.Tensor | None]]:
+    """Gradients by step: one is missing, another in each step and on each rank."""
+    drawn: list[list[torch.Tensor | None]] = []
+    for step in range(steps):
+        gradients: list[torch.Tensor | None] = [
+            *ballots.draw(ballots.parameters(*SHAPES), ballots.generator(step, rank))
+        ]
+        gradients[(step + rank) % len(SHAPES)] = None
+        drawn.append(gradients)
+    return drawn
+
+
+def train(
+    gpu: bool, steps: Sequence[Sequence[torch.Tensor | None]], scale: float = 1.0, **options: Any
+) -> list[tuple[Any, ...]]:
+    """By step: decisions, parameters, memory, and what the report says."""
+    tensors = ballots.parameters(*SHAPES)
+    seen: list[tuple[Any, ...]] = []
+    with gpu_branch(gpu):
+        sgd = torch.optim.SGD(tensors, lr=0.25)
+        optimizer = mpisign.DistributedSignOptimizer(sgd, ballots.named(tensors), **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1.0)
+        scaler.scale(torch.zeros(()))
+        for gradients in steps:
+            for tensor, gradient in zip(tensors, gradients, strict=True):
+                tensor.grad = None if gradient is None else gradient * scale
+            scaler.step(optimizer)
+            scaler.update()
+            memory = optimizer.state_dict()["mpisign"]["memory"]
+            report = optimizer.report
+            seen.append(
+                (
+                    [None if t.grad is None else ballots.flat(t.grad).tolist() for t in tensors],
+                    [ballots.flat(t).tolist() for t in tensors],
+                    {(i, key): ballots.flat(v).tolist() for i, state in memory.items() for key, v in state.items()},
+                    (report.voters, report.abstentions, report.ties, report.exchange, report.bytes_sent),
+                    [] if report.ties is None else [str(share) for share in report.agreement()],  # NaN equals NaN then
+                )
+            )
+    return seen
+
+
+def assert_same(
+    comm: MPI.Comm, steps: Sequence[Sequence[torch.Tensor | None]], **options: Any
+) -> list[tuple[Any, ...]]:
+    """All ranks as on the host, all as on a GPU, and every other one: the same in everything. Returns what it was."""
+    host = train(False, steps, **options)
+    assert train(True, steps, **options) == host
+    assert train(comm.rank % 2 == 1, steps, **options) == host, "the odd ranks as on a GPU"
+    return host
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_gpu_decides_the_bits_of_the_host(comm: MPI.Comm, method: mpisign.Method, exchange: str) -> None:
+    assert_same(comm, rounds(comm.rank), method=method, exchange=exchange, bucket_cap_mb=SMALL)
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
+@pytest.mark.parametrize(("zeros", "ties"), POLICIES)
+def test_every_policy(comm: MPI.Comm, zeros: str, ties: str, exchange: str) -> None:
+    steps = rounds(comm.rank, 2)
+    seen = assert_same(comm, steps, method=mpisign.signsgd(), zeros=zeros, ties=ties, exchange=exchange, seed=5)
+    if comm.size == 2:
+        assert all(report[2] > 0 for *_, report, _ in seen), "two ranks tie often"
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_rank_with_a_nan_abstains_and_keeps_its_memory(comm: MPI.Comm, method: mpisign.Method, scale: float) -> None:
+    """Also where a loss scale must be taken out first."""
+    steps, spoilt = rounds(comm.rank, 3), comm.size - 1
+    if comm.rank == spoilt:
+        steps[1] = [None if g is None else torch.full_like(g, float("nan")) for g in steps[1]]
+    seen = assert_same(comm, steps, method=method, scale=scale)
+    voters = [report[0] for *_, report, _ in seen]
+    everybody = tuple(range(comm.size))
+    assert voters == [everybody, everybody[:-1], everybody]
+    if comm.rank == spoilt:
+        assert seen[1][2].items() >= seen[0][2].items(), "what the memory held it still holds"
+
+
+def test_methods_with_other_messages(comm: MPI.Comm) -> None:
+    for method in (mpisign.mean(), mpisign.ef_signsgd()):
+        assert_same(comm, rounds(comm.rank, 2), method=method)
+
+
+def test_ranks_out_of_batches_follow(comm: MPI.Comm) -> None:
+    """Rank r has r + 1 batches; who is done goes on taking part."""
+    ends = []
+    for gpu in (False, True, comm.rank % 2 == 1):
+        tensors = ballots.parameters(*SHAPES)
+        with gpu_branch(gpu):
+            sgd = torch.optim.SGD(tensors, lr=0.25)
+            optimizer = mpisign.DistributedSignOptimizer(sgd, ballots.named(tensors), method=mpisign.signum(0.5))
+            for gradients in rounds(comm.rank, comm.rank + 1):
+                for tensor, gradient in zip(tensors, gradients, strict=True):
+                    tensor.grad = gradient
+                optimizer.step()
+            optimizer.join()
+        ends.append([ballots.flat(t).tolist() for t in tensors])
+    assert ends[0] == ends[1] == ends[2]
+    assert all(end == ends[0] for end in comm.allgather(ends[0]))

@@ -1,0 +1,51 @@
+"""scripts/gpu_check where there is no GPU: it explains itself, says what it lacks, and writes nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mpirun import environment
+
+GPU_CHECK = Path(__file__).parents[1] / "scripts" / "gpu_check"
+
+
+def gpu_check(*arguments: str, python: str | Path = sys.executable, results: Path) -> subprocess.CompletedProcess[str]:
+    variables = environment({"PYTHON": str(python), "RESULTS": str(results)})
+    command = [str(GPU_CHECK), *arguments]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_does_nothing_else(option: str, tmp_path: Path) -> None:
+    done = gpu_check(option, results=tmp_path / "results")
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: scripts/gpu_check\n")
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_fails_and_writes_no_report(tmp_path: Path) -> None:
+    done = gpu_check(results=tmp_path / "results")
+    assert done.returncode == 1
+    assert done.stderr.startswith("gpu_check: there is no GPU that torch can use")
+    assert "nvidia-smi" in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_arguments_are_refused(tmp_path: Path) -> None:
+    done = gpu_check("--quick", results=tmp_path / "results")
+    assert done.returncode == 1
+    assert "it takes no arguments: --quick" in done.stderr
+
+
+def test_a_python_without_torch_is_told_what_to_install(tmp_path: Path) -> None:
+    python = tmp_path / "python3"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *torch*) exit 1;; esac\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    done = gpu_check(python=python, results=tmp_path / "results")
+    assert done.returncode == 1
+    assert f"{python} has no torch: pip install" in done.stderr

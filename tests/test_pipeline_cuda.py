@@ -1,0 +1,236 @@
+"""mpisign.exchange as it goes on a GPU, on a rank alone: few launches, the bits of the host, nothing allocated."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from gpu_branch import gpu_branch, needs_compiler
+from torch import nn
+from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mpisign
+from mpisign import DistributedSignOptimizer, Method
+from mpisign.bitmap import kernels
+
+pytestmark = [needs_compiler, pytest.mark.usefixtures("world")]
+
+METHODS = [mpisign.signsgd(), mpisign.signum(0.9), mpisign.lion()]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+SHAPES = [(3, 5, 7), (64,), (), (0,), (1,), (33, 2), (127,), (16400,)]
+NAN = float("nan")
+
+Gradients = Sequence[torch.Tensor | None]
+
+
+def parameters(dtypes: Sequence[torch.dtype] = DTYPES) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.zeros(shape, dtype=dtypes[i % len(dtypes)])) for i, shape in enumerate(SHAPES)]
+
+
+def draw(step: int, dtypes: Sequence[torch.dtype] = DTYPES) -> list[torch.Tensor | None]:
+    """Normal, with zeros of both signs and a denormal, and None for another parameter in every step."""
+    generator = torch.Generator().manual_seed(step)
+    drawn: list[torch.Tensor | None] = []
+    for tensor in parameters(dtypes):
+        values = torch.randn(tensor.shape, generator=generator)
+        values[torch.rand(tensor.shape, generator=generator) < 0.2] = 0.0
+        values[torch.rand(tensor.shape, generator=generator) < 0.1] = -0.0
+        values[torch.rand(tensor.shape, generator=generator) < 0.1] = torch.finfo(torch.float32).tiny / 2
+        drawn.append(values.to(tensor.dtype))
+    drawn[step % len(drawn)] = None
+    return drawn
+
+
+def give(tensors: Sequence[nn.Parameter], gradients: Gradients) -> None:
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        tensor.grad = None if gradient is None else gradient.clone()
+
+
+def bits(tensors: Gradients) -> list[tuple[list[float], list[bool]] | None]:
+    """Values and signs of zeros; -0.0 equals 0.0."""
+    return [None if t is None else (t.flatten().tolist(), t.flatten().signbit().tolist()) for t in tensors]
+
+
+def train(gpu: bool, method: Method, steps: Sequence[Gradients], scale: float = 1.0, **options: Any) -> list[Any]:
+    """All that a user can see of each step: decisions, parameters, memory, report."""
+    seen: list[Any] = []
+    dtypes = options.pop("dtypes", DTYPES)
+    tensors = parameters(dtypes)
+    with gpu_branch(gpu):
+        optimizer = DistributedSignOptimizer(SGD(tensors, lr=0.5), method=method, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1.0)
+        scaler.scale(torch.zeros(()))
+        for gradients in steps:
+            give(tensors, [None if g is None else g * scale for g in gradients])
+            scaler.step(optimizer)
+            scaler.update()
+            report = optimizer.report
+            assert report is not None
+            memory = optimizer.state_dict()["mpisign"]["memory"]
+            seen.append(
+                (
+                    bits([t.grad for t in tensors]),
+                    bits([t.detach() for t in tensors]),
+                    {(place, key): bits([value]) for place, state in memory.items() for key, value in state.items()},
+                    (report.voters, dict(report.abstentions), report.skipped, report.ties, report.bytes_sent),
+                    [] if report.skipped or report.ties is None else report.agreement(),
+                )
+            )
+    return seen
+
+
+def assert_same(method: Method, steps: Sequence[Gradients], **options: Any) -> list[Any]:
+    """The two ways agree in everything; returns what they did."""
+    host, gpu = (train(branch, method, steps, **options) for branch in (False, True))
+    for step, (here, there) in enumerate(zip(host, gpu, strict=True)):
+        assert there == here, f"step {step}"
+    return host
+
+
+# ------------------------------------------------------------------------------------------------- the same bits
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_it_trains_as_on_the_host(method: Method, exchange: str) -> None:
+    seen = assert_same(method, [draw(step) for step in range(4)], exchange=exchange)
+    assert all(report[0] == (0,) for *_, report, _ in seen)
+
+
+@pytest.mark.parametrize("ties", ["coin", "zero", "positive"])
+@pytest.mark.parametrize("zeros", ["coin", "abstain", "positive"])
+def test_every_policy(zeros: str, ties: str) -> None:
+    assert_same(mpisign.signsgd(), [draw(step) for step in range(2)], zeros=zeros, ties=ties, seed=5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_gradients_of_one_type(method: Method, dtype: torch.dtype) -> None:
+    assert_same(method, [draw(step, [dtype]) for step in range(2)], dtypes=[dtype])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_small_buckets(method: Method) -> None:
+    """Many messages, still of one launch."""
+    assert_same(method, [draw(step) for step in range(2)], bucket_cap_mb=4 / 2**20)
+
+
+@pytest.mark.parametrize("method", [mpisign.mean(), mpisign.ef_signsgd()], ids=str)
+def test_methods_of_other_messages(method: Method) -> None:
+    assert_same(method, [draw(step) for step in range(2)])
+
+
+# ---------------------------------------------------------------------------------------------- who does not vote
+
+
+@pytest.mark.parametrize("bad", [NAN, float("inf")])
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_bad_value_withdraws_the_ballot_and_does_not_enter_the_memory(
+    method: Method, scale: float, bad: float
+) -> None:
+    spoilt = draw(1)
+    assert spoilt[5] is not None
+    spoilt[5][3, 1] = bad
+    seen = assert_same(method, [draw(0), spoilt, draw(2)], scale=scale)
+    assert [report[2] for *_, report, _ in seen] == [False, True, False]
+
+
+def test_no_gradient_at_all() -> None:
+    seen = assert_same(mpisign.signum(), [draw(0), [None] * len(SHAPES), draw(2)])
+    assert seen[1][3][1] == {0: "no gradient"}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_loss_scale_is_taken_out(method: Method) -> None:
+    assert_same(method, [draw(step) for step in range(3)], scale=1024.0, zeros="abstain")
+
+
+# ------------------------------------------------------------------------------------------------------- launches
+
+RESNET50_TENSORS = 161
+
+
+def many_small(
+    method: Method, number: int = RESNET50_TENSORS, **options: Any
+) -> tuple[list[nn.Parameter], DistributedSignOptimizer]:
+    tensors = [nn.Parameter(torch.zeros(16 + i)) for i in range(number)]
+    return tensors, DistributedSignOptimizer(SGD(tensors, lr=0.5), method=method, **options)
+
+
+def ones(tensors: Sequence[nn.Parameter]) -> None:
+    for tensor in tensors:
+        tensor.grad = torch.ones_like(tensor) if tensor.grad is None else tensor.grad.fill_(1.0)
+
+
+@pytest.mark.parametrize("cap", [25.0, 1 / 2**10], ids=["one bucket", "many buckets"])
+@pytest.mark.parametrize(("method", "checks"), list(zip(METHODS, (0, 1, 1), strict=True)), ids=str)
+def test_the_tensors_of_a_resnet50_take_one_launch_each_way(method: Method, checks: int, cap: float) -> None:
+    with gpu_branch() as launches:
+        tensors, optimizer = many_small(method, bucket_cap_mb=cap)
+        ones(tensors)
+        launches.clear()
+        optimizer.synchronize()
+        assert optimizer.report is not None
+        buckets = len(optimizer.report.exchange)
+    assert (buckets > 1) == (cap < 1)
+    seen = Counter(launches)
+    assert (seen["pack_many"], seen["unpack_many"], seen["all_finite"]) == (1, 1, checks)
+    assert sum(seen.values()) == 2 + checks + buckets, "and one to decide a bucket"
+
+
+def test_more_tensors_than_a_launch_can_take() -> None:
+    with gpu_branch() as launches:
+        tensors, optimizer = many_small(mpisign.signsgd(), kernels.TENSOR_CAPACITY + 1)
+        ones(tensors)
+        optimizer.step()
+    assert (launches.count("pack_many"), launches.count("unpack_many")) == (2, 2)
+    assert all((t == -0.5).all() for t in tensors)
+
+
+# ---------------------------------------------------------------------------------------------------- allocations
+
+
+class Allocations(TorchDispatchMode):
+    """The largest tensor that any operation inside has made, in elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        known = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        made = [t for t in _tensors(result) if t.untyped_storage().data_ptr() not in known]
+        self.largest = max([self.largest, *(t.untyped_storage().nbytes() for t in made)])
+        return result
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_steady_step_makes_no_tensor_but_flags_and_counts(method: Method, scale: float) -> None:
+    with gpu_branch():
+        tensors, optimizer = many_small(method)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1.0)
+        scaler.scale(torch.zeros(()))
+        for _ in range(2):
+            ones(tensors)
+            scaler.step(optimizer)
+            scaler.update()
+        ones(tensors)
+        with Allocations() as allocations:
+            torch.ones(7, dtype=torch.float64)
+            assert allocations.largest == 56, "the measure sees an allocation"
+            allocations.largest = 0
+            scaler.step(optimizer)
+    assert allocations.largest <= 8
