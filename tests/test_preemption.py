@@ -120,6 +120,7 @@ def test_a_second_sigterm_ends_the_process() -> None:
 
 def test_a_second_interrupt_is_one() -> None:
     ended = run("""
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
         mpisign.init(abort_on_exception=False)
         mpisign.stop_on_signal(signal.SIGINT)
         preemption.ECHO_SECONDS = 0.01
