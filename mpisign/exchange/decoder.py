@@ -7,12 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from mpisign.bitmap import ops
 from mpisign.bitmap.batch import Batch
 from mpisign.bitmap.tensors import flat
-from mpisign.codecs import Codec, SignBits
+from mpisign.codecs import Codec
 from mpisign.exchange.choose import Exchange
-from mpisign.exchange.encoder import Encoder
+from mpisign.exchange.encoder import Encoder, one_launch
 from mpisign.layout import Bucket, Layout, Segment
 from mpisign.memory.store import state_dtype
 from mpisign.method import Method
@@ -34,7 +33,9 @@ class Decoder:
         self._direct = not (
             method.by_value or method.memory.running or method.rule.reencodes or method.exchanges_models
         )
-        self._batch: Batch | None = self._one_launch() if self._direct else None
+        self._batch: Batch | None = (
+            one_launch(layout, method, [exchange.decision for exchange in exchanges]) if self._direct else None
+        )
 
     def decode(
         self,
@@ -123,18 +124,3 @@ class Decoder:
         for message, row in zip(messages, rows, strict=True):
             codec.add(message, row[0], 1.0)
         rule.decide(list(rows), out[None], turn, first_word)
-
-    def _one_launch(self) -> Batch | None:
-        """What unpacks all parameters in one launch, where there are kernels for that."""
-        if ops.kernels_for(self._layout.device) is None or not isinstance(self._method.codec, SignBits):
-            return None
-        rows = [
-            (self._exchanges[bucket.index].decision[:, segment.start : segment.stop], segment)
-            for bucket in self._layout.buckets
-            for segment in bucket.segments
-        ]
-        return Batch(
-            [segment.numel for _, segment in rows],
-            [row[0] for row, _ in rows],
-            nonzeros=[row[1] for row, _ in rows] if rows and len(rows[0][0]) > 1 else None,
-        )

@@ -17,7 +17,7 @@ from mpisign.memory.store import state_dtype
 from mpisign.method import Method
 from mpisign.policy import Turn
 
-__all__ = ["PIECE", "Encoder", "MemoryOf"]
+__all__ = ["PIECE", "Encoder", "MemoryOf", "one_launch"]
 
 PIECE = 1 << 19  # elements given to memory and codec at once: few calls, and still near a core's cache
 
@@ -48,7 +48,7 @@ class Encoder:
         self._shaped: dict[tuple[str, int], torch.Tensor] = {}
         self._states: dict[int, dict[str, torch.Tensor]] = {}  # flat views of the memory, by parameter
         self._unscale = 1.0
-        self._batch: Batch | None = self._one_launch() if self._piecewise else None
+        self._batch: Batch | None = one_launch(layout, method, messages) if self._piecewise else None
 
     def begin(self, gradients: Sequence[torch.Tensor | None], turn: Turn, unscale: float) -> tuple[Turn, bool]:
         """Before the first bucket: the turn that memory and codec shall see, and whether this rank may go on."""
@@ -176,22 +176,6 @@ class Encoder:
 
     # ---------------------------------------------------------------------------------- GPUs: few launches
 
-    def _one_launch(self) -> Batch | None:
-        """What packs all parameters in one launch, where there are kernels for that."""
-        if ops.kernels_for(self._layout.device) is None or not isinstance(self._method.codec, SignBits):
-            return None
-        rows = [
-            (self._messages[bucket.index][:, segment.start : segment.stop], segment)
-            for bucket in self._layout.buckets
-            for segment in bucket.segments
-        ]
-        return Batch(
-            [segment.numel for _, segment in rows],
-            [row[0] for row, _ in rows],
-            nonzeros=[row[1] for row, _ in rows] if rows and len(rows[0][0]) > 1 else None,
-            first_words=[segment.first_word for _, segment in rows],
-        )
-
     def _encode_together(self, gradients: Sequence[torch.Tensor | None], turn: Turn) -> Flag | None:
         """All parameters in a few launches; None, with nothing changed, if the memory has no such way for them."""
         memory = self._method.memory
@@ -260,3 +244,24 @@ class Encoder:
 def _precision(g: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.dtype:
     """What a memory computes in: the type of its state, else 32 bits or more."""
     return next((value.dtype for value in state.values()), state_dtype(g.dtype))
+
+
+def one_launch(layout: Layout, method: Method, buckets: Sequence[torch.Tensor]) -> Batch | None:
+    """What packs or unpacks all parameters in one launch, where there are kernels for that.
+
+    Args:
+        buckets: (planes, length) of each bucket: its messages or its decisions.
+    """
+    if ops.kernels_for(layout.device) is None or not isinstance(method.codec, SignBits):
+        return None
+    rows = [
+        (buckets[bucket.index][:, segment.start : segment.stop], segment)
+        for bucket in layout.buckets
+        for segment in bucket.segments
+    ]
+    return Batch(
+        [segment.numel for _, segment in rows],
+        [row[0] for row, _ in rows],
+        nonzeros=[row[1] for row, _ in rows] if rows and len(rows[0][0]) > 1 else None,
+        first_words=[segment.first_word for _, segment in rows],
+    )
