@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,21 +16,10 @@ from mpisign.policy import Turn, check_positive
 __all__ = ["ClippedNoise", "GaussianNoise", "SparseSign", "StochasticSign", "TernarySign", "gaussian_mechanism"]
 
 
-@dataclass(frozen=True)
-class GaussianNoise(Memory):
-    """``u = g + b xi``, xi standard normal; ``b`` is ``scale``, or ``scale`` times the parameter's largest ``|g|``.
+class Noise(Memory, ABC):
+    """A memory that keeps nothing and sends a random function of the gradient."""
 
-    Source: Chen et al., "Distributed Training with Heterogeneous Data: Bridging Median- and Mean-Based Algorithms",
-    2020, Algorithms 3 and 4 (noisy signSGD, noisy medianSGD).
-    """
-
-    scale: float = 1.0
-    relative: bool = False
-    name = "gaussian_noise"
     elementwise = False
-
-    def __post_init__(self) -> None:
-        check_positive("scale", self.scale)
 
     def __call__(
         self,
@@ -39,15 +29,42 @@ class GaussianNoise(Memory):
         turn: Turn,
         first_word: int,
     ) -> torch.Tensor:
-        noise = scratch[: gradient.numel()]
-        noise.normal_(generator=turn.generator(first_word, gradient.device)).mul_(self.scale)
-        if self.relative and gradient.numel():
-            noise.mul_(torch.linalg.vector_norm(gradient, math.inf))
-        return noise.add_(gradient)
+        random = turn.generator(first_word, gradient.device)
+        return self.draw(gradient, scratch[: gradient.numel()], random, turn, first_word)
+
+    @abstractmethod
+    def draw(
+        self, gradient: torch.Tensor, out: torch.Tensor, random: torch.Generator, turn: Turn, first_word: int
+    ) -> torch.Tensor:
+        """Write what is sent for ``gradient`` (n,) into ``out`` (n,), with numbers from ``random``, and return it."""
 
 
 @dataclass(frozen=True)
-class StochasticSign(Memory):
+class GaussianNoise(Noise):
+    """``u = g + b xi``, xi standard normal; ``b`` is ``scale``, or ``scale`` times the parameter's largest ``|g|``.
+
+    Source: Chen et al., "Distributed Training with Heterogeneous Data: Bridging Median- and Mean-Based Algorithms",
+    2020, Algorithms 3 and 4 (noisy signSGD, noisy medianSGD).
+    """
+
+    scale: float = 1.0
+    relative: bool = False
+    name = "gaussian_noise"
+
+    def __post_init__(self) -> None:
+        check_positive("scale", self.scale)
+
+    def draw(
+        self, gradient: torch.Tensor, out: torch.Tensor, random: torch.Generator, turn: Turn, first_word: int
+    ) -> torch.Tensor:
+        out.normal_(generator=random).mul_(self.scale)
+        if self.relative and gradient.numel():
+            out.mul_(torch.linalg.vector_norm(gradient, math.inf))
+        return out.add_(gradient)
+
+
+@dataclass(frozen=True)
+class StochasticSign(Noise):
     """``u = g + b U``, U uniform on (-1, 1), so that ``P(u > 0) = 1/2 + g / 2b`` and the sign's mean is ``g / b``.
 
     Args:
@@ -60,7 +77,6 @@ class StochasticSign(Memory):
 
     bound: float | None = None
     name = "stochastic_sign"
-    elementwise = False
 
     def __post_init__(self) -> None:
         if self.bound is not None:
@@ -70,21 +86,15 @@ class StochasticSign(Memory):
     def needs_maximum(self) -> bool:  # type: ignore[override]
         return self.bound is None
 
-    def __call__(
-        self,
-        gradient: torch.Tensor,
-        state: dict[str, torch.Tensor],
-        scratch: torch.Tensor,
-        turn: Turn,
-        first_word: int,
+    def draw(
+        self, gradient: torch.Tensor, out: torch.Tensor, random: torch.Generator, turn: Turn, first_word: int
     ) -> torch.Tensor:
-        noise = scratch[: gradient.numel()]
-        noise.uniform_(-1.0, 1.0, generator=turn.generator(first_word, gradient.device))
-        return noise.mul_(turn.prepared[first_word] if self.bound is None else self.bound).add_(gradient)
+        out.uniform_(-1.0, 1.0, generator=random)
+        return out.mul_(turn.prepared[first_word] if self.bound is None else self.bound).add_(gradient)
 
 
 @dataclass(frozen=True)
-class ClippedNoise(Memory):
+class ClippedNoise(Noise):
     """``u = g min(1, C / ||g||_2) + sigma xi``: P(+1) = Phi(clipped g / sigma). The norm is the whole gradient's.
 
     Differentially private towards whoever counts: (epsilon, delta) of a step are :func:`gaussian_mechanism`'s.
@@ -96,7 +106,6 @@ class ClippedNoise(Memory):
     clip: float = 1.0
     noise: float = 1.0
     name = "clipped_noise"
-    elementwise = False
 
     def __post_init__(self) -> None:
         check_positive("clip", self.clip)
@@ -105,17 +114,11 @@ class ClippedNoise(Memory):
     def prepare(self, gradients: Sequence[torch.Tensor], turn: Turn) -> torch.Tensor:
         return (self.clip / total_norm(gradients)).clamp(max=1.0)
 
-    def __call__(
-        self,
-        gradient: torch.Tensor,
-        state: dict[str, torch.Tensor],
-        scratch: torch.Tensor,
-        turn: Turn,
-        first_word: int,
+    def draw(
+        self, gradient: torch.Tensor, out: torch.Tensor, random: torch.Generator, turn: Turn, first_word: int
     ) -> torch.Tensor:
-        noise = scratch[: gradient.numel()]
-        noise.normal_(generator=turn.generator(first_word, gradient.device)).mul_(self.noise)
-        return noise.addcmul_(gradient, turn.prepared.to(gradient.dtype))
+        out.normal_(generator=random).mul_(self.noise)
+        return out.addcmul_(gradient, turn.prepared.to(gradient.dtype))
 
 
 def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -140,7 +143,7 @@ def gaussian_mechanism(clip: float, epsilon: float, delta: float) -> float:
 
 
 @dataclass(frozen=True)
-class TernarySign(Memory):
+class TernarySign(Noise):
     """+1 with probability (A + g) / 2B, -1 with (A - g) / 2B, else 0; g is clipped to [-A, A]. The mean is g / B.
 
     Source: "TernaryVote: Differentially Private, Communication Efficient, and Byzantine Resilient Distributed
@@ -150,7 +153,6 @@ class TernarySign(Memory):
     a: float = 1.0
     b: float = 2.0
     name = "ternary_sign"
-    elementwise = False
 
     def __post_init__(self) -> None:
         check_positive("A", self.a)
@@ -158,23 +160,17 @@ class TernarySign(Memory):
         if self.b < self.a:
             raise OptionError(f"B={self.b!r} must be at least A={self.a!r}, as A/B is the probability to vote")
 
-    def __call__(
-        self,
-        gradient: torch.Tensor,
-        state: dict[str, torch.Tensor],
-        scratch: torch.Tensor,
-        turn: Turn,
-        first_word: int,
+    def draw(
+        self, gradient: torch.Tensor, out: torch.Tensor, random: torch.Generator, turn: Turn, first_word: int
     ) -> torch.Tensor:
-        drawn = scratch[: gradient.numel()]
-        drawn.uniform_(generator=turn.generator(first_word, gradient.device))
-        up = drawn < gradient.clamp(-self.a, self.a).add_(self.a).div_(2.0 * self.b)
-        votes = drawn < self.a / self.b
-        return drawn.copy_(up).mul_(2.0).sub_(votes.to(drawn.dtype))
+        out.uniform_(generator=random)
+        up = out < gradient.clamp(-self.a, self.a).add_(self.a).div_(2.0 * self.b)
+        votes = out < self.a / self.b
+        return out.copy_(up).mul_(2.0).sub_(votes.to(out.dtype))
 
 
 @dataclass(frozen=True)
-class SparseSign(Memory):
+class SparseSign(Noise):
     """``sign(g)`` with probability ``min(1, B |g|)``, else 0. The mean is ``B g`` while ``B |g| <= 1``.
 
     Source: Jin et al., "Magnitude Matters: Fixing SIGNSGD Through Magnitude-Aware Sparsification in the Presence of
@@ -183,20 +179,13 @@ class SparseSign(Memory):
 
     budget: float = 1.0
     name = "sparse_sign"
-    elementwise = False
 
     def __post_init__(self) -> None:
         check_positive("budget", self.budget)
 
-    def __call__(
-        self,
-        gradient: torch.Tensor,
-        state: dict[str, torch.Tensor],
-        scratch: torch.Tensor,
-        turn: Turn,
-        first_word: int,
+    def draw(
+        self, gradient: torch.Tensor, out: torch.Tensor, random: torch.Generator, turn: Turn, first_word: int
     ) -> torch.Tensor:
-        drawn = scratch[: gradient.numel()]
-        drawn.uniform_(generator=turn.generator(first_word, gradient.device))
-        speaks = drawn < gradient.abs().mul_(self.budget)
-        return drawn.copy_(speaks).mul_(gradient.sign())
+        out.uniform_(generator=random)
+        speaks = out < gradient.abs().mul_(self.budget)
+        return out.copy_(speaks).mul_(gradient.sign())
