@@ -72,6 +72,8 @@ def train(
             if step >= last:
                 break
             model.train()
+            if isinstance(optimizer, mpisign.DistributedSignOptimizer):
+                optimizer.set_epoch(step // per_epoch)  # some methods, such as DGC, warm up by epochs
             meter = Meter(batches.batch_size * mpisign.size(), per_epoch, history)
             for batch in itertools.islice(batches.epoch(*divmod(step, per_epoch)), last - step):
                 began = time.perf_counter()
