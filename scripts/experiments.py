@@ -1,0 +1,272 @@
+"""What the experiments share: small trainings on the digits, with adversaries if asked, and dated reports."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from flags import HelpFormatter, count, make_folder, rate, whole
+from torch import Tensor, nn
+from train_digits import build_model, load_data, measure_accuracy
+
+import mpisign
+from mpisign import attacks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULTS = Path(os.path.relpath(Path(__file__).parent / "results"))
+
+_load_data = cache(load_data)  # parsing them takes as long as a short training
+
+_LAUNCHERS = ("mpirun", "mpiexec", "mpiexec.hydra", "prterun", "srun")
+
+# ------------------------------------------------------------------------------------------------ trainings
+
+
+@dataclass(frozen=True)
+class LabelFlip:
+    """Not what an adversary sends, but what it learns from: it honestly follows data whose labels are flipped."""
+
+
+Attack = attacks.Attack | LabelFlip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train by a method: the method, and the learning rate of the wrapped SGD at the start of a cosine.
+
+    ``momentum`` is the wrapped SGD's, for methods that are linear enough to keep it there. It is an average like that
+    of the methods which keep it on the worker, so that learning rates mean the same.
+    """
+
+    method: mpisign.Method
+    lr: float
+    momentum: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training gave, the same on all ranks.
+
+    Attributes:
+        accuracy: the share of the test images that the model names right; of the worst honest rank's model where
+            replicas differ.
+        losses: of each step, the mean over the honest ranks' batches; not finite once parameters are not.
+        finite: whether the parameters of all honest ranks still are numbers. If not, the model names every image alike.
+    """
+
+    accuracy: float
+    losses: list[float]
+    finite: bool
+
+
+def train_fresh(
+    recipe: Recipe,
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    hidden: int,
+    by_class: bool = False,
+    attack: Attack | None = None,
+    adversaries: Collection[int] = (),
+) -> Outcome:
+    """Train a new model on the digits from a seed: of the split, weights, batches, coins and noise. **Collective.**
+
+    Args:
+        by_class: deal the training images to the ranks by their class, class c to rank c modulo the number of ranks
+            (with more ranks than classes, ranks c, c + 10, ... share class c), not at random.
+        attack: what ``adversaries``, ranks, do to their gradients, or to their data.
+
+    Raises:
+        OptionError: the method cannot run on so many ranks, or the attack with so few honest ones.
+    """
+    train_set, test_set = _load_data(seed)
+    torch.manual_seed(seed)
+    model = build_model(hidden)
+    sgd = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, dampening=recipe.momentum)
+    optimizer = mpisign.DistributedSignOptimizer(sgd, model.named_parameters(), method=recipe.method, seed=seed)
+    optimizer.set_epoch(sys.maxsize)  # past any warm-up
+    cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+    adversary = None
+    if isinstance(attack, attacks.Attack):
+        adversary = attacks.Adversary(attack, adversaries, _world(), i_know_this_is_an_attack=True, seed=seed)
+
+    images, labels = train_set.tensors
+    mine = _dealt(labels, by_class, seed)
+    images, labels = images[mine], labels[mine]
+    if isinstance(attack, LabelFlip) and mpisign.rank() in adversaries:
+        labels = attacks.flip_labels(labels, 10)
+    random = torch.Generator().manual_seed(seed * mpisign.size() + mpisign.rank())
+    losses = []
+    for _ in range(steps):
+        batch = torch.randint(len(labels), (batch_size,), generator=random)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
+        loss.backward()
+        if adversary:
+            adversary.corrupt(model.parameters())
+        optimizer.step()
+        cosine.step()
+        losses.append(loss.item())
+
+    finite = all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    honest = [
+        result
+        for rank, result in enumerate(
+            mpisign.allgather_object((measure_accuracy(model, test_set, torch.device("cpu")), losses, finite))
+        )
+        if rank not in adversaries
+    ]
+    accuracies, curves, alive = zip(*honest, strict=True)
+    return Outcome(min(accuracies), np.mean(curves, axis=0).tolist(), all(alive))
+
+
+def _world() -> Any:
+    from mpi4py import MPI  # importing it starts MPI
+
+    return MPI.COMM_WORLD
+
+
+def _dealt(labels: Tensor, by_class: bool, seed: int) -> Tensor:
+    """The indices of this rank's training images."""
+    size, rank = mpisign.size(), mpisign.rank()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    if not by_class:
+        return order[rank::size]
+    if size <= 10:
+        return order[labels[order] % size == rank]
+    sharing = range(rank % 10, size, 10)
+    return order[labels[order] == rank % 10][sharing.index(rank) :: len(sharing)]
+
+
+# -------------------------------------------------------------------------------------------- the command line
+
+
+def make_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
+    """A parser with the flags that both experiments on the digits have."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [OPTIONS]", description=description, epilog=examples, formatter_class=HelpFormatter
+    )
+    add = parser.add_argument
+    add("--seeds", type=count, nargs="+", metavar="SEED", default=[0, 1, 2], help="what is shown is the mean over them")
+    add("--steps", type=whole, default=60, metavar="N", help="of each training")
+    add("--batch-size", type=whole, default=32, metavar="N", help="images per rank and step")
+    add("--hidden", type=whole, default=32, metavar="N", help="units in each of the two hidden layers")
+    add("--lr-scale", type=rate, default=1.0, help="multiplies all learning rates")
+    add("--quick", action="store_true", help="a few seconds: one seed, fewer steps, and the smallest grid that speaks")
+    add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="where the report goes; it is made")
+    add("--report", action="store_true", help=f"write the report to {RESULTS} instead")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def report_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Make the folder of the report, ``args.out`` from here on, or end with what to type."""
+    args.out = RESULTS if args.report else args.out
+    make_folder(parser, args.out, args.out)
+
+
+# --------------------------------------------------------------------------------------------------- reports
+
+
+def write_report(folder: Path, name: str, text: str, data: Mapping[str, Any], figures: Mapping[str, Figure]) -> Path:
+    """Write ``YYYY-MM-DD-NAME.md``, ``.json`` and ``-FIGURE.png`` into ``folder``; for one rank to call.
+
+    A report of the same day and name is replaced.
+
+    Args:
+        text: Markdown: a heading (``# ...``), a paragraph on what was found, and whatever else there is. The figures
+            come after that paragraph; at the end, what was typed, and what it ran on.
+        data: all raw numbers, for the JSON; numbers that are not finite become null. ``data["seeds"]`` is also said in
+            the text.
+        figures: by name, for the file names; ``""`` is a figure without a name of its own.
+
+    Returns:
+        The path of the Markdown file.
+    """
+    now = datetime.now().astimezone()
+    stem = f"{now:%Y-%m-%d}-{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for figure, drawn in figures.items():
+        picture = f"{stem}-{figure}.png" if figure else f"{stem}.png"
+        drawn.savefig(folder / picture, dpi=110)
+        pictures.append(f"![{figure or name}]({picture})")
+    about = {"ranks": mpisign.size(), "seeds": data.get("seeds", []), **_circumstances()}
+    raw = {"experiment": name, "date": now.isoformat(timespec="seconds"), "command": _command(), **about, **data}
+    (folder / f"{stem}.json").write_text(json.dumps(_plain(raw), indent=1) + "\n")
+    heading, summary, *rest = text.strip().split("\n\n", 2)
+    facts = [f"- **{key}**: {' '.join(map(str, v)) if isinstance(v, list) else v}" for key, v in about.items() if v]
+    parts = [
+        f"{heading}, {now:%Y-%m-%d}",
+        summary,
+        *pictures,
+        *rest,
+        f"## What ran, and where\n\n```\n{_command()}\n```",
+        "\n".join(facts),
+        f"All raw numbers are in `{stem}.json`.",
+    ]
+    path = folder / f"{stem}.md"
+    path.write_text("\n\n".join(parts) + "\n")
+    return path
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of text cells; the first column to the left, the others to the right."""
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, int | float | str | None) else str(value)
+
+
+def _command() -> str:
+    """What was typed: this process's command line, or that of the launcher above it, without absolute paths."""
+    typed = ["python", *sys.argv]
+    parent = Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
+    if Path(parent[0]).name in _LAUNCHERS:
+        typed = ["mpirun" if Path(parent[0]).name == "prterun" else parent[0], *parent[1:]]  # prterun is mpirun inside
+    root = Path(__file__).parents[1]
+    return shlex.join(
+        str(path.relative_to(root) if path.is_relative_to(root) else path.name) if path.is_absolute() else word
+        for word, path in zip(typed, map(Path, typed), strict=True)
+    )
+
+
+def _circumstances() -> dict[str, Any]:
+    """Versions, and the machine."""
+    from mpi4py import MPI
+
+    return {
+        "cores": os.cpu_count(),
+        "nodes": mpisign.num_nodes(),
+        "machine": platform.platform(),
+        "Python": platform.python_version(),
+        "mpisign": mpisign.__version__,
+        **{package: version(package) for package in ("torch", "numpy", "mpi4py")},
+        "MPI": MPI.Get_library_version().splitlines()[0].split(", package")[0].strip("\0 "),
+    }
