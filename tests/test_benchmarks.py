@@ -135,7 +135,24 @@ def test_step(tmp_path: Path, exchange: str):
         assert 0 <= payload - bit * data["parameters"] / 8 <= 4 * 161 + 8 * 161
 
 
-@pytest.mark.parametrize("script", ["bench_bitmap.py", "bench_exchange.py", "bench_step.py"])
+def test_methods(tmp_path: Path):
+    printed = run_alone("bench_methods.py", "--width", "2", *reporting(tmp_path))
+    data = check_report(tmp_path, "methods", printed)
+    elements, tensors = data["parameters"], 161
+    # A coordinate's gradient in, decision out, a bit up and one down; signum's momentum in and out; fp32 messages.
+    for name, least in (("signsgd", 8.25), ("signum", 16.25), ("ternary_vote", 8.5), ("mean", 16)):
+        assert 0 <= data["bytes"][name] - least * elements <= 2 * 2 * 4 * tensors, "words pad every tensor"
+    assert data["bytes"].keys() | {"copy", "torch.topk", "TopK", "TopK, sample"} == {
+        one["name"] for one in data["contenders"]
+    }
+
+
+def test_methods_of_a_choice(tmp_path: Path):
+    printed = run_alone("bench_methods.py", "--width", "2", "--only", "dgc", *reporting(tmp_path))
+    assert check_report(tmp_path, "methods", printed)["bytes"].keys() == {"signum", "dgc"}
+
+
+@pytest.mark.parametrize("script", ["bench_bitmap.py", "bench_exchange.py", "bench_step.py", "bench_methods.py"])
 def test_help_has_defaults_and_examples(script: str):
     text = run_alone(script, "--help")
     assert "(default: 15)" in text
