@@ -59,7 +59,7 @@ class Encoder:
         if not bool(ops.all_finite_many(present)):
             return turn, False
         if unscale != 1.0:
-            present = [gradient.float().mul_(unscale) for gradient in present]
+            present = [g.to(state_dtype(g.dtype), copy=True).mul_(unscale) for g in present]
         prepared = self._method.memory.prepare(present, turn)
         return turn if prepared is None else dataclasses.replace(turn, prepared=prepared), True
 

@@ -23,14 +23,20 @@ class Maximum:
         ranks = world.size
         self.bytes_sent = 2 * (ranks - 1) * self._buffer.nbytes // ranks  # of a ring; MPI may choose another way
 
-    def over_ranks(self, gradients: Sequence[torch.Tensor | None], world: World, what: str) -> dict[int, torch.Tensor]:
-        """By a segment's first word: ``max_m |g_m|`` (n,) over the ranks that have a gradient. **Collective.**"""
+    def over_ranks(
+        self, gradients: Sequence[torch.Tensor | None], unscale: float, world: World, what: str
+    ) -> dict[int, torch.Tensor]:
+        """By a segment's first word: ``max_m |g_m|`` (n,) over the ranks that have a gradient. **Collective.**
+
+        Args:
+            unscale: factor that takes this rank's loss scale out of its gradients.
+        """
         from mpi4py import MPI
 
         parts = self._buffer.tensor.split([segment.numel for segment in self._segments])
         for segment, part in zip(self._segments, parts, strict=True):
             gradient = gradients[segment.index]
-            part.zero_() if gradient is None else part.copy_(flat(gradient)).abs_()
+            part.zero_() if gradient is None else part.copy_(flat(gradient)).abs_().mul_(unscale)
         self._buffer.push()
         self._buffer.ready()
         world.wait(world.comm.Iallreduce(MPI.IN_PLACE, self._buffer.mpi, op=MPI.MAX), what)

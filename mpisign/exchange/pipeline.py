@@ -178,7 +178,7 @@ class Pipeline:
         if self._maximum is not None:
             with watch.span("exchange"):
                 heard = gradients if status == header.VOTES else [None] * len(gradients)
-                bounds = self._maximum.over_ranks(heard, world, f"step {step}, maximum over ranks")
+                bounds = self._maximum.over_ranks(heard, unscale, world, f"step {step}, maximum over ranks")
             turn = dataclasses.replace(turn, prepared=bounds)
         status = self._send(gradients, status, turn, watch)
         with watch.span("exchange"):
