@@ -67,6 +67,7 @@ class Turn:
         voters: the ranks whose messages a rule is given, in their order.
         prepared: what the memory's ``prepare`` made of all gradients of this step, or None.
         previous: (1, k) what the rule decided on these items the time before, for rules that ``remember``.
+        tied: on a GPU a 0-d int64 to which a rule may add its ties, instead of returning them.
     """
 
     policy: Policy
@@ -78,11 +79,15 @@ class Turn:
     voters: tuple[int, ...] = ()
     prepared: Any = None
     previous: torch.Tensor | None = None
+    tied: torch.Tensor | None = None
+
+    def noise_key(self, first_word: int) -> int:
+        """Key of the coins that are this rank's own, for random numbers of the values that start at ``first_word``."""
+        return coin_key(coin_key(self.policy.seed, self.step, noise_stream(self.rank)), first_word, 0)
 
     def generator(self, first_word: int, device: torch.device) -> torch.Generator:
         """Random numbers for the values that start at ``first_word``: this rank's own, the same in every repetition.
 
         They depend on seed, step, rank and place alone, so nothing has to be saved to resume exactly.
         """
-        key = coin_key(coin_key(self.policy.seed, self.step, noise_stream(self.rank)), first_word, 0)
-        return torch.Generator(device).manual_seed(key >> 1)
+        return torch.Generator(device).manual_seed(self.noise_key(first_word) >> 1)

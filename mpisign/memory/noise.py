@@ -7,13 +7,45 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from mpisign.bitmap.coin import coin_words
+from mpisign.bitmap.tensors import blocks
 from mpisign.errors import OptionError
 from mpisign.memory.memory import Memory
 from mpisign.policy import Turn, check_positive
 
-__all__ = ["ClippedNoise", "GaussianNoise", "SparseSign", "StochasticSign", "TernarySign", "gaussian_mechanism"]
+__all__ = [
+    "ClippedNoise",
+    "GaussianNoise",
+    "SparseSign",
+    "StochasticSign",
+    "TernarySign",
+    "gaussian_mechanism",
+]
+
+
+class Random:
+    """Random numbers for one gradient, in the order of its elements: this rank's own, the same in every repetition."""
+
+    def __init__(self, turn: Turn, first_word: int, device: torch.device) -> None:
+        self._generator = turn.generator(first_word, device)
+        self._key = turn.noise_key(first_word)
+        self._drawn = 0
+
+    def normal(self, out: torch.Tensor) -> torch.Tensor:
+        """Fill ``out`` with standard normal numbers."""
+        return out.normal_(generator=self._generator)
+
+    def uniform(self, out: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        """Fill ``out`` with numbers from [low, high]; on the host 32 coins each, at half of torch's price."""
+        if out.is_cuda:
+            return out.uniform_(low, high, generator=self._generator)
+        coins = coin_words(self._key, self._drawn, out.numel()).view(np.int32)
+        self._drawn += out.numel()
+        out.copy_(torch.from_numpy(coins)).mul_((high - low) / 2**32)
+        return out.add_((high + low) / 2) if high != -low else out
 
 
 class Noise(Memory, ABC):
@@ -29,14 +61,19 @@ class Noise(Memory, ABC):
         turn: Turn,
         first_word: int,
     ) -> torch.Tensor:
-        random = turn.generator(first_word, gradient.device)
-        return self.draw(gradient, scratch[: gradient.numel()], random, turn, first_word)
+        random, scale = Random(turn, first_word, gradient.device), self.scale_of(gradient, turn, first_word)
+        for span in blocks(gradient.numel(), gradient.device):
+            here = scale[span] if isinstance(scale, torch.Tensor) and scale.dim() else scale
+            self.draw(gradient[span], here, scratch[span], random)
+        return scratch[: gradient.numel()]
+
+    def scale_of(self, gradient: torch.Tensor, turn: Turn, first_word: int) -> float | torch.Tensor:
+        """What :meth:`draw` measures gradient or noise by: a number, a 0-d tensor, or one for each element (n,)."""
+        return 1.0
 
     @abstractmethod
-    def draw(
-        self, gradient: torch.Tensor, out: torch.Tensor, random: torch.Generator, turn: Turn, first_word: int
-    ) -> torch.Tensor:
-        """Write what is sent for ``gradient`` (n,) into ``out`` (n,), with numbers from ``random``, and return it."""
+    def draw(self, gradient: torch.Tensor, scale: float | torch.Tensor, out: torch.Tensor, random: Random) -> None:
+        """Write what is sent for ``gradient`` (n,), a part of the whole, into ``out`` (n,)."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +91,19 @@ class GaussianNoise(Noise):
     def __post_init__(self) -> None:
         check_positive("scale", self.scale)
 
-    def draw(
-        self, gradient: torch.Tensor, out: torch.Tensor, random: torch.Generator, turn: Turn, first_word: int
-    ) -> torch.Tensor:
-        out.normal_(generator=random).mul_(self.scale)
-        if self.relative and gradient.numel():
-            out.mul_(torch.linalg.vector_norm(gradient, math.inf))
-        return out.add_(gradient)
+    def scale_of(self, gradient: torch.Tensor, turn: Turn, first_word: int) -> float | torch.Tensor:
+        if not self.relative or not gradient.numel():
+            return self.scale
+        smallest, largest = gradient.aminmax()
+        return torch.maximum(-smallest, largest).mul_(self.scale)
+
+    def draw(self, gradient: torch.Tensor, scale: float | torch.Tensor, out: torch.Tensor, random: Random) -> None:
+        random.normal(out).mul_(scale).add_(gradient)
 
 
 @dataclass(frozen=True)
 class StochasticSign(Noise):
-    """``u = g + b U``, U uniform on (-1, 1), so that ``P(u > 0) = 1/2 + g / 2b`` and the sign's mean is ``g / b``.
+    """``u = g + b U``, U uniform on [-1, 1], so that ``P(u > 0) = 1/2 + g / 2b`` and the sign's mean is ``g / b``.
 
     Args:
         bound: b, at least the largest ``|g|`` (beyond it the sign is certain, and the mean no longer in
@@ -86,11 +124,12 @@ class StochasticSign(Noise):
     def needs_maximum(self) -> bool:  # type: ignore[override]
         return self.bound is None
 
-    def draw(
-        self, gradient: torch.Tensor, out: torch.Tensor, random: torch.Generator, turn: Turn, first_word: int
-    ) -> torch.Tensor:
-        out.uniform_(-1.0, 1.0, generator=random)
-        return out.mul_(turn.prepared[first_word] if self.bound is None else self.bound).add_(gradient)
+    def scale_of(self, gradient: torch.Tensor, turn: Turn, first_word: int) -> float | torch.Tensor:
+        bounds: float | torch.Tensor = turn.prepared[first_word] if self.bound is None else self.bound
+        return bounds
+
+    def draw(self, gradient: torch.Tensor, scale: float | torch.Tensor, out: torch.Tensor, random: Random) -> None:
+        random.uniform(out, -1.0, 1.0).mul_(scale).add_(gradient)
 
 
 @dataclass(frozen=True)
@@ -114,11 +153,12 @@ class ClippedNoise(Noise):
     def prepare(self, gradients: Sequence[torch.Tensor], turn: Turn) -> torch.Tensor:
         return (self.clip / total_norm(gradients)).clamp(max=1.0)
 
-    def draw(
-        self, gradient: torch.Tensor, out: torch.Tensor, random: torch.Generator, turn: Turn, first_word: int
-    ) -> torch.Tensor:
-        out.normal_(generator=random).mul_(self.noise)
-        return out.addcmul_(gradient, turn.prepared.to(gradient.dtype))
+    def scale_of(self, gradient: torch.Tensor, turn: Turn, first_word: int) -> torch.Tensor:
+        factor: torch.Tensor = turn.prepared.to(gradient.dtype)
+        return factor
+
+    def draw(self, gradient: torch.Tensor, scale: float | torch.Tensor, out: torch.Tensor, random: Random) -> None:
+        random.normal(out).mul_(self.noise).addcmul_(gradient, scale)
 
 
 def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -160,13 +200,10 @@ class TernarySign(Noise):
         if self.b < self.a:
             raise OptionError(f"B={self.b!r} must be at least A={self.a!r}, as A/B is the probability to vote")
 
-    def draw(
-        self, gradient: torch.Tensor, out: torch.Tensor, random: torch.Generator, turn: Turn, first_word: int
-    ) -> torch.Tensor:
-        out.uniform_(generator=random)
-        up = out < gradient.clamp(-self.a, self.a).add_(self.a).div_(2.0 * self.b)
-        votes = out < self.a / self.b
-        return out.copy_(up).mul_(2.0).sub_(votes.to(out.dtype))
+    def draw(self, gradient: torch.Tensor, scale: float | torch.Tensor, out: torch.Tensor, random: Random) -> None:
+        random.uniform(out, -self.a, 2.0 * self.b - self.a)  # up to g it is +1, from there to A it is -1
+        up = gradient.clamp(max=self.a).ge_(out)
+        torch.sub(up.mul_(2.0), out.le_(self.a), out=out)
 
 
 @dataclass(frozen=True)
@@ -183,9 +220,5 @@ class SparseSign(Noise):
     def __post_init__(self) -> None:
         check_positive("budget", self.budget)
 
-    def draw(
-        self, gradient: torch.Tensor, out: torch.Tensor, random: torch.Generator, turn: Turn, first_word: int
-    ) -> torch.Tensor:
-        out.uniform_(generator=random)
-        speaks = out < gradient.abs().mul_(self.budget)
-        return out.copy_(speaks).mul_(gradient.sign())
+    def draw(self, gradient: torch.Tensor, scale: float | torch.Tensor, out: torch.Tensor, random: Random) -> None:
+        random.uniform(out, 0.0, 1.0 / self.budget).le_(gradient.abs()).mul_(gradient.sign())
