@@ -77,7 +77,6 @@ class DistributedSignOptimizer(Optimizer):
     report: StepReport | None
     _pipeline: Pipeline | None
     _world: World | None  # where it has its _number
-    _shape: list[tuple[object, ...]]
 
     _step_supports_amp_scaling = True  # GradScaler hands us its findings instead of skipping step() on its own
 
@@ -267,10 +266,9 @@ class DistributedSignOptimizer(Optimizer):
         """The pipeline for the parameters and the world as they are now; made anew only if they changed."""
         world = current("DistributedSignOptimizer.step()")
         active = [p for p in self._parameters() if p.requires_grad]
-        shape: list[tuple[object, ...]] = [(id(p), p.dtype, p.device, p.shape, p.stride()) for p in active]
         method = self.method.at(self._exchanges, self._epoch)
         pipeline = self._pipeline
-        if pipeline is None or shape != self._shape or pipeline.world is not world or pipeline.method != method:
+        if pipeline is None or not pipeline.fits(active) or pipeline.world is not world or pipeline.method != method:
             names = {**default_names(self.param_groups), **self._names}  # groups may have been added since
             named = [(names[p], p) for p in active]
             if world is not self._world:
@@ -280,7 +278,6 @@ class DistributedSignOptimizer(Optimizer):
             pipeline = self._pipeline = Pipeline(
                 named, method, self.policy, self.exchange, self.bucket_cap_mb, self._memory, world, self._number
             )
-            self._shape = shape
         self._memory.follow_rates(self.param_groups)
         return pipeline
 
@@ -330,14 +327,13 @@ class DistributedSignOptimizer(Optimizer):
     # ------------------------------------------------------------------------------ pickle, deepcopy, print
 
     def __getstate__(self) -> dict[str, Any]:
-        lost = ("_pipeline", "_shape", "_world", "report", "_synchronized", "_skip", "step", "found_inf", "grad_scale")
+        lost = ("_pipeline", "_world", "report", "_synchronized", "_skip", "step", "found_inf", "grad_scale")
         hooks = ("_optimizer_", "_zero_grad_profile", "_opt_called", "_warned_")
         return {k: v for k, v in self.__dict__.items() if k not in lost and not k.startswith(hooks)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._pipeline = self._world = None
-        self._shape = []
         self._synchronized = self._skip = False
         self.report = None
         super().__setstate__({})  # torch makes its hook tables

@@ -56,6 +56,7 @@ class Batch:
         self._segments = segments  # which keeps the bitmaps' memory
         self._device = words[0].device if words else torch.device("cpu")
         self._finite = flag(self._device)
+        self._addresses, self._formats = np.zeros(len(segments), np.uint64), np.zeros(len(segments), np.uint8)
         self._launches = []
         for lo in range(0, len(segments), kernels.TENSOR_CAPACITY):
             group = slice(lo, lo + kernels.TENSOR_CAPACITY)
@@ -86,20 +87,26 @@ class Batch:
         self._launch("unpack_many", outs, [])
 
     def _launch(self, name: str, tensors: Sequence[Tensor | None], arguments: list[Any]) -> None:
-        addresses, formats = [], []
-        for tensor, n in zip(tensors, self._elements, strict=True):
-            if tensor is None:
-                addresses.append(0)
-                formats.append(0)
-            elif tensor.numel() == n:
-                addresses.append(tensor.data_ptr())
-                formats.append(kernels.FORMATS[tensor.dtype])
-            else:
-                raise ValueError(f"a tensor of {tensor.numel()} elements stands where the batch has {n}")
+        # A model on a GPU has hundreds of tensors, so each of these lines is one loop in C or a short one in Python.
+        present = [tensor for tensor in tensors if tensor is not None]
+        places: slice | list[int] = slice(None)
+        expected = self._elements
+        if len(tensors) != len(expected):
+            raise ValueError(f"{len(tensors)} tensors were given to a batch of {len(expected)}")
+        if len(present) < len(tensors):
+            places = [place for place, tensor in enumerate(tensors) if tensor is not None]
+            expected = [expected[place] for place in places]
+        elements = list(map(Tensor.numel, present))
+        if elements != expected:
+            given, wanted = next((n, m) for n, m in zip(elements, expected, strict=True) if n != m)
+            raise ValueError(f"a tensor of {given} elements stands where the batch has {wanted}")
+        self._addresses.fill(0)
+        self._addresses[places] = list(map(Tensor.data_ptr, present))
+        self._formats[places] = [kernels.FORMATS[tensor.dtype] for tensor in present]
         for group, by_value, blocks, jobs in self._launches:
-            some = addresses[group]
-            by_value["at"][0, : len(some)] = some
-            by_value["format"][0, : len(some)] = formats[group]
+            some = self._addresses[group]
+            by_value["at"][0, : some.size] = some
+            by_value["format"][0, : some.size] = self._formats[group]
             if blocks:
                 kernels.launch(name, blocks, [by_value, np.uint64(jobs.data_ptr()), *arguments], self._device)
 

@@ -11,6 +11,7 @@ allocation; left out, a fresh one is made. All tensors of a call must be on one 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -104,20 +105,30 @@ def all_finite_many(values: Sequence[Tensor], *, finite: Tensor | None = None) -
     """
     if finite is None:
         finite = flag(values[0].device if values else torch.device("cpu"))
-    values = [tensor for tensor in values if tensor.numel()]
-    for lo in range(0, len(values), kernels.VECTOR_CAPACITY):
-        group = values[lo : lo + kernels.VECTOR_CAPACITY]
-        by_value = np.zeros(1, kernels.VECTORS)
-        vectors = by_value[0]
-        sizes = [tensor.numel() for tensor in group]
-        ends = np.cumsum([_blocks(n, kernels.JOB_ELEMENTS) for n in sizes])
-        vectors["at"][: len(group)] = [tensor.data_ptr() for tensor in group]
-        vectors["elements"][: len(group)] = sizes
-        vectors["first_block"][1 : len(group)] = ends[:-1]
-        vectors["format"][: len(group)] = [kernels.FORMATS[tensor.dtype] for tensor in group]
-        arguments = [by_value, np.uint32(len(group)), np.uint64(finite.data_ptr())]
-        kernels.launch("all_finite", int(ends[-1]), arguments, group[0].device)
+    sizes, formats = tuple(map(Tensor.numel, values)), tuple([kernels.FORMATS[tensor.dtype] for tensor in values])
+    addresses = list(map(Tensor.data_ptr, values))
+    for places, vectors, blocks in _vectors(sizes, formats):
+        by_value = vectors.copy()
+        by_value["at"][0, : len(places)] = [addresses[place] for place in places]
+        arguments = [by_value, np.uint32(len(places)), np.uint64(finite.data_ptr())]
+        kernels.launch("all_finite", blocks, arguments, values[0].device)
     return finite
+
+
+@functools.lru_cache(maxsize=16)
+def _vectors(sizes: tuple[int, ...], formats: tuple[int, ...]) -> list[tuple[list[int], npt.NDArray[np.void], int]]:
+    """The launches that look at vectors of these sizes: which, all but their addresses, and the number of blocks."""
+    launches = []
+    filled = [place for place, n in enumerate(sizes) if n]
+    for lo in range(0, len(filled), kernels.VECTOR_CAPACITY):
+        places = filled[lo : lo + kernels.VECTOR_CAPACITY]
+        vectors = np.zeros(1, kernels.VECTORS)
+        ends = np.cumsum([_blocks(sizes[place], kernels.JOB_ELEMENTS) for place in places])
+        vectors["elements"][0, : len(places)] = [sizes[place] for place in places]
+        vectors["first_block"][0, 1 : len(places)] = ends[:-1]
+        vectors["format"][0, : len(places)] = [formats[place] for place in places]
+        launches.append((places, vectors, int(ends[-1])))
+    return launches
 
 
 # ------------------------------------------------------------------------------------------------------ deciding

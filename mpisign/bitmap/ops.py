@@ -61,11 +61,14 @@ def all_finite(values: torch.Tensor) -> Flag:
     return host.all_finite(raw_bits(values), format_of(values.dtype))
 
 
-def all_finite_many(values: Sequence[torch.Tensor]) -> Flag:
-    """Whether no element of any of ``values`` (dense, of any shape) is NaN or Inf; on a GPU in one launch."""
+def all_finite_many(values: Sequence[torch.Tensor], finite: torch.Tensor | None = None) -> Flag:
+    """Whether no element of any of ``values`` (dense, of any shape) is NaN or Inf.
+
+    On a GPU in few launches; ``finite``, a 0-d bool there, is then used for the answer, and nothing allocated.
+    """
     kernels = kernels_for(values[0].device) if values else None
     if kernels is not None:
-        flag: Flag = kernels.all_finite_many(values)
+        flag: Flag = kernels.all_finite_many(values, finite=None if finite is None else finite.fill_(True))
         return flag
     return all([bool(all_finite(flat(value))) for value in values])
 
@@ -115,14 +118,22 @@ def majority(
     first_word: int = 0,
     nonzeros: Sequence[torch.Tensor] | None = None,
     out_nonzero: torch.Tensor | None = None,
+    tied: torch.Tensor | None = None,
 ) -> Count:
-    """:func:`mpisign.bitmap.host.majority`; the number of ties."""
+    """:func:`mpisign.bitmap.host.majority`; the number of ties, or 0 if they were added to ``tied``, on a GPU only."""
     kernels = kernels_for(out.device)
     if kernels is not None:
-        tied: Count = kernels.majority(
-            ballots, out, ties=ties, key=key, first_word=first_word, nonzeros=nonzeros, out_nonzero=out_nonzero
+        found: Count = kernels.majority(
+            ballots,
+            out,
+            ties=ties,
+            key=key,
+            first_word=first_word,
+            nonzeros=nonzeros,
+            out_nonzero=out_nonzero,
+            tied=tied,
         )
-        return tied
+        return found if tied is None else 0
     return host.majority(
         [as_words(ballot) for ballot in ballots],
         as_words(out),

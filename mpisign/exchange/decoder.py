@@ -36,6 +36,7 @@ class Decoder:
         self._batch: Batch | None = (
             one_launch(layout, method, [exchange.decision for exchange in exchanges]) if self._direct else None
         )
+        self._order = [segment.index for bucket in layout.buckets for segment in bucket.segments]
 
     def decode(
         self,
@@ -50,23 +51,22 @@ class Decoder:
             gradients: in wire order, by parameter; None where this rank has none.
             voters: the ranks that vote, by parameter.
         """
-        outs: list[torch.Tensor | None] = []
+        if self._batch is not None:
+            self._batch.unpack(
+                [
+                    out if (out := gradients[place]) is not None and voters[place] else self._target(place, voters)
+                    for place in self._order
+                ]
+            )
+            return
         for bucket in buckets:
             for segment in bucket.segments:
                 place = segment.index
                 out = gradients[place]
-                if not voters[place]:
-                    out = None
-                    if not self._method.exchanges_models:
-                        self._layout.parameters[place].grad = None
-                elif out is None:
-                    out = self._new_gradient(place)
-                if self._batch is not None:
-                    outs.append(out)
-                elif out is not None:
+                if out is None or not voters[place]:
+                    out = self._target(place, voters)
+                if out is not None:
                     self._decode(bucket, segment, flat(out), voters[place], turn)
-        if self._batch is not None:
-            self._batch.unpack(outs)
 
     def follow(self, buckets: Sequence[Bucket], voters: Sequence[tuple[int, ...]], turn: Turn) -> None:
         """Keep a running memory up to date on a rank that trains no more and has no use for the gradients."""
@@ -79,13 +79,17 @@ class Decoder:
                     unused = torch.empty(segment.numel, dtype=parameter.dtype, device=parameter.device)
                     self._decode(bucket, segment, unused, voters[segment.index], turn)
 
-    def _new_gradient(self, place: int) -> torch.Tensor:
+    def _target(self, place: int, voters: Sequence[tuple[int, ...]]) -> torch.Tensor | None:
+        """A new gradient for a parameter that has none here; None, also as its gradient, where nobody votes."""
         parameter = self._layout.parameters[place]
-        gradient = torch.empty_strided(
+        if not voters[place]:
+            if not self._method.exchanges_models:
+                parameter.grad = None
+            return None
+        parameter.grad = torch.empty_strided(
             parameter.shape, self._layout.strides[place], dtype=parameter.dtype, device=parameter.device
         )
-        parameter.grad = gradient
-        return gradient
+        return parameter.grad
 
     def _decode(self, bucket: Bucket, segment: Segment, out: torch.Tensor, voters: tuple[int, ...], turn: Turn) -> None:
         exchange, method = self._exchanges[bucket.index], self._method

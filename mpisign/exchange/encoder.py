@@ -9,6 +9,7 @@ import torch
 
 from mpisign.bitmap import ops
 from mpisign.bitmap.batch import Batch
+from mpisign.bitmap.kernels import flag
 from mpisign.bitmap.ops import Flag
 from mpisign.bitmap.tensors import flat
 from mpisign.codecs import SignBits
@@ -45,10 +46,14 @@ class Encoder:
         largest = max((p.numel() for p in layout.parameters), default=0)
         self._scratch_size = min(PIECE, largest) if self._piecewise and layout.device.type == "cpu" else largest
         self._scratches: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        self._shaped: dict[tuple[str, int], torch.Tensor] = {}
+        self._shaped: dict[str, list[torch.Tensor]] = {}
         self._states: dict[int, dict[str, torch.Tensor]] = {}  # flat views of the memory, by parameter
         self._unscale = 1.0
         self._batch: Batch | None = one_launch(layout, method, messages) if self._piecewise else None
+        self._order = [segment.index for bucket in layout.buckets for segment in bucket.segments]
+        self._types = [state_dtype(parameter.dtype) for parameter in layout.parameters]
+        self._memories: dict[str, list[torch.Tensor]] = {}  # of all parameters in that order, by field
+        self._finite = None if self._batch is None else flag(layout.device)
 
     def begin(self, gradients: Sequence[torch.Tensor | None], turn: Turn, unscale: float) -> tuple[Turn, bool]:
         """Before the first bucket: the turn that memory and codec shall see, and whether this rank may go on."""
@@ -179,48 +184,56 @@ class Encoder:
     def _encode_together(self, gradients: Sequence[torch.Tensor | None], turn: Turn) -> Flag | None:
         """All parameters in a few launches; None, with nothing changed, if the memory has no such way for them."""
         memory = self._method.memory
-        places = [segment.index for bucket in self._layout.buckets for segment in bucket.segments]
-        present = [place for place in places if gradients[place] is not None]
-        values: dict[int, torch.Tensor] = {place: g for place in present if (g := gradients[place]) is not None}
+        present = [place for place in self._order if gradients[place] is not None]
+        values = [g for place in self._order if (g := gradients[place]) is not None]
         if present and (memory.fields or self._unscale != 1.0):
-            if not bool(ops.all_finite_many(list(values.values()))):
+            if not bool(ops.all_finite_many(values, self._finite)):
                 return None  # one by one, each memory is kept where its gradient is not finite
-            kept = self._layout.parameters
-            by_field = {field: [self._memory_of(kept[place])[field] for place in present] for field in memory.fields}
-            wide = self._widened_many(values)
-            results = memory.many(wide, by_field, lambda: self._like("result", present), turn)
+            wide = self._widened_many(values, present)
+            results = memory.many(wide, self._memories_of(present), lambda: self._like("result", present), turn)
             if results is None:
                 return None
-            values = dict(zip(present, results, strict=True))
+            values = results
+        batch: list[torch.Tensor | None] = [*values]
+        if len(present) < len(self._order):
+            by_place = dict(zip(present, values, strict=True))
+            batch = [by_place.get(place) for place in self._order]
         assert self._batch is not None
         assert isinstance(self._method.codec, SignBits)
         zeros = self._method.codec.zeros(turn.policy)
-        return self._batch.pack([values.get(place) for place in places], zeros=zeros, key=turn.zeros_key)
+        return self._batch.pack(batch, zeros=zeros, key=turn.zeros_key)
 
-    def _widened_many(self, gradients: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+    def _memories_of(self, places: Sequence[int]) -> dict[str, list[torch.Tensor]]:
+        """The memory's state of the parameters at ``places``, by field."""
+        complete = len(places) == len(self._order)
+        if complete and self._memories:
+            return self._memories
+        states = [self._memory_of(self._layout.parameters[place]) for place in places]
+        found = {field: [state[field] for state in states] for field in self._method.memory.fields}
+        if complete:
+            self._memories = found
+        return found
+
+    def _widened_many(self, gradients: list[torch.Tensor], places: Sequence[int]) -> list[torch.Tensor]:
         """As :meth:`_widened`, shaped as they are."""
-        wide = list(gradients.values())
-        types = [state_dtype(self._layout.parameters[place].dtype) for place in gradients]
-        if self._unscale == 1.0 and all(g.dtype == dtype for g, dtype in zip(wide, types, strict=True)):
-            return wide
-        copies = self._like("gradient", list(gradients))
-        torch._foreach_copy_(copies, wide)
+        types = [self._types[place] for place in places]
+        if self._unscale == 1.0 and [gradient.dtype for gradient in gradients] == types:
+            return gradients
+        copies = self._like("gradient", places)
+        torch._foreach_copy_(copies, gradients)
         if self._unscale != 1.0:
             torch._foreach_mul_(copies, self._unscale)
         return copies
 
     def _like(self, purpose: str, places: Sequence[int]) -> list[torch.Tensor]:
         """Scratch in the shapes and wire order of parameters."""
-        for place in places:
-            if (purpose, place) not in self._shaped:
-                parameter = self._layout.parameters[place]
-                self._shaped[purpose, place] = torch.empty_strided(
-                    parameter.shape,
-                    self._layout.strides[place],
-                    dtype=state_dtype(parameter.dtype),
-                    device=parameter.device,
-                )
-        return [self._shaped[purpose, place] for place in places]
+        if purpose not in self._shaped:
+            layout = self._layout
+            self._shaped[purpose] = [
+                torch.empty_strided(parameter.shape, strides, dtype=dtype, device=layout.device)
+                for parameter, strides, dtype in zip(layout.parameters, layout.strides, self._types, strict=True)
+            ]
+        return [self._shaped[purpose][place] for place in places]
 
     # ------------------------------------------------------------------------------------------- precision
 

@@ -19,7 +19,9 @@ class Maximum:
 
     def __init__(self, layout: Layout, world: World) -> None:
         self._segments = [segment for bucket in layout.buckets for segment in bucket.segments]
-        self._buffer = Buffer((sum(segment.numel for segment in self._segments),), torch.float32, layout.device)
+        # Staged, as Open MPI's nonblocking reductions crash on GPU memory even where its other collectives take it.
+        length = sum(segment.numel for segment in self._segments)
+        self._buffer = Buffer((length,), torch.float32, layout.device, staged=True)
         ranks = world.size
         self.bytes_sent = 2 * (ranks - 1) * self._buffer.nbytes // ranks  # of a ring; MPI may choose another way
 

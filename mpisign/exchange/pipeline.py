@@ -18,12 +18,13 @@ import torch
 
 from mpisign.bitmap import ops
 from mpisign.bitmap.ops import Count, Flag
-from mpisign.bitmap.tensors import DTYPES, is_laid_as
-from mpisign.errors import GradientError, MpisignError, SynchronizationError
+from mpisign.bitmap.tensors import is_laid_as
+from mpisign.errors import MpisignError, SynchronizationError
 from mpisign.exchange import header
 from mpisign.exchange.choose import Exchange, choose, shards_for
 from mpisign.exchange.decoder import Decoder
 from mpisign.exchange.encoder import Encoder
+from mpisign.exchange.gradients import Gradients, looks_of
 from mpisign.exchange.maximum import Maximum
 from mpisign.exchange.runs import decide_runs, runs_of
 from mpisign.exchange.server import Server
@@ -79,6 +80,7 @@ class Pipeline:
             choose(exchange, method, bucket.length, bucket.dtype, self._up, self._down, world, layout.device)
             for bucket in layout.buckets
         ]
+        self._given, self._looks = Gradients(layout, world.rank), looks_of(layout.parameters)
         messages = [exchange.message for exchange in self.exchanges]
         sending = dataclasses.replace(method, memory=Nothing()) if method.exchanges_models else method
         self._encoder = Encoder(layout, sending, messages, store.of)
@@ -91,8 +93,17 @@ class Pipeline:
         ]
         together = ops.kernels_for(layout.device) is not None
         self._groups = [list(layout.buckets)] if together else [[bucket] for bucket in layout.buckets]
-        self._ended = torch.cuda.Event() if layout.device.type == "cuda" else None
+        # Ties that enter the job's count, and others: kernels add them up where they are.
+        self._counts = torch.zeros(2, dtype=torch.int64, device=layout.device) if together else None
+        self._ended: torch.cuda.Event | None = None
+        if layout.device.type == "cuda":
+            self._ended = torch.cuda.Event()
+            self._ended.record(torch.cuda.current_stream(layout.device))  # the buffers are zero from here on
         self._latest = -1
+
+    def fits(self, parameters: Sequence[torch.Tensor]) -> bool:
+        """Whether it was made for these parameters, as they are now."""
+        return self._looks == looks_of(parameters)
 
     # -------------------------------------------------------------------------------------------- a step
 
@@ -121,8 +132,9 @@ class Pipeline:
         Returns:
             Whether all of it was finite. If not, the memory has been protected, and the gradients are worth nothing.
         """
-        gradients = [self._gradient(place, parameter) for place, parameter in enumerate(self.layout.parameters)]
-        return self._local.take_in(gradients, self.policy.turn(step, self.world.rank, self.world.size), unscale)
+        return self._local.take_in(
+            self._given.read(), self.policy.turn(step, self.world.rank, self.world.size), unscale
+        )
 
     @torch.no_grad()
     def sit_out(self, step: int, joined_for: int) -> tuple[header.Roll, StepReport]:
@@ -189,8 +201,13 @@ class Pipeline:
                 self._encoder.sent(gradients, voters, world.rank)
 
         ties: Count = 0
+        if self._counts is not None:
+            self._counts.zero_()
         for bucket, exchange in zip(self.layout.buckets, self.exchanges, strict=True):
             ties = ties + self._settle(bucket, exchange, voters, turn, watch)
+        if self._counts is not None:
+            with watch.span("decide"):
+                ties = int(ties) + int(self._counts[0])
         counting, counted = np.array([[int(ties)], [0]], np.int64)  # kept here: MPI reads them until the tally is in
         tally = world.comm.Iallreduce(counting, counted) if self.method.rule.votes else None
 
@@ -237,6 +254,8 @@ class Pipeline:
         watch: Stopwatch,
     ) -> Count:
         tied: Count = 0
+        counts = exchange.counts_ties_for(self.world.rank)
+        total = None if self._counts is None else self._counts[0 if counts else 1]
 
         def decide(messages: Sequence[torch.Tensor], out: torch.Tensor, start: int) -> None:
             nonlocal tied
@@ -245,13 +264,13 @@ class Pipeline:
                 if self.method.rule.reencodes:
                     self._server.decide(bucket, voters, turn, messages, out, start)
                 elif not self.method.by_value:
-                    here = dataclasses.replace(turn, previous=self._previous[bucket.index])
+                    here = dataclasses.replace(turn, previous=self._previous[bucket.index], tied=total)
                     tied = decide_runs(self.method.rule, here, bucket, runs_of(bucket, voters), messages, out, start)
             watch.seconds["exchange"] -= watch.seconds["decide"] - before  # the span around us counts it too
 
         with watch.span("exchange"):
             exchange.settle(decide, self.world, f"step {self._latest}, bucket {bucket.index}")
-        return tied if exchange.counts_ties_for(self.world.rank) else 0
+        return tied if counts else 0
 
     def _whole(self, voters: Sequence[tuple[int, ...]]) -> Sequence[tuple[int, ...]]:
         """For rules on whole vectors, a rank that votes at all votes on everything that anybody votes on."""
@@ -296,29 +315,7 @@ class Pipeline:
                 p.detach() if is_laid_as(p, strides) else p.detach().contiguous()
                 for p, strides in zip(self.layout.parameters, self.layout.strides, strict=True)
             ]
-        return [self._gradient(place, parameter) for place, parameter in enumerate(self.layout.parameters)]
-
-    def _gradient(self, place: int, parameter: torch.Tensor) -> torch.Tensor | None:
-        gradient = parameter.grad
-        if gradient is None:
-            return None
-        strides = self.layout.strides[place]
-        if gradient.layout != torch.strided:
-            raise GradientError(
-                f"rank {self.world.rank}: the gradient of {self.layout.names[place]!r} is {gradient.layout}; use "
-                f"sparse=False in the embedding, or densify it with p.grad = p.grad.to_dense()"
-            )
-        if gradient.dtype not in DTYPES or gradient.device != self.layout.device:
-            raise GradientError(
-                f"rank {self.world.rank}: the gradient of {self.layout.names[place]!r} is {gradient.dtype} on "
-                f"{gradient.device}; only floating-point tensors on the parameter's device can be voted on"
-            )
-        if not is_laid_as(gradient, strides):
-            # Another order of elements than the others expect (or overlapping memory): put it in order.
-            ordered = torch.empty_strided(parameter.shape, strides, dtype=gradient.dtype, device=gradient.device)
-            ordered.copy_(gradient)
-            parameter.grad = gradient = ordered
-        return gradient
+        return self._given.read()
 
     # ------------------------------------------------------------------------------------------ on request
 

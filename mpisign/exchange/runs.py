@@ -27,6 +27,8 @@ def runs_of(bucket: Bucket, voters: Sequence[tuple[int, ...]]) -> list[Run]:
     Args:
         voters: the voting ranks of each parameter, by its index in the layout.
     """
+    if voters and voters.count(voters[0]) == len(voters):
+        return [(bucket.segments[0].start, bucket.segments[-1].stop, voters[0])]
     runs: list[Run] = []
     for segment in bucket.segments:
         ranks = voters[segment.index]

@@ -2,7 +2,8 @@
 
 On the host a buffer is one piece of memory. On a GPU it is two: device memory, and a mirror in pinned host memory
 that MPI is given; copies between them run on torch's current stream and are waited for by an event, never by
-synchronising the device. With ``MPISIGN_GPU_AWARE_MPI=1`` MPI gets the device memory itself.
+synchronising the device. With ``MPISIGN_GPU_AWARE_MPI=1`` MPI gets the device memory itself, as DLPack or by the CUDA
+array interface.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import os
 from typing import Any
 
 import torch
+
+from mpisign.bitmap import ops
 
 __all__ = ["Buffer", "gpu_aware"]
 
@@ -23,24 +26,26 @@ def gpu_aware() -> bool:
 class Buffer:
     """A tensor that crosses MPI, zero at first.
 
+    Args:
+        staged: MPI shall get host memory in any case.
+
     Attributes:
         tensor: where this process computes.
-        mpi: what MPI is given: a NumPy array that shares the host memory, or the device tensor itself.
+        mpi: what MPI is given: a NumPy array that shares the host memory, or the device tensor itself, flat.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, staged: bool = False
+    ) -> None:
+        cuda = device.type == "cuda"
         self.tensor = torch.zeros(shape, dtype=dtype, device=device)
         self._mirror: torch.Tensor | None = None
-        self._written: torch.cuda.Event | None = None
-        self.mpi: Any
-        if device.type == "cpu":
+        self._written = torch.cuda.Event() if cuda else None
+        self.mpi: Any = self.tensor.view(-1)
+        if ops.kernels_for(device) is None:
             self.mpi = self.tensor.numpy()
-            return
-        self._written = torch.cuda.Event()
-        if gpu_aware():
-            self.mpi = self.tensor
-        else:
-            self._mirror = torch.zeros(shape, dtype=dtype, pin_memory=True)
+        elif staged or not gpu_aware():
+            self._mirror = torch.zeros(shape, dtype=dtype, pin_memory=cuda)
             self.mpi = self._mirror.numpy()
 
     @property

@@ -38,4 +38,5 @@ class MajorityVote(Rule):
             first_word=first_word,
             nonzeros=[message[1] for message in messages] if len(messages[0]) > 1 else None,
             out_nonzero=out[1] if len(out) > 1 else None,
+            tied=turn.tied,
         )

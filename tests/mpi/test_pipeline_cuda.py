@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from gpu_branch import gpu_branch, needs_compiler
 
 import mpisign
+from mpisign.exchange import staging
 
 from . import ballots
 
@@ -104,6 +106,36 @@ def test_a_rank_with_a_nan_abstains_and_keeps_its_memory(comm: MPI.Comm, method:
     assert voters == [everybody, everybody[:-1], everybody]
     if comm.rank == spoilt:
         assert seen[1][2].items() >= seen[0][2].items(), "what the memory held it still holds"
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
+def test_gpu_aware_mpi_is_given_the_memory_that_kernels_work_on(
+    comm: MPI.Comm, exchange: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tensors, through DLPack; a rank that does so and one that stages understand each other."""
+    steps = rounds(comm.rank, 2)
+    options: dict[str, Any] = {"zeros": "abstain", "exchange": exchange, "bucket_cap_mb": SMALL}
+    host = train(False, steps, method=mpisign.signum(0.5), **options)
+    if comm.rank != 1:
+        monkeypatch.setenv("MPISIGN_GPU_AWARE_MPI", "1")
+    given: list[object] = []
+    monkeypatch.setattr(staging.Buffer, "ready", lambda buffer: given.append(type(buffer.mpi)))
+    assert train(True, steps, method=mpisign.signum(0.5), **options) == host
+    assert set(given) == {torch.Tensor if comm.rank != 1 else np.ndarray}
+
+
+def test_a_maximum_over_ranks_is_staged_even_then(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open MPI's nonblocking reductions crash on GPU memory."""
+    monkeypatch.setenv("MPISIGN_GPU_AWARE_MPI", "1")
+    with gpu_branch():
+        buffer = staging.Buffer((3,), torch.float32, torch.device("cpu"), staged=True)
+    assert isinstance(buffer.mpi, np.ndarray)
+    buffer.tensor.fill_(comm.rank)
+    buffer.push()
+    assert comm.allgather(buffer.mpi.tolist()) == [[rank] * 3 for rank in range(comm.size)]
+    buffer.mpi[:] = 7
+    buffer.pull()
+    assert buffer.tensor.tolist() == [7] * 3
 
 
 def test_methods_with_other_messages(comm: MPI.Comm) -> None:
