@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 from mpisign.codecs import Codec, Dense, ScaledBits, SignBits, TopK, Trits
@@ -39,6 +40,7 @@ from mpisign.rules import (
     NearestNeighbourMixing,
     TrimmedMean,
 )
+from mpisign.rules.coordinatewise import check_count
 
 # fmt: off
 __all__ = [
@@ -100,7 +102,7 @@ def sto_sign(bound: float | None = None) -> Method:
     """Each rank votes +1 with probability ``1/2 + g / 2b``, so that votes are right on average on any data.
 
     ``bound=None`` takes the exact maximum of ``|g|`` over ranks, coordinate by coordinate, and pays for it with one
-    dense fp32 all-reduce a step: no traffic is saved then.
+    dense fp32 all-reduce a step: no traffic is saved then, and one rank with huge values makes all others toss coins.
 
     Jin et al., "Stochastic-Sign SGD for Federated Learning with Theoretical Guarantees", 2020, Algorithm 1.
     """
@@ -112,8 +114,8 @@ def dp_sign(
 ) -> Method:
     """Private votes: clip the rank's gradient to L2 norm ``clip``, add normal ``noise``, take the sign.
 
-    Give ``noise``, or ``epsilon`` and ``delta`` of one step. What leaves a rank is private, without trust in the
-    others; accounting over steps is yours.
+    Give ``noise``, or ``epsilon`` and ``delta`` of one step; accounting over steps is yours. The noise can be drawn
+    again from the optimizer's ``seed``, which all ranks share: a rank is private towards those who do not know it.
 
     Jin et al., 2020 (see :func:`sto_sign`), Algorithm 2; Lyu, "DP-signSGD", 2021.
     """
@@ -129,7 +131,8 @@ def dp_sign(
 def ternary_vote(A: float = 1.0, B: float = 2.0) -> Method:  # noqa: N803 - the paper's names
     """A vote of trits: +1 with probability (A + g)/2B, -1 with (A - g)/2B, else nothing. A bounds ``|g|``; B >= A.
 
-    Private (the smaller A/B the more), robust to a minority, and right on average on data of different kinds. Two bits.
+    Private as :func:`dp_sign` (the smaller A/B the more), robust to a minority, and with a large B right on data of
+    different kinds. Two bits.
 
     "TernaryVote: Differentially Private, Communication Efficient, and Byzantine Resilient Distributed Optimization on
     Heterogeneous Data", 2024, Algorithm 1.
@@ -179,8 +182,7 @@ def one_bit_adam(freeze_step: int, beta1: float = 0.9, beta2: float = 0.999, eps
 
     Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence Speed", 2021, Alg. 1.
     """
-    if not (isinstance(freeze_step, int) and freeze_step >= 0):
-        raise OptionError(f"freeze_step={freeze_step!r} must be a number of steps, 0 or more")
+    check_count("freeze_step", freeze_step)
     squeezed = Method(OneBitAdam(beta1, beta2, eps, frozen=True), ScaledBits(), Mean(reencodes=True), "one_bit_adam")
     return Method(OneBitAdam(beta1, beta2, eps), Dense(), Mean(), "one_bit_adam", by_step=((freeze_step, squeezed),))
 
@@ -209,16 +211,20 @@ def ef21_sgdm(momentum: float = 0.9, ratio: float | None = 0.01) -> Method:
     return Method(EF21(momentum), _contraction(ratio), Mean(of_all=True), "ef21_sgdm")
 
 
-def ef21_w(smoothness: Sequence[float], ratio: float | None = 0.01) -> Method:
+def ef21_w(smoothness: Iterable[float], ratio: float | None = 0.01) -> Method:
     """:func:`ef21` with ranks weighted by the smoothness L_m of their functions, which allows a larger step.
 
     With equal step sizes it is EF21, step for step. ``smoothness`` has one constant a rank, the same on all.
 
     "Error Feedback Reloaded: From Quadratic to Arithmetic Mean of Smoothness Constants", 2024, Algorithm 3.
     """
-    if not smoothness or min(smoothness) <= 0.0:
-        raise OptionError(f"smoothness={list(smoothness)!r} must be one positive constant for each rank")
-    shares = tuple(float(constant) / sum(smoothness) for constant in smoothness)
+    try:
+        constants = [float(constant) for constant in smoothness]
+    except (TypeError, ValueError):
+        constants = []
+    if not constants or not all(0.0 < constant < math.inf for constant in constants):
+        raise OptionError(f"smoothness={smoothness!r} must be one positive constant for each rank, e.g. [1.0, 2.5]")
+    shares = tuple(constant / sum(constants) for constant in constants)
     return Method(EF21(shares=shares), _contraction(ratio), Mean(shares=shares), "ef21_w")
 
 
@@ -255,8 +261,7 @@ def dgc(
     Lin et al., "Deep Gradient Compression: Reducing the Communication Bandwidth for Distributed Training", 2018,
     Algorithm 4.
     """
-    if not (isinstance(warmup_epochs, int) and warmup_epochs >= 0):
-        raise OptionError(f"warmup_epochs={warmup_epochs!r} must be a number of epochs, 0 or more")
+    check_count("warmup_epochs", warmup_epochs)
     memory = DGC(momentum, nesterov, clip, masking)
 
     def phase(share: float) -> Method:
@@ -324,6 +329,10 @@ def nearest_neighbour_mixing(f: int, then: Method | None = None) -> Method:
     far better. See :class:`mpisign.rules.NearestNeighbourMixing`.
     """
     inner = trimmed_mean(f) if then is None else then
+    if not isinstance(inner, Method):
+        raise OptionError(f"then={then!r} is not a Method: use one of mpisign's, e.g. mpisign.trimmed_mean({f})")
+    if inner.by_step or inner.by_epoch:
+        raise OptionError(f"{inner.name} becomes another method as training goes on, which mixing cannot follow")
     return replace(inner, rule=NearestNeighbourMixing(inner.rule, f), name=f"nearest_neighbour_mixing({inner.name})")
 
 
