@@ -9,6 +9,7 @@ import torch
 from mpisign.bitmap import ops
 from mpisign.bitmap.host import words_for
 from mpisign.bitmap.ops import Flag
+from mpisign.bitmap.tensors import blocks
 from mpisign.codecs.codec import Codec
 from mpisign.codecs.sign_bits import add_signs
 from mpisign.policy import Turn
@@ -34,15 +35,28 @@ class ScaledBits(Codec):
         return 1 + words_for(elements)
 
     def encode(self, values: torch.Tensor, message: torch.Tensor, turn: Turn, first_word: int) -> Flag:
-        scale = _scale_of(message)
-        scale.copy_(torch.linalg.vector_norm(values, 1) / max(values.numel(), 1))
-        zeros = "positive" if turn.policy.zeros == "positive" else "coin"
-        finite = ops.pack(values, message[0, 1:], zeros=zeros, key=turn.zeros_key, first_word=first_word + 1)
+        scale, zeros = _scale_of(message), "positive" if turn.policy.zeros == "positive" else "coin"
+        norm: float | torch.Tensor = 0.0
+        finite: Flag = True
+        scratch = values.new_empty(0)
+        for span in blocks(values.numel(), values.device):
+            part, at = values[span], 1 + span.start // 32
+            words = message[0, at : at + words_for(part.numel())]
+            finite = finite & ops.pack(part, words, zeros=zeros, key=turn.zeros_key, first_word=first_word + at)
+            size = torch.abs(part, out=scratch.resize_(part.numel())).sum()  # torch's own norm is several times slower
+            norm = norm + (size if size.is_cuda else float(size))
+        scale.copy_(torch.as_tensor(norm / max(values.numel(), 1)))
         return finite & torch.isfinite(scale)  # a norm may overflow where no value does
 
     def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
-        scale = _scale_of(message).to(out.dtype)
-        add_signs(message[0, 1:], out, scale * alpha)
+        add_signs(message[0, 1:], out, _scale_of(message).to(out.dtype) * alpha)
+
+    def decode(self, decision: torch.Tensor, out: torch.Tensor) -> None:
+        scale, words = _scale_of(decision).to(out.dtype), decision[0, 1:]
+        for span in blocks(out.numel(), out.device):
+            part = out[span]
+            ops.unpack(words[span.start // 32 :][: words_for(part.numel())], part)
+            part.mul_(scale)
 
 
 def _scale_of(message: torch.Tensor) -> torch.Tensor:

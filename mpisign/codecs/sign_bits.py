@@ -9,6 +9,7 @@ import torch
 from mpisign.bitmap import ops
 from mpisign.bitmap.host import words_for
 from mpisign.bitmap.ops import Flag
+from mpisign.bitmap.tensors import blocks
 from mpisign.codecs.codec import Codec
 from mpisign.policy import Policy, Turn
 
@@ -57,20 +58,18 @@ class SignBits(Codec):
         ops.unpack(decision[0], out, nonzero=decision[1] if len(decision) > 1 else None)
 
 
-BLOCK = 1 << 16  # elements; the signs of a block stay in the cache until they are added
-
-
 def add_signs(
     words: torch.Tensor, out: torch.Tensor, scale: float | torch.Tensor, nonzero: torch.Tensor | None = None
 ) -> None:
     """``out += scale * signs`` for flat ``out`` (n,); ``scale`` may be a 0-d tensor of its type and device."""
-    block = out.numel() if out.is_cuda else BLOCK
-    signs = torch.empty(min(block, out.numel()), dtype=out.dtype, device=out.device)
-    for lo in range(0, out.numel(), max(block, 1)):
-        part = out[lo : lo + block]
-        span = slice(lo // 32, lo // 32 + words_for(part.numel()))
-        mine = signs[: part.numel()]
-        ops.unpack(words[span], mine, nonzero=None if nonzero is None else nonzero[span])
+    if isinstance(scale, torch.Tensor) and not scale.is_cuda:
+        scale = float(scale)
+    signs = torch.empty(0, dtype=out.dtype, device=out.device)
+    for span in blocks(out.numel(), out.device):
+        part = out[span]
+        mine = signs.resize_(part.numel())
+        bits = slice(span.start // 32, span.start // 32 + words_for(part.numel()))
+        ops.unpack(words[bits], mine, nonzero=None if nonzero is None else nonzero[bits])
         if isinstance(scale, torch.Tensor):
             part.addcmul_(mine, scale)
         else:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from mpisign.bitmap import ops
 from mpisign.bitmap.ops import Flag
+from mpisign.bitmap.tensors import BLOCK, blocks, format_of, raw_bits
 from mpisign.codecs.codec import Codec
 from mpisign.errors import OptionError
 from mpisign.policy import Turn
 
 __all__ = ["TopK", "top_k"]
+
+SAMPLE = 0.01
+"""Share of the coordinates that the threshold is guessed from on the host, if nobody says otherwise."""
 
 MARGIN = 2.0
 """How many times more candidates than wanted a sample's threshold aims at: fewer would often not be enough."""
@@ -26,8 +31,8 @@ class TopK(Codec):
 
     Args:
         ratio: share of each parameter's coordinates that is sent, in (0, 1].
-        sample: look for a threshold in this share of the coordinates, and only among those above it for the k
-            largest (which are found all the same); None to look at all.
+        sample: guess a threshold from this share of the coordinates, and look for the k largest among those above
+            it only (they are found all the same); None for the default: 0.01 on the host, all on a GPU.
         vectors: whether parameters of one dimension (biases, norms) are sparse too; if not they are sent whole.
 
     Raises:
@@ -81,20 +86,35 @@ class TopK(Codec):
 def top_k(values: torch.Tensor, count: int, sample: float | None = None) -> torch.Tensor:
     """The indices (count,) of the entries of ``values`` (n,) with the largest magnitude, in no particular order.
 
-    With ``sample`` the k-th largest magnitude is first guessed from evenly spaced entries, low enough to have enough
-    candidates almost always; if they are too few after all, everything is looked at.
+    With ``sample`` (on the host always) the k-th largest magnitude is first guessed from evenly spaced entries, low
+    enough to have enough candidates almost always; if they are too few after all, everything is looked at.
 
     Source: Lin et al., "Deep Gradient Compression", 2018, section 5 (hierarchical selection).
     """
+    if sample is None and not values.is_cuda:
+        sample = SAMPLE
     if sample is not None and count < values.numel():
-        stride = max(1, int(1.0 / sample))
-        few = values[::stride].abs()
+        few = values[:: max(1, int(1.0 / sample))].abs()
         rank = min(few.numel(), 1 + int(MARGIN * count * few.numel() / values.numel()))
-        threshold = few.topk(rank, sorted=False).values.min()
-        candidates = (~(values.abs() < threshold)).nonzero().view(-1)  # with NaN, which must not be missed
+        candidates = _at_least(values, few.topk(rank, sorted=False).values.min())
         if count <= candidates.numel() < values.numel():
             return candidates[values[candidates].abs().topk(count, sorted=False).indices]
     return values.abs().topk(count, sorted=False).indices
+
+
+def _at_least(values: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """Where ``values`` (n,) have the magnitude ``threshold`` or more, or are NaN, which must not be missed."""
+    if values.is_cuda:
+        return (~(values.abs() < threshold)).nonzero().view(-1)
+    # Without the sign, raw bits are in the order of the magnitudes, and those of NaN are above all.
+    fmt, bits = format_of(values.dtype), raw_bits(values)
+    least = raw_bits(threshold.view(1))[0]
+    magnitude = np.empty(min(BLOCK, bits.size), fmt.bits)
+    found = []
+    for span in blocks(values.numel(), values.device):
+        block = np.bitwise_and(bits[span], fmt.sign - 1, out=magnitude[: span.stop - span.start])
+        found.append(np.flatnonzero(block >= least) + span.start)
+    return torch.from_numpy(np.concatenate(found))
 
 
 def _parts(message: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

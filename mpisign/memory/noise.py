@@ -26,6 +26,9 @@ __all__ = [
 ]
 
 
+COINS = 1 << 16  # drawn at once: larger arrays would come fresh from the system each time
+
+
 class Random:
     """Random numbers for one gradient, in the order of its elements: this rank's own, the same in every repetition."""
 
@@ -42,9 +45,10 @@ class Random:
         """Fill ``out`` with numbers from [low, high]; on the host 32 coins each, at half of torch's price."""
         if out.is_cuda:
             return out.uniform_(low, high, generator=self._generator)
-        coins = coin_words(self._key, self._drawn, out.numel()).view(np.int32)
-        self._drawn += out.numel()
-        out.copy_(torch.from_numpy(coins)).mul_((high - low) / 2**32)
+        for part in out.split(COINS):
+            coins = coin_words(self._key, self._drawn, part.numel()).view(np.int32)
+            self._drawn += part.numel()
+            part.copy_(torch.from_numpy(coins)).mul_((high - low) / 2**32)
         return out.add_((high + low) / 2) if high != -low else out
 
 
@@ -158,7 +162,7 @@ class ClippedNoise(Noise):
         return factor
 
     def draw(self, gradient: torch.Tensor, scale: float | torch.Tensor, out: torch.Tensor, random: Random) -> None:
-        random.normal(out).mul_(self.noise).addcmul_(gradient, scale)
+        random.normal(out).mul_(self.noise).add_(gradient * scale)
 
 
 def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
