@@ -120,8 +120,10 @@ class Decoder:
         rule = self._method.rule
         weights = rule.weights(turn)
         if weights is not None:
-            out.zero_()
-            for message, weight in zip(messages, weights, strict=True):
+            codec.decode(messages[0], out)
+            if weights[0] != 1.0:
+                out.mul_(weights[0])
+            for message, weight in zip(messages[1:], weights[1:], strict=True):
                 codec.add(message, out, weight)
             return
         rows = out.new_zeros((len(messages), 1, out.numel()))
