@@ -56,7 +56,7 @@ CASES = (
     Case("ternary_vote", mpisign.ternary_vote(4.0, 5.0), 2, "gradient in, decision out; a uniform random number"),
     Case("sparsign", mpisign.sparsign(0.5), 2, "the same"),
     Case("ef_signsgd", mpisign.ef_signsgd(), 6, "the error in and out, and again when the message has counted"),
-    Case("1-bit Adam, before", mpisign.one_bit_adam(1), 6, "fp32 messages; both moments in and out"),
+    Case("1-bit Adam, before", mpisign.one_bit_adam(10**9), 6, "fp32 messages; both moments in and out"),
     Case("1-bit Adam, frozen", mpisign.one_bit_adam(0), 9, "the error twice in and out, the moments"),
     Case("ef21", mpisign.ef21(), 4, "top 1 %; the estimate in, the average out"),
     Case("ef21, signs", mpisign.ef21(None), 7, "the estimate in, in and out; the average in and out"),
@@ -135,6 +135,7 @@ class Loopback:
 class Work:
     """What one rank does at a step of a method, with memory and buffers of its own."""
 
+    @torch.no_grad()
     def __init__(self, case: Case, model: Model) -> None:
         self.case, self._model, self._step = case, model, 0
         method = case.method.at(1, 0)
@@ -142,7 +143,11 @@ class Work:
         self._layout = Layout(named, method.codec, BUCKET)
         exchanges = [Loopback(bucket, method.codec.planes_up(Policy())) for bucket in self._layout.buckets]
         messages = [exchange.message for exchange in exchanges]
-        self._encoder = Encoder(self._layout, method, messages, MemoryStore(method.memory).of)
+        store = MemoryStore(method.memory)
+        for parameter in model.parameters:
+            for value in store.of(parameter).values():
+                value.copy_(parameter.square())  # as after some steps: zeros may take another time than other numbers
+        self._encoder = Encoder(self._layout, method, messages, store.of)
         self._decoder = Decoder(self._layout, method, exchanges, self._encoder)
         sent = sum(message.nbytes for message in messages)
         self.bytes = 4 * case.moves * model.elements + 2 * sent  # a message is written once, a decision read once

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mpisign.bitmap.tensors import blocks
 from mpisign.codecs.codec import Codec
 from mpisign.errors import OptionError
 from mpisign.memory.memory import Memory
@@ -60,7 +61,8 @@ class EF21(Memory):
         codec.add(message, state["estimate"], 1.0)
 
     def received(self, decision: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
-        decision.copy_(state["average"].add_(decision))
+        for span in blocks(decision.numel(), decision.device):
+            decision[span].copy_(state["average"][span].add_(decision[span]))
 
 
 def ef21_step_size(

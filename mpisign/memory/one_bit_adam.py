@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from mpisign.bitmap.tensors import blocks
 from mpisign.codecs.codec import Codec
 from mpisign.memory.memory import Memory
 from mpisign.memory.momentum import check_decay
@@ -61,10 +62,11 @@ class OneBitAdam(Memory):
         codec.add(message, state["error"], -1.0)
 
     def received(self, decision: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
-        momentum, variance = state["momentum"], state["variance"]
-        if self.frozen:
-            momentum.copy_(decision)
-        else:
-            momentum.mul_(self.beta1).add_(decision, alpha=1.0 - self.beta1)
-            variance.mul_(self.beta2).addcmul_(decision, decision, value=1.0 - self.beta2)
-        torch.div(momentum, torch.sqrt(variance, out=decision).add_(self.eps), out=decision)
+        for span in blocks(decision.numel(), decision.device):
+            update, momentum, variance = decision[span], state["momentum"][span], state["variance"][span]
+            if self.frozen:
+                momentum.copy_(update)
+            else:
+                momentum.lerp_(update, 1.0 - self.beta1)
+                variance.mul_(self.beta2).addcmul_(update, update, value=1.0 - self.beta2)
+            torch.div(momentum, torch.sqrt(variance, out=update).add_(self.eps), out=update)
