@@ -123,17 +123,24 @@ def test_replicas_stay_the_same(comm: MPI.Comm, make: Make) -> None:
 
 @each
 def test_resuming_is_exact(comm: MPI.Comm, make: Make) -> None:
+    """Also as a schedule changes the rate at every step, which what is owed has to follow."""
     tensors = model()
     optimizer = wrap(tensors, make(comm.size))
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
     for at in range(2):
         step(optimizer, tensors, drawn(tensors, at, comm.rank))
-    saved = copy.deepcopy(optimizer.state_dict())
+        schedule.step()
+    saved = copy.deepcopy((optimizer.state_dict(), schedule.state_dict()))
     resumed = copy.deepcopy(tensors)
     other = wrap(resumed, make(comm.size))
-    other.load_state_dict(saved)
-    for at in range(2, 4):
-        for theirs, whose in ((tensors, optimizer), (resumed, other)):
+    others = torch.optim.lr_scheduler.ExponentialLR(other, 0.7)
+    other.load_state_dict(saved[0])
+    others.load_state_dict(saved[1])
+    for at in range(2, 5):
+        for theirs, whose, rate in ((tensors, optimizer, schedule), (resumed, other, others)):
             step(whose, theirs, drawn(tensors, at, comm.rank))
+            rate.step()
+    assert optimizer.param_groups[0]["lr"] == other.param_groups[0]["lr"] == pytest.approx(0.1 * 0.7**5)
     assert all(torch.equal(a, b) for a, b in zip(tensors, resumed, strict=True))
     for part in ("memory", "pieces"):
         ours, theirs = (whose.state_dict()["mpisign"][part] for whose in (optimizer, other))
