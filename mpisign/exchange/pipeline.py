@@ -74,7 +74,7 @@ class Pipeline:
         self.layout, self.method, self.policy, self.world = layout, method, policy, world
         self.settings = (f"optimizer {number} of the job", f"method {method}", repr(policy), f"exchange {exchange!r}")
         self.fingerprint = layout.fingerprint(self.settings)
-        self._up, down = method.codec.planes_up(policy), method.codec.planes_down(policy)
+        self._up, down = method.codec.planes_up(policy), method.rule.planes_down(method.codec, policy, world.size)
         self._down = 0 if method.by_value else down
         self.exchanges: list[Exchange] = [
             choose(exchange, method, bucket.length, bucket.dtype, self._up, self._down, world, layout.device)
@@ -195,7 +195,7 @@ class Pipeline:
         status = self._send(gradients, status, turn, watch)
         with watch.span("exchange"):
             sheets = header.exchange_sheets(world, status, present, step)
-        voters = self._whole(sheets.voters)
+        voters = sheets.voters
         if status == header.VOTES:
             with watch.span("pack"):
                 self._encoder.sent(gradients, voters, world.rank)
@@ -204,7 +204,7 @@ class Pipeline:
         if self._counts is not None:
             self._counts.zero_()
         for bucket, exchange in zip(self.layout.buckets, self.exchanges, strict=True):
-            ties = ties + self._settle(bucket, exchange, voters, turn, watch)
+            ties = ties + self._settle(bucket, exchange, self._whole(voters), turn, watch)
         if self._counts is not None:
             with watch.span("decide"):
                 ties = int(ties) + int(self._counts[0])
@@ -273,11 +273,11 @@ class Pipeline:
         return tied if counts else 0
 
     def _whole(self, voters: Sequence[tuple[int, ...]]) -> Sequence[tuple[int, ...]]:
-        """For rules on whole vectors, a rank that votes at all votes on everything that anybody votes on."""
+        """For rules on whole vectors, whoever votes at all votes on everything, with zeros where it has none."""
         if self.method.rule.shardable:
             return voters
         everybody = tuple(sorted({rank for ranks in voters for rank in ranks}))
-        return tuple(everybody if ranks else () for ranks in voters)
+        return [everybody] * len(voters)
 
     def _remember(self, bucket: Bucket) -> None:
         previous = self._previous[bucket.index]

@@ -407,6 +407,19 @@ def test_no_rank_can_blow_up_a_robust_rule(
     assert np.linalg.norm(whole([ballots.flat(t) for t in tensors])) <= 0.1 * STEPS * honest
 
 
+def test_a_parameter_without_gradients_does_not_cut_the_vector_in_two(comm: MPI.Comm) -> None:
+    """Krum elects one rank, whose whole vector it is, although nobody uses the parameter in the middle."""
+    if comm.size < 3:
+        pytest.skip("needs 3 ranks")
+    first, unused, last = tensors = ballots.parameters((1,), (4,), (1,), dtypes=[torch.float64])
+    optimizer = wrap(tensors, mpisign.krum(0, momentum=0.0))
+    rows = np.array([[5.0, 0.0], [0.0, 0.5], [0.6, 3.0], [50.0, 50.0], [90.0, 10.0]])[: comm.size]
+    first.grad, last.grad = torch.from_numpy(rows[comm.rank]).split(1)
+    optimizer.step()
+    assert unused.grad is None
+    assert [float(first.grad), float(last.grad)] == oracle.multi_krum(rows, 0, 1).tolist()
+
+
 def test_monna(comm: MPI.Comm) -> None:
     """A step on the own momentum, then the mean of the M - f models nearest to the own one."""
     f, tensors = (comm.size - 1) // 2, model(torch.float64)
