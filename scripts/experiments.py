@@ -9,7 +9,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -25,6 +25,7 @@ from train_digits import build_model, load_data, measure_accuracy
 
 import mpisign
 from mpisign import attacks
+from mpisign.memory import LionMomentum, Memory, Momentum
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,7 +92,7 @@ def train_fresh(
     Args:
         by_class: deal the training images to the ranks by their class, class c to rank c modulo the number of ranks
             (with more ranks than classes, ranks c, c + 10, ... share class c), not at random.
-        attack: what ``adversaries``, ranks, do to their gradients, or to their data.
+        attack: what ``adversaries``, ranks, do to their data, or to what they send, after the method's momentum.
 
     Raises:
         OptionError: the method cannot run on so many ranks, or the attack with so few honest ones.
@@ -103,10 +104,17 @@ def train_fresh(
     optimizer = mpisign.DistributedSignOptimizer(sgd, model.named_parameters(), method=recipe.method, seed=seed)
     optimizer.set_epoch(sys.maxsize)  # past any warm-up
     cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
-    adversary = None
+    outgoing, adversary = Outgoing(recipe.method.memory), None
     if isinstance(attack, attacks.Attack):
-        adversary = attacks.Adversary(attack, adversaries, _world(), i_know_this_is_an_attack=True, seed=seed)
-
+        adversary = attacks.Adversary(
+            attack,
+            adversaries,
+            _world(),
+            i_know_this_is_an_attack=True,
+            seed=seed,
+            view=outgoing.view,
+            place=outgoing.place,
+        )
     images, labels = train_set.tensors
     mine = _dealt(labels, by_class, seed)
     images, labels = images[mine], labels[mine]
@@ -121,6 +129,7 @@ def train_fresh(
         loss.backward()
         if adversary:
             adversary.corrupt(model.parameters())
+            outgoing.follow(model.parameters())
         optimizer.step()
         cosine.step()
         losses.append(loss.item())
@@ -135,6 +144,40 @@ def train_fresh(
     ]
     accuracies, curves, alive = zip(*honest, strict=True)
     return Outcome(min(accuracies), np.mean(curves, axis=0).tolist(), all(alive))
+
+
+class Outgoing:
+    """What leaves the momentum in front of the codec, for an adversary to see and to replace by way of the gradient.
+
+    It follows the method's own momentum, which the library does not show. Memories of other kinds get the adversary's
+    vector as their gradient.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._now, self._later = 0.0, 0.0  # what is sent is now m + (1 - now) g, and then m is later m + (1 - later) g
+        if isinstance(memory, Momentum):
+            self._now = self._later = memory.beta
+        elif isinstance(memory, LionMomentum):
+            self._now, self._later = memory.beta1, memory.beta2
+        self._momentum: dict[Tensor, Tensor] = {}
+
+    def view(self, parameter: Tensor) -> Tensor | None:
+        if parameter.grad is None:
+            return None
+        before = self._momentum.setdefault(parameter, torch.zeros_like(parameter))
+        return before.lerp(parameter.grad, 1 - self._now)
+
+    def place(self, parameter: Tensor, sent: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad.copy_((sent - self._now * self._momentum[parameter]) / (1 - self._now))
+
+    @torch.no_grad()
+    def follow(self, parameters: Iterable[Tensor]) -> None:
+        """Do to the momentum what the method's step will do."""
+        gradients = {p: p.grad for p in parameters if p in self._momentum and p.grad is not None}
+        if all(bool(gradient.isfinite().all()) for gradient in gradients.values()):  # else the rank abstains
+            for parameter, gradient in gradients.items():
+                self._momentum[parameter].lerp_(gradient, 1 - self._later)
 
 
 def _world() -> Any:
@@ -165,21 +208,26 @@ def make_parser(description: str | None, examples: str) -> argparse.ArgumentPars
     )
     add = parser.add_argument
     add("--seeds", type=count, nargs="+", metavar="SEED", default=[0, 1, 2], help="what is shown is the mean over them")
-    add("--steps", type=whole, default=60, metavar="N", help="of each training")
+    add("--steps", type=whole, default=40, metavar="N", help="of each training")
     add("--batch-size", type=whole, default=32, metavar="N", help="images per rank and step")
     add("--hidden", type=whole, default=32, metavar="N", help="units in each of the two hidden layers")
-    add("--lr-scale", type=rate, default=1.0, help="multiplies all learning rates")
-    add("--quick", action="store_true", help="a few seconds: one seed, fewer steps, and the smallest grid that speaks")
+    add("--lr-scale", type=rate, default=1.0, metavar="X", help="multiplies all learning rates, for tuning")
+    add("--quick", action="store_true", help="takes seconds: other defaults, for the smallest grid that says something")
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="where the report goes; it is made")
     add("--report", action="store_true", help=f"write the report to {RESULTS} instead")
     add("--quiet", action="store_true", help="no progress bar")
     return parser
 
 
-def report_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Make the folder of the report, ``args.out`` from here on, or end with what to type."""
+def parse(parser: argparse.ArgumentParser, quick: Mapping[str, Any]) -> argparse.Namespace:
+    """Read the command line, where ``--quick`` stands for other defaults, and make the folder of the report."""
+    args = parser.parse_args()
+    if args.quick:
+        parser.set_defaults(**quick)
+        args = parser.parse_args()
     args.out = RESULTS if args.report else args.out
     make_folder(parser, args.out, args.out)
+    return args
 
 
 # --------------------------------------------------------------------------------------------------- reports
