@@ -83,7 +83,7 @@ def run(args: argparse.Namespace, device: torch.device, gpu: str, comm: MPI.Comm
     if mpisign.rank() != 0:
         return
     report = Report(
-        "step-gpu",
+        "step-gpu" if ranks == 1 else f"step-gpu-{ranks}-ranks",
         f"An optimizer step on {model.elements:,} parameters in {len(model.parameters)} tensors, {ranks} rank(s) "
         f"on one {gpu}",
         WORDS,
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace, device: torch.device, gpu: str, comm: MPI.Comm
             compare("Time of a step", times, [step.name for step in steps], [FLOOR, MEAN]),
             promises(parts),
             anatomy(parts),
-            operations(parts),
+            *([operations(parts)] if any(part.operations for part in parts.values()) else []),
         ],
         ranks=None if comm is None else ranks,
         extra={"gpu": gpu, "parts": {name: asdict(part) for name, part in parts.items()}},

