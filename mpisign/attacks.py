@@ -213,8 +213,8 @@ class Adversary:
     ``place=lambda p, sent: p.grad.copy_((sent - beta * v[p]) / (1 - beta))``.
 
     Raises:
-        OptionError: not ``i_know_this_is_an_attack``; a rank that is not in ``comm``; an omniscient attack, and no
-            honest rank to look at.
+        OptionError: not ``i_know_this_is_an_attack``; no attack; a rank that is not in ``comm``; an omniscient attack,
+            and no honest rank to look at, or not the one to mimic.
         ConsistencyError: ranks were given different attacks, ranks or seeds.
 
     Example::
@@ -236,6 +236,8 @@ class Adversary:
         view: Callable[[Tensor], Tensor | None] = gradient,
         place: Callable[[Tensor, Tensor], object] = replace_gradient,
     ) -> None:
+        if not isinstance(attack, Attack):
+            raise OptionError(f"attack={attack!r} is not an Attack: use one of mpisign.attacks, e.g. SignFlip()")
         self.attack, self.comm, self.view, self.place = attack, comm, view, place
         self.ranks = sorted(set(ranks))
         self.honest = [rank for rank in range(comm.size) if rank not in self.ranks]
@@ -250,6 +252,8 @@ class Adversary:
             )
         if attack.omniscient and not self.honest:
             raise OptionError(f"{attack!r} needs an honest rank to look at, and all {comm.size} are adversaries")
+        if isinstance(attack, Mimic) and not 0 <= attack.target < len(self.honest):
+            raise OptionError(f"{attack!r} is not among the {len(self.honest)} honest ranks, which count from 0")
         odd, usual = minority(comm.allgather(f"{attack!r} on ranks {self.ranks} with seed {seed}"))
         if odd:
             raise ConsistencyError(

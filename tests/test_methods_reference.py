@@ -16,6 +16,7 @@ import torch
 
 import mpisign
 from mpisign import DistributedSignOptimizer, Method
+from mpisign.attacks import Adversary, Mimic
 from mpisign.codecs import Codec, SignBits, Trits
 from mpisign.memory import ErrorFeedback, Memory, SparseSign, StochasticSign, TernarySign
 from mpisign.policy import Policy
@@ -219,3 +220,19 @@ def test_weights_may_come_as_any_numbers() -> None:
     assert expected.memory.shares == (0.25, 0.75)
     for smoothness in ((1, 3), np.array([1.0, 3.0]), torch.tensor([1.0, 3.0]), iter([1.0, 3.0])):
         assert mpisign.ef21_w(smoothness) == expected
+
+
+@pytest.mark.parametrize(
+    ("attack", "ranks", "message"),
+    [
+        (Mimic(target=1), [], r"Mimic\(target=1\) is not among the 1 honest ranks, which count from 0"),
+        (Mimic(target=-1), [], r"Mimic\(target=-1\) is not among"),
+        ("sign flip", [0], r"attack='sign flip' is not an Attack: .*SignFlip\(\)"),
+    ],
+)
+@pytest.mark.usefixtures("world")
+def test_impossible_attacks(attack: Any, ranks: list[int], message: str) -> None:
+    from mpi4py import MPI
+
+    with pytest.raises(mpisign.OptionError, match=message):
+        Adversary(attack, ranks, MPI.COMM_SELF, i_know_this_is_an_attack=True)
