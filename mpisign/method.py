@@ -50,7 +50,7 @@ class Method:
                     f"they run the same: make {type(part).__name__} a dataclass, or give it a __repr__"
                 )
 
-        if self.rule.votes and not self.codec.ballots:
+        if (self.rule.votes or self.rule.tallies) and not self.codec.ballots:
             raise OptionError(
                 f"the rule {self.rule.name!r} counts votes, and {self.codec.name!r} messages are none: use SignBits() "
                 f"or Trits(), or another rule"
@@ -70,7 +70,7 @@ class Method:
     @property
     def by_value(self) -> bool:
         """Whether messages must be decoded before the rule can work on them."""
-        return not (self.rule.votes or self.rule.reencodes or self.codec.plain)
+        return not (self.rule.votes or self.rule.tallies or self.rule.reencodes or self.codec.plain)
 
     def at(self, step: int, epoch: int) -> Method:
         """The method as it is at this exchange of this epoch: itself, unless it changes as training goes on."""

@@ -31,7 +31,11 @@ class Decoder:
     def __init__(self, layout: Layout, method: Method, exchanges: Sequence[Exchange], encoder: Encoder) -> None:
         self._layout, self._method, self._exchanges, self._encoder = layout, method, exchanges, encoder
         self._direct = not (
-            method.by_value or method.memory.running or method.rule.reencodes or method.exchanges_models
+            method.by_value
+            or method.memory.running
+            or method.rule.tallies
+            or method.rule.reencodes
+            or method.exchanges_models
         )
         self._batch: Batch | None = (
             one_launch(layout, method, [exchange.decision for exchange in exchanges]) if self._direct else None
@@ -98,11 +102,10 @@ class Decoder:
             return
         wide = out if out.dtype == state_dtype(out.dtype) else out.to(state_dtype(out.dtype))
         for piece in segment.pieces:
-            target = wide[piece.lo : piece.hi]
+            target, here = wide[piece.lo : piece.hi], dataclasses.replace(turn, voters=voters)
             if not method.by_value:
-                segment.codec.decode(exchange.decision[:, piece.start : piece.stop], target)
+                method.rule.decode(exchange.decision[:, piece.start : piece.stop], target, segment.codec, here)
                 continue
-            here = dataclasses.replace(turn, voters=voters)
             messages = [exchange.received[rank][:, piece.start : piece.stop] for rank in voters]
             self._combine(segment.codec, messages, target, here, piece.first_word)
         if method.memory.running:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from mpisign.bitmap.ops import Count
-from mpisign.policy import Turn
+from mpisign.codecs import Codec
+from mpisign.policy import Policy, Turn
 
 __all__ = ["Rule"]
 
@@ -21,6 +22,8 @@ class Rule(ABC):
         shardable: whether it can decide a slice of the coordinates from that slice alone (vote, mean, median),
             as the two-phase exchange needs, or must see whole vectors (Krum).
         votes: messages are ballots of signs, and ties and agreement mean something.
+        tallies: messages are ballots, and a decision is how many there are, bit by bit: see :meth:`planes_down`,
+            :meth:`decode`.
         reencodes: the decision goes down in the codec again, with an error feedback of its own.
         remembers: :meth:`decide` is given its previous decision as ``turn.previous``.
         personal: each rank decides for itself, so replicas differ.
@@ -29,6 +32,7 @@ class Rule(ABC):
     name = "rule"
     shardable = True
     votes = False
+    tallies = False
     reencodes = False
     remembers = False
     personal = False
@@ -46,6 +50,18 @@ class Rule(ABC):
             messages: of the ranks ``turn.voters``, in that order, on the parameter's device.
             first_word: number of the first item in the layout, the position of the ties' coin.
         """
+
+    def planes_down(self, codec: Codec, policy: Policy, size: int) -> int:
+        """Rows of a decision among ``size`` ranks."""
+        return codec.planes_down(policy)
+
+    def decode(self, decision: torch.Tensor, out: torch.Tensor, codec: Codec, turn: Turn) -> None:
+        """Write a decision (planes_down, k) on messages of ``codec`` into flat fp32 or fp64 ``out`` (n,).
+
+        Args:
+            turn: its ``voters`` are the ranks that voted.
+        """
+        codec.decode(decision, out)
 
     def weights(self, turn: Turn) -> Sequence[float] | None:
         """The V weights of a rule that is a weighted sum, whatever the messages; None for all others.
