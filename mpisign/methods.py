@@ -34,6 +34,7 @@ from mpisign.rules import (
     Krum,
     MajorityVote,
     Mean,
+    MeanOfSigns,
     Median,
     MultiKrum,
     NearestNeighbourAveraging,
@@ -79,11 +80,11 @@ def lion(beta1: float = 0.9, beta2: float = 0.99, vote: bool = True) -> Method:
     """Distributed Lion: sign of ``beta1 m + (1 - beta1) g``; m decays by ``beta2``.
 
     Take it for transformers, with weight decay in the wrapped SGD. ``vote=False`` averages the signs instead of
-    voting on them: finer, by all-gather only, and a hostile rank moves the mean.
+    voting on them: finer, ``ceil(log2(M + 1))`` bits a coordinate down, and a hostile rank moves the mean.
 
     Liu et al., "Communication Efficient Distributed Training with Distributed Lion", 2024, Algorithm 1 (MaVo, Avg).
     """
-    return Method(LionMomentum(beta1, beta2), SignBits(), MajorityVote() if vote else Mean(), "lion")
+    return Method(LionMomentum(beta1, beta2), SignBits(), MajorityVote() if vote else MeanOfSigns(), "lion")
 
 
 def noisy_signsgd(scale: float, relative: bool = False) -> Method:

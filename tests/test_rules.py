@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -10,9 +11,9 @@ import pytest
 import torch
 
 from mpisign.bitmap.ops import as_words
-from mpisign.codecs import SignBits
+from mpisign.codecs import SignBits, Trits
 from mpisign.policy import Policy
-from mpisign.rules import MajorityVote, Mean
+from mpisign.rules import MajorityVote, Mean, MeanOfSigns
 
 STEP, RANK, FIRST_WORD = 5, 1, 333
 RANKS = [1, 2, 3, 4, 5, 8]
@@ -73,3 +74,23 @@ def test_a_mean_does_not_depend_on_the_shards(ranks: int) -> None:
     for lo, hi in itertools.pairwise([0, 1, 7, 32_769, n]):
         Mean().decide([message[:, lo:hi] for message in messages], shards[:, lo:hi], turn, lo)
     assert torch.equal(whole, shards)
+
+
+@pytest.mark.parametrize("voters", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("ranks", [8, 9])
+@pytest.mark.parametrize("codec", [SignBits(), Trits()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_mean_of_signs_is_counted(dtype: torch.dtype, codec: SignBits, ranks: int, voters: int) -> None:
+    """Also where fewer vote than there are ranks, and however the words are sliced."""
+    rule, policy, n = MeanOfSigns(), Policy(), 1000
+    up, words = codec.planes_up(policy), codec.length(n)
+    assert 2 ** rule.planes_down(codec, policy, ranks) > up * ranks >= 2 ** (rule.planes_down(codec, policy, ranks) - 1)
+    signs = np.random.default_rng(voters).choice([-1, 1] if up == 1 else [-1, 0, 1], (voters, n))
+    turn = dataclasses.replace(policy.turn(STEP, RANK), voters=tuple(range(voters)))
+    decision = torch.full((rule.planes_down(codec, policy, ranks), words), 0x25A5A5A5, dtype=torch.int32)
+    for lo, hi in itertools.pairwise([0, 1, 20, words]):
+        messages = [planes(ballot, up)[:, lo:hi] for ballot in signs]
+        assert rule.decide(messages, decision[:, lo:hi], turn, lo) == 0
+    out = torch.full((n,), torch.nan, dtype=dtype)
+    rule.decode(decision, out, codec, turn)
+    assert torch.equal(out, torch.from_numpy(signs.sum(axis=0)).to(dtype) / voters)

@@ -24,6 +24,7 @@ __all__ = [
     "all_finite",
     "all_finite_many",
     "as_words",
+    "count",
     "kernels_for",
     "majority",
     "pack",
@@ -143,6 +144,15 @@ def majority(
         nonzeros=None if nonzeros is None else [as_words(plane) for plane in nonzeros],
         out_nonzero=None if out_nonzero is None else as_words(out_nonzero),
     )
+
+
+def count(ballots: Sequence[torch.Tensor], planes: torch.Tensor) -> None:
+    """:func:`mpisign.bitmap.host.count`: how many of ``ballots`` have a 1, bit-sliced, into ``planes`` (p, k)."""
+    kernels = kernels_for(planes.device)
+    if kernels is not None:
+        kernels.count(ballots, planes)
+        return
+    host.count([as_words(ballot) for ballot in ballots], as_words(planes))
 
 
 def agreement(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mpisign.rules.coordinatewise import Median, TrimmedMean
 from mpisign.rules.distance import CenteredClipping, GeometricMedian, Krum, MultiKrum, NearestNeighbourAveraging
-from mpisign.rules.mean import Mean
+from mpisign.rules.mean import Mean, MeanOfSigns
 from mpisign.rules.mixing import NearestNeighbourMixing
 from mpisign.rules.rule import Rule
 from mpisign.rules.vote import MajorityVote
@@ -15,6 +15,7 @@ __all__ = [
     "Krum",
     "MajorityVote",
     "Mean",
+    "MeanOfSigns",
     "Median",
     "MultiKrum",
     "NearestNeighbourAveraging",

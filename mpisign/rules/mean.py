@@ -7,11 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
+from mpisign.bitmap import ops
+from mpisign.bitmap.host import words_for
 from mpisign.bitmap.ops import Count
-from mpisign.policy import Turn
+from mpisign.bitmap.tensors import blocks
+from mpisign.codecs import Codec
+from mpisign.codecs.sign_bits import add_signs
+from mpisign.policy import Policy, Turn
 from mpisign.rules.rule import Rule
 
-__all__ = ["Mean"]
+__all__ = ["Mean", "MeanOfSigns"]
 
 BLOCK = 32768  # elements, so that the running sum stays in cache
 
@@ -54,3 +59,37 @@ class Mean(Rule):
                 total.add_(part)
             total.div_(count)
         return 0
+
+
+@dataclass(frozen=True)
+class MeanOfSigns(Rule):
+    """``(1/V) sum_m sign(u_m)``: counted, not added up, so that what comes down is ``ceil(log2(M + 1))`` bits.
+
+    Row i of a decision has bit i of how many vote +1. Where messages can say nothing, too (two planes), +1 is two
+    marks, nothing is one and -1 is none, and a row more may be needed. Exact up to the last division.
+
+    Source: Liu et al., "Communication Efficient Distributed Training with Distributed Lion", 2024, Algorithm 1 (Avg).
+    """
+
+    name = "mean_of_signs"
+    tallies = True
+
+    def planes_down(self, codec: Codec, policy: Policy, size: int) -> int:
+        return (codec.planes_up(policy) * size).bit_length()
+
+    def decide(self, messages: Sequence[torch.Tensor], out: torch.Tensor, turn: Turn, first_word: int) -> Count:
+        marks = [message[0] for message in messages]
+        if len(messages[0]) > 1:
+            marks += [~(message[0] ^ message[1]) for message in messages]
+        ops.count(marks, out)
+        return 0
+
+    def decode(self, decision: torch.Tensor, out: torch.Tensor, codec: Codec, turn: Turn) -> None:
+        marks = codec.planes_up(turn.policy) * len(turn.voters)
+        # Where c marks were made, 2c is 2^rows - 1 plus the sum of 2^i times bit i as a sign; 2c / marks - 1 is sought.
+        for span in blocks(out.numel(), out.device):
+            part = out[span].fill_(2 ** len(decision) - 1 - marks)
+            first = span.start // 32
+            for bit, plane in enumerate(decision[:, first : first + words_for(part.numel())]):
+                add_signs(plane, part, 2.0**bit)
+            part.div_(marks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -322,6 +323,38 @@ def test_one_bit_adam_is_adam_before_the_freeze(comm: MPI.Comm, freeze_step: int
         assert_close(memories(optimizer, "variance"), v, 1e-12)  # which stays after the freeze
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("zeros", ["abstain", "positive"])
+def test_the_mean_of_signs_is_the_same_bits_by_either_exchange(comm: MPI.Comm, zeros: str, dtype: torch.dtype) -> None:
+    """With zeros, a parameter that rank 0 has no gradient of, and in the last step a rank that abstains."""
+    for exchange in EXCHANGES:
+        tensors = model(dtype)
+        optimizer = wrap(tensors, mpisign.lion(0.0, 0.0, vote=False), exchange=exchange, zeros=zeros)
+        for at in range(3):
+            everyones = [drawn(tensors, at, rank) for rank in range(comm.size)]
+            for gradients in everyones:
+                gradients[0][::3] = 0
+            mine = everyones[comm.rank]
+            absent = comm.size - 1 if at == 2 and comm.size > 1 else None
+            if comm.rank == absent:
+                mine[1][7] = torch.nan
+            for tensor, gradient in zip(tensors, mine, strict=True):
+                tensor.grad = gradient.clone()
+            if comm.rank == 0:
+                tensors[4].grad = None
+            optimizer.step()
+            for place, tensor in enumerate(tensors):
+                voters = [rank for rank in range(comm.size) if rank != absent and (place, rank) != (4, 0)]
+                if not voters:
+                    assert tensor.grad is None
+                    continue
+                votes = [everyones[rank][place].double().sign() for rank in voters]
+                if zeros == "positive":
+                    votes = [vote + (vote == 0) for vote in votes]
+                expected = torch.stack(votes).sum(0).to(torch.promote_types(dtype, torch.float32)) / len(voters)
+                assert torch.equal(tensor.grad, expected.to(dtype)), (exchange, at, place)
+
+
 # ---------------------------------------------------------------------------------------------- the price
 
 
@@ -353,6 +386,16 @@ def test_both_ways_of_double_squeeze_cost_a_bit_a_coordinate(comm: MPI.Comm) -> 
     step(optimizer, tensors, drawn(tensors, 0, comm.rank))
     shard = 1 + tensor.numel() // 32 // comm.size  # a scale each
     assert optimizer.report.bytes_sent - optimizer.report.header_bytes == 2 * (comm.size - 1) * 4 * shard
+
+
+@pytest.mark.parametrize("zeros", ["coin", "abstain"])
+def test_a_mean_of_signs_comes_down_as_counts(comm: MPI.Comm, zeros: str) -> None:
+    tensors = ballots.parameters((320 * comm.size,), dtypes=[torch.float32])
+    optimizer = wrap(tensors, mpisign.lion(vote=False), exchange="two_phase", zeros=zeros)
+    step(optimizer, tensors, drawn(tensors, 0, comm.rank))
+    up = 2 if zeros == "abstain" else 1
+    planes = up + math.ceil(math.log2(up * comm.size + 1))
+    assert optimizer.report.bytes_sent - optimizer.report.header_bytes == (comm.size - 1) * planes * 320 // 8
 
 
 def test_the_exact_maximum_costs_a_dense_reduction(comm: MPI.Comm) -> None:
