@@ -150,6 +150,11 @@ def test_a_loss_scale_is_taken_out(method: Method) -> None:
     assert_same(method, [draw(step) for step in range(3)], scale=1024.0, zeros="abstain")
 
 
+def test_a_loss_scale_gives_a_method_without_memory_none() -> None:
+    seen = assert_same(mpisign.signsgd(), [draw(step) for step in range(2)], scale=1024.0)
+    assert [memory for _, _, memory, *_ in seen] == [{}, {}]
+
+
 # ------------------------------------------------------------------------------------------------------- launches
 
 RESNET50_TENSORS = 161

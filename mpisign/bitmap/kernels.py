@@ -149,7 +149,7 @@ def _kernel(name: str, device: torch.device) -> Any:
         return cupy.RawModule(code=source(), options=OPTIONS).get_function(name)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # torch takes its streams from a pool of a few dozen, which live as long as the process
 def _stream(pointer: int, device: torch.device) -> Any:
     streams = import_cupy().cuda
     if hasattr(streams.Stream, "from_external"):  # since CuPy 14, which deprecates the other
