@@ -79,7 +79,7 @@ def assert_same(
 
 
 @pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
-@pytest.mark.parametrize("method", (*METHODS, mpisign.lion(vote=False)), ids=str)
+@pytest.mark.parametrize("method", [*METHODS, mpisign.lion(vote=False)], ids=str)
 def test_a_gpu_decides_the_bits_of_the_host(comm: MPI.Comm, method: mpisign.Method, exchange: str) -> None:
     assert_same(comm, rounds(comm.rank), method=method, exchange=exchange, bucket_cap_mb=SMALL)
 
