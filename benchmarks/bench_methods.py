@@ -57,7 +57,7 @@ CASES = (
     Case("sparsign", mpisign.sparsign(0.5), 2, "the same"),
     Case("ef_signsgd", mpisign.ef_signsgd(), 6, "the error in and out, and again when the message has counted"),
     Case("1-bit Adam, before", mpisign.one_bit_adam(10**9), 6, "fp32 messages; both moments in and out"),
-    Case("1-bit Adam, frozen", mpisign.one_bit_adam(0), 9, "the error twice in and out, the moments"),
+    Case("1-bit Adam, frozen", mpisign.one_bit_adam(1), 9, "the error twice in and out, the moments"),
     Case("ef21", mpisign.ef21(), 4, "top 1 %; the estimate in, the average out"),
     Case("ef21, signs", mpisign.ef21(None), 7, "the estimate in, in and out; the average in and out"),
     Case("ef21_sgdm", mpisign.ef21_sgdm(), 6, "top 1 %; and the momentum in and out"),

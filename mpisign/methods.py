@@ -179,11 +179,11 @@ def one_bit_adam(freeze_step: int, beta1: float = 0.9, beta2: float = 0.999, eps
     """Adam on exact means for ``freeze_step`` steps, then compressed momentum over the frozen second moment.
 
     The gradient it leaves is ``m / (sqrt(v) + eps)``: wrap plain SGD, whose rate is Adam's. Freeze after the warm-up,
-    at 15 to 20 % of all steps. Not robust.
+    at 15 to 20 % of all steps; what had no gradient until then never moves again. Not robust.
 
     Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence Speed", 2021, Alg. 1.
     """
-    check_count("freeze_step", freeze_step)
+    check_count("freeze_step", freeze_step, 1)
     squeezed = Method(OneBitAdam(beta1, beta2, eps, frozen=True), ScaledBits(), Mean(reencodes=True), "one_bit_adam")
     return Method(OneBitAdam(beta1, beta2, eps), Dense(), Mean(), "one_bit_adam", by_step=((freeze_step, squeezed),))
 

@@ -22,7 +22,8 @@ class OneBitAdam(Memory):
 
     Before the freeze: exact means of gradients come in, ``m <- beta1 m + (1 - beta1) g``, ``v <- beta2 v +
     (1 - beta2) g^2``. After it v stays, each rank sends ``beta1 m + (1 - beta1) g`` with error feedback, and m
-    becomes what comes back. No bias correction, as in the paper.
+    becomes what comes back. No bias correction, as in the paper. Where v is 0, as no rank has seen a gradient yet
+    (dead inputs, unused embedding rows), m is 0 too: a bit is never 0, and its scale over eps would be a giant step.
 
     Source: Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence Speed",
     2021, Algorithm 1.
@@ -65,7 +66,7 @@ class OneBitAdam(Memory):
         for span in blocks(decision.numel(), decision.device):
             update, momentum, variance = decision[span], state["momentum"][span], state["variance"][span]
             if self.frozen:
-                momentum.copy_(update)
+                torch.mul(update, variance != 0, out=momentum)
             else:
                 momentum.lerp_(update, 1.0 - self.beta1)
                 variance.mul_(self.beta2).addcmul_(update, update, value=1.0 - self.beta2)
