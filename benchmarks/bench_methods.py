@@ -20,6 +20,7 @@ from mpisign.memory.store import MemoryStore
 from mpisign.policy import Policy
 
 COPY, SIGNUM = "copy", "signum"
+UNIFORM, NORMAL = "torch uniform_", "torch normal_"
 TORCH_TOPK, TOPK, SAMPLED = "torch.topk", "TopK", "TopK, sample"
 BUCKET = 25 * 2**20  # bytes; the optimizer's default
 
@@ -28,9 +29,9 @@ One process on one thread does what one rank does besides the exchange: every gr
 codec into the message, what the memory has to hear of it, and one decision back into the gradients (the rank's own
 message is taken for it). Exchange, rule and optimizer are left out. The floor is the time in which this machine copies
 as many bytes as the method must read and write at least: gradient, state, message, decision. What a method must
-compute, random numbers above all, comes on top of it. Dense robust rules (Krum, trimmed mean, ...) do the local work of
-`median`, and `double_squeeze` that of `ef_signsgd`. Selection is of the 0.1 % of largest magnitude among as many
-coordinates in one tensor; all three find the same."""
+compute comes on top of it: random numbers above all, for which `torch uniform_` and `torch normal_` stand beside it.
+Dense robust rules (Krum, trimmed mean, ...) do the local work of `median`, and `double_squeeze` that of `ef_signsgd`.
+Selection is of the 0.1 % of largest magnitude among as many coordinates in one tensor; all three find the same."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,13 @@ def main() -> None:
     works = [Work(case, model) for case in cases]
     yardstick = torch.empty_like(model.gradients)
     copying = Contender(COPY, "`torch.Tensor.copy_` of all gradients", lambda: yardstick.copy_(model.gradients))
+    random = torch.Generator().manual_seed(0)
+    drawing = [
+        Contender(UNIFORM, "a uniform number a coordinate", lambda: yardstick.uniform_(generator=random)),
+        Contender(NORMAL, "a normal number a coordinate", lambda: yardstick.normal_(generator=random)),
+    ]
     selecting = selectors(model.gradients)
-    contenders = [copying, *(work.contender for work in works), *selecting]
+    contenders = [copying, *drawing, *(work.contender for work in works), *selecting]
     times = measure(contenders, args.rounds, args.warmup)
 
     size = f"{model.elements:,} parameters in {len(model.parameters)} tensors"
@@ -195,8 +201,9 @@ def selectors(values: torch.Tensor) -> list[Contender]:
 def overheads(works: Sequence[Work], times: Times, elements: int) -> Table:
     """Each method's time beside its floor, and beside signum's."""
     copied = 2 * 4 * elements  # bytes: each number is read and written once
+    moves = {COPY: copied, UNIFORM: copied / 2, NORMAL: copied / 2} | {work.case.name: work.bytes for work in works}
     rows = []
-    for name, moved in ((COPY, copied), *((work.case.name, work.bytes) for work in works)):
+    for name, moved in moves.items():
         seconds = times[name]
         floors = [moved / copied * copy for copy in times[COPY]]
         against_floor, against_signum = (1 / speedup(other, seconds)[0] for other in (floors, times[SIGNUM]))

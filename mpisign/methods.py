@@ -257,7 +257,7 @@ def dgc(
     Args:
         ratio: share of the coordinates of each parameter that is sent in the end.
         momentum, nesterov, clip, masking: see :class:`mpisign.memory.DGC`.
-        sample: share of the coordinates looked at for the threshold; None for all.
+        sample: share of the coordinates that the threshold is guessed from, see :class:`mpisign.codecs.TopK`.
 
     Lin et al., "Deep Gradient Compression: Reducing the Communication Bandwidth for Distributed Training", 2018,
     Algorithm 4.

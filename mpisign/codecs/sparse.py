@@ -19,8 +19,11 @@ __all__ = ["TopK", "top_k"]
 SAMPLE = 0.01
 """Share of the coordinates that the threshold is guessed from on the host, if nobody says otherwise."""
 
-MARGIN = 2.0
-"""How many times more candidates than wanted a sample's threshold aims at: fewer would often not be enough."""
+FEW = 4096
+"""Entries that are looked through sooner than a sample of them."""
+
+DEVIATIONS = 4.0
+"""By so many standard deviations a sample's threshold is lower than its best guess, which is too high half the time."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +89,17 @@ class TopK(Codec):
 def top_k(values: torch.Tensor, count: int, sample: float | None = None) -> torch.Tensor:
     """The indices (count,) of the entries of ``values`` (n,) with the largest magnitude, in no particular order.
 
-    With ``sample`` (on the host always) the k-th largest magnitude is first guessed from evenly spaced entries, low
-    enough to have enough candidates almost always; if they are too few after all, everything is looked at.
+    With ``sample``, or on the host unless they are few, the k-th largest magnitude is first guessed from evenly spaced
+    entries, low enough to have enough candidates almost always; if they are too few after all, all are looked at.
 
     Source: Lin et al., "Deep Gradient Compression", 2018, section 5 (hierarchical selection).
     """
-    if sample is None and not values.is_cuda:
+    if sample is None and not values.is_cuda and values.numel() > FEW:
         sample = SAMPLE
     if sample is not None and count < values.numel():
         few = values[:: max(1, int(1.0 / sample))].abs()
-        rank = min(few.numel(), 1 + int(MARGIN * count * few.numel() / values.numel()))
+        expected = count * few.numel() / values.numel()  # of the k largest; their number is a Poisson variable
+        rank = min(few.numel(), int(expected + DEVIATIONS * (1 + expected**0.5)))
         candidates = _at_least(values, few.topk(rank, sorted=False).values.min())
         if count <= candidates.numel() < values.numel():
             return candidates[values[candidates].abs().topk(count, sorted=False).indices]
