@@ -301,6 +301,18 @@ def test_the_mean_of_random_votes(
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
+def test_the_median_of_noisy_gradients(comm: MPI.Comm, exchange: str) -> None:
+    """Its mean and spread are those of medians of normal numbers around the ranks' gradients."""
+    (tensor,) = tensors = ballots.parameters((DRAWS,), dtypes=[torch.float64])
+    optimizer = wrap(tensors, mpisign.noisy_median(0.5), exchange=exchange)
+    step(optimizer, tensors, [torch.full((DRAWS,), PULLS[comm.rank], dtype=torch.float64)])
+    pulls = np.array(PULLS[: comm.size])[:, None]
+    expected = np.median(pulls + 0.5 * np.random.default_rng(0).standard_normal((comm.size, DRAWS)), axis=0)
+    assert float(tensor.grad.mean()) == pytest.approx(expected.mean(), abs=TOLERANCE)
+    assert float(tensor.grad.std()) == pytest.approx(expected.std(), rel=0.03)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("signal", [0.3, 1.0])
 def test_wrong_votes_are_the_binomial_tail(comm: MPI.Comm, signal: float, exchange: str) -> None:
     """Gaussian noise, signal-to-noise ratio S: an honest rank is right with Phi(S), a blind flipper with 1 - Phi(S)."""
@@ -480,6 +492,43 @@ def test_a_rank_of_monna_with_a_nan_makes_no_step_of_its_own_and_goes_on(comm: M
     expected = -0.1 * np.sum(steps, axis=0) / comm.size if steps else np.zeros(sum(t.numel() for t in tensors))
     assert_close([whole([ballots.flat(t) for t in tensors])], [expected], 1e-12)
     assert optimizer.report.voters == tuple(range(comm.size))
+
+
+@pytest.mark.parametrize(
+    ("make", "spare"),
+    [
+        (mpisign.trimmed_mean, 1),
+        (mpisign.krum, 3),
+        (mpisign.multi_krum, 3),
+        (mpisign.nearest_neighbour_mixing, 1),
+        (mpisign.monna, 1),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_too_many_adversaries_for_the_job(comm: MPI.Comm, make: Callable[[int], Method], spare: int) -> None:
+    """It is said when the optimizer is made, on every rank; one adversary fewer is fine."""
+    most = (comm.size - spare) // 2
+    with pytest.raises(mpisign.OptionError, match=rf"at least 2 f \+ {spare} = .*, and this job has {comm.size}"):
+        wrap(model(), make(most + 1))
+    if most >= 0:
+        wrap(model(), make(most))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        mpisign.krum(0),
+        mpisign.multi_krum(0),
+        mpisign.geometric_median(),
+        mpisign.centered_clipping(),
+        mpisign.nearest_neighbour_mixing(0),
+        mpisign.monna(0),
+    ],
+    ids=lambda method: method.name,
+)
+def test_whole_vectors_cannot_be_decided_in_shards(comm: MPI.Comm, method: Method) -> None:
+    with pytest.raises(mpisign.OptionError, match=r"exchange='two_phase' decides shards.* needs whole vectors"):
+        wrap(model(), method, exchange="two_phase")
 
 
 # ------------------------------------------------------------------------------------------------- price
