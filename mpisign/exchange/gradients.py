@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
+from operator import attrgetter, is_
 
 import torch
 
@@ -11,28 +11,49 @@ from mpisign.bitmap.tensors import DTYPES, is_laid_as
 from mpisign.errors import GradientError
 from mpisign.layout import Layout
 
-__all__ = ["Gradients", "looks_of"]
+__all__ = ["Gradients"]
 
-_kind = attrgetter("layout", "dtype", "device")
-_form = attrgetter("dtype", "device", "shape")
+# Calls in C, as each look at a tensor from Python takes longer than what it finds out.
+_dtype, _layout = attrgetter("dtype"), attrgetter("layout")
 
 
-def looks_of(parameters: Sequence[torch.Tensor]) -> list[object]:
-    """Which tensors these are and how they are laid out: equal lists, equal tensors."""
-    return [*map(id, parameters), *map(_form, parameters), *map(torch.Tensor.stride, parameters)]
+def _looks_of(tensors: Sequence[torch.Tensor]) -> tuple[object, ...]:
+    """Of which types and sizes they are, where, and how they are laid out: equal for what can be treated alike."""
+    layouts = list(map(_layout, tensors))
+    dense = layouts.count(torch.strided) == len(layouts)  # others have no strides
+    return (
+        layouts,
+        list(map(_dtype, tensors)),
+        list(map(torch.Tensor.get_device, tensors)),
+        list(map(torch.Tensor.numel, tensors)),
+        list(map(torch.Tensor.stride, tensors)) if dense else None,
+    )
 
 
 class Gradients:
     """Reads ``p.grad`` on one rank.
 
-    To look closely at a tensor takes Python a microsecond, and a model on a GPU has hundreds. So each is looked at
+    A model on a GPU has hundreds of tensors, and to look closely at one takes a microsecond. So each is looked at
     closely only if the gradients are not like those of the step before.
     """
 
     def __init__(self, layout: Layout, rank: int) -> None:
         self._layout, self._rank = layout, rank
-        self._kinds = [(torch.strided, p.dtype, p.device) for p in layout.parameters]
-        self._strides: list[tuple[int, ...]] = []  # of the latest ones, which were fit
+        self._looks: tuple[object, ...] | None = None  # of the latest gradients, which were fit
+        self._parameters_look = _looks_of(layout.parameters)
+        self._addresses: list[int] = []  # of parameters that look so
+
+    def fits(self, parameters: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the layout's parameters, and still look as they did when it was made."""
+        kept = self._layout.parameters
+        if len(kept) != len(parameters) or not all(map(is_, kept, parameters)):
+            return False
+        addresses = list(map(torch.Tensor.data_ptr, parameters))
+        if addresses != self._addresses:  # new, or given other data by their owner
+            if _looks_of(parameters) != self._parameters_look:
+                return False
+            self._addresses = addresses
+        return True
 
     def read(self) -> list[torch.Tensor | None]:
         """By parameter, in wire order, or None.
@@ -42,14 +63,12 @@ class Gradients:
         """
         gradients = [parameter.grad for parameter in self._layout.parameters]
         present = [gradient for gradient in gradients if gradient is not None]
-        if (
-            len(present) == len(gradients)
-            and list(map(_kind, present)) == self._kinds
-            and list(map(torch.Tensor.stride, present)) == self._strides
-        ):
+        complete = len(present) == len(gradients)
+        if complete and _looks_of(present) == self._looks:
             return gradients
         gradients = [self._fit(place, gradient) for place, gradient in enumerate(gradients)]
-        self._strides = [() if gradient is None else gradient.stride() for gradient in gradients]
+        if complete:
+            self._looks = _looks_of([gradient for gradient in gradients if gradient is not None])
         return gradients
 
     def _fit(self, place: int, gradient: torch.Tensor | None) -> torch.Tensor | None:

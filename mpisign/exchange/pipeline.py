@@ -24,7 +24,7 @@ from mpisign.exchange import header
 from mpisign.exchange.choose import Exchange, choose, shards_for
 from mpisign.exchange.decoder import Decoder
 from mpisign.exchange.encoder import Encoder
-from mpisign.exchange.gradients import Gradients, looks_of
+from mpisign.exchange.gradients import Gradients
 from mpisign.exchange.maximum import Maximum
 from mpisign.exchange.runs import decide_runs, runs_of
 from mpisign.exchange.server import Server
@@ -80,7 +80,7 @@ class Pipeline:
             choose(exchange, method, bucket.length, bucket.dtype, self._up, self._down, world, layout.device)
             for bucket in layout.buckets
         ]
-        self._given, self._looks = Gradients(layout, world.rank), looks_of(layout.parameters)
+        self._given = Gradients(layout, world.rank)
         messages = [exchange.message for exchange in self.exchanges]
         sending = dataclasses.replace(method, memory=Nothing()) if method.exchanges_models else method
         self._encoder = Encoder(layout, sending, messages, store.of)
@@ -103,7 +103,7 @@ class Pipeline:
 
     def fits(self, parameters: Sequence[torch.Tensor]) -> bool:
         """Whether it was made for these parameters, as they are now."""
-        return self._looks == looks_of(parameters)
+        return self._given.fits(parameters)
 
     # -------------------------------------------------------------------------------------------- a step
 
