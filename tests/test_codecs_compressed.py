@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import mpisign
+from mpisign.bitmap import tensors
 from mpisign.bitmap.ops import as_words
 from mpisign.codecs import Codec, ScaledBits, TopK, Trits
 from mpisign.policy import Policy
@@ -16,6 +17,13 @@ FIRST_WORD = 1001
 SIZES = [0, 1, 2, 31, 32, 33, 1000]
 sizes = pytest.mark.parametrize("n", SIZES)
 floats = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+@pytest.fixture(params=[None, 64], ids=["", "small blocks"], autouse=True)
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work that is done block by block is done in one here, and once more in several."""
+    if request.param:
+        monkeypatch.setattr(tensors, "BLOCK", request.param)
 
 
 def some_values(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

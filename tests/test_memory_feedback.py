@@ -9,12 +9,20 @@ import torch
 
 import mpisign
 from mpisign import DistributedSignOptimizer, Method
+from mpisign.bitmap import tensors
 from mpisign.memory import ef21_step_size
 
 pytestmark = pytest.mark.usefixtures("world")
 
 SHAPE = (20, 10)
 Gradient = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+@pytest.fixture(params=[None, 64], ids=["", "small blocks"], autouse=True)
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work that is done block by block is done in one here, and once more in several."""
+    if request.param:
+        monkeypatch.setattr(tensors, "BLOCK", request.param)
 
 
 def wrap(x: torch.nn.Parameter, method: Method, lr: float = 0.1) -> DistributedSignOptimizer:
