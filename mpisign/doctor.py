@@ -18,6 +18,8 @@ import numpy as np
 import torch
 
 from mpisign import world
+from mpisign.bitmap import ops
+from mpisign.bitmap.host import words_for
 from mpisign.bitmap.kernels import import_cupy
 from mpisign.errors import GradientError, LaunchError, MpisignError
 from mpisign.exchange.staging import gpu_aware
@@ -172,10 +174,7 @@ def _gpus() -> Iterator[Finding]:
         return
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     yield Finding(OK, "GPUs", f"{names}; this rank takes {world.device()}")
-    try:
-        yield Finding(OK, "GPU kernels", f"CuPy {import_cupy().__version__}")
-    except GradientError as error:
-        yield Finding(WARN, "GPU kernels", str(error))
+    yield _kernels(world.device())
     if world.current().rank > 0:
         return
     works, wanted = _mpi_reads(world.device()), gpu_aware()
@@ -191,6 +190,26 @@ def _gpus() -> Iterator[Finding]:
         )
     else:
         yield Finding(OK, "GPU-aware MPI", "this MPI cannot send from GPU memory; bitmaps pass through the host's")
+
+
+def _kernels(device: torch.device) -> Finding:
+    """Whether CuPy compiles them for this device and they work there."""
+    elements = 10_007
+    try:
+        cupy = import_cupy()
+        values = torch.randn(elements).to(device)
+        words, signs = torch.zeros(words_for(elements), dtype=ops.WORD, device=device), torch.empty_like(values)
+        ops.pack(values, words)
+        ops.unpack(words, signs)
+        wrong = int((signs != torch.where(values >= 0, 1.0, -1.0)).sum())
+    except GradientError as error:
+        return Finding(WARN, "GPU kernels", str(error))
+    except Exception as error:  # whatever compilers and drivers raise
+        advice = "see that nvidia-smi works, and that CuPy is for the CUDA version that torch.version.cuda shows"
+        return Finding(FAIL, "GPU kernels", f"{type(error).__name__}: {error}", advice)
+    if wrong:
+        return Finding(FAIL, "GPU kernels", f"{wrong} of {elements} signs are wrong", "please report this")
+    return Finding(OK, "GPU kernels", f"CuPy {cupy.__version__} compiles them; {elements} signs are right")
 
 
 _TELL_ONESELF = """

@@ -4,12 +4,15 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from gpu_branch import gpu_branch, needs_compiler
 from mpirun import environment, mpirun
 
 from mpisign import doctor
+from mpisign.bitmap import kernels
 
 
 def run_alone(**env: str) -> subprocess.CompletedProcess[str]:
@@ -84,6 +87,26 @@ def test_without_a_gpu_nothing_is_said_of_what_gpus_need():
     assert "none; voting runs on the CPU" in seen
     assert "GPU-aware" not in seen
     assert "GPU kernels" not in seen
+
+
+@needs_compiler
+def test_the_kernels_are_tried(monkeypatch):
+    """Here on the host, in the shim."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(doctor, "import_cupy", lambda: SimpleNamespace(__version__="14.2"))
+    with gpu_branch() as launches:
+        assert doctor._kernels(cpu) == doctor.Finding(
+            doctor.OK, "GPU kernels", "CuPy 14.2 compiles them; 10007 signs are right"
+        )
+        assert launches == ["pack_one", "unpack_one"]
+        monkeypatch.setattr(kernels, "launch", lambda *launch: None)
+        idle = doctor._kernels(cpu)
+        assert (idle.status, "signs are wrong" in idle.seen) == (doctor.FAIL, True)
+        monkeypatch.setattr(kernels, "launch", lambda *launch: [].pop())
+        assert doctor._kernels(cpu).seen == "IndexError: pop from empty list"
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert doctor._kernels(cpu).status == doctor.WARN
 
 
 def test_whether_mpi_reads_a_device_is_tried_where_a_crash_hurts_nobody(monkeypatch):
