@@ -33,19 +33,19 @@ examples:
   mpirun -n 10 --oversubscribe python scripts/experiment_heterogeneous.py --noise 0 0.01 0.1 --seeds 0 1 2 3 4
 """
 
-# Learning rates: one for each family, the best of those tried in steps of a factor of 2, by the mean test accuracy
-# of the family's methods on seeds 100 and 101, 10 ranks with a class each. No rate makes the plain votes learn.
-VOTE, NOISY, DENSE = 0.005, 0.02, 1.0
+# Learning rates: one for each family, the best of those tried in steps of a factor of 2 (votes 4), by the mean test
+# accuracy of the family's methods on seed 100, 10 ranks with a class each, 150 steps.
+VOTE, DENSE = 0.02, 1.0
 NOISE = 0.03
 
 METHODS: dict[str, Recipe] = {
     "signsgd": Recipe(mpisign.signsgd(), VOTE),
     "signum": Recipe(mpisign.signum(), VOTE),
     "lion": Recipe(mpisign.lion(), VOTE),
-    "noisy_signsgd": Recipe(mpisign.noisy_signsgd(NOISE), NOISY),
-    "sto_sign": Recipe(mpisign.sto_sign(), NOISY),
-    "ternary_vote": Recipe(mpisign.ternary_vote(A=0.1, B=0.1), NOISY),
-    "sparsign": Recipe(mpisign.sparsign(budget=10.0), NOISY),
+    "noisy_signsgd": Recipe(mpisign.noisy_signsgd(NOISE), VOTE),
+    "sto_sign": Recipe(mpisign.sto_sign(), VOTE),
+    "ternary_vote": Recipe(mpisign.ternary_vote(A=0.1, B=0.1), VOTE),
+    "sparsign": Recipe(mpisign.sparsign(budget=10.0), VOTE),
     "ef_signsgd": Recipe(mpisign.ef_signsgd(), DENSE, momentum=0.9),
     "double_squeeze": Recipe(mpisign.double_squeeze(), DENSE, momentum=0.9),
     "ef21_sgdm": Recipe(mpisign.ef21_sgdm(ratio=0.1), DENSE),
@@ -62,7 +62,7 @@ FAMILIES = {
     "error feedback, sparse and dense": ("ef_signsgd", "double_squeeze", "ef21_sgdm", "top_k", "dgc", "mean", "median"),
 }
 SWEPT: dict[str, Callable[[float], Recipe]] = {
-    "noisy_signsgd": lambda b: Recipe(mpisign.noisy_signsgd(b) if b else mpisign.signsgd(), NOISY),
+    "noisy_signsgd": lambda b: Recipe(mpisign.noisy_signsgd(b) if b else mpisign.signsgd(), VOTE),
     "noisy_median": lambda b: Recipe(
         mpisign.noisy_median(b) if b else mpisign.median(momentum=0.0), DENSE, momentum=0.9
     ),
@@ -264,7 +264,7 @@ def band(axes: Axes, x: range, values: torch.Tensor, label: str, marker: str | N
 
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__, EXAMPLES)
-    parser.set_defaults(steps=200)
+    parser.set_defaults(steps=150)
     add = parser.add_argument
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=list(METHODS), help=", ".join(METHODS))
     noise = [0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]

@@ -208,7 +208,7 @@ def make_parser(description: str | None, examples: str) -> argparse.ArgumentPars
     )
     add = parser.add_argument
     add("--seeds", type=count, nargs="+", metavar="SEED", default=[0, 1, 2], help="what is shown is the mean over them")
-    add("--steps", type=whole, default=40, metavar="N", help="of each training")
+    add("--steps", type=whole, default=30, metavar="N", help="of each training")
     add("--batch-size", type=whole, default=32, metavar="N", help="images per rank and step")
     add("--hidden", type=whole, default=32, metavar="N", help="units in each of the two hidden layers")
     add("--lr-scale", type=rate, default=1.0, metavar="X", help="multiplies all learning rates, for tuning")
