@@ -1,0 +1,228 @@
+"""The experiments run as a user runs them, on real ranks, and find what they are there to show."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from mpirun import mpirun
+
+from mpisign.memory import LionMomentum, Memory, Momentum, Nothing
+from mpisign.policy import Policy, Turn
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+NAMES = ("experiment_byzantine", "experiment_heterogeneous")
+
+
+@pytest.fixture
+def load(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A script as a module, in a job of this process alone."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module
+
+
+def report(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
+    """Text and numbers of the one report in ``folder``, whose figures are there."""
+    stem = f"{date.today():%Y-%m-%d}-{name}"
+    text = (folder / f"{stem}.md").read_text()
+    for line in text.splitlines():
+        if line.startswith("!["):
+            assert (folder / line.split("(")[1].rstrip(")")).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    return text, json.loads((folder / f"{stem}.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------- end to end
+
+
+def test_hostile_ranks(tmp_path: Path) -> None:
+    """One of three sends -100 times what it should: the vote does not care, and the mean is lost."""
+    done = mpirun(
+        3, SCRIPTS / "experiment_byzantine.py", "--methods", "signum", "mean", "krum", "monna",
+        "--attacks", "none", "scaled", "inner_product", "nan", "label_flip", "--seeds", "5", "--out", tmp_path / "new",
+    )  # fmt: skip
+    assert done.returncode == 0, done.text
+    text, data = report(tmp_path / "new", "byzantine")
+    assert (data["ranks"], data["seeds"], data["options"]["f"]) == (3, [5], [1])
+    cells = {(cell["method"], cell["attack"]): cell for cell in data["cells"]}
+    assert len(cells) == 4 * 5
+    accuracy = {key: cell["accuracies"][0] for key, cell in cells.items() if not cell["reason"]}
+    assert accuracy["signum", "none"] > 0.8
+    assert accuracy["signum", "scaled"] > 0.7
+    assert accuracy["mean", "none"] > 0.7
+    assert accuracy["mean", "scaled"] < 0.4
+    assert accuracy["monna", "scaled"] > 0.5
+    assert accuracy["mean", "nan"] > 0.7, "a rank with a NaN abstains"
+    losses = cells["signum", "label_flip"]["losses"][0]
+    assert len(losses) == data["options"]["steps"]
+    assert losses[-1] < losses[0] / 2
+
+    for attack in data["options"]["attacks"]:  # Krum needs 2 f + 3 ranks
+        cell = cells["krum", attack]
+        assert (cell["accuracies"], cell["losses"]) == ([], [])
+        assert "needs at least 2 f + 3 = 5 ranks" in cell["reason"]
+    assert "needs at least 2 f + 3 = 5 ranks" in text
+    assert f"With 1 of 3 ranks hostile the worst cases are: `{'signum' if accuracy else ''}`" in text
+
+    inverted = {(cell["method"], cell["attack"], cell["f"]): cell["accuracies"][0] for cell in data["inverted"]}
+    assert inverted["signum", "sign_flip", 0] == accuracy["signum", "none"]
+    assert inverted["mean", "scaled", 1] == accuracy["mean", "scaled"]
+    assert "mpirun" in data["command"]
+    assert str(Path.home()) not in text
+
+
+def test_one_class_a_rank(tmp_path: Path) -> None:
+    done = mpirun(
+        5, SCRIPTS / "experiment_heterogeneous.py", "--methods", "signsgd", "mean", "dgc", "--noise", "100", "0",
+        "--seeds", "5", "6", "--steps", "60", "--out", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.text
+    text, data = report(tmp_path, "heterogeneous")
+    assert [curve["name"] for curve in data["methods"]] == ["signsgd", "mean", "dgc"]
+    assert all(len(losses) == 60 for curve in data["methods"] for losses in curve["losses"])
+    accuracy = {curve["name"]: min(curve["accuracies"]) for curve in data["methods"]}
+    assert accuracy["mean"] > max(data["methods"][0]["accuracies"]) + 0.2
+    sweep = {(curve["name"], curve["noise"]): curve["accuracies"] for curve in data["sweep"]}
+    assert set(sweep) == {(name, noise) for name in ("noisy_signsgd", "noisy_median") for noise in (0.0, 100.0)}
+    assert max(sweep["noisy_signsgd", 100.0]) < 0.4, "nothing but noise"
+    assert "seeds**: 5 6" in text
+
+
+# ------------------------------------------------------------------------------------------ what they share
+
+
+def test_a_report(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    text = "# A heading\n\nWhat was found.\n\nThe rest.\n\n- more\n"
+    path = load("experiments").write_report(
+        tmp_path / "a",
+        "name",
+        text,
+        {"seeds": [1, 2], "loss": math.inf, "x": (Path("p"),)},
+        {"": Figure(), "b": Figure()},
+    )
+    day = f"{date.today():%Y-%m-%d}"
+    assert path == tmp_path / "a" / f"{day}-name.md"
+    text, data = report(tmp_path / "a", "name")
+    start = f"# A heading, {day}\n\nWhat was found.\n\n![name]({day}-name.png)\n\n![b]({day}-name-b.png)\n\nThe rest.\n"
+    assert text.startswith(start)
+    for fact in (f"**torch**: {torch.__version__}", "**ranks**: 1", "**seeds**: 1 2", "**MPI**: ", "**cores**: "):
+        assert fact in text
+    assert (data["seeds"], data["loss"], data["x"]) == ([1, 2], None, ["p"])
+    assert data["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("memory", [Momentum(0.9), Momentum(0.0), LionMomentum(0.9, 0.99), Nothing()], ids=repr)
+def test_an_adversary_decides_what_leaves_the_momentum(load: Callable[[str], ModuleType], memory: Memory) -> None:
+    """Steps of the library's memory, some of which an adversary replaces by way of the gradient."""
+    outgoing = load("experiments").Outgoing(memory)
+    random = torch.Generator().manual_seed(0)
+    parameter = torch.nn.Parameter(torch.zeros(50))
+    assert outgoing.view(parameter) is None
+    state = {field: torch.zeros(50) for field in memory.fields}
+    turn = Turn(Policy("coin", "coin", 0), step=0, rank=0, size=1, zeros_key=0, ties_key=0)
+    for step in range(6):
+        parameter.grad = torch.randn(50, generator=random)
+        honest = outgoing.view(parameter)
+        wanted = torch.randn(50, generator=random) if step % 2 else honest
+        if step % 2:
+            outgoing.place(parameter, wanted)
+        outgoing.follow([parameter])
+        sent = memory(parameter.grad, state, torch.empty(50), turn, 0)
+        torch.testing.assert_close(sent, wanted, rtol=1e-4, atol=1e-5)
+    parameter.grad = torch.full((50,), math.nan)  # abstains, and its momentum stays
+    outgoing.follow([parameter])
+    parameter.grad = torch.zeros(50)
+    assert outgoing.view(parameter).isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1, 3, 10, 14])
+def test_classes_are_dealt_whole(load: Callable[[str], ModuleType], size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiments = load("experiments")
+    labels = torch.arange(400) % 10
+    monkeypatch.setattr("mpisign.size", lambda: size)
+    dealt = []
+    for rank in range(size):
+        monkeypatch.setattr("mpisign.rank", lambda rank=rank: rank)
+        dealt.append(experiments._dealt(labels, by_class=True, seed=0))
+        assert set(labels[dealt[-1]].tolist()) == ({rank % 10} if size >= 10 else set(range(rank, 10, size)))
+    assert sorted(torch.cat(dealt).tolist()) == list(range(400)), "everything, and nothing twice"
+
+
+# ------------------------------------------------------------------------------------------ the command line
+
+
+@pytest.fixture
+def parse(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A script's reading of its command line, as on three ranks."""
+    monkeypatch.setattr("mpisign.size", lambda: 3)
+
+    def parse(name: str, *options: str | Path) -> Any:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
+        return load(name).parse_arguments()
+
+    return parse
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help(name: str, parse: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        parse(name, "--help")
+    text = capsys.readouterr().out
+    assert f"--oversubscribe python scripts/{name}.py --quick\n" in text
+    assert "signsgd, signum, lion" in " ".join(text.split())
+
+
+def test_quick_stands_for_other_defaults(parse: Callable[..., Any], tmp_path: Path) -> None:
+    quick = parse(NAMES[0], "--quick", "--seeds", "7", "--out", tmp_path)
+    assert (quick.methods, quick.seeds) == (["signum", "mean", "median", "multi_krum"], [7])
+    assert parse(NAMES[0], "--out", tmp_path).seeds == [0, 1, 2]
+    assert parse(NAMES[0], "--report").out.resolve() == SCRIPTS / "results"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        (NAMES[0], ("--methods", "signum", "adam"), ("'adam'", "signum", "monna")),
+        (NAMES[0], ("--attacks", "bribe"), ("'bribe'", "sign_flip", "colluding_signs")),
+        (NAMES[0], ("--f", "0"), ("'0' is not a whole number from 1 up",)),
+        (NAMES[0], ("--f", "1", "3"), ("--f 3 leaves no honest rank of 3: choose 2 at most",)),
+        (NAMES[0], ("--out", SCRIPTS / "experiments.py"), ("name a file in a folder that can be made",)),
+        (NAMES[1], ("--methods", "adam"), ("'adam'", "signsgd", "ef21_sgdm")),
+        (NAMES[1], ("--noise", "-1"), ("'-1' is not a number from 0 up",)),
+        (NAMES[1], ("--seeds", "x"), ("'x' is not a whole number from 0 up",)),
+    ],
+)
+def test_bad_input_is_answered_with_what_to_type(
+    name: str,
+    options: tuple[str, ...],
+    said: tuple[str, ...],
+    parse: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        parse(name, *options)
+    text = capsys.readouterr().err
+    assert all(words in text for words in said), text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_rank_is_not_enough(
+    name: str, parse: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mpisign.size", lambda: 1)
+    with pytest.raises(SystemExit, match="2"):
+        parse(name)
+    assert "start with mpirun -n 1" in capsys.readouterr().err
