@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,7 @@ class ScaledBits(Codec):
         return 1 + words_for(elements)
 
     def encode(self, values: torch.Tensor, message: torch.Tensor, turn: Turn, first_word: int) -> Flag:
-        scale, zeros = _scale_of(message), "positive" if turn.policy.zeros == "positive" else "coin"
+        zeros = "positive" if turn.policy.zeros == "positive" else "coin"
         norm: float | torch.Tensor = 0.0
         finite: Flag = True
         scratch = values.new_empty(0)
@@ -44,21 +45,24 @@ class ScaledBits(Codec):
             words = message[0, at : at + words_for(part.numel())]
             finite = finite & ops.pack(part, words, zeros=zeros, key=turn.zeros_key, first_word=first_word + at)
             size = torch.abs(part, out=scratch.resize_(part.numel())).sum()  # torch's own norm is several times slower
-            norm = norm + (size if size.is_cuda else float(size))
-        scale.copy_(torch.as_tensor(norm / max(values.numel(), 1)))
-        return finite & torch.isfinite(scale)  # a norm may overflow where no value does
+            norm = norm + (size if size.is_cuda else size.item())
+        item = message[0, :1].view(torch.float32)
+        item.copy_(torch.as_tensor(norm / max(values.numel(), 1)))
+        scale = _scale_of(message)
+        return finite & (math.isfinite(scale) if isinstance(scale, float) else scale.isfinite())  # it may overflow
 
     def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
-        add_signs(message[0, 1:], out, _scale_of(message).to(out.dtype) * alpha)
+        add_signs(message[0, 1:], out, _scale_of(message) * alpha)
 
     def decode(self, decision: torch.Tensor, out: torch.Tensor) -> None:
-        scale, words = _scale_of(decision).to(out.dtype), decision[0, 1:]
+        scale, words = _scale_of(decision), decision[0, 1:]
         for span in blocks(out.numel(), out.device):
             part = out[span]
             ops.unpack(words[span.start // 32 :][: words_for(part.numel())], part)
             part.mul_(scale)
 
 
-def _scale_of(message: torch.Tensor) -> torch.Tensor:
-    """The scale: a 0-d fp32 view of item 0."""
-    return message[0, :1].view(torch.float32)[0]
+def _scale_of(message: torch.Tensor) -> float | torch.Tensor:
+    """The scale that item 0 holds; on a GPU a 0-d fp64 tensor, so that nobody waits."""
+    item = message[0, :1].view(torch.float32)
+    return item[0].double() if item.is_cuda else item.item()

@@ -61,9 +61,9 @@ class SignBits(Codec):
 def add_signs(
     words: torch.Tensor, out: torch.Tensor, scale: float | torch.Tensor, nonzero: torch.Tensor | None = None
 ) -> None:
-    """``out += scale * signs`` for flat ``out`` (n,); ``scale`` may be a 0-d tensor of its type and device."""
-    if isinstance(scale, torch.Tensor) and not scale.is_cuda:
-        scale = float(scale)
+    """``out += scale * signs`` for flat ``out`` (n,); ``scale`` may be a 0-d tensor on its device."""
+    if isinstance(scale, torch.Tensor):
+        scale = scale.to(out.dtype)
     signs = torch.empty(0, dtype=out.dtype, device=out.device)
     for span in blocks(out.numel(), out.device):
         part = out[span]

@@ -25,6 +25,7 @@ class Memory:
         running: :meth:`received` turns the decision into the gradient.
         needs_maximum: ``turn.prepared[first_word]`` shall be the largest magnitude (n,) that any rank's gradient has,
             coordinate by coordinate. It costs a dense all-reduce.
+        private: no other rank shall be able to repeat its random numbers: a secret of this rank's goes into them.
         follows_lr: fields in units of the gradient whose product with the learning rate is what counts (an
             error still owed to the parameters): they are rescaled by old rate / new rate when the rate changes.
     """
@@ -35,6 +36,7 @@ class Memory:
     feedback = False
     running = False
     needs_maximum = False
+    private = False
     follows_lr: ClassVar[tuple[str, ...]] = ()
 
     def prepare(self, gradients: Sequence[torch.Tensor], turn: Turn) -> Any:

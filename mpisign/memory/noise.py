@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -33,9 +34,16 @@ class Random:
     """Random numbers for one gradient, in the order of its elements: this rank's own, the same in every repetition."""
 
     def __init__(self, turn: Turn, first_word: int, device: torch.device) -> None:
-        self._generator = turn.generator(first_word, device)
-        self._key = turn.noise_key(first_word)
+        self._turn, self._first_word, self._device = turn, first_word, device
         self._drawn = 0
+
+    @functools.cached_property
+    def _generator(self) -> torch.Generator:
+        return self._turn.generator(self._first_word, self._device)
+
+    @functools.cached_property
+    def _key(self) -> int:
+        return self._turn.noise_key(self._first_word)
 
     def normal(self, out: torch.Tensor) -> torch.Tensor:
         """Fill ``out`` with standard normal numbers."""
@@ -45,7 +53,8 @@ class Random:
         """Fill ``out`` with numbers from [low, high]; on the host 32 coins each, at half of torch's price."""
         if out.is_cuda:
             return out.uniform_(low, high, generator=self._generator)
-        for part in out.split(COINS):
+        for lo in range(0, out.numel(), COINS):
+            part = out[lo : lo + COINS]
             coins = coin_words(self._key, self._drawn, part.numel()).view(np.int32)
             self._drawn += part.numel()
             part.copy_(torch.from_numpy(coins)).mul_((high - low) / 2**32)
@@ -66,9 +75,10 @@ class Noise(Memory, ABC):
         first_word: int,
     ) -> torch.Tensor:
         random, scale = Random(turn, first_word, gradient.device), self.scale_of(gradient, turn, first_word)
+        spare = gradient.new_empty(0)
         for span in blocks(gradient.numel(), gradient.device):
             here = scale[span] if isinstance(scale, torch.Tensor) and scale.dim() else scale
-            self.draw(gradient[span], here, scratch[span], random)
+            self.draw(gradient[span], here, scratch[span], spare.resize_(span.stop - span.start), random)
         return scratch[: gradient.numel()]
 
     def scale_of(self, gradient: torch.Tensor, turn: Turn, first_word: int) -> float | torch.Tensor:
@@ -76,8 +86,15 @@ class Noise(Memory, ABC):
         return 1.0
 
     @abstractmethod
-    def draw(self, gradient: torch.Tensor, scale: float | torch.Tensor, out: torch.Tensor, random: Random) -> None:
-        """Write what is sent for ``gradient`` (n,), a part of the whole, into ``out`` (n,)."""
+    def draw(
+        self,
+        gradient: torch.Tensor,
+        scale: float | torch.Tensor,
+        out: torch.Tensor,
+        spare: torch.Tensor,
+        random: Random,
+    ) -> None:
+        """Write what is sent for a part of the gradient (n,) into ``out`` (n,); ``spare`` (n,) is scratch."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +118,14 @@ class GaussianNoise(Noise):
         smallest, largest = gradient.aminmax()
         return torch.maximum(-smallest, largest).mul_(self.scale)
 
-    def draw(self, gradient: torch.Tensor, scale: float | torch.Tensor, out: torch.Tensor, random: Random) -> None:
+    def draw(
+        self,
+        gradient: torch.Tensor,
+        scale: float | torch.Tensor,
+        out: torch.Tensor,
+        spare: torch.Tensor,
+        random: Random,
+    ) -> None:
         random.normal(out).mul_(scale).add_(gradient)
 
 
@@ -132,7 +156,14 @@ class StochasticSign(Noise):
         bounds: float | torch.Tensor = turn.prepared[first_word] if self.bound is None else self.bound
         return bounds
 
-    def draw(self, gradient: torch.Tensor, scale: float | torch.Tensor, out: torch.Tensor, random: Random) -> None:
+    def draw(
+        self,
+        gradient: torch.Tensor,
+        scale: float | torch.Tensor,
+        out: torch.Tensor,
+        spare: torch.Tensor,
+        random: Random,
+    ) -> None:
         random.uniform(out, -1.0, 1.0).mul_(scale).add_(gradient)
 
 
@@ -161,8 +192,15 @@ class ClippedNoise(Noise):
         factor: torch.Tensor = turn.prepared.to(gradient.dtype)
         return factor
 
-    def draw(self, gradient: torch.Tensor, scale: float | torch.Tensor, out: torch.Tensor, random: Random) -> None:
-        random.normal(out).mul_(self.noise).add_(gradient * scale)
+    def draw(
+        self,
+        gradient: torch.Tensor,
+        scale: float | torch.Tensor,
+        out: torch.Tensor,
+        spare: torch.Tensor,
+        random: Random,
+    ) -> None:
+        random.normal(out).mul_(self.noise).add_(torch.mul(gradient, scale, out=spare))
 
 
 def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -204,9 +242,16 @@ class TernarySign(Noise):
         if self.b < self.a:
             raise OptionError(f"B={self.b!r} must be at least A={self.a!r}, as A/B is the probability to vote")
 
-    def draw(self, gradient: torch.Tensor, scale: float | torch.Tensor, out: torch.Tensor, random: Random) -> None:
+    def draw(
+        self,
+        gradient: torch.Tensor,
+        scale: float | torch.Tensor,
+        out: torch.Tensor,
+        spare: torch.Tensor,
+        random: Random,
+    ) -> None:
         random.uniform(out, -self.a, 2.0 * self.b - self.a)  # up to g it is +1, from there to A it is -1
-        up = gradient.clamp(max=self.a).ge_(out)
+        up = torch.clamp(gradient, max=self.a, out=spare).ge_(out)
         torch.sub(up.mul_(2.0), out.le_(self.a), out=out)
 
 
@@ -224,5 +269,13 @@ class SparseSign(Noise):
     def __post_init__(self) -> None:
         check_positive("budget", self.budget)
 
-    def draw(self, gradient: torch.Tensor, scale: float | torch.Tensor, out: torch.Tensor, random: Random) -> None:
-        random.uniform(out, 0.0, 1.0 / self.budget).le_(gradient.abs()).mul_(gradient.sign())
+    def draw(
+        self,
+        gradient: torch.Tensor,
+        scale: float | torch.Tensor,
+        out: torch.Tensor,
+        spare: torch.Tensor,
+        random: Random,
+    ) -> None:
+        speaks = random.uniform(out, 0.0, 1.0 / self.budget).le_(torch.abs(gradient, out=spare))
+        speaks.mul_(torch.sign(gradient, out=spare))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +36,7 @@ class MemoryStore:
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
+        self.secret = secrets.randbits(64) if memory.private else 0
         self._place = (0, 1)  # rank and size of the job it belongs to
         self._states: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
         self._pieces: dict[torch.Tensor, dict[int, torch.Tensor]] = {}  # by first element
@@ -124,7 +126,9 @@ class MemoryStore:
                     present[lo] = value
         return kept
 
-    def state_dict(self, parameters: Sequence[torch.Tensor], step: int, method: str) -> dict[str, Any]:
+    def state_dict(
+        self, parameters: Sequence[torch.Tensor], step: int, epoch: int | None, method: str
+    ) -> dict[str, Any]:
         """This rank's memory, keyed by place in ``parameters``; plain types and tensors only."""
         rank, size = self._place
         pieces = self._kept_pieces()
@@ -133,8 +137,10 @@ class MemoryStore:
             "rank": rank,
             "size": size,
             "step": step,
+            "epoch": epoch,
             "method": method,
             "memory_of": self.memory.name,
+            "secret": self.secret,
             "memory": {
                 place: dict(self._states[parameter])
                 for place, parameter in enumerate(parameters)
@@ -189,6 +195,7 @@ class MemoryStore:
             }
         for place, pieces in saved.get("pieces", {}).items():
             store._former[parameters[place]] = {lo: value.to(parameters[place].device) for lo, value in pieces.items()}
+        store.secret = saved.get("secret", 0) or store.secret
         store._rates = {parameters[place]: rate for place, rate in saved.get("rates", {}).items()}
         return store
 
