@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -23,19 +23,28 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
-    @contextmanager
-    def span(self, phase: str) -> Iterator[None]:
-        """Count the time spent inside to ``phase``."""
-        began = time.perf_counter()
-        # A dozen spans a step would cost a tenth of a millisecond, of which only a profiler has any use.
-        profiled = (
-            torch.profiler.record_function(f"mpisign::{phase}") if torch._C._autograd._profiler_enabled() else None
-        )
-        with profiled or contextlib.nullcontext():
-            try:
-                yield
-            finally:
-                self.seconds[phase] += time.perf_counter() - began
+    def span(self, phase: str) -> Span:
+        """A context: count the time spent inside to ``phase``."""
+        return Span(self.seconds, phase)
+
+
+class Span:
+    """See :meth:`Stopwatch.span`. A step has a dozen, so they must cost next to nothing."""
+
+    def __init__(self, seconds: dict[str, float], phase: str) -> None:
+        self._seconds, self._phase = seconds, phase
+        self._record: AbstractContextManager[object] | None = None
+
+    def __enter__(self) -> None:
+        if torch._C._autograd._profiler_enabled():
+            self._record = torch.profiler.record_function(f"mpisign::{self._phase}")
+            self._record.__enter__()
+        self._began = time.perf_counter()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._seconds[self._phase] += time.perf_counter() - self._began
+        if self._record is not None:
+            self._record.__exit__(*exception)
 
 
 @dataclass(frozen=True)

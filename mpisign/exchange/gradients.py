@@ -18,14 +18,13 @@ _dtype, _layout = attrgetter("dtype"), attrgetter("layout")
 
 
 def _looks_of(tensors: Sequence[torch.Tensor]) -> tuple[object, ...]:
-    """Of which types and sizes they are, where, and how they are laid out: equal for what can be treated alike."""
+    """Of which types they are, where, and how they are laid out."""
     layouts = list(map(_layout, tensors))
     dense = layouts.count(torch.strided) == len(layouts)  # others have no strides
     return (
         layouts,
         list(map(_dtype, tensors)),
         list(map(torch.Tensor.get_device, tensors)),
-        list(map(torch.Tensor.numel, tensors)),
         list(map(torch.Tensor.stride, tensors)) if dense else None,
     )
 
@@ -40,6 +39,7 @@ class Gradients:
     def __init__(self, layout: Layout, rank: int) -> None:
         self._layout, self._rank = layout, rank
         self._looks: tuple[object, ...] | None = None  # of the latest gradients, which were fit
+        self._shapes = [parameter.shape for parameter in layout.parameters]
         self._parameters_look = _looks_of(layout.parameters)
         self._addresses: list[int] = []  # of parameters that look so
 
@@ -50,7 +50,8 @@ class Gradients:
             return False
         addresses = list(map(torch.Tensor.data_ptr, parameters))
         if addresses != self._addresses:  # new, or given other data by their owner
-            if _looks_of(parameters) != self._parameters_look:
+            shapes = [parameter.shape for parameter in parameters]
+            if shapes != self._shapes or _looks_of(parameters) != self._parameters_look:
                 return False
             self._addresses = addresses
         return True
