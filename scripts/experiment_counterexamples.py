@@ -65,7 +65,8 @@ class Counterexample:
 
     Attributes:
         gradient: of x (copies, d) on a rank, (copies, d); it draws from the generator if it is stochastic.
-        shown: what of x (copies, d) is drawn and predicted, (copies,).
+        shown: what of x (copies, d) is drawn and predicted, (copies,); ``quantity`` in words.
+        best: what it is where the true f is least.
         averaged: that, averaged over the steps so far.
         copies: independent runs at a time, for means; 0 for as many as the user wants.
         box: coordinates are clipped to [-box, box] after each step.
@@ -80,6 +81,7 @@ class Counterexample:
     gradient: Callable[[Tensor, int, torch.Generator], Tensor]
     shown: Callable[[Tensor], Tensor]
     quantity: str
+    best: float
     runs: Sequence[Run]
     ranks: int = 1
     averaged: bool = False
@@ -207,7 +209,7 @@ def ce1(stochastic: bool) -> Counterexample:
     of_one, of_all = (voted(1), voted(RANKS)) if stochastic else (np.maximum(-1, -lr * t),) * 2
     return Counterexample(
         name="ce1" if stochastic else "ce1-exact",
-        title="CE1: rare large gradients" if stochastic else "CE1 without noise",
+        title="CE1, large gradients are rare" if stochastic else "CE1, exact gradient",
         source=f"{KARIMIREDDY} 1",
         start=(0.0,),
         lr=lr,
@@ -216,7 +218,8 @@ def ce1(stochastic: bool) -> Counterexample:
         if stochastic
         else (lambda x, rank, random: torch.full_like(x, 1 / 4)),
         shown=lambda x: x[:, 0],
-        quantity="x (best: -1)",
+        quantity="x",
+        best=-1.0,
         runs=[
             Run("sign", mpisign.signsgd(), "=", of_one),
             Run(f"vote of {RANKS}", mpisign.signsgd(), "=", of_all, ranks=RANKS),
@@ -247,14 +250,15 @@ def ce2(stochastic: bool, epsilon: float = 0.5) -> Counterexample:
     squared = 4 * (1 + epsilon**2) if stochastic else 2 * (1 + epsilon**2)
     return Counterexample(
         name="ce2" if stochastic else "ce2-exact",
-        title="CE2, one term a step" if stochastic else "CE2: a ridge, without noise",
+        title="CE2, one term a step" if stochastic else "CE2, exact gradient",
         source=f"{KARIMIREDDY} 2",
         start=(1.0, 1.0),
         lr=lr,
         steps=steps,
         gradient=gradient,
         shown=lambda x: epsilon * (x[:, 0] + x[:, 1]).abs() + (x[:, 0] - x[:, 1]).abs(),
-        quantity="f, mean so far (best: 0)",
+        quantity="f, mean so far",
+        best=0.0,
         runs=[
             Run("sign", mpisign.signsgd(), "=", so_far(epsilon * total + difference)),
             Run("error feedback", mpisign.ef_signsgd(), "<=", lipschitz_bound(2**0.5, squared, 1 / 2, lr, steps)),
@@ -284,14 +288,15 @@ def ce3(stochastic: bool, epsilon: float = 0.5) -> Counterexample:
     shrunk = 8 * epsilon**2 * (1 - 4 * epsilon**2 * lr) ** (2 * t)
     return Counterexample(
         name="ce3" if stochastic else "ce3-exact",
-        title="CE3: least squares, one a step" if stochastic else "CE3 without noise",
+        title="CE3, one term a step" if stochastic else "CE3, exact gradient",
         source=f"{KARIMIREDDY} 3",
         start=(1.0, 1.0),
         lr=lr,
         steps=steps,
         gradient=gradient,
         shown=lambda x: (x @ a.T).square().sum(dim=1),
-        quantity="f, mean so far (best: 0)" if stochastic else "f (best: 0)",
+        quantity="f, mean so far" if stochastic else "f",
+        best=0.0,
         runs=[
             Run("sign", mpisign.signsgd(), "=", so_far(stuck) if stochastic else along),
             Run("error feedback", mpisign.ef_signsgd(), *(("<=", bound) if stochastic else ("=", shrunk))),
@@ -316,14 +321,15 @@ def pull() -> Counterexample:
     middle = float(np.median(a))
     return Counterexample(
         name="pull",
-        title=f"Ranks that want {', '.join(f'{place:g}' for place in a)}",
+        title=f"Ranks with minima {', '.join(f'{place:g}' for place in a)}",
         source="Chen et al. 2020, section 3",
         start=(start,),
         lr=lr,
         steps=steps,
         gradient=lambda x, rank, random: x - a[rank],
         shown=lambda x: x[:, 0],
-        quantity=f"x (best: {np.mean(a):.2f})",
+        quantity="x",
+        best=float(np.mean(a)),
         runs=[
             Run(
                 "vote", mpisign.signsgd(), "=", chain(start, lr, 12, steps, lambda x: [(1, x - lr * sign(x - middle))])
@@ -354,14 +360,15 @@ def standstill() -> Counterexample:
     best = float(np.average(place, weights=steep))
     return Counterexample(
         name="standstill",
-        title="Two ranks that disagree",
+        title="Two ranks whose votes always tie",
         source="the tie of a vote; Jin et al. 2020 for sto-sign",
         start=(start,),
         lr=lr,
         steps=steps,
         gradient=lambda x, rank, random: slopes(x)[rank],
         shown=lambda x: x[:, 0],
-        quantity=f"x (best: {best:g})",
+        quantity="x",
+        best=best,
         runs=[
             Run("vote, ties stay", mpisign.signsgd(), "=", np.full(steps + 1, start), ties="zero"),
             Run("vote, ties by coin", mpisign.signsgd(), "=", voted(lambda x: [(1 + sign(g)) / 2 for g in slopes(x)])),
@@ -403,14 +410,15 @@ def beznosikov() -> Counterexample:
     growth = 1 - lr * largest[0]  # x stays a multiple of (1, 1, 1)
     return Counterexample(
         name="beznosikov",
-        title="The largest of three misleads",
+        title="Beznosikov: the largest of three misleads",
         source="Beznosikov et al. 2020, Example 1; Richtarik et al. 2021, Theorem 2",
         start=tuple(one),
         lr=lr,
         steps=steps,
         gradient=lambda x, rank, random: x @ torch.from_numpy(hessians[rank]),
         shown=lambda x: ((x @ torch.from_numpy(hessians.mean(axis=0))) * x).sum(dim=1) / 2,
-        quantity="f, mean so far (best: 0)",
+        quantity="f, mean so far",
+        best=0.0,
         runs=[
             Run(
                 "top-1, nothing fed back",
@@ -523,6 +531,7 @@ def show(args: argparse.Namespace, results: Sequence[tuple[Counterexample, Run, 
                 "counterexample": example.name,
                 "source": example.source,
                 "shown": example.quantity,
+                "best": example.best,
                 "method": str(run.method),
                 "label": run.label,
                 "ranks": ranks,
@@ -549,7 +558,8 @@ of {args.copies} runs where there is chance, with their middle 80 %; black dashe
 {markdown_table(columns, lines)}
 
 A prediction that is no bound is of the mean path at every step: it may be off by {DEVIATIONS:g} of the path's largest
-standard errors, or by {ROUNDING:g} where there is no chance. Formulas and their sources are in `scripts/experiment_counterexamples.py`."""
+standard errors, or by {ROUNDING:g} where there is no chance. `scripts/experiment_counterexamples.py` has the formulas
+and their sources."""
     data = {"seeds": [args.seed], "runs": facts}
     print(f"report: {write_report(args.out, 'counterexamples', text, data, {'': draw(results)})}")
     return wrong
@@ -566,16 +576,20 @@ def draw(results: Sequence[tuple[Counterexample, Run, Seen]]) -> Any:
     grid = figure.subplots(height, width, squeeze=False).flat
     for axes, (example, runs) in zip(grid, panels, strict=False):
         steps = np.arange(example.steps + 1)
-        for place, (_, run, seen) in enumerate(runs):
-            axes.plot(steps, seen.mean, color=f"C{place}", linewidth=2.5, label=run.label)
-            axes.fill_between(steps, seen.low, seen.high, color=f"C{place}", alpha=0.15, linewidth=0)
-            at_most = run.relation != "="
-            axes.plot(steps, run.predicted, color=f"C{place}" if at_most else "k", linewidth=1, linestyle="--")
+        others = iter(("C0", "C1", "C4"))
+        for _, run, seen in runs:
+            colour = "C2" if "error feedback" in run.label else next(others)
+            axes.plot(steps, seen.mean, color=colour, linewidth=2.5, label=run.label)
+            axes.fill_between(steps, seen.low, seen.high, color=colour, alpha=0.15, linewidth=0)
+            computed = "k" if run.relation == "=" else colour
+            axes.plot(steps, run.predicted, color=computed, linewidth=1, linestyle="--")
         largest = max(max(seen.high.max(), seen.mean.max()) for _, _, seen in runs)
         if example.log:
             axes.set_yscale("log")
         elif any(run.relation != "=" for _, run, _ in runs):
             axes.set_ylim(0, 1.25 * largest)  # bounds begin high
+        if not example.log:
+            axes.axhline(example.best, color="0.6", linewidth=1, linestyle=":", label="best")
         axes.set_title(example.title, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
         axes.set_ylabel(example.quantity, fontsize=8)
@@ -584,6 +598,9 @@ def draw(results: Sequence[tuple[Counterexample, Run, Seen]]) -> Any:
         axes.legend(fontsize=7)
     for axes in list(grid):
         axes.remove()
+    figure.suptitle(
+        "lines: the library; black dashes: computed, and equal; coloured dashes: computed, at most", fontsize=9
+    )
     return figure
 
 
