@@ -21,7 +21,7 @@ from mpisign.methods import signum
 from mpisign.policy import Policy, check_positive
 from mpisign.telemetry import StepReport
 from mpisign.world import World, current
-from mpisign.wrapping import check_wrappable, default_names, names_of, scaler_says, warn_if_adaptive
+from mpisign.wrapping import check_wrappable, default_names, names_of, scaler_says, warn_if_adaptive, warn_of_epochs
 
 __all__ = ["DistributedSignOptimizer"]
 
@@ -107,7 +107,8 @@ class DistributedSignOptimizer(Optimizer):
         self.bucket_cap_mb = bucket_cap_mb
         self._names = names_of(optimizer, named_parameters)
         self._memory = MemoryStore(method.memory)
-        self._exchanges = self._epoch = 0
+        self._exchanges = 0
+        self._epoch: int | None = None  # until somebody says
         self.__setstate__({})
         current("DistributedSignOptimizer()")
         self._prepare()
@@ -153,6 +154,9 @@ class DistributedSignOptimizer(Optimizer):
                 f"{self.method.name} exchanges parameters after the step, so there are no gradients to synchronize: "
                 f"call optimizer.step()"
             )
+        if self._epoch is None and self.method.by_epoch:
+            warn_of_epochs(self.method)
+            self._epoch = 0
         pipeline = self._prepare()
         excuse, unscale = scaler_says(self)
         self.report = pipeline.run(self._exchanges, excuse, unscale)
@@ -266,7 +270,7 @@ class DistributedSignOptimizer(Optimizer):
         """The pipeline for the parameters and the world as they are now; made anew only if they changed."""
         world = current("DistributedSignOptimizer.step()")
         active = [p for p in self._parameters() if p.requires_grad]
-        method = self.method.at(self._exchanges, self._epoch)
+        method = self.method.at(self._exchanges, self._epoch or 0)
         pipeline = self._pipeline
         if pipeline is None or not pipeline.fits(active) or pipeline.world is not world or pipeline.method != method:
             names = {**default_names(self.param_groups), **self._names}  # groups may have been added since
@@ -295,7 +299,7 @@ class DistributedSignOptimizer(Optimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state: dict[str, Any] = self.wrapped.state_dict()
-        state["mpisign"] = self._memory.state_dict(self._parameters(), self._exchanges, self.method.name)
+        state["mpisign"] = self._memory.state_dict(self._parameters(), self._exchanges, self._epoch, self.method.name)
         for after in self._optimizer_state_dict_post_hooks.values():
             state = after(self, state) or state
         return state
@@ -319,7 +323,7 @@ class DistributedSignOptimizer(Optimizer):
         self._memory = memory
         self._pipeline = None  # it holds views of the old memory
         if saved is not None:
-            self._exchanges = int(saved["step"])
+            self._exchanges, self._epoch = int(saved["step"]), saved.get("epoch")
         self._synchronized = False
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

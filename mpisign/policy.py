@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
 
 def check_positive(option: str, value: object, alternative: str = "") -> None:
     """Raise :class:`OptionError` unless ``value`` is a number above zero; ``alternative`` says what else is allowed."""
-    if not (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
+    if not (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf):
         raise OptionError(f"{option}={value!r} must be a positive number{alternative}")
 
 
@@ -45,8 +46,8 @@ class Policy:
             raise OptionError(f"seed={self.seed!r} must be an integer")
         object.__setattr__(self, "seed", int(self.seed))  # ranks compare the repr, and np.int64(3) has another
 
-    def turn(self, step: int, rank: int, size: int = 1) -> Turn:
-        """This step on this rank of ``size``, with its coins."""
+    def turn(self, step: int, rank: int, size: int = 1, secret: int = 0) -> Turn:
+        """This step on this rank of ``size``, with its coins; ``secret`` is mixed into its noise."""
         return Turn(
             self,
             step,
@@ -54,6 +55,7 @@ class Policy:
             size,
             zeros_key=coin_key(self.seed, step, zeros_stream(rank)),
             ties_key=coin_key(self.seed, step, TIES),
+            secret=secret,
         )
 
 
@@ -64,6 +66,7 @@ class Turn:
     Attributes:
         step: number of the exchange; ``rank`` of ``size``: who we are.
         zeros_key, ties_key: keys of the coins; the first is this rank's own, the second everybody's.
+        secret: what only this rank knows, 64 bits, if its noise shall be private; else 0.
         voters: the ranks whose messages a rule is given, in their order.
         prepared: what the memory's ``prepare`` made of all gradients of this step, or None.
         previous: (1, k) what the rule decided on these items the time before, for rules that ``remember``.
@@ -76,6 +79,7 @@ class Turn:
     size: int
     zeros_key: int
     ties_key: int
+    secret: int = 0
     voters: tuple[int, ...] = ()
     prepared: Any = None
     previous: torch.Tensor | None = None
@@ -83,11 +87,11 @@ class Turn:
 
     def noise_key(self, first_word: int) -> int:
         """Key of the coins that are this rank's own, for random numbers of the values that start at ``first_word``."""
-        return coin_key(coin_key(self.policy.seed, self.step, noise_stream(self.rank)), first_word, 0)
+        return coin_key(coin_key(self.policy.seed + self.secret, self.step, noise_stream(self.rank)), first_word, 0)
 
     def generator(self, first_word: int, device: torch.device) -> torch.Generator:
         """Random numbers for the values that start at ``first_word``: this rank's own, the same in every repetition.
 
-        They depend on seed, step, rank and place alone, so nothing has to be saved to resume exactly.
+        They depend on seed, secret, step, rank and place alone, so no generator has to be saved to resume exactly.
         """
         return torch.Generator(device).manual_seed(self.noise_key(first_word) >> 1)

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from mpisign.errors import OptionError
 from mpisign.exchange import header
+from mpisign.method import Method
 
-__all__ = ["check_wrappable", "default_names", "names_of", "scaler_says", "warn_if_adaptive"]
+__all__ = ["check_wrappable", "default_names", "names_of", "scaler_says", "warn_if_adaptive", "warn_of_epochs"]
 
 # They divide by the gradient's running magnitude, which is 1 for every coordinate of a vote.
 ADAPTIVE = (
@@ -50,6 +51,15 @@ def warn_if_adaptive(optimizer: Optimizer) -> None:
             f"with method=mpisign.lion() or mpisign.signum() is what you want",
             stacklevel=3,
         )
+
+
+def warn_of_epochs(method: Method) -> None:
+    """Say that a method which changes with the epoch has not been told any."""
+    warnings.warn(
+        f"{method.name} changes with the epoch, and nobody has said which this is, so it stays as in epoch 0: call "
+        f"optimizer.set_epoch(epoch) on every rank at the beginning of each epoch",
+        stacklevel=4,
+    )
 
 
 def scaler_says(optimizer: Optimizer) -> tuple[int, float]:

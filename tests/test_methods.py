@@ -146,3 +146,23 @@ def test_a_rule_that_needs_whole_vectors_refuses_shards() -> None:
 def test_a_vote_needs_ballots() -> None:
     with pytest.raises(mpisign.OptionError, match=r"'vote' counts votes, and 'dense' messages are none.*SignBits"):
         Method(Nothing(), Dense(), MajorityVote())
+
+
+@pytest.mark.usefixtures("world")
+def test_an_epoch_that_nobody_tells_is_the_first_with_a_warning_and_a_checkpoint_knows_it() -> None:
+    def started() -> DistributedSignOptimizer:
+        weight = torch.nn.Parameter(torch.zeros(100, 100))
+        optimizer = DistributedSignOptimizer(torch.optim.SGD([weight], lr=1.0), method=mpisign.dgc(0.01, sample=None))
+        weight.grad = torch.randn(100, 100)
+        return optimizer
+
+    untold = started()
+    with pytest.warns(UserWarning, match=r"optimizer\.set_epoch\(epoch\)"):
+        untold.step()
+    first, resumed = started(), started()
+    first.set_epoch(4)
+    first.step()
+    resumed.load_state_dict(first.state_dict())
+    resumed.step()
+    sent = [optimizer.param_groups[0]["params"][0].grad.count_nonzero() for optimizer in (untold, first, resumed)]
+    assert sent == [2500, 100, 100]

@@ -28,6 +28,7 @@ def merged(files: Sequence[Path], rank: int, size: int) -> dict[str, Any] | None
     pieces: dict[int, dict[int, torch.Tensor]] = {}
     for memory in memories:
         del memory["rank"]
+        memory.pop("secret", None)  # each rank draws its own anew
         for place, of_rank in memory.pop("pieces", {}).items():  # what each rank keeps of what it decides: put together
             pieces.setdefault(place, {}).update(of_rank)
     return {**_merge(memories, "memory"), "rank": rank, "size": size, "pieces": pieces}
@@ -36,6 +37,8 @@ def merged(files: Sequence[Path], rank: int, size: int) -> dict[str, Any] | None
 def _merge(values: Sequence[Any], what: str) -> Any:
     """Means of tensors, entry by entry through dicts; None is a memory that has not begun."""
     present = [value for value in values if value is not None]
+    if not present:
+        return None
     first = present[0]
     if isinstance(first, torch.Tensor):
         return _mean(present, len(values))

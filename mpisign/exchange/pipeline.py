@@ -88,6 +88,7 @@ class Pipeline:
         self._decoder = Decoder(layout, method, self.exchanges, self._encoder)
         self._maximum = Maximum(layout, world) if method.memory.needs_maximum else None
         self._server = Server(layout, method, store.piece)
+        self._secret = store.secret
         self._previous = [
             store.remembered(layout, bucket) if method.rule.remembers else None for bucket in layout.buckets
         ]
@@ -132,9 +133,10 @@ class Pipeline:
         Returns:
             Whether all of it was finite. If not, the memory has been protected, and the gradients are worth nothing.
         """
-        return self._local.take_in(
-            self._given.read(), self.policy.turn(step, self.world.rank, self.world.size), unscale
-        )
+        return self._local.take_in(self._given.read(), self._turn(step), unscale)
+
+    def _turn(self, step: int) -> Turn:
+        return self.policy.turn(step, self.world.rank, self.world.size, self._secret)
 
     @torch.no_grad()
     def sit_out(self, step: int, joined_for: int) -> tuple[header.Roll, StepReport]:
@@ -180,7 +182,7 @@ class Pipeline:
         watch: Stopwatch,
     ) -> tuple[header.Sheets, int | None]:
         """All of a step but the roll call. Returns who voted, and the ties."""
-        world, turn = self.world, self.policy.turn(step, self.world.rank, self.world.size)
+        world, turn = self.world, self._turn(step)
         present = [gradient is not None for gradient in gradients]
         status = excuse if excuse != header.VOTES or any(present) else header.NO_GRADIENT
         if status == header.VOTES:

@@ -13,6 +13,7 @@ from mpisign.bitmap.ops import Count
 from mpisign.bitmap.tensors import blocks
 from mpisign.codecs import Codec
 from mpisign.codecs.sign_bits import add_signs
+from mpisign.errors import OptionError
 from mpisign.policy import Policy, Turn
 from mpisign.rules.rule import Rule
 
@@ -37,6 +38,10 @@ class Mean(Rule):
     shares: tuple[float, ...] | None = None
     reencodes: bool = False
     name = "mean"
+
+    def check(self, size: int) -> None:
+        if self.shares is not None and len(self.shares) != size:
+            raise OptionError(f"{len(self.shares)} weights were given for {size} ranks: give one for each rank")
 
     def weights(self, turn: Turn) -> Sequence[float]:
         if self.shares is not None:

@@ -61,7 +61,9 @@ def model(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
 
 def wrap(tensors: Sequence[torch.nn.Parameter], method: Method, lr: float = 0.1, **options: Any) -> Any:
     sgd = torch.optim.SGD(tensors, lr=lr)
-    return mpisign.DistributedSignOptimizer(sgd, ballots.named(tensors), method=method, **options)
+    optimizer = mpisign.DistributedSignOptimizer(sgd, ballots.named(tensors), method=method, **options)
+    optimizer.set_epoch(0)
+    return optimizer
 
 
 def drawn(tensors: Sequence[torch.Tensor], *seeds: int) -> list[torch.Tensor]:
