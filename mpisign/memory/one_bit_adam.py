@@ -66,7 +66,7 @@ class OneBitAdam(Memory):
         for span in blocks(decision.numel(), decision.device):
             update, momentum, variance = decision[span], state["momentum"][span], state["variance"][span]
             if self.frozen:
-                torch.mul(update, variance != 0, out=momentum)
+                torch.sign(variance, out=momentum).mul_(update)
             else:
                 momentum.lerp_(update, 1.0 - self.beta1)
                 variance.mul_(self.beta2).addcmul_(update, update, value=1.0 - self.beta2)
