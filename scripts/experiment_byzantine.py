@@ -25,13 +25,13 @@ from experiments import (
     make_parser,
     markdown_table,
     parse,
+    progress,
     train_fresh,
     write_report,
 )
 from flags import end, said_once, whole
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 import mpisign
 from mpisign import attacks
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> tuple[list[Cell], list[Cell]]:
             return str(error)
 
     cells = []
-    for f, method, attack in tqdm(keys + more, unit="cell", disable=args.quiet or mpisign.rank() > 0):
+    for f, method, attack in progress(keys + more, "cell", args.quiet):
         recipe = METHODS[method](f)
         recipe = Recipe(recipe.method, args.lr_scale * recipe.lr, recipe.momentum)
         attacked = ("none", 0) if attack == "none" or f == 0 else (attack, f)

@@ -9,18 +9,19 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from flags import HelpFormatter, count, make_folder, rate, whole
 from torch import Tensor, nn
+from tqdm import tqdm
 from train_digits import build_model, load_data, measure_accuracy
 
 import mpisign
@@ -29,6 +30,8 @@ from mpisign.memory import LionMomentum, Memory, Momentum
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+T = TypeVar("T")
 
 RESULTS = Path(os.path.relpath(Path(__file__).parent / "results"))
 
@@ -228,6 +231,12 @@ def parse(parser: argparse.ArgumentParser, quick: Mapping[str, Any]) -> argparse
     args.out = RESULTS if args.report else args.out
     make_folder(parser, args.out, args.out)
     return args
+
+
+def progress(jobs: Sequence[T], unit: str, quiet: bool) -> Iterator[T]:
+    """``jobs`` with a progress bar on rank 0: a line every few seconds, as Open MPI's mpirun hands on whole lines."""
+    bar = "{l_bar}{bar:30}{r_bar}\n"
+    yield from tqdm(jobs, unit=unit, mininterval=5.0, bar_format=bar, disable=quiet or mpisign.rank() > 0)
 
 
 # --------------------------------------------------------------------------------------------------- reports
