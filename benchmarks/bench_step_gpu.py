@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import mpisign
 from mpisign import DistributedSignOptimizer
 from mpisign.bitmap import kernels
+from mpisign.bitmap.host import words_for
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -40,7 +41,8 @@ each run, untimed.
 
 The parts are those of `synchronize()`, which is all the library does. *Device work* is the sum of all kernels and
 copies, as the profiler sees them. *From first to last*, by CUDA events, has the waits of the GPU for the host in it.
-*Host* is `synchronize()` on as many tensors of few elements, by the clock: all that is not bandwidth."""
+*Host* is `synchronize()` on as many tensors of few elements in as many messages, by the clock: all that is not
+bandwidth."""
 
 
 def main() -> None:
@@ -73,9 +75,10 @@ def run(args: argparse.Namespace, device: torch.device, gpu: str, comm: MPI.Comm
     ]
     times = measure(steps, args.rounds, args.warmup, comm)
     small = Model(list(resnet50_shapes(1, classes=10)), device)
+    cap = small.words / model.words  # of a bucket, in MiB: as many buckets as the model has with 1 MiB
     parts = {
         method.name: take_apart(
-            model.synchronizer(method, args.exchange), small.synchronizer(method, args.exchange), device
+            model.synchronizer(method, args.exchange), small.synchronizer(method, args.exchange, cap), device
         )
         for method in (mpisign.signsgd(), mpisign.signum(momentum=0.9))
     }
@@ -114,6 +117,7 @@ class Model:
     def __init__(self, shapes: Sequence[tuple[int, ...]], device: torch.device) -> None:
         torch.manual_seed(mpisign.rank())
         self.elements, self.device = sum(prod(shape) for shape in shapes), device
+        self.words = sum(words_for(prod(shape)) for shape in shapes)
         self.parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
         self._backward = [torch.randn(shape, device=device) for shape in shapes]
         self._gradients = [torch.empty_like(gradient) for gradient in self._backward]
@@ -130,9 +134,11 @@ class Model:
         what = f"`DistributedSignOptimizer(SGD(...), method=mpisign.{method.name}(...)).step()`"
         return Contender(method.name, what, at_rest(optimizer.step, self.device), self.restore)
 
-    def synchronizer(self, method: mpisign.Method, exchange: str) -> Callable[[], None]:
+    def synchronizer(self, method: mpisign.Method, exchange: str, bucket_cap_mb: float = 1.0) -> Callable[[], None]:
         """A ``synchronize()`` that may be called again at once."""
-        optimizer = DistributedSignOptimizer(SGD(self.parameters, lr=0.0), method=method, exchange=exchange)
+        optimizer = DistributedSignOptimizer(
+            SGD(self.parameters, lr=0.0), method=method, exchange=exchange, bucket_cap_mb=bucket_cap_mb
+        )
         self.restore()
 
         def synchronize() -> None:

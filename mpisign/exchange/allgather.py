@@ -32,6 +32,7 @@ class AllGather:
         self._received = Buffer((world.size, planes_up, length), dtype, device)
         self.message = self._message.tensor
         self.received = self._received.tensor
+        self._messages = list(self.received)
         self.decision = torch.zeros((planes_down, length), dtype=dtype, device=device)
         self.bytes_sent = (world.size - 1) * self._message.nbytes
 
@@ -45,7 +46,7 @@ class AllGather:
     def settle(self, decide: Decide, world: World, what: str) -> None:
         world.wait(self._request, what)
         self._received.pull()
-        decide(list(self.received), self.decision, 0)
+        decide(self._messages, self.decision, 0)
 
     def finish(self, world: World, what: str) -> None:
         """The decision was made here."""

@@ -55,9 +55,11 @@ def decide_runs(
         lo, hi = max(run_start, start), min(run_stop, end)
         if lo >= hi or not ranks:
             continue
-        span = slice(lo - start, hi - start)
-        voting = [messages[rank][:, span] for rank in ranks]
-        previous = None if turn.previous is None else turn.previous[:, span]
+        voting, target, previous = [messages[rank] for rank in ranks], out, turn.previous
+        if hi - lo < out.shape[1]:
+            span = slice(lo - start, hi - start)
+            voting, target = [message[:, span] for message in voting], out[:, span]
+            previous = None if previous is None else previous[:, span]
         here = dataclasses.replace(turn, voters=ranks, previous=previous)
-        ties = ties + rule.decide(voting, out[:, span], here, bucket.first_word + lo)
+        ties = ties + rule.decide(voting, target, here, bucket.first_word + lo)
     return ties

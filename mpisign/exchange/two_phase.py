@@ -41,7 +41,6 @@ class TwoPhase:
     ) -> None:
         ranks = world.size
         shard = -(-length // ranks)  # the last shards may hold padding: less than M items a bucket
-        self._shard, self._length = shard, length
         self._outgoing = Buffer((planes_up, shard * ranks), dtype, device)
         self._incoming = Buffer((ranks, planes_up, shard), dtype, device)
         self._verdict = Buffer((planes_down, shard), dtype, device)
@@ -49,6 +48,10 @@ class TwoPhase:
         self.message = self._outgoing.tensor[:, :length]
         self.received = self._incoming.tensor
         self.decision = self._spread.tensor[:, :length]
+        self._at = min(world.rank * shard, length)  # where this rank's shard begins
+        mine = min(shard, length - self._at)
+        self._messages = [message[:, :mine] for message in self.received]
+        self._decided = self._verdict.tensor[:, :mine]
         item = torch.empty(0, dtype=dtype).numpy().dtype
         self._slice_up = _slice_type(item, planes_up, shard, ranks)
         self._slice_down = _slice_type(item, planes_down, shard, ranks)
@@ -64,10 +67,7 @@ class TwoPhase:
     def settle(self, decide: Decide, world: World, what: str) -> None:
         world.wait(self._request, f"{what}, phase 1")
         self._incoming.pull()
-        at = min(world.rank * self._shard, self._length)
-        stop = min(at + self._shard, self._length)
-        messages = [message[:, : stop - at] for message in self._incoming.tensor]
-        decide(messages, self._verdict.tensor[:, : stop - at], at)
+        decide(self._messages, self._decided, self._at)
         self._verdict.push()
         self._verdict.ready()
         self._request = world.comm.Iallgather(self._verdict.mpi, [self._spread.mpi, 1, self._slice_down])
