@@ -289,10 +289,12 @@ def heat_map(args: argparse.Namespace, grid: Sequence[Cell]) -> Figure:
         axes.set_facecolor("lightgrey")
         axes.imshow(values, vmin=10, vmax=100, cmap="RdYlBu", aspect="auto")
         axes.axvline(len(args.attacks) - 0.5, color="white", linewidth=6)
-        for x in range(1, len(args.attacks)):
-            if (columns[x] in OMNISCIENT) != (columns[x - 1] in OMNISCIENT):
-                axes.axvline(x - 0.5, color="white", linewidth=3)
-        axes.set_title(f"{f} of {mpisign.size()} ranks hostile", weight="bold", loc="left")
+        for group, members in (("blind", BLIND), ("they see what the honest send, or collude", OMNISCIENT)):
+            places = [x for x, name in enumerate(args.attacks) if name in members]
+            if places:
+                axes.axvline(places[0] - 0.5, color="white", linewidth=3)
+                axes.text(statistics.fmean(places), -0.65, group, ha="center", va="bottom", size=9, style="italic")
+        axes.set_title(f"{f} of {mpisign.size()} ranks hostile", weight="bold", loc="left", pad=20)
         axes.set_xticks(range(len(columns)), [name.replace("_", "\n") for name in columns], size=8)
         axes.set_yticks(range(len(args.methods)), args.methods)
         axes.tick_params(length=0)
@@ -304,6 +306,7 @@ def inverted_figure(args: argparse.Namespace, cells: Sequence[Cell]) -> Figure:
     """Bernstein et al. 2018: accuracy by the number of inverted workers, and how signum's loss falls with each."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -317,6 +320,7 @@ def inverted_figure(args: argparse.Namespace, cells: Sequence[Cell]) -> Figure:
     left.set(xlabel=f"ranks of {mpisign.size()} that invert what they send", ylabel="test accuracy, %", ylim=(0, 102))
     left.set_title("Accuracy; bands: all seeds")
     left.legend(loc="lower left")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.grid(alpha=0.3)
     curves = [cell for cell in cells if cell.method == "signum"]
     for cell in curves:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -250,8 +251,8 @@ def write_report(folder: Path, name: str, text: str, data: Mapping[str, Any], fi
     Args:
         text: Markdown: a heading (``# ...``), a paragraph on what was found, and whatever else there is. The figures
             come after that paragraph; at the end, what was typed, and what it ran on.
-        data: all raw numbers, for the JSON; numbers that are not finite become null. ``data["seeds"]`` is also said in
-            the text.
+        data: all raw numbers, for the JSON: to six digits, and null where they are not finite. ``data["seeds"]`` is
+            also said in the text.
         figures: by name, for the file names; ``""`` is a figure without a name of its own.
 
     Returns:
@@ -267,7 +268,9 @@ def write_report(folder: Path, name: str, text: str, data: Mapping[str, Any], fi
         pictures.append(f"![{figure or name}]({picture})")
     about = {"ranks": mpisign.size(), "seeds": data.get("seeds", []), **_circumstances()}
     raw = {"experiment": name, "date": now.isoformat(timespec="seconds"), "command": _command(), **about, **data}
-    (folder / f"{stem}.json").write_text(json.dumps(_plain(raw), indent=1) + "\n")
+    lines = json.dumps(_plain(raw), indent=1)
+    short = re.sub(r"\[[^][{}]+\]", lambda numbers: " ".join(numbers[0].split()), lines)  # a list of numbers is a line
+    (folder / f"{stem}.json").write_text(short + "\n")
     heading, summary, *rest = text.strip().split("\n\n", 2)
     facts = [f"- **{key}**: {' '.join(map(str, v)) if isinstance(v, list) else v}" for key, v in about.items() if v]
     parts = [
@@ -291,14 +294,14 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can say."""
+    """What JSON can say, numbers to six digits."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, int | float | str | None) else str(value)
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value if isinstance(value, int | str | None) else str(value)
 
 
 def _command() -> str:
