@@ -56,9 +56,9 @@ METHODS: dict[str, Recipe] = {
     "median": Recipe(mpisign.median(), DENSE),
 }
 FAMILIES = {
-    "plain votes": ("signsgd", "signum", "lion"),
+    "plain votes, and the median": ("signsgd", "signum", "lion", "median"),
     "votes in proportion to the gradient": ("noisy_signsgd", "sto_sign", "ternary_vote", "sparsign"),
-    "error feedback, sparse and dense": ("ef_signsgd", "double_squeeze", "ef21_sgdm", "top_k", "dgc", "mean", "median"),
+    "means, compressed or not": ("ef_signsgd", "double_squeeze", "ef21_sgdm", "top_k", "dgc", "mean"),
 }
 SWEPT: dict[str, Callable[[float], Recipe]] = {
     "noisy_signsgd": lambda b: Recipe(mpisign.noisy_signsgd(b) if b else mpisign.signsgd(), VOTE),
@@ -228,7 +228,7 @@ def methods_figure(methods: Sequence[Curve]) -> Figure:
         axes.set(xlabel="step", title=family)
         axes.grid(alpha=0.3)
         axes.legend(title="test accuracy", fontsize=8, title_fontsize=8, loc="lower left")
-    panels[0].set(ylabel="training loss over all classes", yscale="log")
+    panels[0].set(ylabel="training loss over all classes", yscale="log", ylim=(0.002, 4))
     panels[0].text(1, 2.4, "guessing", color="grey", size=8)
     return figure
 
