@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -27,6 +26,7 @@ from mpisign.memory import (
     TernarySign,
     gaussian_mechanism,
 )
+from mpisign.memory.ef21 import check_smoothness
 from mpisign.method import Method
 from mpisign.rules import (
     CenteredClipping,
@@ -71,7 +71,7 @@ def signum(momentum: float = 0.9) -> Method:
 
     Take it by default. Robust and biased as :func:`signsgd`, with less noise.
 
-    The same paper, Algorithm 1 with beta > 0. The momentum lives on each worker, before the sign.
+    The same paper, Algorithm 1 with beta > 0: the momentum lives on each worker, before the sign.
     """
     return Method(Momentum(momentum), SignBits(), MajorityVote(), "signum")
 
@@ -79,8 +79,8 @@ def signum(momentum: float = 0.9) -> Method:
 def lion(beta1: float = 0.9, beta2: float = 0.99, vote: bool = True) -> Method:
     """Distributed Lion: sign of ``beta1 m + (1 - beta1) g``; m decays by ``beta2``.
 
-    Take it for transformers, with weight decay in the wrapped SGD. ``vote=False`` averages the signs instead of
-    voting on them: finer, ``ceil(log2(M + 1))`` bits a coordinate down, and a hostile rank moves the mean.
+    Take it for transformers, with weight decay in the wrapped SGD. ``vote=False`` averages the signs instead: finer,
+    ``ceil(log2(M + 1))`` bits a coordinate down, and a hostile rank moves the mean by 2/M.
 
     Liu et al., "Communication Efficient Distributed Training with Distributed Lion", 2024, Algorithm 1 (MaVo, Avg).
     """
@@ -91,7 +91,7 @@ def noisy_signsgd(scale: float, relative: bool = False) -> Method:
     """Each rank votes with the sign of ``g + b xi``, xi normal: the more noise, the closer the vote is to the mean.
 
     Take it where ranks hold data of different kinds and noise costs less than the bias. ``b`` is ``scale``, or with
-    ``relative`` that many times the parameter's largest ``|g|``.
+    ``relative`` that many times the parameter's largest ``|g|``. Robust to a minority, the less the more noise.
 
     Chen et al., "Distributed Training with Heterogeneous Data: Bridging Median- and Mean-Based Algorithms", 2020,
     Algorithm 3.
@@ -111,38 +111,42 @@ def sto_sign(bound: float | None = None) -> Method:
 
 
 def dp_sign(
-    clip: float, noise: float | None = None, *, epsilon: float | None = None, delta: float | None = None
+    clip: float,
+    noise: float | None = None,
+    *,
+    epsilon: float | None = None,
+    delta: float | None = None,
+    private: bool = True,
 ) -> Method:
     """Private votes: clip the rank's gradient to L2 norm ``clip``, add normal ``noise``, take the sign.
 
-    Give ``noise``, or ``epsilon`` and ``delta`` of one step; accounting over steps is yours. The noise can be drawn
-    again from the optimizer's ``seed``, which all ranks share: a rank is private towards those who do not know it.
+    Give ``noise``, or one step's ``epsilon`` and ``delta``. The noise comes from a secret of each rank; with
+    ``private=False`` from the seed that all share, for experiments that must repeat: it protects nobody.
 
     Jin et al., 2020 (see :func:`sto_sign`), Algorithm 2; Lyu, "DP-signSGD", 2021.
     """
-    if (noise is None) == (epsilon is None) or (epsilon is None) != (delta is None):
-        raise OptionError("dp_sign needs noise=, or epsilon= and delta=: e.g. dp_sign(1.0, epsilon=0.5, delta=1e-5)")
-    if noise is None:
-        assert epsilon is not None
-        assert delta is not None
+    if noise is None and epsilon is not None and delta is not None:
         noise = gaussian_mechanism(clip, epsilon, delta)
-    return Method(ClippedNoise(clip, noise), SignBits(), MajorityVote(), "dp_sign")
+    elif noise is None or epsilon is not None or delta is not None:
+        raise OptionError("dp_sign needs noise=, or epsilon= and delta=: e.g. dp_sign(1.0, epsilon=0.5, delta=1e-5)")
+    return Method(ClippedNoise(clip, noise, private), SignBits(), MajorityVote(), "dp_sign")
 
 
-def ternary_vote(A: float = 1.0, B: float = 2.0) -> Method:  # noqa: N803 - the paper's names
+def ternary_vote(A: float = 1.0, B: float = 2.0, private: bool = False) -> Method:  # noqa: N803 - the paper's
     """A vote of trits: +1 with probability (A + g)/2B, -1 with (A - g)/2B, else nothing. A bounds ``|g|``; B >= A.
 
-    Private as :func:`dp_sign` (the smaller A/B the more), robust to a minority, and with a large B right on data of
-    different kinds. Two bits.
+    Robust to a minority; right on any data with a large B; ``private`` as :func:`dp_sign`, the more the smaller A/B.
 
     "TernaryVote: Differentially Private, Communication Efficient, and Byzantine Resilient Distributed Optimization on
     Heterogeneous Data", 2024, Algorithm 1.
     """
-    return Method(TernarySign(A, B), Trits(), MajorityVote(), "ternary_vote")
+    return Method(TernarySign(A, B, private), Trits(), MajorityVote(), "ternary_vote")
 
 
 def sparsign(budget: float) -> Method:
     """A vote of trits: sign(g) with probability ``min(1, budget |g|)``, else nothing.
+
+    Right on any data with a ``budget`` up to one over the largest ``|g|``. Robust to a minority of those that speak.
 
     Jin et al., "Magnitude Matters: Fixing SIGNSGD Through Magnitude-Aware Sparsification in the Presence of Data
     Heterogeneity", 2023, Algorithm 1.
@@ -167,7 +171,7 @@ def ef_signsgd() -> Method:
 def double_squeeze() -> Method:
     """:func:`ef_signsgd` whose mean comes down as scaled signs, too, with an error kept by whoever decided it.
 
-    One bit and a scale a parameter (or part of one, where a shard ends in it) both ways. Take it for many ranks.
+    One bit and a scale a parameter (or part of one, where a shard ends in it) both ways. For many ranks; not robust.
 
     Tang et al., "DoubleSqueeze: Parallel Stochastic Gradient Descent with Double-Pass Error-Compensated Compression",
     2019, Algorithm 1.
@@ -219,12 +223,7 @@ def ef21_w(smoothness: Iterable[float], ratio: float | None = 0.01) -> Method:
 
     "Error Feedback Reloaded: From Quadratic to Arithmetic Mean of Smoothness Constants", 2024, Algorithm 3.
     """
-    try:
-        constants = [float(constant) for constant in smoothness]
-    except (TypeError, ValueError):
-        constants = []
-    if not constants or not all(0.0 < constant < math.inf for constant in constants):
-        raise OptionError(f"smoothness={smoothness!r} must be one positive constant for each rank, e.g. [1.0, 2.5]")
+    constants = check_smoothness(smoothness)
     shares = tuple(constant / sum(constants) for constant in constants)
     return Method(EF21(shares=shares), _contraction(ratio), Mean(shares=shares), "ef21_w")
 
@@ -234,6 +233,8 @@ def ef21_w(smoothness: Iterable[float], ratio: float | None = 0.01) -> Method:
 
 def top_k(ratio: float = 0.01, sample: float | None = None) -> Method:
     """The largest coordinates of gradient plus error, with what is left fed back. 64 bits a coordinate sent.
+
+    Take it for slow networks and data of any kind; :func:`dgc` has momentum, too. Not robust.
 
     Stich et al., "Sparsified SGD with Memory", 2018, Algorithm 1.
     """
@@ -326,8 +327,7 @@ def centered_clipping(radius: float = 10.0, steps: int = 1, momentum: float = 0.
 def nearest_neighbour_mixing(f: int, then: Method | None = None) -> Method:
     """Each vector becomes the mean of its M - f nearest before the rule of ``then`` (default :func:`trimmed_mean`).
 
-    It makes rules on means of the honest vectors out of rules on vectors: with it they tolerate data of different kinds
-    far better. See :class:`mpisign.rules.NearestNeighbourMixing`.
+    With it, rules tolerate data of different kinds far better: see :class:`mpisign.rules.NearestNeighbourMixing`.
     """
     inner = trimmed_mean(f) if then is None else then
     if not isinstance(inner, Method):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 
 import pytest
@@ -166,3 +167,40 @@ def test_impossible_amounts(value: float) -> None:
         TernarySign(value, 1.0)
     with pytest.raises(mpisign.OptionError, match=r"must be at least A=2\.0"):
         TernarySign(2.0, 1.0)
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("method", [mpisign.dp_sign(1.0, 0.5), mpisign.ternary_vote(4.0, 4.0, private=True)])
+def test_noise_that_only_this_rank_can_repeat(method: mpisign.Method) -> None:
+    """Two jobs of the same seed differ, unless one goes on with the other's state."""
+
+    def started() -> tuple[mpisign.DistributedSignOptimizer, torch.nn.Parameter]:
+        x = torch.nn.Parameter(torch.zeros(10_000))
+        return mpisign.DistributedSignOptimizer(torch.optim.SGD([x], lr=1.0), method=method, seed=3), x
+
+    def vote(optimizer: mpisign.DistributedSignOptimizer, x: torch.nn.Parameter) -> torch.Tensor:
+        x.grad = torch.zeros_like(x)
+        optimizer.step()
+        return x.grad.clone()
+
+    (first, x), (second, y), (resumed, z) = started(), started(), started()
+    votes, others = vote(first, x), vote(second, y)
+    assert 4_500 < (votes == others).sum() < 5_500
+    with io.BytesIO() as file:
+        torch.save(first.state_dict(), file)
+        file.seek(0)
+        resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(vote(first, x), vote(resumed, z))
+
+
+@pytest.mark.usefixtures("world")
+def test_noise_that_all_can_repeat() -> None:
+    grads = []
+    for _ in range(2):
+        x = torch.nn.Parameter(torch.zeros(1000))
+        sgd = torch.optim.SGD([x], lr=1.0)
+        optimizer = mpisign.DistributedSignOptimizer(sgd, method=mpisign.dp_sign(1.0, 0.5, private=False))
+        x.grad = torch.zeros(1000)
+        optimizer.step()
+        grads.append(x.grad)
+    assert torch.equal(*grads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -65,8 +65,19 @@ class EF21(Memory):
             decision[span].copy_(state["average"][span].add_(decision[span]))
 
 
+def check_smoothness(smoothness: Iterable[float]) -> list[float]:
+    """The ranks' constants as numbers. Raises :class:`OptionError` unless all are positive."""
+    try:
+        constants = [float(constant) for constant in smoothness]
+    except (TypeError, ValueError):
+        constants = []
+    if not constants or not all(0.0 < constant < math.inf for constant in constants):
+        raise OptionError(f"smoothness={smoothness!r} must be one positive constant for each rank, e.g. [1.0, 2.5]")
+    return constants
+
+
 def ef21_step_size(
-    smoothness: Sequence[float], contraction: float, *, weighted: bool = False, global_smoothness: float | None = None
+    smoothness: Iterable[float], contraction: float, *, weighted: bool = False, global_smoothness: float | None = None
 ) -> float:
     """The largest step size for which theory gives EF21 its rate: ``1 / (L + L' xi)``.
 
@@ -82,12 +93,11 @@ def ef21_step_size(
     Raises:
         OptionError: a constant is out of range.
     """
-    if not smoothness or min(smoothness) <= 0.0:
-        raise OptionError(f"smoothness={list(smoothness)!r} must be one positive constant for each rank")
-    if not 0.0 < contraction <= 1.0:
+    constants = check_smoothness(smoothness)
+    if not (isinstance(contraction, (int, float)) and 0.0 < contraction <= 1.0):
         raise OptionError(f"contraction={contraction!r} must be in (0, 1], e.g. k/n for top-k")
-    arithmetic = sum(smoothness) / len(smoothness)
-    quadratic = math.sqrt(sum(constant**2 for constant in smoothness) / len(smoothness))
+    arithmetic = sum(constants) / len(constants)
+    quadratic = math.sqrt(sum(constant**2 for constant in constants) / len(constants))
     root = math.sqrt(1.0 - contraction)
     whole = arithmetic if global_smoothness is None else global_smoothness
     return 1.0 / (whole + (arithmetic if weighted else quadratic) * root / (1.0 - root))

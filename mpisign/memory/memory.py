@@ -36,7 +36,7 @@ class Memory:
     feedback = False
     running = False
     needs_maximum = False
-    private = False
+    private: bool = False
     follows_lr: ClassVar[tuple[str, ...]] = ()
 
     def prepare(self, gradients: Sequence[torch.Tensor], turn: Turn) -> Any:

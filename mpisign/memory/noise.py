@@ -174,11 +174,16 @@ class ClippedNoise(Noise):
     Differentially private towards whoever counts: (epsilon, delta) of a step are :func:`gaussian_mechanism`'s.
     Accounting over steps and subsampling are the user's.
 
+    Args:
+        private: draw the noise from a secret that only this rank and its checkpoints know. If not, whoever knows the
+            optimizer's seed can draw it again and take it out. The generators are statistical, not cryptographic.
+
     Source: Jin et al., 2020 (see :class:`StochasticSign`), Definition 2; Lyu, "DP-signSGD", 2021.
     """
 
     clip: float = 1.0
     noise: float = 1.0
+    private: bool = True
     name = "clipped_noise"
 
     def __post_init__(self) -> None:
@@ -212,6 +217,8 @@ def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 def gaussian_mechanism(clip: float, epsilon: float, delta: float) -> float:
     """The noise ``sigma = C sqrt(2 ln(1.25 / delta)) / epsilon`` that makes one step (epsilon, delta)-private.
 
+    It hides whether a gradient of norm at most C is there. To hide which of two it is, give ``2 C`` as ``clip``.
+
     Source: Dwork & Roth, "The Algorithmic Foundations of Differential Privacy", 2014, Theorem A.1 (epsilon < 1).
 
     Raises:
@@ -219,7 +226,7 @@ def gaussian_mechanism(clip: float, epsilon: float, delta: float) -> float:
     """
     check_positive("clip", clip)
     for name, value in (("epsilon", epsilon), ("delta", delta)):
-        if not 0.0 < value < 1.0:
+        if not (isinstance(value, (int, float)) and 0.0 < value < 1.0):
             raise OptionError(f"{name}={value!r} must be in (0, 1), where the Gaussian mechanism's bound holds")
     return clip * math.sqrt(2.0 * math.log(1.25 / delta)) / epsilon
 
@@ -228,12 +235,15 @@ def gaussian_mechanism(clip: float, epsilon: float, delta: float) -> float:
 class TernarySign(Noise):
     """+1 with probability (A + g) / 2B, -1 with (A - g) / 2B, else 0; g is clipped to [-A, A]. The mean is g / B.
 
+    ``private`` as in :class:`ClippedNoise`.
+
     Source: "TernaryVote: Differentially Private, Communication Efficient, and Byzantine Resilient Distributed
     Optimization on Heterogeneous Data", 2024, Definition 3.
     """
 
     a: float = 1.0
     b: float = 2.0
+    private: bool = False
     name = "ternary_sign"
 
     def __post_init__(self) -> None:

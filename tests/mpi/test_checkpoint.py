@@ -86,7 +86,7 @@ def test_each_rank_gets_its_own_loss_scale(comm: MPI.Comm, folder: Path) -> None
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("method", METHODS[:3], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [*METHODS[:3], mpisign.dp_sign(1.0, 0.5)], ids=lambda method: method.name)
 @pytest.mark.parametrize("change", ["all to one", "one to all", "one less", "one more"])
 def test_on_another_number_of_ranks(comm: MPI.Comm, folder: Path, method: Method, change: str) -> None:
     old, new = {

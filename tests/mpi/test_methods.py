@@ -34,7 +34,7 @@ METHODS: dict[str, Make] = {
     "noisy_signsgd relative": lambda size: mpisign.noisy_signsgd(0.5, relative=True),
     "sto_sign": lambda size: mpisign.sto_sign(4.0),
     "sto_sign maximum": lambda size: mpisign.sto_sign(),
-    "dp_sign": lambda size: mpisign.dp_sign(1.0, epsilon=0.5, delta=1e-5),
+    "dp_sign": lambda size: mpisign.dp_sign(1.0, epsilon=0.5, delta=1e-5, private=False),
     "ternary_vote": lambda size: mpisign.ternary_vote(4.0, 5.0),
     "sparsign": lambda size: mpisign.sparsign(0.5),
     "lion mean": lambda size: mpisign.lion(vote=False),
