@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,7 @@ def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
 
 def check_positive(option: str, value: object, alternative: str = "") -> None:
     """Raise :class:`OptionError` unless ``value`` is a number above zero; ``alternative`` says what else is allowed."""
-    if not (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf):
+    if not (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
         raise OptionError(f"{option}={value!r} must be a positive number{alternative}")
 
 
