@@ -48,7 +48,7 @@ class TopK(Codec):
     name = "top_k"
 
     def __post_init__(self) -> None:
-        for name, value in (("ratio", self.ratio), ("sample", self.sample or 1.0)):
+        for name, value in (("ratio", self.ratio), ("sample", 1.0 if self.sample is None else self.sample)):
             if not (isinstance(value, (int, float)) and 0.0 < value <= 1.0):
                 raise OptionError(f"{name}={value!r} must be in (0, 1], e.g. {name}=0.001 for one coordinate in 1000")
 
