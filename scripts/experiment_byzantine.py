@@ -308,7 +308,7 @@ def inverted_figure(args: argparse.Namespace, cells: Sequence[Cell]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (method, attack), label in zip(INVERTED, INVERTED_LABELS, strict=True):
         line = [cell for cell in cells if (cell.method, cell.attack) == (method, attack)]
@@ -319,8 +319,9 @@ def inverted_figure(args: argparse.Namespace, cells: Sequence[Cell]) -> Figure:
         left.fill_between(x, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
     left.set(xlabel=f"ranks of {mpisign.size()} that invert what they send", ylabel="test accuracy, %", ylim=(0, 102))
     left.set_title("Accuracy; bands: all seeds")
-    left.legend(loc="lower left")
-    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.grid(alpha=0.3)
     curves = [cell for cell in cells if cell.method == "signum"]
     for cell in curves:

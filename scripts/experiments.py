@@ -10,7 +10,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -133,7 +133,6 @@ def train_fresh(
         loss.backward()
         if adversary:
             adversary.corrupt(model.parameters())
-            outgoing.follow(model.parameters())
         optimizer.step()
         cosine.step()
         losses.append(loss.item())
@@ -153,8 +152,8 @@ def train_fresh(
 class Outgoing:
     """What leaves the momentum in front of the codec, for an adversary to see and to replace by way of the gradient.
 
-    It follows the method's own momentum, which the library does not show. Memories of other kinds get the adversary's
-    vector as their gradient.
+    It keeps two momenta, which the library does not show: the one of an honest rank, which an attack is made from, and
+    the one that the attack has left in the method. Memories of other kinds get the adversary's vector as gradient.
     """
 
     def __init__(self, memory: Memory) -> None:
@@ -163,25 +162,26 @@ class Outgoing:
             self._now = self._later = memory.beta
         elif isinstance(memory, LionMomentum):
             self._now, self._later = memory.beta1, memory.beta2
-        self._momentum: dict[Tensor, Tensor] = {}
+        self._honest: dict[Tensor, Tensor] = {}
+        self._actual: dict[Tensor, Tensor] = {}
 
     def view(self, parameter: Tensor) -> Tensor | None:
+        """What an honest rank would send with this gradient; to be called once a step."""
         if parameter.grad is None:
             return None
-        before = self._momentum.setdefault(parameter, torch.zeros_like(parameter))
-        return before.lerp(parameter.grad, 1 - self._now)
+        momentum = self._honest.setdefault(parameter, torch.zeros_like(parameter))
+        sent = momentum.lerp(parameter.grad, 1 - self._now)
+        momentum.lerp_(parameter.grad, 1 - self._later)
+        return sent
 
     def place(self, parameter: Tensor, sent: Tensor) -> None:
+        """Leave the gradient with which the method will send ``sent``."""
         assert parameter.grad is not None
-        parameter.grad.copy_((sent - self._now * self._momentum[parameter]) / (1 - self._now))
-
-    @torch.no_grad()
-    def follow(self, parameters: Iterable[Tensor]) -> None:
-        """Do to the momentum what the method's step will do."""
-        gradients = {p: p.grad for p in parameters if p in self._momentum and p.grad is not None}
-        if all(bool(gradient.isfinite().all()) for gradient in gradients.values()):  # else the rank abstains
-            for parameter, gradient in gradients.items():
-                self._momentum[parameter].lerp_(gradient, 1 - self._later)
+        momentum = self._actual.setdefault(parameter, torch.zeros_like(parameter))
+        gradient = (sent - self._now * momentum) / (1 - self._now)
+        parameter.grad.copy_(gradient)
+        if gradient.isfinite().all():  # else the rank abstains, and its momentum stays
+            momentum.lerp_(gradient, 1 - self._later)
 
 
 def _world() -> Any:
