@@ -22,7 +22,7 @@ from mpisign.policy import Policy
 COPY, SIGNUM = "copy", "signum"
 UNIFORM, NORMAL = "torch uniform_", "torch normal_"
 TORCH_TOPK, TOPK, SAMPLED = "torch.topk", "TopK", "TopK, sample"
-BUCKET = 25 * 2**20  # bytes; the optimizer's default
+BUCKET = 2**20  # bytes; the optimizer's default
 
 WORDS = """\
 One process on one thread does what one rank does besides the exchange: every gradient through the method's memory and

@@ -110,10 +110,11 @@ def test_zeros_among_scaled_signs(zeros: str) -> None:
     assert ours.tolist() == expected.tolist()
 
 
-def test_a_norm_that_overflows_is_not_sent() -> None:
-    values = torch.full((4,), 3e38)
+def test_a_scale_that_overflows_is_not_sent_and_a_norm_may() -> None:
     message = torch.zeros((1, ScaledBits().length(4)), dtype=torch.int32)
-    assert not ScaledBits().encode(values, message, Policy().turn(0, 0), 0)
+    assert ScaledBits().encode(torch.full((4,), 3e38), message, Policy().turn(0, 0), 0)
+    assert message[0, :1].view(torch.float32).item() == pytest.approx(3e38)
+    assert not ScaledBits().encode(torch.full((4,), 3e39, dtype=torch.float64), message, Policy().turn(0, 0), 0)
 
 
 # -------------------------------------------------------------------------------------------------- top-k
