@@ -552,8 +552,8 @@ def show(args: argparse.Namespace, results: Sequence[tuple[Counterexample, Run, 
     text = f"""# Counterexamples, beside their closed forms
 
 {len(results) - len(wrong)} of {len(results)} predictions hold, at all steps. Lines are what the library did, the mean
-of {args.copies} runs where there is chance, with their middle 80 %; black dashes are what was computed apart from it
-(a bound where it says "at most").
+of {args.copies} runs where there is chance, with their middle 80 %. Black dashes are what was computed apart from it;
+coloured dashes are what it may be at most.
 
 {markdown_table(columns, lines)}
 
