@@ -71,9 +71,7 @@ def train(
                     log.add("eval", step, step / per_epoch, measured(model, evaluate, step // per_epoch))
             if step >= last:
                 break
-            model.train()
-            if isinstance(optimizer, mpisign.DistributedSignOptimizer):
-                optimizer.set_epoch(step // per_epoch)  # some methods, such as DGC, warm up by epochs
+            begin_epoch(model, optimizer, step // per_epoch)
             meter = Meter(batches.batch_size * mpisign.size(), per_epoch, history)
             for batch in itertools.islice(batches.epoch(*divmod(step, per_epoch)), last - step):
                 began = time.perf_counter()
@@ -104,6 +102,12 @@ def train(
     if folder:
         checkpoint.wait()
     mpisign.check_consistency(model, optimizer, buffers=False)
+
+
+def begin_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+    model.train()
+    if isinstance(optimizer, mpisign.DistributedSignOptimizer):
+        optimizer.set_epoch(epoch)  # some methods, such as DGC, warm up by epochs
 
 
 def resume(folder: Path, mode: str, state: dict[str, Any], extra: dict[str, Any]) -> int:

@@ -49,7 +49,8 @@ class ScaledBits(Codec):
         item = message[0, :1].view(torch.float32)
         item.copy_(torch.as_tensor(norm / max(values.numel(), 1)))
         scale = _scale_of(message)
-        return finite & (math.isfinite(scale) if isinstance(scale, float) else scale.isfinite())  # of fp64 values it may overflow
+        # It overflows where fp64 values are too large for fp32.
+        return finite & (math.isfinite(scale) if isinstance(scale, float) else scale.isfinite())
 
     def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
         add_signs(message[0, 1:], out, _scale_of(message) * alpha)
