@@ -49,7 +49,7 @@ examples:
 
 # Learning rates: one for each family, the best of those tried in steps of a factor of 2, by the mean test accuracy of
 # the family's methods without adversaries on seed 100, 15 ranks, 30 steps (see the last example).
-VOTE, DENSE, FEEDBACK = 0.04, 4.0, 4.0
+VOTE, DENSE, FEEDBACK = 0.04, 4.0, 2.0
 
 METHODS: dict[str, Callable[[int], Recipe]] = {
     "signsgd": lambda f: Recipe(mpisign.signsgd(), VOTE),
@@ -259,7 +259,7 @@ def describe(args: argparse.Namespace, grid: Sequence[Cell], inverted: Sequence[
         "trainings after which parameters are no numbers: such a model names every image alike.\n"
         "- The first f ranks are hostile, and each method that takes f is told the right one. They replace what leaves "
         "their momentum; other memories (noise, error feedback) get their vector as the gradient. `monna` sends "
-        "parameters: its adversaries attack the step they take from them; the worst honest rank is measured.\n"
+        "parameters, so those are what its adversaries replace; the worst honest rank is measured.\n"
         "- Data are dealt at random. A rank that sends NaN or Inf abstains: the library sees to it.\n"
         f"- {args.steps} steps, {args.batch_size} images a rank and step, {args.hidden} hidden units, cosine schedule "
         f"from these learning rates: {rates}. There is one for each family of methods, tuned without adversaries on "

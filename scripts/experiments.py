@@ -27,7 +27,7 @@ from train_digits import build_model, load_data, measure_accuracy
 
 import mpisign
 from mpisign import attacks
-from mpisign.memory import LionMomentum, Memory, Momentum
+from mpisign.memory import LionMomentum, Momentum
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,7 +108,7 @@ def train_fresh(
     optimizer = mpisign.DistributedSignOptimizer(sgd, model.named_parameters(), method=recipe.method, seed=seed)
     optimizer.set_epoch(sys.maxsize)  # past any warm-up
     cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
-    outgoing, adversary = Outgoing(recipe.method.memory), None
+    outgoing, adversary = Outgoing(recipe.method, sgd), None
     if isinstance(attack, attacks.Attack):
         adversary = attacks.Adversary(
             attack,
@@ -154,9 +154,12 @@ class Outgoing:
 
     It keeps two momenta, which the library does not show: the one of an honest rank, which an attack is made from, and
     the one that the attack has left in the method. Memories of other kinds get the adversary's vector as gradient.
+    Where parameters are sent, what leaves is what plain SGD makes of them with that momentum.
     """
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, method: mpisign.Method, sgd: torch.optim.SGD) -> None:
+        memory = method.memory
+        self._step_of = sgd.param_groups[0] if method.exchanges_models else None
         self._now, self._later = 0.0, 0.0  # what is sent is now m + (1 - now) g, and then m is later m + (1 - later) g
         if isinstance(memory, Momentum):
             self._now = self._later = memory.beta
@@ -172,11 +175,13 @@ class Outgoing:
         momentum = self._honest.setdefault(parameter, torch.zeros_like(parameter))
         sent = momentum.lerp(parameter.grad, 1 - self._now)
         momentum.lerp_(parameter.grad, 1 - self._later)
-        return sent
+        return sent if self._step_of is None else parameter.detach() - self._step_of["lr"] * sent
 
     def place(self, parameter: Tensor, sent: Tensor) -> None:
         """Leave the gradient with which the method will send ``sent``."""
         assert parameter.grad is not None
+        if self._step_of is not None:
+            sent = (parameter.detach() - sent) / self._step_of["lr"]
         momentum = self._actual.setdefault(parameter, torch.zeros_like(parameter))
         gradient = (sent - self._now * momentum) / (1 - self._now)
         parameter.grad.copy_(gradient)

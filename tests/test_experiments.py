@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from mpirun import mpirun
 
-from mpisign.memory import LionMomentum, Memory, Momentum, Nothing
+import mpisign
 from mpisign.policy import Policy, Turn
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -124,18 +124,26 @@ def test_a_report(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
     assert data["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("memory", [Momentum(0.9), Momentum(0.0), LionMomentum(0.9, 0.99), Nothing()], ids=repr)
-def test_an_adversary_decides_what_leaves_the_momentum(load: Callable[[str], ModuleType], memory: Memory) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [mpisign.signum(0.9), mpisign.signum(0.0), mpisign.lion(), mpisign.signsgd(), mpisign.monna(0, 0.9)],
+    ids=str,
+)
+def test_an_adversary_decides_what_leaves(load: Callable[[str], ModuleType], method: mpisign.Method) -> None:
     """Steps of the library's memory, some of which an adversary replaces by way of the gradient."""
-    outgoing = load("experiments").Outgoing(memory)
-    random = torch.Generator().manual_seed(0)
-    parameter = torch.nn.Parameter(torch.zeros(50))
+    memory, random = method.memory, torch.Generator().manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(50, generator=random))
+    outgoing = load("experiments").Outgoing(method, torch.optim.SGD([parameter], lr=0.5))
+
+    def leaves(gradient: torch.Tensor) -> torch.Tensor:
+        return parameter.detach() - 0.5 * gradient if method.exchanges_models else gradient
+
     assert outgoing.view(parameter) is None
     honest, actual = ({field: torch.zeros(50) for field in memory.fields} for _ in range(2))
     turn = Turn(Policy("coin", "coin", 0), step=0, rank=0, size=1, zeros_key=0, ties_key=0)
     for step in range(7):
         parameter.grad = torch.randn(50, generator=random)
-        usual = memory(parameter.grad.clone(), honest, torch.empty(50), turn, 0)
+        usual = leaves(memory(parameter.grad.clone(), honest, torch.empty(50), turn, 0))
         seen = outgoing.view(parameter)
         torch.testing.assert_close(seen, usual, msg="the attack is made from what an honest rank would send")
         wanted = -100.0 * seen
@@ -144,7 +152,7 @@ def test_an_adversary_decides_what_leaves_the_momentum(load: Callable[[str], Mod
                 outgoing.place(parameter, torch.full((50,), math.nan))  # abstains: its momentum stays
                 continue
             outgoing.place(parameter, wanted)
-        sent = memory(parameter.grad, actual, torch.empty(50), turn, 0)
+        sent = leaves(memory(parameter.grad, actual, torch.empty(50), turn, 0))
         torch.testing.assert_close(sent, wanted, rtol=1e-4, atol=1e-3)
 
 
