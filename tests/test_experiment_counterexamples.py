@@ -48,7 +48,7 @@ def test_every_prediction_holds_and_the_literature_is_right(tmp_path: Path) -> N
     assert last["pull", "vote"] == pytest.approx(2, abs=0.05)
     assert last["pull", "median"] == pytest.approx(2, abs=1e-6)
     assert last["pull", "vote, noise 5"] > 3
-    assert last["pull", "error feedback"] == pytest.approx(13 / 3, abs=1e-6)
+    assert last["pull", "error feedback"] == pytest.approx(13 / 3, abs=1e-4)
     assert last["standstill", "vote, ties stay"] == start["standstill", "vote, ties stay"]
     assert last["standstill", "error feedback"] == pytest.approx(0.5, abs=1e-6)
     assert last["beznosikov", "top-1, nothing fed back"] > 1000
