@@ -25,11 +25,10 @@ from experiments import (
     make_parser,
     markdown_table,
     parse,
-    progress,
     train_fresh,
     write_report,
 )
-from flags import end, said_once, whole
+from flags import end, progress_bar, said_once, whole
 from rich.console import Console
 from rich.table import Table
 
@@ -152,7 +151,7 @@ def run(args: argparse.Namespace) -> tuple[list[Cell], list[Cell]]:
             return str(error)
 
     cells = []
-    for f, method, attack in progress(keys + more, "cell", args.quiet):
+    for f, method, attack in progress_bar(keys + more, unit="cell", quiet=args.quiet):
         recipe = METHODS[method](f)
         recipe = Recipe(recipe.method, args.lr_scale * recipe.lr, recipe.momentum)
         attacked = ("none", 0) if attack == "none" or f == 0 else (attack, f)

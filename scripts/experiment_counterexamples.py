@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from experiments import RESULTS, markdown_table, write_report
-from flags import HelpFormatter, count, end, make_folder, said_once, whole
+from flags import HelpFormatter, count, end, make_folder, progress_bar, said_once, whole
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import mpisign
 from mpisign.codecs import TopK
@@ -498,7 +497,7 @@ def main() -> None:
     chosen = [example for example in counterexamples() if example.name in args.only]
     runs = [(example, run) for example in chosen for run in example.runs]
     results: list[tuple[Counterexample, Run, Seen]] = []
-    bar = tqdm(runs, unit="run", disable=args.quiet or mpisign.rank() > 0)
+    bar = progress_bar(runs, unit="run", quiet=args.quiet)
     for ranks, group in groupby(bar, key=lambda pair: pair[1].ranks or pair[0].ranks):
         with first_ranks(ranks) as mine:
             for example, run in group:

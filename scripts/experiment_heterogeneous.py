@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from experiments import Recipe, make_parser, markdown_table, parse, progress, train_fresh, write_report
-from flags import amount, end, said_once
+from experiments import Recipe, make_parser, markdown_table, parse, train_fresh, write_report
+from flags import amount, end, progress_bar, said_once
 from rich.console import Console
 from rich.table import Table
 
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> tuple[list[Curve], list[Curve]]:
     jobs: list[tuple[str, float | None, Recipe]] = [(name, None, METHODS[name]) for name in args.methods]
     jobs += [(name, noise, recipe(noise)) for name, recipe in SWEPT.items() for noise in args.noise]
     curves = []
-    for name, noise, recipe in progress(jobs, "method", args.quiet):
+    for name, noise, recipe in progress_bar(jobs, unit="method", quiet=args.quiet):
         scaled = replace(recipe, lr=args.lr_scale * recipe.lr)
         outcomes = [
             train_fresh(

@@ -10,7 +10,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from flags import HelpFormatter, count, make_folder, rate, whole
 from torch import Tensor, nn
-from tqdm import tqdm
 from train_digits import build_model, load_data, measure_accuracy
 
 import mpisign
@@ -237,12 +236,6 @@ def parse(parser: argparse.ArgumentParser, quick: Mapping[str, Any]) -> argparse
     args.out = RESULTS if args.report else args.out
     make_folder(parser, args.out, args.out)
     return args
-
-
-def progress(jobs: Sequence[T], unit: str, quiet: bool) -> Iterator[T]:
-    """``jobs`` with a progress bar on rank 0: a line every few seconds, as Open MPI's mpirun hands on whole lines."""
-    bar = "{l_bar}{bar:30}{r_bar}\n"
-    yield from tqdm(jobs, unit=unit, mininterval=5.0, bar_format=bar, disable=quiet or mpisign.rank() > 0)
 
 
 # --------------------------------------------------------------------------------------------------- reports

@@ -13,7 +13,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -148,6 +148,12 @@ def make_folder(parser: argparse.ArgumentParser, folder: Path, path: Path) -> No
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"cannot write {path}: {error.strerror}; name a file in a folder that can be made")
+
+
+def progress_bar(*jobs: Any, quiet: bool, **options: Any) -> tqdm:
+    """tqdm's on rank 0, as a line every few seconds: Open MPI's mpirun hands on nothing but whole lines."""
+    line = "{l_bar}{bar:30}{r_bar}\n"
+    return tqdm(*jobs, mininterval=5.0, bar_format=line, disable=quiet or mpisign.rank() > 0, **options)
 
 
 def end(reason: str, code: int = 2) -> NoReturn:

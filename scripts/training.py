@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from batches import Batches
-from flags import DTYPES, FREE, end
+from flags import DTYPES, FREE, end, progress_bar
 from torch import nn
 from tqdm import tqdm
 
@@ -64,7 +64,7 @@ def train(
     step = resume(folder, args.resume, state, extra) if folder else 0
     last = min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
     log = Log(args.log_dir and args.log_dir / name, args.tensorboard, step, step / per_epoch)
-    with tqdm(total=last, initial=step, desc=name, unit="step", disable=args.quiet or mpisign.rank() > 0) as bar:
+    with progress_bar(total=last, initial=step, desc=name, unit="step", quiet=args.quiet) as bar:
         while True:
             if evaluate and step and step % per_epoch == 0:
                 with precision:
