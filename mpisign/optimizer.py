@@ -52,7 +52,7 @@ class DistributedSignOptimizer(Optimizer):
         ties: who wins a tie: ``"coin"`` a fair coin, the same on all ranks; ``"zero"`` nobody: the coordinate
             stays; ``"positive"`` +1.
         exchange: ``"allgather"``, ``"two_phase"`` or ``"auto"``; all decide the same bits.
-        seed: of the coins; the same on all ranks.
+        seed: of coins and noise; the same on all ranks, another for each optimizer of a job.
         bucket_cap_mb: a message is sent when it has grown to this many MiB.
 
     Construction is not collective, but every rank must build the same; the first step checks it.
