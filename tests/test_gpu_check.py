@@ -53,8 +53,9 @@ def test_a_python_without_torch_is_told_what_to_install(tmp_path: Path) -> None:
     assert f"{python} has no torch: pip install" in done.stderr
 
 
-def test_a_part_that_fails_or_hangs_is_reported_and_the_others_run(tmp_path: Path) -> None:
-    """With a stand-in for Python: what is tested is the script."""
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    """A Python that has everything, one failing part and one that hangs: what is tested is the script."""
     python = tmp_path / "python3"
     python.write_text("""#!/bin/sh
 case "$*" in
@@ -62,17 +63,21 @@ case "$*" in
     *"import MPI"*) exit 1 ;;
     *test_bitmap_contract*) echo "7 passed" ;;
     *tests/gpu*) echo "a traceback"; exit 3 ;;
-    *bench_step_gpu*) exec sleep 60 ;;
+    *bench_step_gpu*) exec sleep 600 ;;
 esac
 """)
     python.chmod(0o755)
-    done = gpu_check(python=python, results=tmp_path, TIME_IN_ALL="3", PATH="/usr/bin:/bin")
+    return python
+
+
+def test_a_part_that_fails_or_hangs_is_reported_and_the_others_run(stand_in: Path, tmp_path: Path) -> None:
+    done = gpu_check(python=stand_in, results=tmp_path, TIME_IN_ALL="10", PATH="/usr/bin:/bin")
     assert done.returncode == 1
-    failures = "GPU tests; Benchmark of a step; Benchmark of the kernels"
-    assert f"gpu_check: failed: {failures}\n" in done.stderr
+    failures, left_out = "GPU tests; Benchmark of a step", "not run, no time left: Benchmark of the kernels"
+    assert done.stderr.endswith(f"gpu_check: failed: {failures}; {left_out}\n")
     assert "a traceback" in done.stdout
     report = next(tmp_path.glob("*-gpu-check.md")).read_text()
-    assert f"one GPU\n\nFailed: {failures}.\n" in report
+    assert f"one GPU\n\nFailed: {failures}.\n\nN{left_out[1:]}.\n" in report
     headings = [line for line in report.splitlines() if line.startswith("## ")]
     assert [line.partition(": ")[0] for line in headings[:2]] == ["## The kernels' bits", "## GPU tests"]
     assert "passed in" in headings[0]
@@ -80,3 +85,13 @@ esac
     assert "Benchmark of a step: OUT OF TIME" in headings[2]
     assert headings[3] == "## Benchmark of the kernels: skipped, there was no time left"
     assert headings[4] == "## Doctor, and all on several ranks: skipped, mpi4py finds no MPI library"
+
+
+def test_what_there_is_no_time_for_has_not_failed(stand_in: Path, tmp_path: Path) -> None:
+    done = gpu_check(python=stand_in, results=tmp_path, TIME_IN_ALL="0", PATH="/usr/bin:/bin")
+    assert done.returncode == 0, done.stderr
+    left_out = "The kernels' bits; GPU tests; Benchmark of a step; Benchmark of the kernels"
+    assert f"not run, no time left: {left_out}" in done.stdout.splitlines()[-1]
+    report = next(tmp_path.glob("*-gpu-check.md")).read_text()
+    assert f"Not run, no time left: {left_out}" in report
+    assert "Failed" not in report
