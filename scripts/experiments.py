@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -184,8 +185,8 @@ class Outgoing:
         momentum = self._actual.setdefault(parameter, torch.zeros_like(parameter))
         gradient = (sent - self._now * momentum) / (1 - self._now)
         parameter.grad.copy_(gradient)
-        if gradient.isfinite().all():  # else the rank abstains, and its momentum stays
-            momentum.lerp_(gradient, 1 - self._later)
+        # Where it is no number the rank abstains, and its momentum stays.
+        momentum.copy_(torch.where(gradient.isfinite(), momentum.lerp(gradient, 1 - self._later), momentum))
 
 
 def _world() -> Any:
@@ -305,7 +306,9 @@ def _plain(value: Any) -> Any:
 def _command() -> str:
     """What was typed: this process's command line, or that of the launcher above it, without absolute paths."""
     typed = ["python", *sys.argv]
-    parent = Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
+    parent = [""]
+    with contextlib.suppress(OSError):  # systems other than Linux have no /proc, and some hide others' processes
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
     if Path(parent[0]).name in _LAUNCHERS:
         typed = ["mpirun" if Path(parent[0]).name == "prterun" else parent[0], *parent[1:]]  # prterun is mpirun inside
     root = Path(__file__).parents[1]
