@@ -62,6 +62,9 @@ class Method:
                 f"use Dense()"
             )
 
+        if self.rule.personal and self.memory.needs_maximum:
+            raise OptionError(f"{self.memory!r} needs the ranks' gradients, and {self.rule.name!r} exchanges models")
+
     @property
     def exchanges_models(self) -> bool:
         """Whether parameters cross the wire instead of gradients, so that replicas differ."""

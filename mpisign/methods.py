@@ -135,7 +135,7 @@ def dp_sign(
 def ternary_vote(A: float = 1.0, B: float = 2.0, private: bool = False) -> Method:  # noqa: N803 - the paper's
     """A vote of trits: +1 with probability (A + g)/2B, -1 with (A - g)/2B, else nothing. A bounds ``|g|``; B >= A.
 
-    Robust to a minority; right on any data with a large B; ``private`` as :func:`dp_sign`, the more the smaller A/B.
+    Robust to a minority; right on any data with a large B; ``private``: see :class:`mpisign.memory.TernarySign`.
 
     "TernaryVote: Differentially Private, Communication Efficient, and Byzantine Resilient Distributed Optimization on
     Heterogeneous Data", 2024, Algorithm 1.

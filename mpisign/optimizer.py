@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from mpisign import sync
+from mpisign import sync, wrapping
 from mpisign.errors import OptionError, SynchronizationError
 from mpisign.exchange import header
 from mpisign.exchange.choose import check_exchange
@@ -21,7 +21,6 @@ from mpisign.methods import signum
 from mpisign.policy import Policy, check_positive
 from mpisign.telemetry import StepReport
 from mpisign.world import World, current
-from mpisign.wrapping import check_wrappable, default_names, names_of, scaler_says, warn_if_adaptive, warn_of_epochs
 
 __all__ = ["DistributedSignOptimizer"]
 
@@ -93,7 +92,7 @@ class DistributedSignOptimizer(Optimizer):
         bucket_cap_mb: float = 1.0,
     ) -> None:
         method = signum() if method is None else method
-        check_wrappable(optimizer)
+        wrapping.check_wrappable(optimizer)
         if isinstance(optimizer, DistributedSignOptimizer):
             raise OptionError("this is a DistributedSignOptimizer already: wrap the torch optimizer once")
         if not isinstance(method, Method):
@@ -105,7 +104,7 @@ class DistributedSignOptimizer(Optimizer):
         self.policy = Policy(zeros, ties, seed)
         self.exchange = exchange
         self.bucket_cap_mb = bucket_cap_mb
-        self._names = names_of(optimizer, named_parameters)
+        self._names = wrapping.names_of(optimizer, named_parameters)
         self._memory = MemoryStore(method.memory)
         self._exchanges = 0
         self._epoch: int | None = None  # until somebody says
@@ -113,7 +112,7 @@ class DistributedSignOptimizer(Optimizer):
         current("DistributedSignOptimizer()")
         self._prepare()
         if method.rule.votes:
-            warn_if_adaptive(optimizer)
+            wrapping.warn_if_adaptive(optimizer)
 
     # ------------------------------------------------------------------------------- the wrapped optimizer
 
@@ -155,10 +154,10 @@ class DistributedSignOptimizer(Optimizer):
                 f"call optimizer.step()"
             )
         if self._epoch is None and self.method.by_epoch:
-            warn_of_epochs(self.method)
+            wrapping.warn_of_epochs(self.method)
             self._epoch = 0
         pipeline = self._prepare()
-        excuse, unscale = scaler_says(self)
+        excuse, unscale = wrapping.scaler_says(self)
         self.report = pipeline.run(self._exchanges, excuse, unscale)
         self._exchanges += 1
         self._synchronized = True
@@ -213,7 +212,7 @@ class DistributedSignOptimizer(Optimizer):
     def _step_and_mix(self) -> None:
         """A step on this rank's own gradient, unless it is not finite, and then the exchange of models."""
         pipeline = self._prepare()
-        excuse, unscale = scaler_says(self)
+        excuse, unscale = wrapping.scaler_says(self)
         if excuse == header.VOTES and pipeline.take_in(self._exchanges, unscale):
             self.wrapped.step()
         self.report = pipeline.run(self._exchanges)
@@ -235,7 +234,7 @@ class DistributedSignOptimizer(Optimizer):
 
     def set_epoch(self, epoch: int) -> None:
         """Tell methods that change with the epoch (DGC's warm-up) where training is, on every rank, from 0."""
-        self._epoch = epoch
+        self._epoch = wrapping.epoch_number(epoch)
 
     def join(self) -> int:
         """Sit out, abstaining, until every rank has called ``join()``. **Collective.**
@@ -273,7 +272,7 @@ class DistributedSignOptimizer(Optimizer):
         method = self.method.at(self._exchanges, self._epoch or 0)
         pipeline = self._pipeline
         if pipeline is None or not pipeline.fits(active) or pipeline.world is not world or pipeline.method != method:
-            names = {**default_names(self.param_groups), **self._names}  # groups may have been added since
+            names = {**wrapping.default_names(self.param_groups), **self._names}  # groups may have been added since
             named = [(names[p], p) for p in active]
             if world is not self._world:
                 self._world, self._number = world, world.next_number()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ class Policy:
             raise OptionError(f"seed={self.seed!r} must be an integer")
         object.__setattr__(self, "seed", int(self.seed))  # ranks compare the repr, and np.int64(3) has another
 
-    def turn(self, step: int, rank: int, size: int = 1, secret: int = 0) -> Turn:
+    def turn(self, step: int, rank: int, size: int = 1, secret: str = "") -> Turn:
         """This step on this rank of ``size``, with its coins; ``secret`` is mixed into its noise."""
         return Turn(
             self,
@@ -65,7 +66,7 @@ class Turn:
     Attributes:
         step: number of the exchange; ``rank`` of ``size``: who we are.
         zeros_key, ties_key: keys of the coins; the first is this rank's own, the second everybody's.
-        secret: what only this rank knows, 64 bits, if its noise shall be private; else 0.
+        secret: what only this rank knows, in hexadecimal, if its noise shall be private; else empty.
         voters: the ranks whose messages a rule is given, in their order.
         prepared: what the memory's ``prepare`` made of all gradients of this step, or None.
         previous: (1, k) what the rule decided on these items the time before, for rules that ``remember``.
@@ -78,19 +79,26 @@ class Turn:
     size: int
     zeros_key: int
     ties_key: int
-    secret: int = 0
+    secret: str = ""
     voters: tuple[int, ...] = ()
     prepared: Any = None
     previous: torch.Tensor | None = None
     tied: torch.Tensor | None = None
 
     def noise_key(self, first_word: int) -> int:
-        """Key of the coins that are this rank's own, for random numbers of the values that start at ``first_word``."""
-        return coin_key(coin_key(self.policy.seed + self.secret, self.step, noise_stream(self.rank)), first_word, 0)
+        """Key of this rank's own random numbers for the values that start at ``first_word``.
+
+        64 bits; with a secret 128, from which neither it nor another key can be computed.
+        """
+        key = coin_key(coin_key(self.policy.seed, self.step, noise_stream(self.rank)), first_word, 0)
+        if not self.secret:
+            return key
+        digest = hashlib.blake2b(key.to_bytes(8, "little"), key=bytes.fromhex(self.secret), digest_size=16)
+        return int.from_bytes(digest.digest(), "little")
 
     def generator(self, first_word: int, device: torch.device) -> torch.Generator:
         """Random numbers for the values that start at ``first_word``: this rank's own, the same in every repetition.
 
         They depend on seed, secret, step, rank and place alone, so no generator has to be saved to resume exactly.
         """
-        return torch.Generator(device).manual_seed(self.noise_key(first_word) >> 1)
+        return torch.Generator(device).manual_seed(self.noise_key(first_word) % 2**63)

@@ -82,7 +82,7 @@ def broadcast_parameters(
 def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     """Give every rank ``root_rank``'s optimizer state and group options (learning rates and so on).
 
-    Of a :class:`~mpisign.DistributedSignOptimizer`, the wrapped optimizer's state and the step number are
+    Of a :class:`~mpisign.DistributedSignOptimizer`, the wrapped optimizer's state, step number and epoch are
     copied; each rank keeps its own memory (momentum), which is supposed to differ between ranks.
     """
     world = current("broadcast_optimizer_state()")
@@ -94,16 +94,16 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     tensors: list[torch.Tensor] = []
     shared = {key: own[key] for key in ("state", "param_groups")}
     skeleton = _replace_tensors(shared, tensors) if world.rank == root_rank else None
-    step = own.get("mpisign", {}).get("step")
+    place = {key: own.get("mpisign", {}).get(key) for key in ("step", "epoch")}
     shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
-    skeleton, shapes, step = world.spread((skeleton, shapes, step), root_rank, act)
+    skeleton, shapes, place = world.spread((skeleton, shapes, place), root_rank, act)
     if world.rank != root_rank:
         tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
     _broadcast_tensors(tensors, root_rank, world)
     if world.rank != root_rank:
         own.update(_restore_tensors(skeleton, tensors))
         if "mpisign" in own:
-            own["mpisign"] = {**own["mpisign"], "step": step}
+            own["mpisign"] = {**own["mpisign"], **place}
         optimizer.load_state_dict(own)
 
 

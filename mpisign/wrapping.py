@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +14,15 @@ from mpisign.errors import OptionError
 from mpisign.exchange import header
 from mpisign.method import Method
 
-__all__ = ["check_wrappable", "default_names", "names_of", "scaler_says", "warn_if_adaptive", "warn_of_epochs"]
+__all__ = [
+    "check_wrappable",
+    "default_names",
+    "epoch_number",
+    "names_of",
+    "scaler_says",
+    "warn_if_adaptive",
+    "warn_of_epochs",
+]
 
 # They divide by the gradient's running magnitude, which is 1 for every coordinate of a vote.
 ADAPTIVE = (
@@ -58,8 +67,19 @@ def warn_of_epochs(method: Method) -> None:
     warnings.warn(
         f"{method.name} changes with the epoch, and nobody has said which this is, so it stays as in epoch 0: call "
         f"optimizer.set_epoch(epoch) on every rank at the beginning of each epoch",
-        stacklevel=4,
+        stacklevel=6,  # through torch's own wrapper of step()
     )
+
+
+def epoch_number(epoch: object) -> int:
+    """A plain int from 0 up, also from NumPy's or torch's. Raises :class:`OptionError`."""
+    try:
+        number = operator.index(epoch)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise OptionError(f"epoch={epoch!r} must be an int of 0 or more")
+    return number
 
 
 def scaler_says(optimizer: Optimizer) -> tuple[int, float]:

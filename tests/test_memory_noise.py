@@ -204,3 +204,16 @@ def test_noise_that_all_can_repeat() -> None:
         optimizer.step()
         grads.append(x.grad)
     assert torch.equal(*grads)
+
+
+def test_keys_of_a_secret_tell_nothing_of_others() -> None:
+    """128 bits for each place, step and rank; without a secret 64, the same for all who know the seed."""
+    open_keys = [Policy(seed=5).turn(step, rank).noise_key(7) for step in (0, 1) for rank in (0, 1)]
+    keys = [
+        Policy(seed=5).turn(step, 0, 1, secret).noise_key(7) for step in (0, 1) for secret in ("ab" * 32, "cd" * 32)
+    ]
+    assert len({*open_keys, *keys}) == 8
+    assert max(open_keys) < 2**64 < max(keys) < 2**128
+    assert keys == [
+        Policy(seed=5).turn(step, 0, 1, secret).noise_key(7) for step in (0, 1) for secret in ("ab" * 32, "cd" * 32)
+    ]

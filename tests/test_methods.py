@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -166,3 +167,14 @@ def test_an_epoch_that_nobody_tells_is_the_first_with_a_warning_and_a_checkpoint
     resumed.step()
     sent = [optimizer.param_groups[0]["params"][0].grad.count_nonzero() for optimizer in (untold, first, resumed)]
     assert sent == [2500, 100, 100]
+
+
+@pytest.mark.usefixtures("world")
+def test_an_epoch_is_a_plain_number() -> None:
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = DistributedSignOptimizer(torch.optim.SGD([weight], lr=1.0))
+    optimizer.set_epoch(np.int64(2))
+    assert type(optimizer.state_dict()["mpisign"]["epoch"]) is int
+    for wrong in (-1, 1.0, "1", None):
+        with pytest.raises(mpisign.OptionError, match="epoch="):
+            optimizer.set_epoch(wrong)

@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from gpu_branch import gpu_branch, needs_compiler
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -296,15 +297,17 @@ def test_huge_finite_gradients_vote() -> None:
         assert optimizer.report.voters == (0,)
 
 
-def test_a_memory_that_overflows_costs_one_vote_only() -> None:
+@pytest.mark.parametrize("gpu", [False, pytest.param(True, marks=needs_compiler)])
+def test_a_memory_that_overflows_costs_one_vote_only(gpu: bool) -> None:
     parameter = nn.Parameter(torch.zeros(100))
-    optimizer = DistributedSignOptimizer(SGD([parameter], lr=1.0), method=mpisign.signum(0.5))
     voted = []
-    for sign in (1.0, -1.0, -1.0):  # the average crosses the whole range of floats, and its difference does not fit
-        parameter.grad = torch.full((100,), sign * torch.finfo(torch.float32).max)
-        optimizer.step()
-        assert optimizer.report is not None
-        voted.append(optimizer.report.voters)
+    with gpu_branch(gpu):
+        optimizer = DistributedSignOptimizer(SGD([parameter], lr=1.0), method=mpisign.signum(0.5))
+        for sign in (1.0, -1.0, -1.0):  # the average crosses the whole range of floats, and its difference does not fit
+            parameter.grad = torch.full((100,), sign * torch.finfo(torch.float32).max)
+            optimizer.step()
+            assert optimizer.report is not None
+            voted.append(optimizer.report.voters)
     assert voted == [(0,), (), (0,)]
 
 

@@ -33,7 +33,7 @@ class Recorder:
 
     shardable: bool
     name = "recorder"
-    votes = remembers = personal = False
+    votes = tallies = reencodes = remembers = personal = False
     places: list[tuple[int, int]] = field(default_factory=list, compare=False)
 
     def decide(self, messages: Sequence[torch.Tensor], out: torch.Tensor, turn: Any, first_word: int) -> int:

@@ -90,15 +90,16 @@ class Encoder:
         turn, finite = self.begin(gradients, turn, unscale)
         if not finite:
             return False
-        for place, gradient in enumerate(gradients):
-            if gradient is not None:
-                state = self.state(place)
-                for lo in range(0, gradient.numel(), max(self._scratch_size, 1)):
-                    g = flat(gradient)[lo : lo + self._scratch_size]
-                    part = {key: value[lo : lo + self._scratch_size] for key, value in state.items()}
-                    values, ok = self._remember(g, part, turn, 0)
-                    g.copy_(values)
-                    finite &= bool(ok) and bool(ops.all_finite(g))
+        for segment in (segment for bucket in self._layout.buckets for segment in bucket.segments):
+            gradient, state = gradients[segment.index], self.state(segment.index)
+            if gradient is None:
+                continue
+            for lo in range(0, gradient.numel(), max(self._scratch_size, 1)):
+                g = flat(gradient)[lo : lo + self._scratch_size]
+                part = {key: value[lo : lo + self._scratch_size] for key, value in state.items()}
+                values, ok = self._remember(g, part, turn, segment.first_word)
+                g.copy_(values)
+                finite &= bool(ok) and bool(ops.all_finite(g))
         return finite
 
     def recover(self) -> None:
@@ -208,6 +209,8 @@ class Encoder:
         complete = len(places) == len(self._order)
         if complete and self._memories:
             return self._memories
+        for place in places:
+            self.state(place)  # for recover()
         states = [self._memory_of(self._layout.parameters[place]) for place in places]
         found = {field: [state[field] for state in states] for field in self._method.memory.fields}
         if complete:

@@ -41,19 +41,19 @@ class Gradients:
         self._looks: tuple[object, ...] | None = None  # of the latest gradients, which were fit
         self._shapes = [parameter.shape for parameter in layout.parameters]
         self._parameters_look = _looks_of(layout.parameters)
-        self._addresses: list[int] = []  # of parameters that look so
+        self._held: tuple[list[int], list[tuple[int, ...]]] = [], []  # addresses and strides of parameters that look so
 
     def fits(self, parameters: Sequence[torch.Tensor]) -> bool:
         """Whether these are the layout's parameters, and still look as they did when it was made."""
         kept = self._layout.parameters
         if len(kept) != len(parameters) or not all(map(is_, kept, parameters)):
             return False
-        addresses = list(map(torch.Tensor.data_ptr, parameters))
-        if addresses != self._addresses:  # new, or given other data by their owner
+        held = list(map(torch.Tensor.data_ptr, parameters)), list(map(torch.Tensor.stride, parameters))
+        if held != self._held:  # new, or given other data by their owner
             shapes = [parameter.shape for parameter in parameters]
             if shapes != self._shapes or _looks_of(parameters) != self._parameters_look:
                 return False
-            self._addresses = addresses
+            self._held = held
         return True
 
     def read(self) -> list[torch.Tensor | None]:

@@ -207,7 +207,7 @@ class Pipeline:
             self._counts.zero_()
         for bucket, exchange in zip(self.layout.buckets, self.exchanges, strict=True):
             ties = ties + self._settle(bucket, exchange, self._whole(voters), turn, watch)
-        if self._counts is not None:
+        if self._counts is not None and self.method.rule.votes:
             with watch.span("decide"):
                 ties = int(ties) + int(self._counts[0])
         counting, counted = np.array([[int(ties)], [0]], np.int64)  # kept here: MPI reads them until the tally is in

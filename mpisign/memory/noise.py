@@ -38,27 +38,35 @@ class Random:
         self._drawn = 0
 
     @functools.cached_property
+    def _key(self) -> int:
+        return self._turn.noise_key(self._first_word)
+
+    @functools.cached_property
     def _generator(self) -> torch.Generator:
         return self._turn.generator(self._first_word, self._device)
 
     @functools.cached_property
-    def _key(self) -> int:
-        return self._turn.noise_key(self._first_word)
+    def _philox(self) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=self._key))
 
     def normal(self, out: torch.Tensor) -> torch.Tensor:
         """Fill ``out`` with standard normal numbers."""
+        if self._turn.secret and not out.is_cuda:  # torch's generator is faster, and uses 32 bits of the key
+            values = out.numpy()
+            self._philox.standard_normal(out=values, dtype=values.dtype)
+            return out
         return out.normal_(generator=self._generator)
 
-    def uniform(self, out: torch.Tensor, low: float, high: float) -> torch.Tensor:
-        """Fill ``out`` with numbers from [low, high]; on the host 32 coins each, at half of torch's price."""
+    def uniform(self, out: torch.Tensor, bound: float) -> torch.Tensor:
+        """Fill ``out`` with numbers from [-bound, bound]; on the host 32 coins each, at half of torch's price."""
         if out.is_cuda:
-            return out.uniform_(low, high, generator=self._generator)
+            return out.uniform_(-bound, bound, generator=self._generator)
         for lo in range(0, out.numel(), COINS):
             part = out[lo : lo + COINS]
             coins = coin_words(self._key, self._drawn, part.numel()).view(np.int32)
             self._drawn += part.numel()
-            part.copy_(torch.from_numpy(coins)).mul_((high - low) / 2**32)
-        return out.add_((high + low) / 2) if high != -low else out
+            part.copy_(torch.from_numpy(coins)).mul_(bound / 2**31)
+        return out
 
 
 class Noise(Memory, ABC):
@@ -164,7 +172,7 @@ class StochasticSign(Noise):
         spare: torch.Tensor,
         random: Random,
     ) -> None:
-        random.uniform(out, -1.0, 1.0).mul_(scale).add_(gradient)
+        random.uniform(out, 1.0).mul_(scale).add_(gradient)
 
 
 @dataclass(frozen=True)
@@ -175,8 +183,9 @@ class ClippedNoise(Noise):
     Accounting over steps and subsampling are the user's.
 
     Args:
-        private: draw the noise from a secret that only this rank and its checkpoints know. If not, whoever knows the
-            optimizer's seed can draw it again and take it out. The generators are statistical, not cryptographic.
+        private: draw the noise from a secret of 256 bits that only this rank and its checkpoints know: keep those
+            private, too. If not, whoever knows the optimizer's seed can draw it again and take it out. Steps that are
+            made again after a resume repeat their noise. The generators are statistical, not cryptographic.
 
     Source: Jin et al., 2020 (see :class:`StochasticSign`), Definition 2; Lyu, "DP-signSGD", 2021.
     """
@@ -235,7 +244,7 @@ def gaussian_mechanism(clip: float, epsilon: float, delta: float) -> float:
 class TernarySign(Noise):
     """+1 with probability (A + g) / 2B, -1 with (A - g) / 2B, else 0; g is clipped to [-A, A]. The mean is g / B.
 
-    ``private`` as in :class:`ClippedNoise`.
+    ``private`` as in :class:`ClippedNoise`, each coordinate alone; no (epsilon, delta) of the whole is claimed.
 
     Source: "TernaryVote: Differentially Private, Communication Efficient, and Byzantine Resilient Distributed
     Optimization on Heterogeneous Data", 2024, Definition 3.
@@ -260,9 +269,9 @@ class TernarySign(Noise):
         spare: torch.Tensor,
         random: Random,
     ) -> None:
-        random.uniform(out, -self.a, 2.0 * self.b - self.a)  # up to g it is +1, from there to A it is -1
-        up = torch.clamp(gradient, max=self.a, out=spare).ge_(out)
-        torch.sub(up.mul_(2.0), out.le_(self.a), out=out)
+        random.uniform(out, self.b)  # within A it is a vote: +1 up to g, else -1
+        up = spare.copy_(gradient).ge_(out)
+        out.abs_().le_(self.a).mul_(up.mul_(2.0).sub_(1.0))
 
 
 @dataclass(frozen=True)
@@ -287,5 +296,5 @@ class SparseSign(Noise):
         spare: torch.Tensor,
         random: Random,
     ) -> None:
-        speaks = random.uniform(out, 0.0, 1.0 / self.budget).le_(torch.abs(gradient, out=spare))
+        speaks = random.uniform(out, 1.0 / self.budget).abs_().le_(torch.abs(gradient, out=spare))
         speaks.mul_(torch.sign(gradient, out=spare))

@@ -36,7 +36,7 @@ class MemoryStore:
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
-        self.secret = secrets.randbits(64) if memory.private else 0
+        self.secret = secrets.token_hex(32) if memory.private else ""
         self._place = (0, 1)  # rank and size of the job it belongs to
         self._states: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
         self._pieces: dict[torch.Tensor, dict[int, torch.Tensor]] = {}  # by first element
@@ -195,7 +195,8 @@ class MemoryStore:
             }
         for place, pieces in saved.get("pieces", {}).items():
             store._former[parameters[place]] = {lo: value.to(parameters[place].device) for lo, value in pieces.items()}
-        store.secret = saved.get("secret", 0) or store.secret
+        if self.memory.private:
+            store.secret = saved.get("secret") or store.secret
         store._rates = {parameters[place]: rate for place, rate in saved.get("rates", {}).items()}
         return store
 

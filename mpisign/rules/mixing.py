@@ -62,7 +62,7 @@ class NearestNeighbourMixing(Rule):
 
     def __post_init__(self) -> None:
         check_count("f", self.f)
-        if self.rule.votes:
+        if self.rule.votes or self.rule.tallies or self.rule.reencodes:
             raise OptionError(f"{self.rule!r} decides on signs, which cannot be averaged: mix in front of a dense rule")
         for trait in ("remembers", "personal"):
             object.__setattr__(self, trait, getattr(self.rule, trait))
