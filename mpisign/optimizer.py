@@ -50,7 +50,7 @@ class DistributedSignOptimizer(Optimizer):
             bit a coordinate; ``"positive"`` +1, as the paper's code did.
         ties: who wins a tie: ``"coin"`` a fair coin, the same on all ranks; ``"zero"`` nobody: the coordinate
             stays; ``"positive"`` +1.
-        exchange: ``"allgather"``, ``"two_phase"`` or ``"auto"``; all decide the same bits.
+        exchange: ``"allgather"``, ``"two_phase"`` or ``"auto"``; all decide the same votes.
         seed: of coins and noise; the same on all ranks, another for each optimizer of a job.
         bucket_cap_mb: a message is sent when it has grown to this many MiB.
 
