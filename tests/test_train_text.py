@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from mpirun import mpirun
+from mpirun import Result, mpirun
 from resumable import assert_equal
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_text.py"
 WIDTH, CONTEXT = 32, 16
 SMALL = ("--layers", "1", "--width", str(WIDTH), "--heads", "2", "--context", str(CONTEXT), "--megabytes", "0.3")
-SMALL += ("--epochs", "3", "--epoch-windows", "80", "--eval-windows", "33", "--quiet")
+SMALL += ("--epochs", "3", "--epoch-windows", "80", "--eval-windows", "33", "--dgc-ratio", "0.05", "--quiet")
 STEPS = 3 * 80 // (2 * 8)
 PARAMETERS = (256 + CONTEXT) * WIDTH + 12 * WIDTH**2 + 5 * WIDTH + 3 * 2 * WIDTH
 
@@ -43,10 +43,22 @@ def final_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def test_three_trainings_and_their_report(tmp_path: Path) -> None:
-    done = mpirun(2, SCRIPT, *SMALL, "--dgc-ratio", "0.05", "--out", tmp_path, timeout=250)
+def train(folder: Path, *options: str) -> Result:
+    done = mpirun(2, SCRIPT, *SMALL, "--checkpoint-dir", folder / "saved", "--out", folder, *options)
     assert done.returncode == 0, done.text
-    data = numbers(tmp_path)
+    return done
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Where all trainings from their beginning to their end are, and what they printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train(folder).text
+
+
+def test_three_trainings_and_their_report(whole: tuple[Path, str]) -> None:
+    folder, printed = whole
+    data = numbers(folder)
     vote, adamw, dgc = data["runs"]
     assert [run["contender"] for run in data["runs"]] == ["vote", "adamw", "dgc"]
     assert [run["label"] for run in data["runs"]] == ["lion, vote", "AdamW, mean in fp32", "DGC, 5 %"]
@@ -64,29 +76,26 @@ def test_three_trainings_and_their_report(tmp_path: Path) -> None:
     assert dgc["bytes_sent"][:5] > dgc["bytes_sent"][5:10] > dgc["bytes_sent"][10:], "it warms up by epochs"
     assert dgc["bytes_sent"][0] < adamw["bytes_sent"][0]
 
-    (text,) = tmp_path.glob("*-text.md")
+    (text,) = folder.glob("*-text.md")
     assert f"AdamW, mean in fp32 | {adamw['bits'][-1]:.3f} | {4 * PARAMETERS / 1e3:.0f} |" in text.read_text()
     assert re.search(r"AdamW, mean in fp32 sends \d+ times the bytes of lion, vote", text.read_text())
-    (picture,) = tmp_path.glob("*-text.png")
+    (picture,) = folder.glob("*-text.png")
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert "│ lion, vote " in done.text
+    assert "│ lion, vote " in printed
 
 
-def test_a_training_that_is_cut_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    def run(name: str, *options: str) -> None:
-        places = ("--checkpoint-dir", tmp_path / name / "saved", "--out", tmp_path / name)
-        done = mpirun(2, SCRIPT, *SMALL, "--only", "vote", "dgc", *places, *options)
-        assert done.returncode == 0, done.text
-
-    run("whole")
-    run("cut", "--max-steps", "8")  # amid the second epoch
-    run("cut")
-    whole, cut = (numbers(tmp_path / name)["runs"] for name in ("whole", "cut"))
-    for run_whole, run_cut in zip(whole, cut, strict=True):
+def test_a_training_that_is_cut_goes_on_to_the_same_bits(whole: tuple[Path, str], tmp_path: Path) -> None:
+    train(tmp_path, "--only", "vote", "dgc", "--max-steps", "8")  # amid the second epoch
+    train(tmp_path, "--only", "vote", "dgc")
+    at_once = {run["contender"]: run for run in numbers(whole[0])["runs"]}
+    cut = numbers(tmp_path)["runs"]
+    assert [run["contender"] for run in cut] == ["vote", "dgc"]
+    for run_cut in cut:
+        run_whole = dict(at_once[run_cut["contender"]])
         assert len(run_cut.pop("seconds")) == len(run_whole.pop("seconds")) == STEPS
         assert run_cut == run_whole
         name = f"seed-0-{run_whole['contender']}"
-        assert_equal(*(final_state(tmp_path / folder / "saved" / name) for folder in ("whole", "cut")))
+        assert_equal(*(final_state(folder / "saved" / name) for folder in (whole[0], tmp_path)))
 
 
 def test_no_file_is_in_both_texts(script: ModuleType, world: None, tmp_path: Path, parse: Callable[..., Any]) -> None:
@@ -144,7 +153,16 @@ def parse(script: ModuleType, world: None, monkeypatch: pytest.MonkeyPatch, tmp_
 def test_help(parse: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         parse("--help")
-    assert "  mpirun -n 4 python scripts/train_text.py --seeds 0 1 --report\n" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "  mpirun -n 4 python scripts/train_text.py --seeds 0 1 --report\n" in text
+    assert "Learning rates are the best of those tried" in text
+
+
+def test_quick_stands_for_other_defaults(parse: Callable[..., Any]) -> None:
+    quick, usual = parse("--quick", "--layers", "2"), parse()
+    assert (quick.layers, quick.width) == (2, 64)
+    assert (usual.layers, usual.width) == (3, 128)
+    assert quick.epochs * quick.epoch_windows < usual.epochs * usual.epoch_windows / 5
 
 
 @pytest.mark.parametrize(
