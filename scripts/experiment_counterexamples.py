@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from experiments import RESULTS, markdown_table, write_report
-from flags import HelpFormatter, count, end, make_folder, progress_bar, said_once, whole
+from experiments import RESULTS, markdown_table, parse, write_report
+from flags import HelpFormatter, count, end, progress_bar, said_once, whole
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -31,10 +31,13 @@ from mpisign.rules import Mean
 EXAMPLES = """\
 examples:
   mpirun -n 3 python scripts/experiment_counterexamples.py
+  mpirun -n 3 python scripts/experiment_counterexamples.py --quick
   mpirun -n 3 python scripts/experiment_counterexamples.py --only ce1 pull --copies 16
   mpirun -n 3 python scripts/experiment_counterexamples.py --report
 """
 RANKS = 3
+QUICK = {"only": ["ce1", "ce3", "pull"], "copies": 4}
+EVERY = 5  # steps from one number of a path in the report to the next
 DEVIATIONS = 5.0  # by how many of the path's largest standard errors a mean of random runs may be off at any step
 ROUNDING = 1e-4  # of a number that is not random: messages are in fp32
 KARIMIREDDY = "Karimireddy et al. 2019, Counterexample"
@@ -524,6 +527,7 @@ def show(args: argparse.Namespace, results: Sequence[tuple[Counterexample, Run, 
         ranks = run.ranks or example.ranks
         cells = [f"{sign_of}{run.predicted[-1]:.3f}", f"{seen.mean[-1]:.3f}{spread}", "yes" if holds else "NO"]
         lines.append([example.name, run.label, str(ranks), *cells])
+        kept = [*range(0, example.steps, EVERY), example.steps]
         curves = {"predicted": run.predicted, "seen": seen.mean, "standard_error": seen.error}
         facts.append(
             {
@@ -538,7 +542,8 @@ def show(args: argparse.Namespace, results: Sequence[tuple[Counterexample, Run, 
                 "copies": example.copies or args.copies,
                 "relation": run.relation,
                 "holds": holds,
-                **{name: curve.tolist() for name, curve in curves.items()},
+                "steps": kept,
+                **{name: curve[kept].tolist() for name, curve in curves.items()},
             }
         )
     table = Table(title="At the last step")
@@ -573,7 +578,7 @@ def draw(results: Sequence[tuple[Counterexample, Run, Seen]]) -> Any:
     height = -(-len(panels) // width)
     figure = Figure(figsize=(4.4 * width, 3.3 * height), layout="constrained")
     grid = figure.subplots(height, width, squeeze=False).flat
-    for axes, (example, runs) in zip(grid, panels, strict=False):
+    for (example, runs), axes in zip(panels, grid, strict=False):  # panels first: the rest of the grid is removed
         steps = np.arange(example.steps + 1)
         others = iter(("C0", "C1", "C4"))
         for _, run, seen in runs:
@@ -615,13 +620,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--only", nargs="+", choices=names, default=names, metavar="NAME", help="of %(choices)s")
     add("--copies", type=whole, default=64, metavar="N", help="independent runs at a time, where there is chance")
     add("--seed", type=count, default=0, help="of gradients, noise and coins")
+    add("--quick", action="store_true", help="takes seconds: other defaults, for few counterexamples and copies")
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="where the report goes: .md, .json and .png")
     add("--report", action="store_true", help=f"write it to {RESULTS} instead")
     add("--quiet", action="store_true", help="no progress bar")
     with said_once():
-        args = parser.parse_args()
-        args.out = RESULTS if args.report else args.out
-        make_folder(parser, args.out, args.out)
+        args = parse(parser, QUICK)
         if mpisign.size() < RANKS:
             parser.error(f"this needs {RANKS} ranks, and there are {mpisign.size()}: mpirun -n {RANKS} python ...")
         if args.copies < 2:
