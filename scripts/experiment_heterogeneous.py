@@ -219,7 +219,8 @@ def methods_figure(methods: Sequence[Curve]) -> Figure:
     panels = figure.subplots(1, len(FAMILIES), sharey=True)
     found: Mapping[str, Curve] = {curve.name: curve for curve in methods}
     for axes, (family, members) in zip(panels, FAMILIES.items(), strict=True):
-        for curve in (found[name] for name in members if name in found):
+        curves = [found[name] for name in members if name in found]
+        for curve in curves:
             losses = torch.tensor(curve.losses)
             window = max(1, losses.shape[1] // 40)
             smooth = losses.unfold(1, window, 1).mean(-1)  # (seeds, steps - window + 1)
@@ -227,7 +228,8 @@ def methods_figure(methods: Sequence[Curve]) -> Figure:
         axes.axhline(2.303, color="grey", linestyle=":")
         axes.set(xlabel="step", title=family)
         axes.grid(alpha=0.3)
-        axes.legend(title="test accuracy", fontsize=8, title_fontsize=8, loc="lower left")
+        if curves:
+            axes.legend(title="test accuracy", fontsize=8, title_fontsize=8, loc="lower left")
     panels[0].set(ylabel="training loss over all classes", yscale="log", ylim=(0.002, 4))
     panels[0].text(1, 2.4, "guessing", color="grey", size=8)
     return figure

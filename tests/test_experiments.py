@@ -48,7 +48,8 @@ def test_hostile_ranks(tmp_path: Path) -> None:
     """One of three sends -100 times what it should: the vote does not care, and the mean is lost."""
     done = mpirun(
         3, SCRIPTS / "experiment_byzantine.py", "--methods", "signum", "mean", "krum", "monna",
-        "--attacks", "none", "scaled", "inner_product", "nan", "label_flip", "--seeds", "5", "--out", tmp_path / "new",
+        "--attacks", "none", "scaled", "inner_product", "nan", "label_flip", "--seeds", "5", "--steps", "20",
+        "--out", tmp_path / "new",
     )  # fmt: skip
     assert done.returncode == 0, done.text
     text, data = report(tmp_path / "new", "byzantine")
@@ -85,19 +86,20 @@ def test_hostile_ranks(tmp_path: Path) -> None:
 def test_classes_of_its_own_for_each_rank(tmp_path: Path) -> None:
     done = mpirun(
         3, SCRIPTS / "experiment_heterogeneous.py", "--methods", "signsgd", "mean", "--noise", "100", "0",
-        "--seeds", "5", "--steps", "60", "--out", tmp_path,
+        "--seeds", "5", "--steps", "40", "--out", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.text
     text, data = report(tmp_path, "heterogeneous")
     vote, mean = data["methods"]
     assert (vote["name"], mean["name"]) == ("signsgd", "mean")
-    assert len(vote["losses"][0]) == len(mean["losses"][0]) == 60
-    assert mean["accuracies"][0] > 0.8
+    assert len(vote["losses"][0]) == len(mean["losses"][0]) == 40
+    assert mean["accuracies"][0] > 0.7
     sweep = {(curve["name"], curve["noise"]): curve for curve in data["sweep"]}
     assert set(sweep) == {(name, noise) for name in ("noisy_signsgd", "noisy_median") for noise in (0.0, 100.0)}
     assert sweep["noisy_signsgd", 0.0]["losses"] == vote["losses"], "no noise is signsgd itself"
     assert sweep["noisy_signsgd", 100.0]["accuracies"][0] < 0.4, "nothing but noise"
     assert "100%" in done.text
+    assert "Warning" not in done.text
     assert "seeds**: 5\n" in text
 
 
