@@ -39,13 +39,13 @@ examples:
   mpirun -n 4 python scripts/train_text.py --seeds 0 1 --report
   sudo -E benchmarks/slow_network 4 100mbit python scripts/train_text.py        four hosts with a slow network
 
-On one machine ranks exchange through memory, and seconds do not show what a network costs: the last line does.
+On one machine ranks exchange through memory, and seconds do not show what a network costs: the last example does.
 
-Learning rates are the best of those tried on seed 100, 4 ranks, --epochs 10. Bits per byte of validation text:
-  lion, beta2 0.95     1e-3 3.543, 2e-3 3.609
-  lion, beta2 0.99     5e-4 3.750, 1e-3 3.955, 2e-3 3.747
-  AdamW                1.5e-3 3.493, 3e-3 3.365, 6e-3 3.214, 12e-3 3.832
-  DGC                  0.3 3.698, 1 3.513, 3 4.037
+Learning rates are the best of these, on seed 100, 4 ranks, --epochs 10. Each with its bits per byte of validation text:
+  lion:beta2=0.95      1e-3: 3.543, 2e-3: 3.609
+  lion:beta2=0.99      5e-4: 3.750, 1e-3: 3.955, 2e-3: 3.747
+  AdamW                1.5e-3: 3.493, 3e-3: 3.365, 6e-3: 3.214, 12e-3: 3.832
+  DGC                  0.3: 3.698, 1: 3.513, 3: 4.037
 """
 QUICK = {"layers": 1, "width": 64, "epochs": 4, "epoch_windows": 320, "eval_windows": 64, "megabytes": 1.0}
 # A checkpoint of one method does not depend on which others there are, nor on how its options were said.
