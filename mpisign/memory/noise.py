@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mpisign.bitmap.coin import coin_words
 from mpisign.bitmap.tensors import blocks
@@ -26,7 +27,7 @@ __all__ = [
     "gaussian_mechanism",
 ]
 
-
+Scale = float | Tensor
 COINS = 1 << 16  # drawn at once: larger arrays would come fresh from the system each time
 
 
@@ -49,7 +50,7 @@ class Random:
     def _philox(self) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=self._key))
 
-    def normal(self, out: torch.Tensor) -> torch.Tensor:
+    def normal(self, out: Tensor) -> Tensor:
         """Fill ``out`` with standard normal numbers."""
         if self._turn.secret and not out.is_cuda:  # torch's generator is faster, and uses 32 bits of the key
             values = out.numpy()
@@ -57,7 +58,7 @@ class Random:
             return out
         return out.normal_(generator=self._generator)
 
-    def uniform(self, out: torch.Tensor, bound: float) -> torch.Tensor:
+    def uniform(self, out: Tensor, bound: float) -> Tensor:
         """Fill ``out`` with numbers from [-bound, bound]; on the host 32 coins each, at half of torch's price."""
         if out.is_cuda:
             return out.uniform_(-bound, bound, generator=self._generator)
@@ -76,32 +77,25 @@ class Noise(Memory, ABC):
 
     def __call__(
         self,
-        gradient: torch.Tensor,
-        state: dict[str, torch.Tensor],
-        scratch: torch.Tensor,
+        gradient: Tensor,
+        state: dict[str, Tensor],
+        scratch: Tensor,
         turn: Turn,
         first_word: int,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         random, scale = Random(turn, first_word, gradient.device), self.scale_of(gradient, turn, first_word)
         spare = gradient.new_empty(0)
         for span in blocks(gradient.numel(), gradient.device):
-            here = scale[span] if isinstance(scale, torch.Tensor) and scale.dim() else scale
+            here = scale[span] if isinstance(scale, Tensor) and scale.dim() else scale
             self.draw(gradient[span], here, scratch[span], spare.resize_(span.stop - span.start), random)
         return scratch[: gradient.numel()]
 
-    def scale_of(self, gradient: torch.Tensor, turn: Turn, first_word: int) -> float | torch.Tensor:
+    def scale_of(self, gradient: Tensor, turn: Turn, first_word: int) -> Scale:
         """What :meth:`draw` measures gradient or noise by: a number, a 0-d tensor, or one for each element (n,)."""
         return 1.0
 
     @abstractmethod
-    def draw(
-        self,
-        gradient: torch.Tensor,
-        scale: float | torch.Tensor,
-        out: torch.Tensor,
-        spare: torch.Tensor,
-        random: Random,
-    ) -> None:
+    def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: Random) -> None:
         """Write what is sent for a part of the gradient (n,) into ``out`` (n,); ``spare`` (n,) is scratch."""
 
 
@@ -120,20 +114,13 @@ class GaussianNoise(Noise):
     def __post_init__(self) -> None:
         check_positive("scale", self.scale)
 
-    def scale_of(self, gradient: torch.Tensor, turn: Turn, first_word: int) -> float | torch.Tensor:
+    def scale_of(self, gradient: Tensor, turn: Turn, first_word: int) -> Scale:
         if not self.relative or not gradient.numel():
             return self.scale
         smallest, largest = gradient.aminmax()
         return torch.maximum(-smallest, largest).mul_(self.scale)
 
-    def draw(
-        self,
-        gradient: torch.Tensor,
-        scale: float | torch.Tensor,
-        out: torch.Tensor,
-        spare: torch.Tensor,
-        random: Random,
-    ) -> None:
+    def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: Random) -> None:
         random.normal(out).mul_(scale).add_(gradient)
 
 
@@ -160,18 +147,11 @@ class StochasticSign(Noise):
     def needs_maximum(self) -> bool:  # type: ignore[override]
         return self.bound is None
 
-    def scale_of(self, gradient: torch.Tensor, turn: Turn, first_word: int) -> float | torch.Tensor:
-        bounds: float | torch.Tensor = turn.prepared[first_word] if self.bound is None else self.bound
+    def scale_of(self, gradient: Tensor, turn: Turn, first_word: int) -> Scale:
+        bounds: Scale = turn.prepared[first_word] if self.bound is None else self.bound
         return bounds
 
-    def draw(
-        self,
-        gradient: torch.Tensor,
-        scale: float | torch.Tensor,
-        out: torch.Tensor,
-        spare: torch.Tensor,
-        random: Random,
-    ) -> None:
+    def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: Random) -> None:
         random.uniform(out, 1.0).mul_(scale).add_(gradient)
 
 
@@ -199,25 +179,18 @@ class ClippedNoise(Noise):
         check_positive("clip", self.clip)
         check_positive("noise", self.noise)
 
-    def prepare(self, gradients: Sequence[torch.Tensor], turn: Turn) -> torch.Tensor:
+    def prepare(self, gradients: Sequence[Tensor], turn: Turn) -> Tensor:
         return (self.clip / total_norm(gradients)).clamp(max=1.0)
 
-    def scale_of(self, gradient: torch.Tensor, turn: Turn, first_word: int) -> torch.Tensor:
-        factor: torch.Tensor = turn.prepared.to(gradient.dtype)
+    def scale_of(self, gradient: Tensor, turn: Turn, first_word: int) -> Tensor:
+        factor: Tensor = turn.prepared.to(gradient.dtype)
         return factor
 
-    def draw(
-        self,
-        gradient: torch.Tensor,
-        scale: float | torch.Tensor,
-        out: torch.Tensor,
-        spare: torch.Tensor,
-        random: Random,
-    ) -> None:
+    def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: Random) -> None:
         random.normal(out).mul_(self.noise).add_(torch.mul(gradient, scale, out=spare))
 
 
-def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The L2 norm of all gradients together, 0-d fp64; it waits for no GPU."""
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
@@ -261,14 +234,7 @@ class TernarySign(Noise):
         if self.b < self.a:
             raise OptionError(f"B={self.b!r} must be at least A={self.a!r}, as A/B is the probability to vote")
 
-    def draw(
-        self,
-        gradient: torch.Tensor,
-        scale: float | torch.Tensor,
-        out: torch.Tensor,
-        spare: torch.Tensor,
-        random: Random,
-    ) -> None:
+    def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: Random) -> None:
         random.uniform(out, self.b)  # within A it is a vote: +1 up to g, else -1
         up = spare.copy_(gradient).ge_(out)
         out.abs_().le_(self.a).mul_(up.mul_(2.0).sub_(1.0))
@@ -288,13 +254,6 @@ class SparseSign(Noise):
     def __post_init__(self) -> None:
         check_positive("budget", self.budget)
 
-    def draw(
-        self,
-        gradient: torch.Tensor,
-        scale: float | torch.Tensor,
-        out: torch.Tensor,
-        spare: torch.Tensor,
-        random: Random,
-    ) -> None:
+    def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: Random) -> None:
         speaks = random.uniform(out, 1.0 / self.budget).abs_().le_(torch.abs(gradient, out=spare))
         speaks.mul_(torch.sign(gradient, out=spare))
