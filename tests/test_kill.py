@@ -1,6 +1,6 @@
 """kill -9 of any rank at any moment, again and again: what is saved stays good, and training ends where it would have.
 
-``MPISIGN_TEST_KILLS`` says how often (default 6).
+``MPISIGN_TEST_KILLS`` says how often (default 4).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from mpirun import Job, started
 
-KILLS = int(os.environ.get("MPISIGN_TEST_KILLS", "6"))
+KILLS = int(os.environ.get("MPISIGN_TEST_KILLS", "4"))
 RANKS = 3
 HERE = Path(__file__).parent
 
