@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from resumable import assert_equal
 from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
@@ -60,19 +61,6 @@ class Job:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step = saved["optimizer"]["mpisign"]["step"]
         return self
-
-
-def assert_equal(a: Any, b: Any, where: str = "state") -> None:
-    """Bit for bit, through dicts and lists."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}[{key!r}]")
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype, where
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
 
 
 # -------------------------------------------------------------------------------------------------- saving

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from mpisign.codecs.codec import Codec
 from mpisign.codecs.sparse import TopK
-from mpisign.memory.memory import Memory
+from mpisign.memory.memory import Memory, State
 from mpisign.memory.momentum import check_decay
 from mpisign.memory.noise import total_norm
 from mpisign.policy import Turn, check_positive
@@ -46,19 +47,12 @@ class DGC(Memory):
         if self.clip is not None:
             check_positive("clip", self.clip, ", or None for never")
 
-    def prepare(self, gradients: Sequence[torch.Tensor], turn: Turn) -> Any:
+    def prepare(self, gradients: Sequence[Tensor], turn: Turn) -> Any:
         if self.clip is None:
             return None
         return (self.clip * turn.size**-0.5 / total_norm(gradients)).clamp(max=1.0)
 
-    def __call__(
-        self,
-        gradient: torch.Tensor,
-        state: dict[str, torch.Tensor],
-        scratch: torch.Tensor,
-        turn: Turn,
-        first_word: int,
-    ) -> torch.Tensor:
+    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
         velocity, residual = state["velocity"], state["residual"]
         if self.clip is not None:
             gradient = torch.mul(gradient, turn.prepared.to(gradient.dtype), out=scratch[: gradient.numel()])
@@ -69,7 +63,7 @@ class DGC(Memory):
             velocity.mul_(self.momentum).add_(gradient)
         return residual.add_(velocity)
 
-    def sent(self, message: torch.Tensor, codec: Codec, state: dict[str, torch.Tensor]) -> None:
+    def sent(self, message: Tensor, codec: Codec, state: State) -> None:
         codec.add(message, state["residual"], -1.0)
         if self.masking:
             assert isinstance(codec, TopK)

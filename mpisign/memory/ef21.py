@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mpisign.bitmap.tensors import blocks
 from mpisign.codecs.codec import Codec
 from mpisign.errors import OptionError
-from mpisign.memory.memory import Memory
+from mpisign.memory.memory import Memory, State
 from mpisign.memory.momentum import check_decay
 from mpisign.policy import Turn
 
@@ -43,24 +44,17 @@ class EF21(Memory):
     def fields(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("estimate", "average", "momentum") if self.momentum else ("estimate", "average")
 
-    def __call__(
-        self,
-        gradient: torch.Tensor,
-        state: dict[str, torch.Tensor],
-        scratch: torch.Tensor,
-        turn: Turn,
-        first_word: int,
-    ) -> torch.Tensor:
+    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
         tracked = state["momentum"].lerp_(gradient, 1.0 - self.momentum) if self.momentum else gradient
         change = scratch[: gradient.numel()]
         if self.shares is None:
             return torch.sub(tracked, state["estimate"], out=change)
         return torch.div(tracked, turn.size * self.shares[turn.rank], out=change).sub_(state["estimate"])
 
-    def sent(self, message: torch.Tensor, codec: Codec, state: dict[str, torch.Tensor]) -> None:
+    def sent(self, message: Tensor, codec: Codec, state: State) -> None:
         codec.add(message, state["estimate"], 1.0)
 
-    def received(self, decision: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+    def received(self, decision: Tensor, state: State) -> None:
         for span in blocks(decision.numel(), decision.device):
             decision[span].copy_(state["average"][span].add_(decision[span]))
 

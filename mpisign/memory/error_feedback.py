@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
+from torch import Tensor
 
 from mpisign.codecs.codec import Codec
-from mpisign.memory.memory import Memory
+from mpisign.memory.memory import Memory, State
 from mpisign.policy import Turn
 
 __all__ = ["ErrorFeedback"]
@@ -30,15 +30,8 @@ class ErrorFeedback(Memory):
     follows_lr: ClassVar[tuple[str, ...]] = ("error",)
     feedback = True
 
-    def __call__(
-        self,
-        gradient: torch.Tensor,
-        state: dict[str, torch.Tensor],
-        scratch: torch.Tensor,
-        turn: Turn,
-        first_word: int,
-    ) -> torch.Tensor:
+    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
         return state["error"].add_(gradient)
 
-    def sent(self, message: torch.Tensor, codec: Codec, state: dict[str, torch.Tensor]) -> None:
+    def sent(self, message: Tensor, codec: Codec, state: State) -> None:
         codec.add(message, state["error"], -1.0)

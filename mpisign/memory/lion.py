@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from mpisign.memory.memory import Memory
+from mpisign.memory.memory import Memory, State
 from mpisign.memory.momentum import check_decay
 from mpisign.policy import Turn
 
@@ -32,14 +33,7 @@ class LionMomentum(Memory):
         check_decay("beta1", self.beta1)
         check_decay("beta2", self.beta2)
 
-    def __call__(
-        self,
-        gradient: torch.Tensor,
-        state: dict[str, torch.Tensor],
-        scratch: torch.Tensor,
-        turn: Turn,
-        first_word: int,
-    ) -> torch.Tensor:
+    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
         momentum = state["momentum"]
         signed = torch.lerp(momentum, gradient, 1.0 - self.beta1, out=scratch[: gradient.numel()])
         momentum.lerp_(gradient, 1.0 - self.beta2)
@@ -47,11 +41,11 @@ class LionMomentum(Memory):
 
     def many(
         self,
-        gradients: list[torch.Tensor],
-        states: dict[str, list[torch.Tensor]],
-        scratch: Callable[[], list[torch.Tensor]],
+        gradients: list[Tensor],
+        states: dict[str, list[Tensor]],
+        scratch: Callable[[], list[Tensor]],
         turn: Turn,
-    ) -> list[torch.Tensor]:
+    ) -> list[Tensor]:
         signed = scratch()
         torch._foreach_copy_(signed, states["momentum"])
         torch._foreach_lerp_(signed, gradients, 1.0 - self.beta1)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-import torch
+from torch import Tensor
 
 from mpisign.codecs.codec import Codec
 from mpisign.policy import Turn
 
-__all__ = ["Memory"]
+__all__ = ["Memory", "State"]
+
+State = dict[str, Tensor]
+"""Flat tensors of one parameter, (n,) each, by field."""
 
 
 class Memory:
@@ -39,26 +42,19 @@ class Memory:
     private: bool = False
     follows_lr: ClassVar[tuple[str, ...]] = ()
 
-    def prepare(self, gradients: Sequence[torch.Tensor], turn: Turn) -> Any:
+    def prepare(self, gradients: Sequence[Tensor], turn: Turn) -> Any:
         """Look at all gradients of the step, flat and finite, before any is taken in: for norms over the model.
 
         The result is ``turn.prepared`` in every call of the step.
         """
         return None
 
-    def __call__(
-        self,
-        gradient: torch.Tensor,
-        state: dict[str, torch.Tensor],
-        scratch: torch.Tensor,
-        turn: Turn,
-        first_word: int,
-    ) -> torch.Tensor:
+    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
         """Take one flat gradient (n,) in and return what the codec shall send (n,). It allocates as little as it can.
 
         Args:
             gradient: in the state's precision; left alone.
-            state: flat tensors (n,) by field, changed in place.
+            state: changed in place.
             scratch: at least n elements to write into.
             turn: the step; ``first_word`` tells places apart: ``turn.generator(first_word, gradient.device)``.
 
@@ -69,16 +65,16 @@ class Memory:
 
     def many(
         self,
-        gradients: list[torch.Tensor],
-        states: dict[str, list[torch.Tensor]],
-        scratch: Callable[[], list[torch.Tensor]],
+        gradients: list[Tensor],
+        states: dict[str, list[Tensor]],
+        scratch: Callable[[], list[Tensor]],
         turn: Turn,
-    ) -> list[torch.Tensor] | None:
+    ) -> list[Tensor] | None:
         """The same for many parameters in a few kernels (``torch._foreach_...``), for GPUs; None if there is no way."""
         return None
 
-    def sent(self, message: torch.Tensor, codec: Codec, state: dict[str, torch.Tensor]) -> None:
+    def sent(self, message: Tensor, codec: Codec, state: State) -> None:
         """Hear which ``message`` (planes_up, k) went out: ``codec.add`` says what it is worth. Only if it counted."""
 
-    def received(self, decision: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+    def received(self, decision: Tensor, state: State) -> None:
         """Turn the decision (n,), flat and in the state's precision, into what the optimizer shall apply, in place."""

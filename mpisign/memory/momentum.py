@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from mpisign.errors import OptionError
-from mpisign.memory.memory import Memory
+from mpisign.memory.memory import Memory, State
 from mpisign.policy import Turn
 
 __all__ = ["Momentum", "check_decay"]
@@ -35,22 +36,15 @@ class Momentum(Memory):
     def __post_init__(self) -> None:
         check_decay("momentum", self.beta)
 
-    def __call__(
-        self,
-        gradient: torch.Tensor,
-        state: dict[str, torch.Tensor],
-        scratch: torch.Tensor,
-        turn: Turn,
-        first_word: int,
-    ) -> torch.Tensor:
+    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
         return state["momentum"].lerp_(gradient, 1.0 - self.beta)
 
     def many(
         self,
-        gradients: list[torch.Tensor],
-        states: dict[str, list[torch.Tensor]],
-        scratch: Callable[[], list[torch.Tensor]],
+        gradients: list[Tensor],
+        states: dict[str, list[Tensor]],
+        scratch: Callable[[], list[Tensor]],
         turn: Turn,
-    ) -> list[torch.Tensor]:
+    ) -> list[Tensor]:
         torch._foreach_lerp_(states["momentum"], gradients, 1.0 - self.beta)
         return states["momentum"]

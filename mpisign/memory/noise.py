@@ -15,7 +15,7 @@ from torch import Tensor
 from mpisign.bitmap.coin import coin_words
 from mpisign.bitmap.tensors import blocks
 from mpisign.errors import OptionError
-from mpisign.memory.memory import Memory
+from mpisign.memory.memory import Memory, State
 from mpisign.policy import Turn, check_positive
 
 __all__ = [
@@ -75,14 +75,7 @@ class Noise(Memory, ABC):
 
     elementwise = False
 
-    def __call__(
-        self,
-        gradient: Tensor,
-        state: dict[str, Tensor],
-        scratch: Tensor,
-        turn: Turn,
-        first_word: int,
-    ) -> Tensor:
+    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
         random, scale = Random(turn, first_word, gradient.device), self.scale_of(gradient, turn, first_word)
         spare = gradient.new_empty(0)
         for span in blocks(gradient.numel(), gradient.device):

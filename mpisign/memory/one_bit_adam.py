@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from mpisign.bitmap.tensors import blocks
 from mpisign.codecs.codec import Codec
-from mpisign.memory.memory import Memory
+from mpisign.memory.memory import Memory, State
 from mpisign.memory.momentum import check_decay
 from mpisign.policy import Turn, check_positive
 
@@ -46,23 +47,16 @@ class OneBitAdam(Memory):
     def feedback(self) -> bool:  # type: ignore[override]
         return self.frozen
 
-    def __call__(
-        self,
-        gradient: torch.Tensor,
-        state: dict[str, torch.Tensor],
-        scratch: torch.Tensor,
-        turn: Turn,
-        first_word: int,
-    ) -> torch.Tensor:
+    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
         if not self.frozen:
             return gradient
         error = state["error"].add_(state["momentum"], alpha=self.beta1)
         return error.add_(gradient, alpha=1.0 - self.beta1)
 
-    def sent(self, message: torch.Tensor, codec: Codec, state: dict[str, torch.Tensor]) -> None:
+    def sent(self, message: Tensor, codec: Codec, state: State) -> None:
         codec.add(message, state["error"], -1.0)
 
-    def received(self, decision: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+    def received(self, decision: Tensor, state: State) -> None:
         for span in blocks(decision.numel(), decision.device):
             update, momentum, variance = decision[span], state["momentum"][span], state["variance"][span]
             if self.frozen:
