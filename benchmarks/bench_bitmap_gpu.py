@@ -22,7 +22,8 @@ from mpisign.bitmap.ops import WORD
 
 Tensor = torch.Tensor
 
-COPY, PACK, UNPACK, PACK_BF16 = "copy", "pack", "unpack", "pack, bf16"
+COPY, PACK, UNPACK, PACK_BF16, PACK_MOMENTUM = "copy", "pack", "unpack", "pack, bf16", "momentum and pack"
+LERP = "torch lerp_, then pack"
 RESNET_PACK, RESNET_UNPACK = "ResNet-50 pack", "ResNet-50 unpack"
 RESNET_PACK_CALL, RESNET_UNPACK_CALL = "ResNet-50 pack, the call", "ResNet-50 unpack, the call"
 
@@ -66,7 +67,8 @@ def run(args: Namespace, device: torch.device, gpu: str) -> None:
     packing, unpacking = packers(values, repeat), unpackers(values, repeat)
     counting = deciders(n, args.ballots, device, repeat)
     resnet = resnet50(device, repeat)
-    contenders = [copying, *packing, *unpacking, *counting, *resnet]
+    averaging = averagers(values, repeat)
+    contenders = [copying, *packing, *averaging, *unpacking, *counting, *resnet]
     times = measure(contenders, args.rounds, args.warmup)
 
     decide = counting[0].name
@@ -77,6 +79,7 @@ def run(args: Namespace, device: torch.device, gpu: str) -> None:
         "pack, 10 % abstain": 4 * n + 8 * k,
         PACK_BF16: 2 * n + 4 * k,
         "pack, misaligned": 4 * n + 4 * k,
+        PACK_MOMENTUM: 12 * n + 4 * k,
         UNPACK: 4 * n + 4 * k,
         "unpack, two planes": 4 * n + 8 * k,
         decide: 4 * k * (args.ballots + 1),
@@ -85,13 +88,15 @@ def run(args: Namespace, device: torch.device, gpu: str) -> None:
     tables = [
         bandwidths(times, moved, args.repeats),
         compare(f"Pack {size}", times, names(packing), [COPY, "torch pack", "cupy.packbits"]),
+        compare(f"Momentum and pack {size}", times, names(averaging), [COPY, LERP]),
         compare(f"Unpack {size}", times, names(unpacking), [COPY, "torch unpack", "cupy.unpackbits"]),
         compare(f"Decide {args.ballots} bitmaps of {n:,} bits", times, names(counting), names(counting)[1:]),
         published(times, n * args.repeats),
         small(times, args.repeats),
     ]
     targets = [
-        Target(one, COPY, round(SHARE * moved[COPY] / moved[one], 2)) for one in (PACK, PACK_BF16, UNPACK, decide)
+        Target(one, COPY, round(SHARE * moved[COPY] / moved[one], 2))
+        for one in (PACK, PACK_BF16, PACK_MOMENTUM, UNPACK, decide)
     ]
     report = Report(
         "bitmap-gpu",
@@ -198,6 +203,30 @@ def packers(values: Tensor, repeat: Repeat) -> list[Contender]:
         repeat("pack, misaligned", "fp32 values that start 4 bytes after aligned memory", packer(shifted)),
         repeat("torch pack", "`((x >= 0).view(-1, 8) * powers_of_two).sum(1)`", torch_pack),
         repeat("cupy.packbits", "`cupy.packbits(x >= 0, bitorder='little')`", on_torch_stream(cupy_pack, device)),
+    ]
+
+
+def averagers(values: Tensor, repeat: Repeat) -> list[Contender]:
+    """Signum's packing: the gradient goes into the momentum, whose signs are packed."""
+    n, k, device = values.numel(), words_for(values.numel()), values.device
+    words, expected = torch.empty(2, k, dtype=WORD, device=device)
+    ours, theirs = (torch.zeros_like(values) for _ in range(2))
+    batch, finite = Batch([n], [words]), torch.tensor(True, device=device)
+
+    def pack_momentum() -> object:
+        return batch.pack_momentum([values], [ours], (0.9, 0.9), key=KEY, finite=finite)
+
+    def lerp_then_pack() -> object:
+        return cuda.pack(theirs.lerp_(values, 1.0 - 0.9), expected, key=KEY, finite=finite)
+
+    pack_momentum()
+    lerp_then_pack()
+    require_equal(LERP, words, expected)
+    return [
+        repeat(
+            PACK_MOMENTUM, "a gradient into its fp32 momentum (0.9), and the signs of that, in one pass", pack_momentum
+        ),
+        repeat(LERP, "the same in two passes: `momentum.lerp_(gradient, 0.1)`, `pack(momentum)`", lerp_then_pack),
     ]
 
 

@@ -307,7 +307,7 @@ def promises(parts: dict[str, Parts]) -> Table:
         for what, at_most, measured in (
             ("device work, ms", DEVICE_MS, part.device_ms),
             ("host, ms", HOST_MS, part.host_ms),
-            ("launches to pack", 1, part.launches.get("pack_many", 0)),
+            ("launches to pack", 1, sum(n for name, n in part.launches.items() if name.startswith("pack_"))),
             ("launches to unpack", 1, part.launches.get("unpack_many", 0)),
             ("allocations by torch", 0, part.allocations),
             ("bytes more in CuPy's pool", 0, part.cupy_bytes),

@@ -383,6 +383,82 @@ def test_batch_of_thousands_of_small_tensors_and_a_few_large(zeros: str, device:
             assert (gradient.double().cpu().numpy() == votes).all(), f"tensor {i}"
 
 
+BETAS = [(0.9, 0.9), (0.9, 0.99), (0.2, 0.6), (0.0, 0.0)]
+
+
+@pytest.mark.parametrize("betas", BETAS, ids=str)
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64], ids=str)
+@formats
+def test_batch_packs_momentum(
+    fmt: FloatFormat, precision: torch.dtype, betas: tuple[float, float], device: torch.device, memory: Memory
+) -> None:
+    """Normal gradients and momenta of every alignment, some gradients zero, denormal or huge; two have none."""
+    sizes = [*SMALL, 2 * JOB_ELEMENTS + TILE + 33]
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(2, n, generator=generator, dtype=torch.float64) for n in sizes]
+    gradients, momenta = ([one[i].to(dtype) for one in drawn] for i, dtype in enumerate((dtype_of(fmt), precision)))
+    for seed, gradient in enumerate(gradients):
+        edges = torch.from_numpy(as_doubles(some_values(gradient.numel(), fmt, seed), fmt)).clamp(-1e30, 1e30)
+        gradient[1::3] = edges[1::3].to(gradient.dtype)
+    starts = [5 + start for start in oracle.first_words(sizes)]
+    words = [memory.words(words_for(n)) for n in sizes]
+    nonzeros = [memory.words(words_for(n)) for n in sizes]
+    batch = Batch(sizes, words, nonzeros=nonzeros, first_words=starts)
+
+    def put(tensor: Tensor, offset: int) -> Tensor:
+        return memory.put(raw_bits(tensor), tensor.dtype, offset)
+
+    given = [None if i in (3, 8) else put(g, (i + 2) % 4) for i, g in enumerate(gradients)]
+    kept = [put(m, i % 3) for i, m in enumerate(momenta)]
+    for unscale, zeros in ((1.0, "coin"), (2.0**-10, "abstain")):
+        finite = batch.pack_momentum(given, kept, betas, unscale=unscale, zeros=zeros, key=KEY)
+        assert finite.item() is True
+        for i, gradient in enumerate(given):
+            if gradient is not None:
+                wide = gradients[i].to(precision) * unscale
+                sent = torch.lerp(momenta[i], wide, 1.0 - betas[0])
+                momenta[i].lerp_(wide, 1.0 - betas[1])
+                values = raw_bits(sent)
+                check_packed(values, format_of(precision), zeros, starts[i], words[i], nonzeros[i])
+            assert torch.equal(kept[i].cpu(), momenta[i]), f"momentum {i}"
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64], ids=str)
+@formats
+def test_momentum_is_the_oracles(fmt: FloatFormat, precision: torch.dtype, device: torch.device) -> None:
+    """Of small multiples of 1/4 with decays of 1/2 and 3/4, of which every format has the exact results."""
+    rng = np.random.default_rng(0)
+    gradient, momentum = rng.integers(-8, 9, (2, 3000)) / 4
+    words = torch.zeros(words_for(3000), dtype=WORD, device=device)
+    kept = torch.from_numpy(momentum).to(device, precision)
+    given = torch.from_numpy(gradient).to(device, dtype_of(fmt))
+    assert Batch([3000], [words]).pack_momentum([given], [kept], (0.5, 0.75), zeros="positive")
+    sent, expected = oracle.lion(momentum, gradient, 0.5, 0.75)
+    assert (array(words) == oracle.to_words(oracle.ballot(sent, "positive") > 0)).all()
+    assert (kept.double().cpu().numpy() == expected).all()
+
+
+@pytest.mark.parametrize("place", [0, 5, 1023, 1024, 1100])
+@formats
+def test_bad_gradients_leave_their_momentum_alone(fmt: FloatFormat, place: int, device: torch.device) -> None:
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        gradient = torch.ones(1101, dtype=dtype_of(fmt))
+        gradient[place] = bad
+        expected = torch.full((1101,), 0.5)
+        expected[place] = 0.0
+        kept = torch.zeros(1101, device=device)
+        batch = Batch([1101], [torch.zeros(words_for(1101), dtype=WORD, device=device)])
+        assert not batch.pack_momentum([gradient.to(device)], [kept], (0.5, 0.5))
+        assert torch.equal(kept.cpu(), expected)
+        assert batch.pack_momentum([torch.ones_like(gradient).to(device)], [kept], (0.5, 0.5))
+
+
+def test_momentum_that_overflows_is_not_finite(device: torch.device) -> None:
+    batch = Batch([40], [torch.zeros(2, dtype=WORD, device=device)])
+    gradient, kept = torch.full((40,), 3e38, device=device), torch.full((40,), -3e38, device=device)
+    assert not batch.pack_momentum([gradient], [kept], (0.5, 0.5))
+
+
 @pytest.mark.parametrize("place", [0, TENSOR_CAPACITY - 1, TENSOR_CAPACITY, TENSOR_CAPACITY + 1])
 def test_batch_finds_one_bad_value_and_forgets_it(place: int, device: torch.device, memory: Memory) -> None:
     sizes = [5] * (TENSOR_CAPACITY + 2)

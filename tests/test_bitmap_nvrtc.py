@@ -63,7 +63,15 @@ def complaints(log: str) -> list[str]:
 
 def expected_kernels() -> set[str]:
     counting = {f"{name}_{planes}" for name in ("majority", "majority_abstain", "count") for planes in kernels.PLANES}
-    return counting | {"pack_one", "pack_many", "unpack_one", "unpack_many", "all_finite", "agreement"}
+    return counting | {
+        "pack_one",
+        "pack_many",
+        "pack_momentum",
+        "unpack_one",
+        "unpack_many",
+        "all_finite",
+        "agreement",
+    }
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -70,16 +70,14 @@ def test_the_state_stays_in_place(memory: Memory, update: Update) -> None:
 
 
 @each
-def test_many_at_once_are_one_by_one(memory: Memory, update: Update) -> None:
-    sizes = [(3, 5), (7,), ()]
-    one, many = ([torch.zeros(size) for size in sizes] for _ in range(2))
-    for seed in range(3):
-        drawn = [torch.randn(size, generator=torch.Generator().manual_seed(seed)) for size in sizes]
-        sent = memory.many(drawn, {"momentum": many}, lambda: [torch.empty(size) for size in sizes], TURN)
-        for g, kept, ours in zip(drawn, one, sent, strict=True):
-            alone = memory(g.view(-1), {"momentum": kept.view(-1)}, torch.empty(g.numel()), TURN, 0)
-            assert torch.equal(alone, ours.view(-1))
-    assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
+def test_betas_tell_what_is_sent_and_kept(memory: Memory, update: Update) -> None:
+    assert memory.betas is not None
+    sent, kept = memory.betas
+    momentum, gradient = torch.randn(2, N, generator=torch.Generator().manual_seed(0))
+    expected = torch.lerp(momentum, gradient, 1.0 - sent), torch.lerp(momentum, gradient, 1.0 - kept)
+    ours = memory(gradient, {"momentum": momentum}, torch.empty(N), TURN, 0)
+    assert torch.equal(ours, expected[0])
+    assert torch.equal(momentum, expected[1])
 
 
 def test_nothing_sends_the_gradient_as_it_lies() -> None:

@@ -54,18 +54,26 @@ struct Bitmaps {
 template <int FORMAT> struct Float;
 template <> struct Float<FLOAT32> {
     typedef u32 Bits;
+    typedef float Real;  // what it is averaged in
+    typedef uint4 Group;  // as many as there are of those in 16 bytes
     static constexpr u32 MAGNITUDE = 0x7fffffff, TO_INFINITY = 0x00800000, ONE = 0x3f800000;
 };
 template <> struct Float<FLOAT64> {
     typedef u64 Bits;
+    typedef double Real;
+    typedef uint4 Group;
     static constexpr u32 MAGNITUDE = 0x7fffffff, TO_INFINITY = 0x00100000, ONE = 0x3ff00000;
 };
 template <> struct Float<FLOAT16> {
     typedef u16 Bits;
+    typedef float Real;
+    typedef uint2 Group;
     static constexpr u32 MAGNITUDE = 0x7fff7fff, TO_INFINITY = 0x04000400, ONE = 0x3c003c00;
 };
 template <> struct Float<BFLOAT16> {
     typedef u16 Bits;
+    typedef float Real;
+    typedef uint2 Group;
     static constexpr u32 MAGNITUDE = 0x7fff7fff, TO_INFINITY = 0x00800080, ONE = 0x3f803f80;
 };
 
@@ -116,7 +124,15 @@ template <u32 PER_LOAD> __device__ __forceinline__ u32 transpose(u32 bits, u32 l
     return bits;
 }
 
-// A full tile from 16-byte aligned memory. Returns which of its words this lane has.
+// After a full tile: makes words of each lane's bits, and returns which of the tile's words this lane has.
+template <u32 PER_LOAD> __device__ __forceinline__ u32 words_of_tile(u32 lane, u32& negative, u32& nonzero) {
+    negative = transpose<PER_LOAD>(negative, lane);
+    nonzero = transpose<PER_LOAD>(nonzero, lane);
+    constexpr u32 GROUP = 32 / PER_LOAD;
+    return lane % GROUP * PER_LOAD + lane / GROUP;
+}
+
+// A full tile from 16-byte aligned memory.
 template <int FORMAT>
 __device__ __forceinline__ u32 read_tile(const uint4* tile, u32 lane, u32& negative, u32& nonzero, u32& bad) {
     constexpr u32 AT_ONCE = LOADS<FORMAT> < 8 ? LOADS<FORMAT> : 8;
@@ -148,10 +164,7 @@ __device__ __forceinline__ u32 read_tile(const uint4* tile, u32 lane, u32& negat
             }
         }
     }
-    negative = transpose<PER_LOAD<FORMAT>>(negative, lane);
-    nonzero = transpose<PER_LOAD<FORMAT>>(nonzero, lane);
-    constexpr u32 GROUP = 32 / PER_LOAD<FORMAT>;
-    return lane % GROUP * PER_LOAD<FORMAT> + lane / GROUP;
+    return words_of_tile<PER_LOAD<FORMAT>>(lane, negative, nonzero);
 }
 
 // The first `elements` of a tile anywhere in memory, an element a lane at a time; ballots are the words.
@@ -180,11 +193,23 @@ __device__ __forceinline__ void vote_tile(
     }
 }
 
-template <int FORMAT>
-__device__ __forceinline__ void pack(const Job& job, const void* tensor, u64 key, u32 zeros, u8* finite) {
-    typedef typename Float<FORMAT>::Bits Bits;
-    const Bits* values = (const Bits*)tensor + job.start;
-    const bool aligned = (u64)values % 16 == 0;
+// The values of a tensor, to be packed.
+template <int FORMAT_> struct Values {
+    static constexpr int FORMAT = FORMAT_;
+    const typename Float<FORMAT>::Bits* values;
+
+    __device__ __forceinline__ bool aligned() const { return (u64)values % 16 == 0; }
+    __device__ __forceinline__ u32 tile(u32 at, u32 lane, u32& negative, u32& nonzero, u32& bad) const {
+        return read_tile<FORMAT>((const uint4*)(values + at), lane, negative, nonzero, bad);
+    }
+    __device__ __forceinline__ void part(u32 at, u32 elements, u32 lane, u32& negative, u32& nonzero, u32& bad) const {
+        vote_tile<FORMAT>(values + at, elements, lane, negative, nonzero, bad);
+    }
+};
+
+template <class Source>
+__device__ __forceinline__ void pack(const Job& job, const Source& source, u64 key, u32 zeros, u8* finite) {
+    const bool aligned = source.aligned();
     const u32 lane = threadIdx.x % 32;
     u32 bad = 0;
 #pragma unroll 1
@@ -192,9 +217,9 @@ __device__ __forceinline__ void pack(const Job& job, const void* tensor, u64 key
         const u32 left = job.elements - at;
         u32 negative = 0, nonzero = 0, word = lane;
         if (aligned && left >= TILE)
-            word = read_tile<FORMAT>((const uint4*)(values + at), lane, negative, nonzero, bad);
+            word = source.tile(at, lane, negative, nonzero, bad);
         else
-            vote_tile<FORMAT>(values + at, left, lane, negative, nonzero, bad);
+            source.part(at, left, lane, negative, nonzero, bad);
         if (word * 32 < left) {
             const u32 exists = left - word * 32 < 32 ? (1u << left % 32) - 1 : ALL;
             const u32 zero = ~nonzero & exists;
@@ -206,16 +231,20 @@ __device__ __forceinline__ void pack(const Job& job, const void* tensor, u64 key
             if (zeros == ZEROS_ABSTAIN && job.nonzero) job.nonzero[word] = nonzero;
         }
     }
-    if (is_bad<FORMAT>(bad)) *finite = 0;
+    if (is_bad<Source::FORMAT>(bad)) *finite = 0;
+}
+
+template <int FORMAT> __device__ __forceinline__ Values<FORMAT> values_of(const Job& job, const void* tensor) {
+    return {(const typename Float<FORMAT>::Bits*)tensor + job.start};
 }
 
 __device__ __forceinline__ void
 pack_any(const Job& job, const void* tensor, u32 format, u64 key, u32 zeros, u8* finite) {
     switch (format) {
-    case FLOAT32: return pack<FLOAT32>(job, tensor, key, zeros, finite);
-    case FLOAT64: return pack<FLOAT64>(job, tensor, key, zeros, finite);
-    case FLOAT16: return pack<FLOAT16>(job, tensor, key, zeros, finite);
-    case BFLOAT16: return pack<BFLOAT16>(job, tensor, key, zeros, finite);
+    case FLOAT32: return pack(job, values_of<FLOAT32>(job, tensor), key, zeros, finite);
+    case FLOAT64: return pack(job, values_of<FLOAT64>(job, tensor), key, zeros, finite);
+    case FLOAT16: return pack(job, values_of<FLOAT16>(job, tensor), key, zeros, finite);
+    case BFLOAT16: return pack(job, values_of<BFLOAT16>(job, tensor), key, zeros, finite);
     }
 }
 
@@ -238,6 +267,174 @@ pack_many(const __grid_constant__ Tensors tensors, const Job* jobs, u64 key, u32
     const Job job = jobs[blockIdx.x];
     const void* tensor = tensors.at[job.tensor];
     if (tensor) pack_any(job, tensor, tensors.format[job.tensor], key, zeros, finite);
+}
+
+// --------------------------------------------------------------------------------------------- packing momentum
+
+// Arithmetic that no compiler's option changes: rounded once, and denormals count.
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return __fmaf_ieee_rn(a, b, c); }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
+
+// torch.lerp
+template <class Real> __device__ __forceinline__ Real lerp(Real from, Real to, Real weight) {
+    const bool near = weight < (Real)0.5;
+    return multiply_add(near ? weight : weight - 1, multiply_add(from, (Real)-1, to), near ? from : to);
+}
+
+__device__ __forceinline__ float real(u32 bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ double real(u64 bits) { return __longlong_as_double((long long)bits); }
+__device__ __forceinline__ u32 bits(float real) { return __float_as_uint(real); }
+__device__ __forceinline__ u64 bits(double real) { return (u64)__double_as_longlong(real); }
+__device__ __forceinline__ u32 high(u32 bits) { return bits; }
+__device__ __forceinline__ u32 high(u64 bits) { return (u32)(bits >> 32); }
+__device__ __forceinline__ u32 low(u32) { return 0; }
+__device__ __forceinline__ u32 low(u64 bits) { return (u32)bits; }
+
+template <int FORMAT>
+__device__ __forceinline__ typename Float<FORMAT>::Real widened(typename Float<FORMAT>::Bits value) {
+    if constexpr (FORMAT == BFLOAT16) {
+        return real((u32)value << 16);
+    } else if constexpr (FORMAT == FLOAT16) {  // its exponent is 112 less, but that of NaN and Inf is the largest
+        const u32 magnitude = bits(multiply_add(real((value & 0x7fffu) << 13), 0x1p112f, 0.0f));
+        return real(magnitude | ((value & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0) | (value & 0x8000u) << 16);
+    } else {
+        return real(value);
+    }
+}
+
+__device__ __forceinline__ void split(const uint4& group, u32 (&values)[4]) {
+    values[0] = group.x, values[1] = group.y, values[2] = group.z, values[3] = group.w;
+}
+__device__ __forceinline__ void split(const uint4& group, u64 (&values)[2]) {
+    values[0] = (u64)group.y << 32 | group.x, values[1] = (u64)group.w << 32 | group.z;
+}
+__device__ __forceinline__ void split(const uint2& group, u16 (&values)[4]) {
+    values[0] = (u16)group.x, values[1] = group.x >> 16, values[2] = (u16)group.y, values[3] = group.y >> 16;
+}
+__device__ __forceinline__ uint4 join(const u32 (&values)[4]) {
+    return make_uint4(values[0], values[1], values[2], values[3]);
+}
+__device__ __forceinline__ uint4 join(const u64 (&values)[2]) {
+    return make_uint4(low(values[0]), high(values[0]), low(values[1]), high(values[1]));
+}
+
+// What happens to a gradient g and its momentum m: g is multiplied by `unscale`, the sign of lerp(m, g, sent) is
+// packed, and m becomes lerp(m, g, kept), unless g is NaN or Inf.
+template <class Real> struct Rates {
+    Real unscale, sent, kept;
+};
+
+// Gradients and momenta, of which the former are taken into the latter while the signs are packed.
+template <int GRADIENT, int FORMAT_> struct Momentum {
+    static constexpr int FORMAT = FORMAT_;
+    typedef typename Float<GRADIENT>::Bits Gradient;
+    typedef typename Float<GRADIENT>::Group Group;
+    typedef typename Float<FORMAT>::Bits Bits;
+    typedef typename Float<FORMAT>::Real Real;
+    static constexpr u32 E = PER_LOAD<FORMAT>;
+    static constexpr bool USUAL = sizeof(typename Float<GRADIENT>::Real) == sizeof(Real);  // the others go slowly
+
+    const Gradient* __restrict__ gradients;
+    Bits* __restrict__ momenta;
+    Rates<Real> rates;
+
+    __device__ __forceinline__ bool aligned() const {
+        return USUAL && (u64)gradients % sizeof(Group) == 0 && (u64)momenta % 16 == 0;
+    }
+
+    __device__ __forceinline__ void
+    take_in(Gradient value, Bits& momentum, u32& negative, u32& nonzero, u32& bad) const {
+        const Real gradient = multiply_add((Real)widened<GRADIENT>(value), rates.unscale, (Real)-0.0);
+        const Real before = real(momentum);
+        const Bits sent = bits(lerp(before, gradient, rates.sent));  // NaN or Inf if the gradient is
+        u32 infinite = 0;
+        look<FORMAT>(high(bits(gradient)), 0, infinite);
+        if (!is_bad<FORMAT>(infinite)) momentum = bits(lerp(before, gradient, rates.kept));
+        push(nonzero, look<FORMAT>(high(sent), low(sent), bad));
+        push(negative, high(sent));
+    }
+
+    // A full tile, if all is aligned.
+    __device__ __forceinline__ u32 tile(u32 at, u32 lane, u32& negative, u32& nonzero, u32& bad) const {
+        if constexpr (USUAL) {
+            constexpr int AT_ONCE = 4;
+            const Group* from = (const Group*)(gradients + at) + lane;
+            uint4* to = (uint4*)(momenta + at) + lane;
+#pragma unroll 1
+            for (int batch = LOADS<FORMAT> / AT_ONCE - 1; batch >= 0; --batch) {  // the last element is pushed first
+                Group news[AT_ONCE];
+                uint4 olds[AT_ONCE];
+#pragma unroll
+                for (int k = 0; k < AT_ONCE; ++k) {
+                    news[k] = __ldcs(from + (batch * AT_ONCE + k) * 32);
+                    olds[k] = __ldcs(to + (batch * AT_ONCE + k) * 32);
+                }
+#pragma unroll
+                for (int k = AT_ONCE - 1; k >= 0; --k) {
+                    Gradient gradient[E];
+                    Bits momentum[E];
+                    split(news[k], gradient);
+                    split(olds[k], momentum);
+#pragma unroll
+                    for (int i = E - 1; i >= 0; --i) take_in(gradient[i], momentum[i], negative, nonzero, bad);
+                    __stcs(to + (batch * AT_ONCE + k) * 32, join(momentum));
+                }
+            }
+        }
+        return words_of_tile<E>(lane, negative, nonzero);
+    }
+
+    __device__ __forceinline__ void part(u32 at, u32 elements, u32 lane, u32& negative, u32& nonzero, u32& bad) const {
+        const u32 words = min((elements + 31) / 32, TILE / 32);
+#pragma unroll 4
+        for (u32 word = 0; word < words; ++word) {
+            const u32 place = word * 32 + lane;
+            u32 votes_no = 0, votes = 0;
+            if (place < elements) {
+                Bits momentum = __ldcs(momenta + at + place);
+                take_in(__ldcs(gradients + at + place), momentum, votes_no, votes, bad);
+                __stcs(momenta + at + place, momentum);
+            }
+            votes_no = __ballot_sync(ALL, votes_no);
+            votes = __ballot_sync(ALL, votes);
+            if (lane == word) {
+                negative = votes_no;
+                nonzero = votes;
+            }
+        }
+    }
+};
+
+template <int GRADIENT, int FORMAT>
+__device__ __forceinline__ Momentum<GRADIENT, FORMAT> momentum_of(
+    const Job& job, const void* gradients, void* momenta, double unscale, double sent, double kept) {
+    typedef typename Float<FORMAT>::Real Real;
+    return {(const typename Float<GRADIENT>::Bits*)gradients + job.start,
+            (typename Float<FORMAT>::Bits*)momenta + job.start,
+            {(Real)unscale, (Real)sent, (Real)kept}};
+}
+
+// Twice the loads want more registers: three blocks share a multiprocessor.
+extern "C" __global__ void __launch_bounds__(THREADS, 3) pack_momentum(
+    const __grid_constant__ Tensors gradients, const __grid_constant__ Tensors momenta, const Job* jobs,
+    double unscale, double sent, double kept, u64 key, u32 zeros, u8* finite) {
+    const Job job = jobs[blockIdx.x];
+    const void* from = gradients.at[job.tensor];
+    void* to = momenta.at[job.tensor];
+    if (!from) return;
+#define TAKE_IN(GRADIENT)                                                                                             \
+    case GRADIENT:                                                                                                    \
+        if (momenta.format[job.tensor] == FLOAT64)                                                                    \
+            pack(job, momentum_of<GRADIENT, FLOAT64>(job, from, to, unscale, sent, kept), key, zeros, finite);        \
+        else                                                                                                          \
+            pack(job, momentum_of<GRADIENT, FLOAT32>(job, from, to, unscale, sent, kept), key, zeros, finite);        \
+        return;
+    switch (gradients.format[job.tensor]) {
+        TAKE_IN(FLOAT32)
+        TAKE_IN(FLOAT64)
+        TAKE_IN(FLOAT16)
+        TAKE_IN(BFLOAT16)
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------- unpacking

@@ -48,8 +48,8 @@ THREADS = 256  # of a block, in every kernel
 JOB_ELEMENTS = 16384  # what a block packs or unpacks: 16 tiles, two for each of its warps
 PLANES = (2, 3, 4, 6, 8, 16)  # of the counters that there are kernels for
 
-# How many fit into the 4 KB that the parameters of a launch may take, besides the other parameters.
-TENSOR_CAPACITY = 448
+# How many fit into the 4 KB that the parameters of a launch may take, besides the other parameters; tensors twice.
+TENSOR_CAPACITY = 224
 VECTOR_CAPACITY = 192
 BITMAP_CAPACITY = 448
 

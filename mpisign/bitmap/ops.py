@@ -62,14 +62,11 @@ def all_finite(values: torch.Tensor) -> Flag:
     return host.all_finite(raw_bits(values), format_of(values.dtype))
 
 
-def all_finite_many(values: Sequence[torch.Tensor], finite: torch.Tensor | None = None) -> Flag:
-    """Whether no element of any of ``values`` (dense, of any shape) is NaN or Inf.
-
-    On a GPU in few launches; ``finite``, a 0-d bool there, is then used for the answer, and nothing allocated.
-    """
+def all_finite_many(values: Sequence[torch.Tensor]) -> Flag:
+    """Whether no element of any of ``values`` (dense, of any shape) is NaN or Inf; on a GPU in few launches."""
     kernels = kernels_for(values[0].device) if values else None
     if kernels is not None:
-        flag: Flag = kernels.all_finite_many(values, finite=None if finite is None else finite.fill_(True))
+        flag: Flag = kernels.all_finite_many(values)
         return flag
     return all([bool(all_finite(flat(value))) for value in values])
 

@@ -9,11 +9,11 @@ import torch
 
 from mpisign.bitmap import ops
 from mpisign.bitmap.batch import Batch
-from mpisign.bitmap.kernels import flag
 from mpisign.bitmap.ops import Flag
 from mpisign.bitmap.tensors import flat
 from mpisign.codecs import SignBits
 from mpisign.layout import Bucket, Layout, Segment
+from mpisign.memory import Nothing
 from mpisign.memory.store import state_dtype
 from mpisign.method import Method
 from mpisign.policy import Turn
@@ -46,14 +46,13 @@ class Encoder:
         largest = max((p.numel() for p in layout.parameters), default=0)
         self._scratch_size = min(PIECE, largest) if self._piecewise and layout.device.type == "cpu" else largest
         self._scratches: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        self._shaped: dict[str, list[torch.Tensor]] = {}
         self._states: dict[int, dict[str, torch.Tensor]] = {}  # flat views of the memory, by parameter
         self._unscale = 1.0
-        self._batch: Batch | None = one_launch(layout, method, messages) if self._piecewise else None
+        self._signs_alone = isinstance(memory, Nothing) and isinstance(method.codec, SignBits)
+        together = self._signs_alone or (memory.betas is not None and isinstance(method.codec, SignBits))
+        self._batch = one_launch(layout, method, messages) if together else None
         self._order = [segment.index for bucket in layout.buckets for segment in bucket.segments]
-        self._types = [state_dtype(parameter.dtype) for parameter in layout.parameters]
-        self._memories: dict[str, list[torch.Tensor]] = {}  # of all parameters in that order, by field
-        self._finite = None if self._batch is None else flag(layout.device)
+        self._momenta: list[torch.Tensor | None] = [None] * len(self._order)  # in that order
 
     def begin(self, gradients: Sequence[torch.Tensor | None], turn: Turn, unscale: float) -> tuple[Turn, bool]:
         """Before the first bucket: the turn that memory and codec shall see, and whether this rank may go on."""
@@ -71,9 +70,9 @@ class Encoder:
     def encode(self, buckets: Sequence[Bucket], gradients: Sequence[torch.Tensor | None], turn: Turn) -> list[Flag]:
         """Fill the messages of ``buckets``. Returns flags that are all true if all values were finite."""
         if self._batch is not None:
-            together = self._encode_together(gradients, turn)
-            if together is not None:
-                return [together]
+            return [self._encode_together(self._batch, gradients, turn)]
+        if self._signs_alone:
+            self._unscale = 1.0
         flags: list[Flag] = []
         for bucket in buckets:
             message = self._messages[bucket.index]
@@ -180,63 +179,18 @@ class Encoder:
             value[bad] = kept[key]
         return wide, False
 
-    # ---------------------------------------------------------------------------------- GPUs: few launches
-
-    def _encode_together(self, gradients: Sequence[torch.Tensor | None], turn: Turn) -> Flag | None:
-        """All parameters in a few launches; None, with nothing changed, if the memory has no such way for them."""
-        memory = self._method.memory
-        present = [place for place in self._order if gradients[place] is not None]
-        values = [g for place in self._order if (g := gradients[place]) is not None]
-        if present and (memory.fields or self._unscale != 1.0):
-            if not bool(ops.all_finite_many(values, self._finite)):
-                return None  # one by one, each memory is kept where its gradient is not finite
-            wide = self._widened_many(values, present)
-            results = memory.many(wide, self._memories_of(present), lambda: self._like("result", present), turn)
-            if results is None:
-                return None
-            values = results
-        batch: list[torch.Tensor | None] = [*values]
-        if len(present) < len(self._order):
-            by_place = dict(zip(present, values, strict=True))
-            batch = [by_place.get(place) for place in self._order]
-        assert self._batch is not None
+    def _encode_together(self, batch: Batch, gradients: Sequence[torch.Tensor | None], turn: Turn) -> Flag:
+        """All parameters in one launch, on a GPU."""
+        values = [gradients[place] for place in self._order]
         assert isinstance(self._method.codec, SignBits)
-        zeros = self._method.codec.zeros(turn.policy)
-        return self._batch.pack(batch, zeros=zeros, key=turn.zeros_key)
-
-    def _memories_of(self, places: Sequence[int]) -> dict[str, list[torch.Tensor]]:
-        """The memory's state of the parameters at ``places``, by field."""
-        complete = len(places) == len(self._order)
-        if complete and self._memories:
-            return self._memories
-        for place in places:
-            self.state(place)  # for recover()
-        states = [self._memory_of(self._layout.parameters[place]) for place in places]
-        found = {field: [state[field] for state in states] for field in self._method.memory.fields}
-        if complete:
-            self._memories = found
-        return found
-
-    def _widened_many(self, gradients: list[torch.Tensor], places: Sequence[int]) -> list[torch.Tensor]:
-        """As :meth:`_widened`, shaped as they are."""
-        types = [self._types[place] for place in places]
-        if self._unscale == 1.0 and [gradient.dtype for gradient in gradients] == types:
-            return gradients
-        copies = self._like("gradient", places)
-        torch._foreach_copy_(copies, gradients)
-        if self._unscale != 1.0:
-            torch._foreach_mul_(copies, self._unscale)
-        return copies
-
-    def _like(self, purpose: str, places: Sequence[int]) -> list[torch.Tensor]:
-        """Scratch in the shapes and wire order of parameters."""
-        if purpose not in self._shaped:
-            layout = self._layout
-            self._shaped[purpose] = [
-                torch.empty_strided(parameter.shape, strides, dtype=dtype, device=layout.device)
-                for parameter, strides, dtype in zip(layout.parameters, layout.strides, self._types, strict=True)
-            ]
-        return [self._shaped[purpose][place] for place in places]
+        zeros, betas = self._method.codec.zeros(turn.policy), self._method.memory.betas
+        if betas is None:
+            return batch.pack(values, zeros=zeros, key=turn.zeros_key)
+        for at, place in enumerate(self._order):
+            if self._momenta[at] is None and values[at] is not None:
+                self.state(place)  # for recover()
+                (self._momenta[at],) = self._memory_of(self._layout.parameters[place]).values()
+        return batch.pack_momentum(values, self._momenta, betas, unscale=self._unscale, zeros=zeros, key=turn.zeros_key)
 
     # ------------------------------------------------------------------------------------------- precision
 

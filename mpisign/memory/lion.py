@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,21 +32,12 @@ class LionMomentum(Memory):
         check_decay("beta1", self.beta1)
         check_decay("beta2", self.beta2)
 
+    @property
+    def betas(self) -> tuple[float, float]:
+        return self.beta1, self.beta2
+
     def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
         momentum = state["momentum"]
         signed = torch.lerp(momentum, gradient, 1.0 - self.beta1, out=scratch[: gradient.numel()])
         momentum.lerp_(gradient, 1.0 - self.beta2)
-        return signed
-
-    def many(
-        self,
-        gradients: list[Tensor],
-        states: dict[str, list[Tensor]],
-        scratch: Callable[[], list[Tensor]],
-        turn: Turn,
-    ) -> list[Tensor]:
-        signed = scratch()
-        torch._foreach_copy_(signed, states["momentum"])
-        torch._foreach_lerp_(signed, gradients, 1.0 - self.beta1)
-        torch._foreach_lerp_(states["momentum"], gradients, 1.0 - self.beta2)
         return signed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -42,6 +42,15 @@ class Memory:
     private: bool = False
     follows_lr: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def betas(self) -> tuple[float, float] | None:
+        """If its one field is an average m of gradients g: what is sent, and what m becomes. None for all others.
+
+        ``betas[0] m + (1 - betas[0]) g`` is sent, then ``m <- betas[1] m + (1 - betas[1]) g``. On a GPU one kernel
+        does both for all parameters, and packs the signs.
+        """
+        return None
+
     def prepare(self, gradients: Sequence[Tensor], turn: Turn) -> Any:
         """Look at all gradients of the step, flat and finite, before any is taken in: for norms over the model.
 
@@ -62,16 +71,6 @@ class Memory:
             ``gradient``, a state tensor, or the first n elements of ``scratch``.
         """
         return gradient
-
-    def many(
-        self,
-        gradients: list[Tensor],
-        states: dict[str, list[Tensor]],
-        scratch: Callable[[], list[Tensor]],
-        turn: Turn,
-    ) -> list[Tensor] | None:
-        """The same for many parameters in a few kernels (``torch._foreach_...``), for GPUs; None if there is no way."""
-        return None
 
     def sent(self, message: Tensor, codec: Codec, state: State) -> None:
         """Hear which ``message`` (planes_up, k) went out: ``codec.add`` says what it is worth. Only if it counted."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from mpisign.errors import OptionError
@@ -36,15 +34,9 @@ class Momentum(Memory):
     def __post_init__(self) -> None:
         check_decay("momentum", self.beta)
 
+    @property
+    def betas(self) -> tuple[float, float]:
+        return self.beta, self.beta
+
     def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
         return state["momentum"].lerp_(gradient, 1.0 - self.beta)
-
-    def many(
-        self,
-        gradients: list[Tensor],
-        states: dict[str, list[Tensor]],
-        scratch: Callable[[], list[Tensor]],
-        turn: Turn,
-    ) -> list[Tensor]:
-        torch._foreach_lerp_(states["momentum"], gradients, 1.0 - self.beta)
-        return states["momentum"]

@@ -49,10 +49,12 @@ def test_work_goes_to_the_current_stream_whichever_it_is() -> None:
 
 def test_nothing_waits_for_the_gpu() -> None:
     values, words, out = torch.randn(N, device="cuda"), bitmap(), bitmap()
+    momentum = torch.zeros_like(values)
     batch = Batch([N], [words])
 
     def step() -> None:
         batch.pack([values])
+        batch.pack_momentum([values], [momentum], (0.9, 0.99))
         cuda.pack(values, words)
         cuda.all_finite_many([values])
         cuda.majority([words, words], out)
@@ -70,12 +72,14 @@ def test_a_steady_step_allocates_nothing() -> None:
     import cupy
 
     values = [torch.randn(n, device="cuda") for n in (5, 1000, N)]
+    momenta = [torch.zeros_like(v) for v in values]
     batch = Batch([v.numel() for v in values], [bitmap(v.numel()) for v in values])
     finite, tied = torch.tensor(True, device="cuda"), torch.tensor(0, device="cuda")
     ballots, out = [bitmap() for _ in range(4)], bitmap()
 
     def step() -> None:
         batch.pack(values)
+        batch.pack_momentum(values, momenta, (0.9, 0.9))
         cuda.all_finite_many(values, finite=finite)
         cuda.majority(ballots, out, tied=tied)
         batch.unpack(values)

@@ -4,7 +4,9 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #define __global__
 #define __device__
@@ -36,6 +38,9 @@ template <class T> T* aligned(T* address) {
 struct uint4 {
     unsigned x, y, z, w;
 };
+struct uint2 {
+    unsigned x, y;
+};
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
     return {x, y, z, w};
 }
@@ -44,6 +49,31 @@ template <class T> T __ldcs(const T* address) {
 }
 template <class T> void __stcs(T* address, T value) {
     *shim::aligned(address) = value;
+}
+
+template <class To, class From> To reinterpret(From value) {
+    static_assert(sizeof(To) == sizeof(From));
+    To same;
+    std::memcpy(&same, &value, sizeof same);
+    return same;
+}
+inline float __uint_as_float(unsigned bits) {
+    return reinterpret<float>(bits);
+}
+inline unsigned __float_as_uint(float value) {
+    return reinterpret<unsigned>(value);
+}
+inline double __longlong_as_double(long long bits) {
+    return reinterpret<double>(bits);
+}
+inline long long __double_as_longlong(double value) {
+    return reinterpret<long long>(value);
+}
+inline float __fmaf_ieee_rn(float a, float b, float c) {
+    return std::fma(a, b, c);
+}
+inline double __fma_rn(double a, double b, double c) {
+    return std::fma(a, b, c);
 }
 
 inline unsigned min(unsigned a, unsigned b) {

@@ -120,7 +120,8 @@ template <class... P> Call callable(void (*function)(P...)) {
 #define KERNEL(name) {#name, callable(name)}
 #define COUNTERS(planes) KERNEL(majority_##planes), KERNEL(majority_abstain_##planes), KERNEL(count_##planes)
 const std::map<std::string, Call> kernels = {
-    KERNEL(pack_one), KERNEL(pack_many), KERNEL(unpack_one), KERNEL(unpack_many), KERNEL(all_finite), KERNEL(agreement),
+    KERNEL(pack_one), KERNEL(pack_many), KERNEL(pack_momentum), KERNEL(unpack_one), KERNEL(unpack_many),
+    KERNEL(all_finite), KERNEL(agreement),
     COUNTERS(2), COUNTERS(3), COUNTERS(4), COUNTERS(6), COUNTERS(8), COUNTERS(16),
 };
 
