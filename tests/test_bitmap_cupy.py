@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 TESTS = Path(__file__).parent
-EVERY_KERNEL = "across_blocks or huge or small_tensors or unpack or 1_to_70 or hundreds or count or agreement"
+EVERY_KERNEL = "across_blocks or huge or batch or momentum or unpack or 1_to_70 or hundreds or count or agreement"
 
 
 def with_fake_cuda(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
