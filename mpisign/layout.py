@@ -158,6 +158,11 @@ class Layout:
         return Bucket(index, dtype, length * self._shards, first_word, segments)
 
     @property
+    def order(self) -> list[int]:
+        """The parameters as they follow each other on the wire, by index."""
+        return [segment.index for bucket in self.buckets for segment in bucket.segments]
+
+    @property
     def elements(self) -> int:
         """Coordinates in all."""
         return sum(parameter.numel() for parameter in self.parameters)

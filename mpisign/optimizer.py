@@ -161,9 +161,10 @@ class DistributedSignOptimizer(Optimizer):
         self.report = pipeline.run(self._exchanges, excuse, unscale)
         self._exchanges += 1
         self._synchronized = True
-        for parameter in self._parameters():
-            if not parameter.requires_grad:  # a leftover from before it was frozen: nobody votes on it
-                parameter.grad = None
+        if len(pipeline.layout.parameters) < len(parameters := self._parameters()):
+            for parameter in parameters:
+                if not parameter.requires_grad:  # a leftover from before it was frozen: nobody votes on it
+                    parameter.grad = None
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:

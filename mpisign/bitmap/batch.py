@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -14,10 +15,35 @@ from mpisign.bitmap import kernels
 from mpisign.bitmap.host import words_for
 from mpisign.bitmap.kernels import address, flag
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "Located", "locate"]
 
 Tensor = torch.Tensor
 _dtype = attrgetter("dtype")
+
+
+@dataclass(frozen=True)
+class Located:
+    """All that a launch has to know of tensors. It holds while they do not move, and does not keep them alive.
+
+    Attributes:
+        places: which of a batch's tensors there are, or None for all of them; the other lists have an entry for each.
+    """
+
+    places: list[int] | None
+    elements: list[int]
+    addresses: list[int]
+    dtypes: list[torch.dtype]
+
+
+def locate(tensors: Sequence[Tensor | None]) -> Located:
+    """Look at a batch's tensors, so that several calls need not."""
+    # A model has hundreds of tensors, so each of these lines is one loop in C or a short one in Python.
+    present = [tensor for tensor in tensors if tensor is not None]
+    complete = len(present) == len(tensors)
+    places = None if complete else [place for place, tensor in enumerate(tensors) if tensor is not None]
+    return Located(
+        places, list(map(Tensor.numel, present)), list(map(Tensor.data_ptr, present)), list(map(_dtype, present))
+    )
 
 
 class _Launch(NamedTuple):
@@ -28,40 +54,33 @@ class _Launch(NamedTuple):
     jobs: Tensor  # the bytes of (blocks,) kernels.JOB
 
 
-class _Addresses:
-    """Where a batch's tensors lie, and of which types they are, as launches take it: by value.
-
-    A model has hundreds of tensors and they seldom move, so each line here is one loop in C, and what was found is
-    written down only if it is news.
-    """
+class _Table:
+    """A batch's tensors as launches take them: by value. It is written only if they have moved."""
 
     def __init__(self, elements: Sequence[int], groups: Sequence[slice]) -> None:
         self._elements, self._groups = list(elements), groups
-        self._seen: tuple[object, ...] = ()
+        self._written: Located | None = None
         self.by_value = [np.zeros(1, kernels.TENSORS) for _ in groups]
 
-    def fill(self, tensors: Sequence[Tensor | None]) -> None:
+    def write(self, tensors: Sequence[Tensor | None] | Located) -> Located:
         """Raises ValueError if there are too few or many, or one has another size than the batch's."""
-        if len(tensors) != len(self._elements):
-            raise ValueError(f"{len(tensors)} tensors were given to a batch of {len(self._elements)}")
-        present = [tensor for tensor in tensors if tensor is not None]
-        places, expected = None, self._elements
-        if len(present) < len(tensors):
-            places = [place for place, tensor in enumerate(tensors) if tensor is not None]
-            expected = [expected[place] for place in places]
-        sizes = list(map(Tensor.numel, present))
-        if sizes != expected:
-            given, wanted = next((n, m) for n, m in zip(sizes, expected, strict=True) if n != m)
+        if not isinstance(tensors, Located):
+            if len(tensors) != len(self._elements):
+                raise ValueError(f"{len(tensors)} tensors were given to a batch of {len(self._elements)}")
+            tensors = locate(tensors)
+        if tensors == self._written:
+            return tensors
+        places = slice(None) if tensors.places is None else tensors.places
+        expected = self._elements if tensors.places is None else [self._elements[place] for place in tensors.places]
+        if tensors.elements != expected:
+            given, wanted = next((n, m) for n, m in zip(tensors.elements, expected, strict=True) if n != m)
             raise ValueError(f"a tensor of {given} elements stands where the batch has {wanted}")
-        seen = (places, list(map(Tensor.data_ptr, present)), list(map(_dtype, present)))
-        if seen == self._seen:
-            return
-        at, formats = np.zeros((2, len(tensors)), np.uint64)
-        where = slice(None) if places is None else places
-        at[where], formats[where] = seen[1], [kernels.FORMATS[tensor.dtype] for tensor in present]
+        at, formats = np.zeros((2, len(self._elements)), np.uint64)
+        at[places], formats[places] = tensors.addresses, [kernels.FORMATS[dtype] for dtype in tensors.dtypes]
         for group, by_value in zip(self._groups, self.by_value, strict=True):
             by_value["at"][0, : at[group].size], by_value["format"][0, : at[group].size] = at[group], formats[group]
-        self._seen = seen
+        self._written = tensors
+        return tensors
 
 
 class Batch:
@@ -99,10 +118,15 @@ class Batch:
             on_device = torch.from_numpy(jobs.view(np.uint8)).to(self._device)
             self._launches.append(_Launch(group, jobs.size, on_device))
         groups = [launch.group for launch in self._launches]
-        self._values, self._momenta = (_Addresses(elements, groups) for _ in range(2))
+        self._values, self._momenta = (_Table(elements, groups) for _ in range(2))
 
     def pack(
-        self, values: Sequence[Tensor | None], *, zeros: str = "coin", key: int = 0, finite: Tensor | None = None
+        self,
+        values: Sequence[Tensor | None] | Located,
+        *,
+        zeros: str = "coin",
+        key: int = 0,
+        finite: Tensor | None = None,
     ) -> Tensor:
         """Pack each of ``values`` as :func:`mpisign.bitmap.cuda.pack` does.
 
@@ -113,15 +137,15 @@ class Batch:
         Returns:
             ``finite``. If none was given it is one of this object's, and holds until its next packing.
         """
-        self._values.fill(values)
+        self._values.write(values)
         finite = self._finite.fill_(True) if finite is None else finite
         self._launch("pack_many", [self._values], _packing(zeros, key, finite))
         return finite
 
     def pack_momentum(
         self,
-        gradients: Sequence[Tensor | None],
-        momenta: Sequence[Tensor | None],
+        gradients: Sequence[Tensor | None] | Located,
+        momenta: Sequence[Tensor | None] | Located,
         betas: tuple[float, float],
         *,
         unscale: float = 1.0,
@@ -142,24 +166,23 @@ class Batch:
         Returns:
             As :meth:`pack`.
         """
-        if any(g is not None and m is None for g, m in zip(gradients, momenta, strict=True)):
+        given, kept = self._values.write(gradients), self._momenta.write(momenta)
+        if kept.places is not None and (given.places is None or not set(given.places) <= set(kept.places)):
             raise ValueError("a gradient has no momentum")
-        self._values.fill(gradients)
-        self._momenta.fill(momenta)
         finite = self._finite.fill_(True) if finite is None else finite
         rates = [np.float64(unscale), *(np.float64(1.0 - beta) for beta in betas)]
         self._launch("pack_momentum", [self._values, self._momenta], [*rates, *_packing(zeros, key, finite)])
         return finite
 
-    def unpack(self, outs: Sequence[Tensor | None]) -> None:
+    def unpack(self, outs: Sequence[Tensor | None] | Located) -> None:
         """Unpack into each of ``outs`` as :func:`mpisign.bitmap.cuda.unpack` does; those that are None are left out."""
-        self._values.fill(outs)
+        self._values.write(outs)
         self._launch("unpack_many", [self._values], [])
 
-    def _launch(self, name: str, tensors: Sequence[_Addresses], arguments: Sequence[Any]) -> None:
+    def _launch(self, name: str, tables: Sequence[_Table], arguments: Sequence[Any]) -> None:
         for number, (_, blocks, jobs) in enumerate(self._launches):
             if blocks:
-                by_value = [addresses.by_value[number] for addresses in tensors]
+                by_value = [table.by_value[number] for table in tables]
                 kernels.launch(name, blocks, [*by_value, np.uint64(jobs.data_ptr()), *arguments], self._device)
 
 

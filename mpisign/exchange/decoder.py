@@ -40,7 +40,7 @@ class Decoder:
         self._batch: Batch | None = (
             one_launch(layout, method, [exchange.decision for exchange in exchanges]) if self._direct else None
         )
-        self._order = [segment.index for bucket in layout.buckets for segment in bucket.segments]
+        self._order = layout.order
 
     def decode(
         self,
@@ -56,6 +56,10 @@ class Decoder:
             voters: the ranks that vote, by parameter.
         """
         if self._batch is not None:
+            located, self._encoder.located = self._encoder.located, None
+            if located is not None and located.places is None and all(voters):  # as usual: they are where they were
+                self._batch.unpack(located)
+                return
             self._batch.unpack(
                 [
                     out if (out := gradients[place]) is not None and voters[place] else self._target(place, voters)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mpisign.bitmap import ops
-from mpisign.bitmap.batch import Batch
+from mpisign.bitmap.batch import Batch, Located, locate
 from mpisign.bitmap.ops import Flag
 from mpisign.bitmap.tensors import flat
 from mpisign.codecs import SignBits
@@ -36,6 +36,9 @@ class Encoder:
     Args:
         messages: (planes_up, length) of each bucket.
         memory_of: gives the memory's state of a parameter, changed in place.
+
+    Attributes:
+        located: the gradients encoded in one launch, in wire order, or None.
     """
 
     def __init__(self, layout: Layout, method: Method, messages: Sequence[torch.Tensor], memory_of: MemoryOf) -> None:
@@ -51,8 +54,9 @@ class Encoder:
         self._signs_alone = isinstance(memory, Nothing) and isinstance(method.codec, SignBits)
         together = self._signs_alone or (memory.betas is not None and isinstance(method.codec, SignBits))
         self._batch = one_launch(layout, method, messages) if together else None
-        self._order = [segment.index for bucket in layout.buckets for segment in bucket.segments]
-        self._momenta: list[torch.Tensor | None] = [None] * len(self._order)  # in that order
+        self._order = layout.order
+        self._momenta: Located | None = None  # of all parameters, in that order
+        self.located: Located | None = None
 
     def begin(self, gradients: Sequence[torch.Tensor | None], turn: Turn, unscale: float) -> tuple[Turn, bool]:
         """Before the first bucket: the turn that memory and codec shall see, and whether this rank may go on."""
@@ -181,16 +185,17 @@ class Encoder:
 
     def _encode_together(self, batch: Batch, gradients: Sequence[torch.Tensor | None], turn: Turn) -> Flag:
         """All parameters in one launch, on a GPU."""
-        values = [gradients[place] for place in self._order]
         assert isinstance(self._method.codec, SignBits)
         zeros, betas = self._method.codec.zeros(turn.policy), self._method.memory.betas
+        self.located = located = locate([gradients[place] for place in self._order])
         if betas is None:
-            return batch.pack(values, zeros=zeros, key=turn.zeros_key)
-        for at, place in enumerate(self._order):
-            if self._momenta[at] is None and values[at] is not None:
-                self.state(place)  # for recover()
-                (self._momenta[at],) = self._memory_of(self._layout.parameters[place]).values()
-        return batch.pack_momentum(values, self._momenta, betas, unscale=self._unscale, zeros=zeros, key=turn.zeros_key)
+            return batch.pack(located, zeros=zeros, key=turn.zeros_key)
+        momenta = self._momenta
+        if momenta is None:
+            present = [place if gradients[place] is not None else None for place in self._order]
+            momenta = locate([None if place is None else self.state(place)["momentum"] for place in present])
+            self._momenta = momenta if momenta.places is None else None
+        return batch.pack_momentum(located, momenta, betas, unscale=self._unscale, zeros=zeros, key=turn.zeros_key)
 
     # ------------------------------------------------------------------------------------------- precision
 

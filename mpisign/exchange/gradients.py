@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter, is_
+from typing import Any
 
 import torch
 
@@ -14,63 +15,57 @@ from mpisign.layout import Layout
 __all__ = ["Gradients"]
 
 # Calls in C, as each look at a tensor from Python takes longer than what it finds out.
-_dtype, _layout = attrgetter("dtype"), attrgetter("layout")
+_gradient, _dtype = attrgetter("grad"), attrgetter("dtype")
 
 
-def _looks_of(tensors: Sequence[torch.Tensor]) -> tuple[object, ...]:
-    """Of which types they are, where, and how they are laid out."""
-    layouts = list(map(_layout, tensors))
-    dense = layouts.count(torch.strided) == len(layouts)  # others have no strides
-    return (
-        layouts,
-        list(map(_dtype, tensors)),
-        list(map(torch.Tensor.get_device, tensors)),
-        list(map(torch.Tensor.stride, tensors)) if dense else None,
-    )
+def _looks_of(tensors: Sequence[Any]) -> tuple[object, ...] | None:
+    """Of which types and sizes they are, where, and how laid out; None if one is missing or has no strides."""
+    try:
+        return (
+            list(map(_dtype, tensors)),
+            list(map(torch.Tensor.numel, tensors)),
+            list(map(torch.Tensor.get_device, tensors)),
+            list(map(torch.Tensor.stride, tensors)),
+        )
+    except (AttributeError, RuntimeError):  # None; sparse
+        return None
 
 
 class Gradients:
     """Reads ``p.grad`` on one rank.
 
-    A model on a GPU has hundreds of tensors, and to look closely at one takes a microsecond. So each is looked at
-    closely only if the gradients are not like those of the step before.
+    A model on a GPU has hundreds of tensors, and to look closely at one takes a microsecond. So it is done only if the
+    gradients do not look like those of the step before. If they do, so do the parameters.
     """
 
     def __init__(self, layout: Layout, rank: int) -> None:
         self._layout, self._rank = layout, rank
-        self._looks: tuple[object, ...] | None = None  # of the latest gradients, which were fit
-        self._shapes = [parameter.shape for parameter in layout.parameters]
-        self._parameters_look = _looks_of(layout.parameters)
-        self._held: tuple[list[int], list[tuple[int, ...]]] = [], []  # addresses and strides of parameters that look so
+        self._looks: tuple[object, ...] | None = None  # of the latest gradients, if there were all and they were fit
+        self._alike = False  # fits() has just seen that the gradients look so
+        self._parameters = self._parameters_now()
 
     def fits(self, parameters: Sequence[torch.Tensor]) -> bool:
         """Whether these are the layout's parameters, and still look as they did when it was made."""
         kept = self._layout.parameters
         if len(kept) != len(parameters) or not all(map(is_, kept, parameters)):
             return False
-        held = list(map(torch.Tensor.data_ptr, parameters)), list(map(torch.Tensor.stride, parameters))
-        if held != self._held:  # new, or given other data by their owner
-            shapes = [parameter.shape for parameter in parameters]
-            if shapes != self._shapes or _looks_of(parameters) != self._parameters_look:
-                return False
-            self._held = held
-        return True
+        self._alike = self._looks is not None and _looks_of(list(map(_gradient, kept))) == self._looks
+        return self._alike or self._parameters_now() == self._parameters
 
     def read(self) -> list[torch.Tensor | None]:
-        """By parameter, in wire order, or None.
+        """By parameter, in wire order, or None. To be called after :meth:`fits`, with nothing in between.
 
         Raises:
             GradientError: one is sparse, of an unsupported type, or on another device.
         """
-        gradients = [parameter.grad for parameter in self._layout.parameters]
-        present = [gradient for gradient in gradients if gradient is not None]
-        complete = len(present) == len(gradients)
-        if complete and _looks_of(present) == self._looks:
-            return gradients
-        gradients = [self._fit(place, gradient) for place, gradient in enumerate(gradients)]
-        if complete:
-            self._looks = _looks_of([gradient for gradient in gradients if gradient is not None])
+        gradients = list(map(_gradient, self._layout.parameters))
+        if not self._alike:
+            gradients = [self._fit(place, gradient) for place, gradient in enumerate(gradients)]
+            self._looks = _looks_of(gradients)
         return gradients
+
+    def _parameters_now(self) -> list[tuple[object, ...]]:
+        return [(p.shape, p.dtype, p.device, p.stride()) for p in self._layout.parameters]
 
     def _fit(self, place: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
         if gradient is None:

@@ -266,8 +266,10 @@ class Pipeline:
                 if self.method.rule.reencodes:
                     self._server.decide(bucket, voters, turn, messages, out, start)
                 elif not self.method.by_value:
-                    here = dataclasses.replace(turn, previous=self._previous[bucket.index], tied=total)
-                    tied = decide_runs(self.method.rule, here, bucket, runs_of(bucket, voters), messages, out, start)
+                    runs, previous = runs_of(bucket, voters), self._previous[bucket.index]
+                    tied = decide_runs(
+                        self.method.rule, turn, bucket, runs, messages, out, start, previous=previous, tied=total
+                    )
             watch.seconds["exchange"] -= watch.seconds["decide"] - before  # the span around us counts it too
 
         with watch.span("exchange"):

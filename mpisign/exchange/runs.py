@@ -47,19 +47,26 @@ def decide_runs(
     messages: Sequence[torch.Tensor],
     out: torch.Tensor,
     start: int,
+    *,
+    previous: torch.Tensor | None = None,
+    tied: torch.Tensor | None = None,
 ) -> Count:
-    """Apply ``rule`` to each run that overlaps the items from ``start`` on; returns the ties."""
+    """Apply ``rule`` to each run that overlaps the items from ``start`` on; returns the ties.
+
+    Args:
+        previous, tied: as in :class:`~mpisign.policy.Turn`, the first for all of ``out``.
+    """
     ties: Count = 0
     end = start + out.shape[1]
     for run_start, run_stop, ranks in runs:
         lo, hi = max(run_start, start), min(run_stop, end)
         if lo >= hi or not ranks:
             continue
-        voting, target, previous = [messages[rank] for rank in ranks], out, turn.previous
+        voting, target, before = [messages[rank] for rank in ranks], out, previous
         if hi - lo < out.shape[1]:
             span = slice(lo - start, hi - start)
             voting, target = [message[:, span] for message in voting], out[:, span]
-            previous = None if previous is None else previous[:, span]
-        here = dataclasses.replace(turn, voters=ranks, previous=previous)
+            before = None if previous is None else previous[:, span]
+        here = dataclasses.replace(turn, voters=ranks, previous=before, tied=tied)
         ties = ties + rule.decide(voting, target, here, bucket.first_word + lo)
     return ties
