@@ -137,7 +137,8 @@ class DistributedSignOptimizer(Optimizer):
         For work between decision and step, such as clipping; then step under :meth:`skip_synchronize`. With a
         GradScaler call ``scaler.unscale_(optimizer)`` before, not after: it would divide the decision by a loss scale
         that need not be the same on all ranks. A rank whose gradient has a NaN or Inf, or in which GradScaler found
-        one, abstains. A parameter on which nobody votes ends with ``p.grad = None``, which torch's optimizers skip.
+        one, abstains. A parameter on which nobody votes ends with ``p.grad = None``, which torch's optimizers skip;
+        if nobody votes on any, gradients stay as they are and :meth:`step` applies nothing.
 
         Raises:
             ConsistencyError: ranks differ in layout or are at different steps; the message names them.
@@ -162,9 +163,7 @@ class DistributedSignOptimizer(Optimizer):
         self._exchanges += 1
         self._synchronized = True
         if len(pipeline.layout.parameters) < len(parameters := self._parameters()):
-            for parameter in parameters:
-                if not parameter.requires_grad:  # a leftover from before it was frozen: nobody votes on it
-                    parameter.grad = None
+            wrapping.drop_frozen(parameters)
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:

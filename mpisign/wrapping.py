@@ -17,6 +17,7 @@ from mpisign.method import Method
 __all__ = [
     "check_wrappable",
     "default_names",
+    "drop_frozen",
     "epoch_number",
     "names_of",
     "scaler_says",
@@ -80,6 +81,13 @@ def epoch_number(epoch: object) -> int:
     if number < 0:
         raise OptionError(f"epoch={epoch!r} must be an int of 0 or more")
     return number
+
+
+def drop_frozen(parameters: Iterable[torch.Tensor]) -> None:
+    """Drop gradients that are left from before their parameters were frozen: nobody votes on them."""
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            parameter.grad = None
 
 
 def scaler_says(optimizer: Optimizer) -> tuple[int, float]:

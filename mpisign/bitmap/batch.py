@@ -60,16 +60,17 @@ class _Table:
     def __init__(self, elements: Sequence[int], groups: Sequence[slice]) -> None:
         self._elements, self._groups = list(elements), groups
         self._written: Located | None = None
-        self.by_value = [np.zeros(1, kernels.TENSORS) for _ in groups]
+        self._tables = [np.zeros(1, kernels.TENSORS) for _ in groups]
+        self.by_value = [kernels.opaque(table) for table in self._tables]
 
-    def write(self, tensors: Sequence[Tensor | None] | Located) -> Located:
-        """Raises ValueError if there are too few or many, or one has another size than the batch's."""
+    def write(self, tensors: Sequence[Tensor | None] | Located) -> bool:
+        """Returns whether they are news. Raises ValueError if they are not of the batch's number and sizes."""
         if not isinstance(tensors, Located):
             if len(tensors) != len(self._elements):
                 raise ValueError(f"{len(tensors)} tensors were given to a batch of {len(self._elements)}")
             tensors = locate(tensors)
         if tensors == self._written:
-            return tensors
+            return False
         places = slice(None) if tensors.places is None else tensors.places
         expected = self._elements if tensors.places is None else [self._elements[place] for place in tensors.places]
         if tensors.elements != expected:
@@ -77,10 +78,18 @@ class _Table:
             raise ValueError(f"a tensor of {given} elements stands where the batch has {wanted}")
         at, formats = np.zeros((2, len(self._elements)), np.uint64)
         at[places], formats[places] = tensors.addresses, [kernels.FORMATS[dtype] for dtype in tensors.dtypes]
-        for group, by_value in zip(self._groups, self.by_value, strict=True):
-            by_value["at"][0, : at[group].size], by_value["format"][0, : at[group].size] = at[group], formats[group]
+        for group, table in zip(self._groups, self._tables, strict=True):
+            table["at"][0, : at[group].size], table["format"][0, : at[group].size] = at[group], formats[group]
         self._written = tensors
-        return tensors
+        return True
+
+    def suit(self, momenta: _Table) -> bool:
+        """Whether all of these have a momentum, of a double if they are doubles."""
+        double = kernels.FORMATS[torch.float64]
+        return all(
+            ((mine["at"] == 0) | (its["at"] != 0) & ((mine["format"] == double) == (its["format"] == double))).all()
+            for mine, its in zip(self._tables, momenta._tables, strict=True)
+        )
 
 
 class Batch:
@@ -160,15 +169,16 @@ class Batch:
 
         Args:
             gradients: as the values of :meth:`pack`.
-            momenta: one for each gradient, of the same size, dense, float32 or float64; changed in place.
+            momenta: one for each gradient, of the same size, dense, float64 if the gradient is, else float32; changed
+                in place.
             betas: in [0, 1).
 
         Returns:
             As :meth:`pack`.
         """
-        given, kept = self._values.write(gradients), self._momenta.write(momenta)
-        if kept.places is not None and (given.places is None or not set(given.places) <= set(kept.places)):
-            raise ValueError("a gradient has no momentum")
+        news = [self._values.write(gradients), self._momenta.write(momenta)]
+        if any(news) and not self._values.suit(self._momenta):
+            raise ValueError("a gradient has no momentum, or one of another precision")
         finite = self._finite.fill_(True) if finite is None else finite
         rates = [np.float64(unscale), *(np.float64(1.0 - beta) for beta in betas)]
         self._launch("pack_momentum", [self._values, self._momenta], [*rates, *_packing(zeros, key, finite)])

@@ -324,27 +324,27 @@ template <class Real> struct Rates {
     Real unscale, sent, kept;
 };
 
-// Gradients and momenta, of which the former are taken into the latter while the signs are packed.
-template <int GRADIENT, int FORMAT_> struct Momentum {
-    static constexpr int FORMAT = FORMAT_;
+// Gradients and momenta, of which the former are taken into the latter while the signs are packed. Momenta are doubles
+// if the gradients are, else floats.
+template <int GRADIENT> struct Momentum {
+    static constexpr int FORMAT = GRADIENT == FLOAT64 ? FLOAT64 : FLOAT32;
     typedef typename Float<GRADIENT>::Bits Gradient;
     typedef typename Float<GRADIENT>::Group Group;
     typedef typename Float<FORMAT>::Bits Bits;
     typedef typename Float<FORMAT>::Real Real;
     static constexpr u32 E = PER_LOAD<FORMAT>;
-    static constexpr bool USUAL = sizeof(typename Float<GRADIENT>::Real) == sizeof(Real);  // the others go slowly
 
     const Gradient* __restrict__ gradients;
     Bits* __restrict__ momenta;
     Rates<Real> rates;
 
     __device__ __forceinline__ bool aligned() const {
-        return USUAL && (u64)gradients % sizeof(Group) == 0 && (u64)momenta % 16 == 0;
+        return (u64)gradients % sizeof(Group) == 0 && (u64)momenta % 16 == 0;
     }
 
     __device__ __forceinline__ void
     take_in(Gradient value, Bits& momentum, u32& negative, u32& nonzero, u32& bad) const {
-        const Real gradient = multiply_add((Real)widened<GRADIENT>(value), rates.unscale, (Real)-0.0);
+        const Real gradient = multiply_add(widened<GRADIENT>(value), rates.unscale, (Real)-0.0);
         const Real before = real(momentum);
         const Bits sent = bits(lerp(before, gradient, rates.sent));  // NaN or Inf if the gradient is
         u32 infinite = 0;
@@ -356,29 +356,27 @@ template <int GRADIENT, int FORMAT_> struct Momentum {
 
     // A full tile, if all is aligned.
     __device__ __forceinline__ u32 tile(u32 at, u32 lane, u32& negative, u32& nonzero, u32& bad) const {
-        if constexpr (USUAL) {
-            constexpr int AT_ONCE = 4;
-            const Group* from = (const Group*)(gradients + at) + lane;
-            uint4* to = (uint4*)(momenta + at) + lane;
+        constexpr int AT_ONCE = 4;
+        const Group* from = (const Group*)(gradients + at) + lane;
+        uint4* to = (uint4*)(momenta + at) + lane;
 #pragma unroll 1
-            for (int batch = LOADS<FORMAT> / AT_ONCE - 1; batch >= 0; --batch) {  // the last element is pushed first
-                Group news[AT_ONCE];
-                uint4 olds[AT_ONCE];
+        for (int batch = LOADS<FORMAT> / AT_ONCE - 1; batch >= 0; --batch) {  // the last element is pushed first
+            Group news[AT_ONCE];
+            uint4 olds[AT_ONCE];
 #pragma unroll
-                for (int k = 0; k < AT_ONCE; ++k) {
-                    news[k] = __ldcs(from + (batch * AT_ONCE + k) * 32);
-                    olds[k] = __ldcs(to + (batch * AT_ONCE + k) * 32);
-                }
+            for (int k = 0; k < AT_ONCE; ++k) {
+                news[k] = __ldcs(from + (batch * AT_ONCE + k) * 32);
+                olds[k] = __ldcs(to + (batch * AT_ONCE + k) * 32);
+            }
 #pragma unroll
-                for (int k = AT_ONCE - 1; k >= 0; --k) {
-                    Gradient gradient[E];
-                    Bits momentum[E];
-                    split(news[k], gradient);
-                    split(olds[k], momentum);
+            for (int k = AT_ONCE - 1; k >= 0; --k) {
+                Gradient gradient[E];
+                Bits momentum[E];
+                split(news[k], gradient);
+                split(olds[k], momentum);
 #pragma unroll
-                    for (int i = E - 1; i >= 0; --i) take_in(gradient[i], momentum[i], negative, nonzero, bad);
-                    __stcs(to + (batch * AT_ONCE + k) * 32, join(momentum));
-                }
+                for (int i = E - 1; i >= 0; --i) take_in(gradient[i], momentum[i], negative, nonzero, bad);
+                __stcs(to + (batch * AT_ONCE + k) * 32, join(momentum));
             }
         }
         return words_of_tile<E>(lane, negative, nonzero);
@@ -405,12 +403,13 @@ template <int GRADIENT, int FORMAT_> struct Momentum {
     }
 };
 
-template <int GRADIENT, int FORMAT>
-__device__ __forceinline__ Momentum<GRADIENT, FORMAT> momentum_of(
-    const Job& job, const void* gradients, void* momenta, double unscale, double sent, double kept) {
-    typedef typename Float<FORMAT>::Real Real;
-    return {(const typename Float<GRADIENT>::Bits*)gradients + job.start,
-            (typename Float<FORMAT>::Bits*)momenta + job.start,
+template <int GRADIENT>
+__device__ __forceinline__ Momentum<GRADIENT>
+momentum_of(const Job& job, const void* gradients, void* momenta, double unscale, double sent, double kept) {
+    typedef Momentum<GRADIENT> Source;
+    typedef typename Source::Real Real;
+    return {(const typename Source::Gradient*)gradients + job.start,
+            (typename Source::Bits*)momenta + job.start,
             {(Real)unscale, (Real)sent, (Real)kept}};
 }
 
@@ -422,18 +421,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) pack_momentum(
     const void* from = gradients.at[job.tensor];
     void* to = momenta.at[job.tensor];
     if (!from) return;
-#define TAKE_IN(GRADIENT)                                                                                             \
-    case GRADIENT:                                                                                                    \
-        if (momenta.format[job.tensor] == FLOAT64)                                                                    \
-            pack(job, momentum_of<GRADIENT, FLOAT64>(job, from, to, unscale, sent, kept), key, zeros, finite);        \
-        else                                                                                                          \
-            pack(job, momentum_of<GRADIENT, FLOAT32>(job, from, to, unscale, sent, kept), key, zeros, finite);        \
-        return;
     switch (gradients.format[job.tensor]) {
-        TAKE_IN(FLOAT32)
-        TAKE_IN(FLOAT64)
-        TAKE_IN(FLOAT16)
-        TAKE_IN(BFLOAT16)
+    case FLOAT32: return pack(job, momentum_of<FLOAT32>(job, from, to, unscale, sent, kept), key, zeros, finite);
+    case FLOAT64: return pack(job, momentum_of<FLOAT64>(job, from, to, unscale, sent, kept), key, zeros, finite);
+    case FLOAT16: return pack(job, momentum_of<FLOAT16>(job, from, to, unscale, sent, kept), key, zeros, finite);
+    case BFLOAT16: return pack(job, momentum_of<BFLOAT16>(job, from, to, unscale, sent, kept), key, zeros, finite);
     }
 }
 

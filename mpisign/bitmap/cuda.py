@@ -110,7 +110,7 @@ def all_finite_many(values: Sequence[Tensor], *, finite: Tensor | None = None) -
     for places, vectors, blocks in _vectors(sizes, formats):
         by_value = vectors.copy()
         by_value["at"][0, : len(places)] = [addresses[place] for place in places]
-        arguments = [by_value, np.uint32(len(places)), np.uint64(finite.data_ptr())]
+        arguments = [kernels.opaque(by_value), np.uint32(len(places)), np.uint64(finite.data_ptr())]
         kernels.launch("all_finite", blocks, arguments, values[0].device)
     return finite
 
@@ -266,7 +266,7 @@ def _by_value(addresses: Sequence[np.uint64]) -> npt.NDArray[np.void]:
     by_value = np.zeros(1, kernels.BITMAPS)
     some = addresses[: kernels.BITMAP_CAPACITY]
     by_value["at"][0, : len(some)] = some
-    return by_value
+    return kernels.opaque(by_value)
 
 
 def _on_device(addresses: Sequence[np.uint64], device: torch.device) -> Tensor | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mpisign.bitmap.batch import Batch
+from mpisign.bitmap.batch import Batch, Located
 from mpisign.bitmap.tensors import flat
 from mpisign.codecs import Codec
 from mpisign.exchange.choose import Exchange
@@ -48,16 +48,17 @@ class Decoder:
         gradients: Sequence[torch.Tensor | None],
         voters: Sequence[tuple[int, ...]],
         turn: Turn,
+        located: Located | None = None,
     ) -> None:
         """Replace the gradients of ``buckets``: by the decision; by None where nobody votes; new ones where needed.
 
         Args:
             gradients: in wire order, by parameter; None where this rank has none.
             voters: the ranks that vote, by parameter.
+            located: the gradients in wire order, if the encoder has looked at them in this step.
         """
         if self._batch is not None:
-            located, self._encoder.located = self._encoder.located, None
-            if located is not None and located.places is None and all(voters):  # as usual: they are where they were
+            if located is not None and located.places is None and all(voters):
                 self._batch.unpack(located)
                 return
             self._batch.unpack(

@@ -38,7 +38,7 @@ class Encoder:
         memory_of: gives the memory's state of a parameter, changed in place.
 
     Attributes:
-        located: the gradients encoded in one launch, in wire order, or None.
+        located: the gradients in wire order, as :meth:`encode` has found them; None if it looks at one by one.
     """
 
     def __init__(self, layout: Layout, method: Method, messages: Sequence[torch.Tensor], memory_of: MemoryOf) -> None:
@@ -56,6 +56,7 @@ class Encoder:
         self._batch = one_launch(layout, method, messages) if together else None
         self._order = layout.order
         self._momenta: Located | None = None  # of all parameters, in that order
+        self._fitting: tuple[object, ...] = ()
         self.located: Located | None = None
 
     def begin(self, gradients: Sequence[torch.Tensor | None], turn: Turn, unscale: float) -> tuple[Turn, bool]:
@@ -74,7 +75,9 @@ class Encoder:
     def encode(self, buckets: Sequence[Bucket], gradients: Sequence[torch.Tensor | None], turn: Turn) -> list[Flag]:
         """Fill the messages of ``buckets``. Returns flags that are all true if all values were finite."""
         if self._batch is not None:
-            return [self._encode_together(self._batch, gradients, turn)]
+            self.located = locate([gradients[place] for place in self._order])
+            if self._fits_kernels(self.located):
+                return [self._encode_together(self._batch, self.located, turn)]
         if self._signs_alone:
             self._unscale = 1.0
         flags: list[Flag] = []
@@ -183,17 +186,29 @@ class Encoder:
             value[bad] = kept[key]
         return wide, False
 
-    def _encode_together(self, batch: Batch, gradients: Sequence[torch.Tensor | None], turn: Turn) -> Flag:
+    def _fits_kernels(self, located: Located) -> bool:
+        """Whether each gradient, in wire order, is of a type that its momentum can take in there."""
+        seen = (located.places, located.dtypes)
+        if self._method.memory.betas is not None and seen != self._fitting:
+            places = range(len(self._order)) if located.places is None else located.places
+            parameters = [self._layout.parameters[self._order[place]] for place in places]
+            if list(map(state_dtype, located.dtypes)) != [state_dtype(parameter.dtype) for parameter in parameters]:
+                return False
+            self._fitting = seen
+        return True
+
+    def _encode_together(self, batch: Batch, located: Located, turn: Turn) -> Flag:
         """All parameters in one launch, on a GPU."""
         assert isinstance(self._method.codec, SignBits)
         zeros, betas = self._method.codec.zeros(turn.policy), self._method.memory.betas
-        self.located = located = locate([gradients[place] for place in self._order])
         if betas is None:
             return batch.pack(located, zeros=zeros, key=turn.zeros_key)
         momenta = self._momenta
         if momenta is None:
-            present = [place if gradients[place] is not None else None for place in self._order]
-            momenta = locate([None if place is None else self.state(place)["momentum"] for place in present])
+            present = set(range(len(self._order)) if located.places is None else located.places)
+            momenta = locate(
+                [self.state(index)["momentum"] if place in present else None for place, index in enumerate(self._order)]
+            )
             self._momenta = momenta if momenta.places is None else None
         return batch.pack_momentum(located, momenta, betas, unscale=self._unscale, zeros=zeros, key=turn.zeros_key)
 

@@ -64,6 +64,13 @@ class Gradients:
             self._looks = _looks_of(gradients)
         return gradients
 
+    def models(self) -> list[torch.Tensor | None]:
+        """The parameters themselves, in wire order."""
+        return [
+            p.detach() if is_laid_as(p, strides) else p.detach().contiguous()
+            for p, strides in zip(self._layout.parameters, self._layout.strides, strict=True)
+        ]
+
     def _parameters_now(self) -> list[tuple[object, ...]]:
         return [(p.shape, p.dtype, p.device, p.stride()) for p in self._layout.parameters]
 

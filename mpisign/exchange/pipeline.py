@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from mpisign.bitmap import ops
 from mpisign.bitmap.ops import Count, Flag
-from mpisign.bitmap.tensors import is_laid_as
 from mpisign.errors import MpisignError, SynchronizationError
 from mpisign.exchange import header
 from mpisign.exchange.choose import Exchange, choose, shards_for
@@ -112,8 +111,8 @@ class Pipeline:
     def run(self, step: int, excuse: int = header.VOTES, unscale: float = 1.0) -> StepReport:
         """Turn every ``p.grad`` into the decision, in place. **Collective.**
 
-        Parameters on which nobody votes end with ``p.grad = None``; those that have a gradient elsewhere only
-        get one here. A method that exchanges models works on the parameters themselves instead.
+        Parameters on which nobody votes end with ``p.grad = None``, unless nobody votes at all; those that have a
+        gradient elsewhere only get one here. A method that exchanges models works on the parameters themselves instead.
 
         Args:
             step: number of this exchange, equal on all ranks.
@@ -124,7 +123,8 @@ class Pipeline:
             ConsistencyError: ranks differ in step or layout. No gradient and no memory has been changed.
             GradientError: a gradient is sparse or of an unsupported type.
         """
-        return self._run(step, self._gradients(), excuse, unscale, None)[1]
+        given = self._given.models() if self.method.exchanges_models else self._given.read()
+        return self._run(step, given, excuse, unscale, None)[1]
 
     @torch.no_grad()
     def take_in(self, step: int, unscale: float) -> bool:
@@ -133,7 +133,8 @@ class Pipeline:
         Returns:
             Whether all of it was finite. If not, the memory has been protected, and the gradients are worth nothing.
         """
-        return self._local.take_in(self._given.read(), self._turn(step), unscale)
+        with self._on_device():
+            return self._local.take_in(self._given.read(), self._turn(step), unscale)
 
     def _turn(self, step: int) -> Turn:
         return self.policy.turn(step, self.world.rank, self.world.size, self._secret)
@@ -166,12 +167,16 @@ class Pipeline:
             sheets, ties = self._exchange(step, gradients, excuse, unscale, watch)
         return roll, self._report(step, watch, roll, sheets, ties)
 
-    def _on_device(self) -> contextlib.AbstractContextManager[object]:
-        """Select the device; what the last step has left to do there, maybe on another stream, comes first."""
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Select the device; what was done inside the last time, maybe on another stream, comes first."""
         if self._ended is None:
-            return contextlib.nullcontext()
-        torch.cuda.current_stream(self.layout.device).wait_event(self._ended)
-        return torch.cuda.device(self.layout.device)
+            yield
+            return
+        with torch.cuda.device(self.layout.device):
+            torch.cuda.current_stream().wait_event(self._ended)
+            yield
+            self._ended.record()
 
     def _exchange(
         self,
@@ -194,6 +199,7 @@ class Pipeline:
                 heard = gradients if status == header.VOTES else [None] * len(gradients)
                 bounds = self._maximum.over_ranks(heard, unscale, world, f"step {step}, maximum over ranks")
             turn = dataclasses.replace(turn, prepared=bounds)
+        encoded = status == header.VOTES
         status = self._send(gradients, status, turn, watch)
         with watch.span("exchange"):
             sheets = header.exchange_sheets(world, status, present, step)
@@ -213,6 +219,7 @@ class Pipeline:
         counting, counted = np.array([[int(ties)], [0]], np.int64)  # kept here: MPI reads them until the tally is in
         tally = world.comm.Iallreduce(counting, counted) if self.method.rule.votes else None
 
+        located = self._encoder.located if encoded else None
         for group in self._groups:
             with watch.span("exchange"):
                 for bucket in group:
@@ -221,10 +228,8 @@ class Pipeline:
             with watch.span("unpack"):
                 if excuse == header.JOINED:
                     self._decoder.follow(group, voters, turn)
-                else:
-                    self._decoder.decode(group, gradients, voters, turn)
-        if self._ended is not None:
-            self._ended.record()
+                elif any(voters):  # else nothing is applied, and a CUDA graph may own the gradients
+                    self._decoder.decode(group, gradients, voters, turn, located)
         if tally is not None:
             with watch.span("exchange"):
                 world.wait(tally, f"step {step}, count of ties")
@@ -312,15 +317,6 @@ class Pipeline:
             _agreement=((lambda: self._agreement(step, sheets)) if self.method.rule.votes and sheets else None),
         )
 
-    def _gradients(self) -> list[torch.Tensor | None]:
-        """What this rank has to send: gradients in wire order, or None, by parameter."""
-        if self.method.exchanges_models:
-            return [
-                p.detach() if is_laid_as(p, strides) else p.detach().contiguous()
-                for p, strides in zip(self.layout.parameters, self.layout.strides, strict=True)
-            ]
-        return self._given.read()
-
     # ------------------------------------------------------------------------------------------ on request
 
     def _agreement(self, step: int, sheets: header.Sheets) -> list[float]:
@@ -333,18 +329,19 @@ class Pipeline:
             raise MpisignError("this report is of a job that has been shut down: ask for agreement() before shutdown()")
         agree: Count = 0
         spoken: Count = 0
-        for bucket, exchange in zip(self.layout.buckets, self.exchanges, strict=True):
-            for segment in bucket.segments:
-                if self.world.rank not in sheets.voters[segment.index]:
-                    continue
-                span = slice(segment.start, segment.stop)
-                same, both = ops.agreement(
-                    exchange.message[0, span],
-                    exchange.decision[0, span],
-                    segment.numel,
-                    exchange.message[1, span] if self._up > 1 else None,
-                    exchange.decision[1, span] if self._down > 1 else None,
-                )
-                agree, spoken = agree + same, spoken + both
-        share = int(agree) / int(spoken) if int(spoken) else float("nan")
+        with self._on_device():
+            for bucket, exchange in zip(self.layout.buckets, self.exchanges, strict=True):
+                for segment in bucket.segments:
+                    if self.world.rank not in sheets.voters[segment.index]:
+                        continue
+                    span = slice(segment.start, segment.stop)
+                    same, both = ops.agreement(
+                        exchange.message[0, span],
+                        exchange.decision[0, span],
+                        segment.numel,
+                        exchange.message[1, span] if self._up > 1 else None,
+                        exchange.decision[1, span] if self._down > 1 else None,
+                    )
+                    agree, spoken = agree + same, spoken + both
+            share = int(agree) / int(spoken) if int(spoken) else float("nan")
         return self.world.gather(share, "agreement()")

@@ -58,7 +58,7 @@ def train(
             report = optimizer.report
             seen.append(
                 (
-                    [None if t.grad is None else ballots.flat(t.grad).tolist() for t in tensors],
+                    [None if t.grad is None else str(ballots.flat(t.grad).tolist()) for t in tensors],
                     [ballots.flat(t).tolist() for t in tensors],
                     {(i, key): ballots.flat(v).tolist() for i, state in memory.items() for key, v in state.items()},
                     (report.voters, report.abstentions, report.ties, report.exchange, report.bytes_sent),
