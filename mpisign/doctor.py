@@ -12,7 +12,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ __all__ = ["FAIL", "OK", "WARN", "Finding", "examine"]
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 
+NVIDIA = Path("/dev/nvidia0")  # what a driver makes for the first GPU
+TRIAL = 30.0  # seconds that a child may take
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -43,7 +47,10 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Run every check and return the findings. **Collective.** Starts MPI, and joins the job if not done yet."""
+    """Run every check; what all ranks have found, the same on each. **Collective.**
+
+    Starts MPI, and joins the job if not done yet; if that fails, the findings are this rank's own.
+    """
     findings = list(_versions())
     try:
         mine = not world.is_initialized()
@@ -51,12 +58,28 @@ def examine() -> list[Finding]:
             world.init(stall_warning=10.0, stall_timeout=60.0)
     except (LaunchError, ImportError, RuntimeError) as error:
         return [*findings, Finding(FAIL, "MPI", f"{type(error).__name__}: {error}", _IMPORT_ADVICE)]
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_mpi, _slurm, _ranks, _binding, _gpus, _ulfm, _vote)
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_mpi, _slurm, _ranks, _binding, _ulfm, _vote, _gpus)
     for check in checks:
         findings += check()
+    findings = _of_all_ranks(findings)
     if mine:
         world.shutdown()
     return findings
+
+
+def _of_all_ranks(mine: list[Finding]) -> list[Finding]:
+    """Everything that any rank has found, once, with the ranks' numbers where others saw something else."""
+    subjects: dict[str, dict[Finding, list[int]]] = {}
+    for rank, findings in enumerate(world.current().comm.allgather(mine)):
+        for finding in findings:
+            subjects.setdefault(finding.subject, {}).setdefault(finding, []).append(rank)
+    told = []
+    for found in subjects.values():
+        everyone = {rank for ranks in found.values() for rank in ranks}
+        for finding, ranks in found.items():
+            who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: "
+            told.append(finding if len(ranks) == len(everyone) else replace(finding, seen=who + finding.seen))
+    return told
 
 
 # With these a child would take itself for a rank of this job. Settings of MPI (OMPI_MCA_...) are not among them.
@@ -169,27 +192,41 @@ def _binding() -> Iterator[Finding]:
 
 
 def _gpus() -> Iterator[Finding]:
-    if not torch.cuda.is_available():
-        yield Finding(OK, "GPUs", "none; voting runs on the CPU")
-        return
-    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    yield Finding(OK, "GPUs", f"{names}; this rank takes {world.device()}")
-    yield _kernels(world.device())
-    if world.current().rank > 0:
-        return
-    works, wanted = _mpi_reads(world.device()), gpu_aware()
-    if works:
-        how = "on" if wanted else "works here, and is off; to turn it on: export MPISIGN_GPU_AWARE_MPI=1"
-        yield Finding(OK, "GPU-aware MPI", how)
-    elif wanted:
-        yield Finding(
-            FAIL,
-            "GPU-aware MPI",
-            "this MPI cannot send from GPU memory",
-            "unset MPISIGN_GPU_AWARE_MPI, or load an MPI module built with CUDA",
-        )
-    else:
-        yield Finding(OK, "GPU-aware MPI", "this MPI cannot send from GPU memory; bitmaps pass through the host's")
+    """This rank's device, the kernels on it, MPI's way to its memory, and if all are well, a vote from there."""
+    comm = world.current().comm
+    usable = torch.cuda.is_available() and torch.version.hip is None
+    having = [rank for rank, has in enumerate(comm.allgather(usable)) if has]
+    if not usable:
+        yield _no_gpu()
+    device, works = world.device() if usable else torch.device("cpu"), True
+    if usable:
+        for finding in (_gpu(device), _kernels(device), *([_gpu_aware(device)] if comm.rank == having[0] else [])):
+            works = works and finding.status == OK
+            yield finding
+    if having and all(comm.allgather(works)):
+        yield from _vote(device, "a vote from GPUs")
+
+
+def _gpu(device: torch.device) -> Finding:
+    try:
+        name = torch.cuda.get_device_name(device)
+    except RuntimeError as error:
+        return Finding(FAIL, "GPUs", f"{device}: {error}", "see that nvidia-smi works")
+    return Finding(OK, "GPUs", f"{device}, of {torch.cuda.device_count()} here: {name}")
+
+
+def _no_gpu() -> Finding:
+    torch_is = f"torch {torch.__version__}"
+    if torch.version.hip is not None:
+        advice = "with GPUs by NVIDIA: install a CUDA build of torch; with others: keep the model on the CPU"
+        return Finding(WARN, "GPUs", f"{torch_is} is for ROCm, and the kernels need CUDA", advice)
+    if not NVIDIA.exists():
+        return Finding(OK, "GPUs", "none; voting runs on the CPU")
+    if torch.version.cuda is None:
+        advice = "install a CUDA build of torch: https://pytorch.org/get-started"
+        return Finding(WARN, "GPUs", f"this node has some ({NVIDIA}), and {torch_is} is built without CUDA", advice)
+    advice = "see that nvidia-smi works, that the job was given GPUs, and what CUDA_VISIBLE_DEVICES hides"
+    return Finding(WARN, "GPUs", f"this node has some ({NVIDIA}), and {torch_is} can use none", advice)
 
 
 def _kernels(device: torch.device) -> Finding:
@@ -206,6 +243,8 @@ def _kernels(device: torch.device) -> Finding:
         return Finding(WARN, "GPU kernels", str(error))
     except Exception as error:  # whatever compilers and drivers raise
         advice = "see that nvidia-smi works, and that CuPy is for the CUDA version that torch.version.cuda shows"
+        if isinstance(error, OSError):
+            advice = "export CUPY_CACHE_DIR=<a folder that can be written to>, where CuPy keeps what it has compiled"
         return Finding(FAIL, "GPU kernels", f"{type(error).__name__}: {error}", advice)
     if wrong:
         return Finding(FAIL, "GPU kernels", f"{wrong} of {elements} signs are wrong", "please report this")
@@ -230,13 +269,37 @@ for collective in (MPI.COMM_SELF.Iallgather, MPI.COMM_SELF.Ialltoall):
 
 
 def _mpi_reads(device: torch.device) -> bool:
-    """Whether a step's collectives reach a device's memory: tried in a child, as an MPI that cannot may crash."""
+    """Whether a step's collectives reach a device's memory: tried in a child, as an MPI that cannot may crash.
+
+    Raises:
+        TimeoutExpired: it is not known.
+    """
     trial = [sys.executable, "-c", _TELL_ONESELF, str(device)]
     environ = {key: value for key, value in os.environ.items() if not key.startswith(_OF_THIS_JOB)}
     try:
-        return subprocess.run(trial, env=environ, capture_output=True, timeout=30, check=False).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(trial, env=environ, capture_output=True, timeout=TRIAL, check=False).returncode == 0
+    except OSError:
         return False
+
+
+def _gpu_aware(device: torch.device) -> Finding:
+    wanted, otherwise = gpu_aware(), "bitmaps pass through the host's"
+    try:
+        works = _mpi_reads(device)
+    except subprocess.TimeoutExpired:
+        seen = f"the trial timed out after {TRIAL:g} s"
+        if not wanted:
+            return Finding(OK, "GPU-aware MPI", f"{seen}; {otherwise}")
+        advice = "try again (is it the file system that is slow?), or unset MPISIGN_GPU_AWARE_MPI"
+        return Finding(WARN, "GPU-aware MPI", seen, advice)
+    if works:
+        how = "on" if wanted else "works here, and is off; to turn it on: export MPISIGN_GPU_AWARE_MPI=1"
+        return Finding(OK, "GPU-aware MPI", how)
+    cannot = "this MPI cannot send from GPU memory"
+    if not wanted:
+        return Finding(OK, "GPU-aware MPI", f"{cannot}; {otherwise}")
+    advice = "unset MPISIGN_GPU_AWARE_MPI, or load an MPI module built with CUDA"
+    return Finding(FAIL, "GPU-aware MPI", cannot, advice)
 
 
 def _ulfm() -> Iterator[Finding]:
@@ -254,29 +317,25 @@ def _ulfm() -> Iterator[Finding]:
         trial.Free()
 
 
-def _vote() -> Iterator[Finding]:
+def _vote(device: str | torch.device = "cpu", subject: str = "a real vote") -> Iterator[Finding]:
     """One real vote over both exchanges, checked against plain NumPy on every rank."""
     here = world.current()
     elements = 10_007
+    mine = np.random.default_rng(here.rank).standard_normal(elements).astype(np.float32)
+    expected = -np.sign(np.sign(np.array(here.comm.allgather(mine))).sum(axis=0))
     for exchange in ("allgather", "two_phase"):
-        parameter = torch.nn.Parameter(torch.zeros(elements))
-        mine = np.random.default_rng(here.rank).standard_normal(elements).astype(np.float32)
-        parameter.grad = torch.from_numpy(mine.copy())
+        parameter = torch.nn.Parameter(torch.zeros(elements, device=device))
+        parameter.grad = torch.from_numpy(mine).to(device, copy=True)
         optimizer = DistributedSignOptimizer(
             torch.optim.SGD([parameter], lr=1.0), method=signsgd(), ties="zero", exchange=exchange
         )
         seen, status = f"{exchange}: {elements} coordinates on {here.size} ranks agree with NumPy", OK
         try:
             optimizer.step()
-            votes = np.sign(np.array(here.comm.allgather(mine))).sum(axis=0)
-            wrong = int((-np.sign(votes) != parameter.detach().numpy()).sum())
+            wrong = int((parameter.detach().cpu().numpy() != expected).sum())
             if wrong:
                 status, seen = FAIL, f"{exchange}: {wrong} of {elements} coordinates differ from NumPy"
         except MpisignError as error:
             status, seen = FAIL, f"{exchange}: {type(error).__name__}: {error}"
-        statuses = here.comm.allgather((status, seen))
-        bad = [(rank, what) for rank, (state, what) in enumerate(statuses) if state == FAIL]
-        if bad:
-            status, seen = FAIL, "; ".join(f"rank {rank}: {what}" for rank, what in bad)
         advice = "please report this, with the lines above" if status == FAIL else ""
-        yield Finding(status, "a real vote", seen, advice)
+        yield Finding(status, subject, seen, advice)

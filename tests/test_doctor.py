@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -89,6 +91,93 @@ def test_without_a_gpu_nothing_is_said_of_what_gpus_need():
     assert "GPU kernels" not in seen
 
 
+GPUS = """
+import sys
+from types import SimpleNamespace
+import torch
+sys.path.insert(0, {tests!r})
+from gpu_branch import gpu_branch
+from mpi4py import MPI
+from mpisign import doctor, world
+from mpisign.__main__ import main
+
+rank = MPI.COMM_WORLD.rank
+torch.cuda.is_available = lambda: rank != 0
+torch.cuda.get_device_name = lambda device: "H" + str(100 * (rank % 2 + 1))
+torch.cuda.device_count = lambda: 2
+world.device = lambda: torch.device("cpu")
+doctor.import_cupy = lambda: [].pop() if rank == {broken} else SimpleNamespace(__version__="14.2")
+doctor._mpi_reads = lambda device: False
+sys.argv[1:] = ["doctor"]
+with gpu_branch(rank != 0):
+    sys.exit(main())
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("broken", [None, 2])
+def test_what_only_some_ranks_have_is_told_with_their_numbers(broken: int | None, tmp_path: Path):
+    """Rank 0 has no GPU, and the others' are pretended: their kernels run in the shim."""
+    script = tmp_path / "gpus.py"
+    script.write_text(GPUS.format(tests=str(Path(__file__).parent), broken=broken))
+    result = mpirun(4, script)
+    lines = [" ".join(line.split()) for line in result.text.splitlines()]
+    assert "ok GPUs rank 0: none; voting runs on the CPU" in lines, result.text
+    assert "ok GPUs ranks 1, 3: cpu, of 2 here: H200" in lines
+    assert "ok GPUs rank 2: cpu, of 2 here: H100" in lines
+    assert "ok GPU-aware MPI this MPI cannot send from GPU memory; bitmaps pass through the host's" in lines
+    votes = [line for line in lines if "a vote from GPUs" in line]
+    if broken is None:
+        assert result.returncode == 0, result.text
+        assert "ok GPU kernels CuPy 14.2 compiles them; 10007 signs are right" in lines
+        agree = "10007 coordinates on 4 ranks agree with NumPy"
+        assert votes == [f"ok a vote from GPUs {exchange}: {agree}" for exchange in ("allgather", "two_phase")]
+    else:
+        assert result.returncode != 0
+        assert "ok GPU kernels ranks 1, 3: CuPy 14.2 compiles them; 10007 signs are right" in lines
+        assert "FAIL GPU kernels rank 2: IndexError: pop from empty list" in lines
+        assert not votes, "a rank that cannot take part would keep the others waiting"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpus_that_torch_cannot_use(monkeypatch, tmp_path):
+    def seen() -> tuple[str, str, str]:
+        finding = doctor._no_gpu()
+        return finding.status, finding.seen, finding.advice
+
+    monkeypatch.setattr(doctor, "NVIDIA", tmp_path)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    status, what, advice = seen()
+    assert (status, "is built without CUDA" in what, "pytorch.org" in advice) == (doctor.WARN, True, True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    status, what, advice = seen()
+    assert (status, "can use none" in what, "CUDA_VISIBLE_DEVICES" in advice) == (doctor.WARN, True, True)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    status, what, advice = seen()
+    assert (status, "ROCm" in what, "a CUDA build of torch" in advice) == (doctor.WARN, True, True)
+
+
+def test_a_gpu_that_does_not_answer(monkeypatch):
+    def broken(device: torch.device) -> str:
+        raise RuntimeError("CUDA error: unknown error")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", broken)
+    finding = doctor._gpu(torch.device("cuda", 1))
+    assert (finding.status, finding.seen) == (doctor.FAIL, "cuda:1: CUDA error: unknown error")
+
+
+@pytest.mark.skipif(find_spec("cupy") is None, reason="needs CuPy")
+def test_where_cupy_can_keep_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    program = "import torch; from mpisign import doctor; print(doctor._kernels(torch.device('cpu')))"
+    variables = environment({"CUPY_CACHE_DIR": str(tmp_path / "file" / "cache")})
+    command = [sys.executable, "-c", program]
+    seen = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert seen.startswith("Finding(status='warn', subject='GPU kernels'")
+    assert "export CUPY_CACHE_DIR=" in seen
+
+
 @needs_compiler
 def test_the_kernels_are_tried(monkeypatch):
     """Here on the host, in the shim."""
@@ -104,6 +193,8 @@ def test_the_kernels_are_tried(monkeypatch):
         assert (idle.status, "signs are wrong" in idle.seen) == (doctor.FAIL, True)
         monkeypatch.setattr(kernels, "launch", lambda *launch: [].pop())
         assert doctor._kernels(cpu).seen == "IndexError: pop from empty list"
+        monkeypatch.setattr(kernels, "launch", lambda *launch: Path("/nowhere/cubin").read_text())
+        assert doctor._kernels(cpu).advice.startswith("export CUPY_CACHE_DIR=")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "cupy", None)
     assert doctor._kernels(cpu).status == doctor.WARN
@@ -114,6 +205,16 @@ def test_whether_mpi_reads_a_device_is_tried_where_a_crash_hurts_nobody(monkeypa
     assert not doctor._mpi_reads(torch.device("cuda", 99))
     monkeypatch.setattr(doctor, "_TELL_ONESELF", "import os; os.abort()")
     assert not doctor._mpi_reads(torch.device("cpu"))
+
+
+def test_a_trial_that_takes_too_long_is_no_refusal(monkeypatch):
+    monkeypatch.setattr(doctor, "TRIAL", 0.01)
+    cpu, late = torch.device("cpu"), "the trial timed out after 0.01 s"
+    monkeypatch.delenv("MPISIGN_GPU_AWARE_MPI", raising=False)
+    assert doctor._gpu_aware(cpu).seen == f"{late}; bitmaps pass through the host's"
+    monkeypatch.setenv("MPISIGN_GPU_AWARE_MPI", "1")
+    wanted = doctor._gpu_aware(cpu)
+    assert (wanted.status, wanted.seen) == (doctor.WARN, late)
 
 
 def test_a_rank_can_try_it_too(tmp_path):
