@@ -15,6 +15,7 @@ from mpisign import Method
 from mpisign.codecs.sparse import top_k
 from mpisign.exchange.decoder import Decoder
 from mpisign.exchange.encoder import Encoder
+from mpisign.exchange.gradients import Gradients
 from mpisign.layout import Bucket, Layout
 from mpisign.memory.store import MemoryStore
 from mpisign.policy import Policy
@@ -153,7 +154,7 @@ class Work:
         for parameter in model.parameters:
             for value in store.of(parameter).values():
                 value.copy_(parameter.square())  # as after some steps: zeros may take another time than other numbers
-        self._encoder = Encoder(self._layout, method, messages, store.of)
+        self._encoder = Encoder(self._layout, method, messages, store.of, Gradients(self._layout, 0).locate)
         self._decoder = Decoder(self._layout, method, exchanges, self._encoder)
         sent = sum(message.nbytes for message in messages)
         self.bytes = 4 * case.moves * model.elements + 2 * sent  # a message is written once, a decision read once

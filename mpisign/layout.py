@@ -11,6 +11,7 @@ such messages shall be decided shard by shard, the segments themselves are cut a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ class Layout:
         segments = tuple(Segment(at, self.names[at], sizes[at], self._codecs[at], tuple(pieces[at])) for at in places)
         return Bucket(index, dtype, length * self._shards, first_word, segments)
 
-    @property
+    @functools.cached_property
     def order(self) -> list[int]:
         """The parameters as they follow each other on the wire, by index."""
         return [segment.index for bucket in self.buckets for segment in bucket.segments]

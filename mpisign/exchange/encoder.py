@@ -22,6 +22,7 @@ __all__ = ["PIECE", "Encoder", "MemoryOf", "one_launch"]
 
 PIECE = 1 << 19  # elements given to memory and codec at once: few calls, and still near a core's cache
 
+Locate = Callable[[Sequence[torch.Tensor | None]], Located]
 MemoryOf = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 """The memory's state of a parameter: name -> tensor like the parameter."""
 
@@ -36,13 +37,17 @@ class Encoder:
     Args:
         messages: (planes_up, length) of each bucket.
         memory_of: gives the memory's state of a parameter, changed in place.
+        locate: finds out, on a GPU, where gradients are, in wire order.
 
     Attributes:
         located: the gradients in wire order, as :meth:`encode` has found them; None if it looks at one by one.
     """
 
-    def __init__(self, layout: Layout, method: Method, messages: Sequence[torch.Tensor], memory_of: MemoryOf) -> None:
-        self._layout, self._method, self._messages, self._memory_of = layout, method, messages, memory_of
+    def __init__(
+        self, layout: Layout, method: Method, messages: Sequence[torch.Tensor], memory_of: MemoryOf, locate: Locate
+    ) -> None:
+        self._layout, self._method, self._messages = layout, method, messages
+        self._memory_of, self._locate = memory_of, locate
         memory = method.memory
         self._checks_first = memory.feedback or not memory.elementwise
         self._piecewise = method.codec.elementwise and memory.elementwise and not memory.feedback
@@ -75,7 +80,7 @@ class Encoder:
     def encode(self, buckets: Sequence[Bucket], gradients: Sequence[torch.Tensor | None], turn: Turn) -> list[Flag]:
         """Fill the messages of ``buckets``. Returns flags that are all true if all values were finite."""
         if self._batch is not None:
-            self.located = locate([gradients[place] for place in self._order])
+            self.located = self._locate(gradients)
             if self._fits_kernels(self.located):
                 return [self._encode_together(self._batch, self.located, turn)]
         if self._signs_alone:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from mpisign.bitmap.batch import Located, locate
 from mpisign.bitmap.tensors import DTYPES, is_laid_as
 from mpisign.errors import GradientError
 from mpisign.layout import Layout
@@ -42,6 +43,7 @@ class Gradients:
         self._layout, self._rank = layout, rank
         self._looks: tuple[object, ...] | None = None  # of the latest gradients, if there were all and they were fit
         self._alike = False  # fits() has just seen that the gradients look so
+        self._located: Located | None = None  # those
         self._parameters = self._parameters_now()
 
     def fits(self, parameters: Sequence[torch.Tensor]) -> bool:
@@ -61,8 +63,18 @@ class Gradients:
         gradients = list(map(_gradient, self._layout.parameters))
         if not self._alike:
             gradients = [self._fit(place, gradient) for place, gradient in enumerate(gradients)]
-            self._looks = _looks_of(gradients)
+            self._looks, self._located = _looks_of(gradients), None
         return gradients
+
+    def locate(self, gradients: Sequence[torch.Tensor | None]) -> Located:
+        """What launches have to know of gradients just read, in the order of the wire."""
+        order, known = self._layout.order, self._located
+        if self._alike and known is not None:  # then only their addresses can have changed
+            addresses = list(map(torch.Tensor.data_ptr, cast(list[torch.Tensor], gradients)))
+            return Located(None, known.elements, [addresses[index] for index in order], known.dtypes)
+        located = locate([gradients[index] for index in order])
+        self._located = located if located.places is None else None
+        return located
 
     def models(self) -> list[torch.Tensor | None]:
         """The parameters themselves, in wire order."""

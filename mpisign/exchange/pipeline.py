@@ -82,8 +82,9 @@ class Pipeline:
         self._given = Gradients(layout, world.rank)
         messages = [exchange.message for exchange in self.exchanges]
         sending = dataclasses.replace(method, memory=Nothing()) if method.exchanges_models else method
-        self._encoder = Encoder(layout, sending, messages, store.of)
-        self._local = Encoder(layout, method, messages, store.of) if method.exchanges_models else self._encoder
+        self._encoder = self._local = Encoder(layout, sending, messages, store.of, self._given.locate)
+        if method.exchanges_models:
+            self._local = Encoder(layout, method, messages, store.of, self._given.locate)
         self._decoder = Decoder(layout, method, self.exchanges, self._encoder)
         self._maximum = Maximum(layout, world) if method.memory.needs_maximum else None
         self._server = Server(layout, method, store.piece)
