@@ -16,6 +16,7 @@ from mpisign.bitmap import kernels
 ARCHITECTURES = {"sm_70": 12, "sm_80": 13, "sm_90": 13, "sm_100": 13, "sm_120": 13}
 
 AS_CUPY_DOES = ("-ftz=true", "--device-as-default-execution-space")
+VERBOSE = "--ptxas-options=-v"
 
 ENTRY = r"ptxas info +: Compiling entry function '(\w+)' for 'sm_\d+'\n"
 PROPERTIES = r"ptxas info +: Function properties for \1\n"
@@ -35,18 +36,18 @@ def nvrtc(major: int) -> ctypes.CDLL:
     return ctypes.CDLL(str(found[0]))
 
 
-def compile_for(major: int, text: str, *options: str) -> tuple[bool, str]:
-    """Whether the compiler makes a binary, and all it says."""
+def compile_for(major: int, text: str, *options: str, result: str = "ProgramLog") -> tuple[bool, str]:
+    """Whether the compiler makes a binary, and all it says, or another ``result``."""
     library, program = nvrtc(major), ctypes.c_void_p()
     assert library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"program.cu", 0, None, None) == 0
-    arguments = [option.encode() for option in (*kernels.OPTIONS, *AS_CUPY_DOES, "--ptxas-options=-v", *options)]
+    arguments = [option.encode() for option in (*kernels.OPTIONS, *AS_CUPY_DOES, *options)]
     failed = library.nvrtcCompileProgram(program, len(arguments), (ctypes.c_char_p * len(arguments))(*arguments))
     size = ctypes.c_size_t()
-    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    library.nvrtcGetProgramLog(program, log)
+    getattr(library, f"nvrtcGet{result}Size")(program, ctypes.byref(size))
+    said = ctypes.create_string_buffer(size.value)
+    getattr(library, f"nvrtcGet{result}")(program, said)
     library.nvrtcDestroyProgram(ctypes.byref(program))
-    return not failed, log.value.decode()
+    return not failed, said.value.decode()
 
 
 def usage(log: str) -> dict[str, tuple[int, ...]]:
@@ -76,7 +77,7 @@ def expected_kernels() -> set[str]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_without_warnings_and_spills(architecture: str) -> None:
-    done, log = compile_for(ARCHITECTURES[architecture], kernels.source(), f"-arch={architecture}")
+    done, log = compile_for(ARCHITECTURES[architecture], kernels.source(), f"-arch={architecture}", VERBOSE)
     assert done, log
     assert not complaints(log)
     assert usage(log) == dict.fromkeys(expected_kernels(), (0, 0, 0))
@@ -92,11 +93,20 @@ def test_spills_and_warnings_would_be_seen(major: int) -> None:
         for (int i = 0; i < 60; ++i) x[i * kept[59 - i]] = kept[i];
     }
     """
-    done, log = compile_for(major, text, "-arch=sm_90", "-maxrregcount=24")
+    done, log = compile_for(major, text, "-arch=sm_90", "-maxrregcount=24", VERBOSE)
     assert done, log
     assert any("unused" in line for line in complaints(log))
     stack, stores, loads = usage(log)["spills"]
     assert min(stack, stores, loads) > 0
+
+
+def test_denormals_are_not_flushed() -> None:
+    """CuPy's flags ask for it. What may be flushed here are three rates and a weight less 1, which are no denormals."""
+    done, ptx = compile_for(13, kernels.source(), "-arch=compute_90", result="PTX")
+    assert done
+    arithmetic = set(re.findall(r"^\s*((?!mov|ld|st|selp)[a-z]+\.[\w.]*f(?:16|32|64)\b)", ptx, re.MULTILINE))
+    assert {one for one in arithmetic if ".ftz" in one} == {"cvt.rn.ftz.f32.f64", "add.ftz.f32", "setp.lt.ftz.f32"}
+    assert {one for one in arithmetic if ".ftz" not in one} == {"fma.rn.f32", "fma.rn.f64", "add.f64", "setp.lt.f64"}
 
 
 @pytest.mark.parametrize("major", [12, 13])
