@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 SIGNUM, MEAN, FLOOR = "signum", "mean", "SGD alone"
 DEVICE_MS = HOST_MS = 0.3  # what all work of a synchronize() on the device, and in Python, may take
 STEPS = 20  # of which means are taken
+ONE_MESSAGE = 1024.0  # MiB
 MARK = "the steps"
 
 WORDS = """\
@@ -42,7 +43,7 @@ each run, untimed.
 The parts are those of `synchronize()`, which is all the library does. *Device work* is the sum of all kernels and
 copies, as the profiler sees them. *From first to last*, by CUDA events, has the waits of the GPU for the host in it.
 *Host* is `synchronize()` on as many tensors of few elements in as many messages, by the clock: all that is not
-bandwidth."""
+bandwidth. *One message* is `bucket_cap_mb={one:g}`."""
 
 
 def main() -> None:
@@ -77,9 +78,12 @@ def run(args: argparse.Namespace, device: torch.device, gpu: str, comm: MPI.Comm
     small = Model(list(resnet50_shapes(1, classes=10)), device)
     cap = small.words / model.words  # of a bucket, in MiB: as many buckets as the model has with 1 MiB
     parts = {
-        method.name: take_apart(
-            model.synchronizer(method, args.exchange), small.synchronizer(method, args.exchange, cap), device
+        f"{method.name}{how}": take_apart(
+            model.synchronizer(method, args.exchange, larger),
+            small.synchronizer(method, args.exchange, cap * larger),
+            device,
         )
+        for how, larger in (("", 1.0), (", one message", ONE_MESSAGE))
         for method in (mpisign.signsgd(), mpisign.signum(momentum=0.9))
     }
     ranks = mpisign.size()
@@ -89,7 +93,7 @@ def run(args: argparse.Namespace, device: torch.device, gpu: str, comm: MPI.Comm
         "step-gpu" if ranks == 1 else f"step-gpu-{ranks}-ranks",
         f"An optimizer step on {model.elements:,} parameters in {len(model.parameters)} tensors, {ranks} rank(s) "
         f"on one {gpu}",
-        WORDS,
+        WORDS.format(one=ONE_MESSAGE),
         args,
         steps,
         times,
