@@ -26,17 +26,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import rich.box
-import rich.table
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-from tqdm import tqdm
 
 import mpisign
 
 if TYPE_CHECKING:
+    import rich.table
     from mpi4py import MPI
 
 __all__ = [
@@ -104,6 +100,8 @@ def parser(description: str, examples: Sequence[str]) -> argparse.ArgumentParser
 
 def one_thread() -> None:
     """Let this process compute on one thread, as each of several ranks on a machine should."""
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # a GPU's benchmarks do not need it
+
     threadpool_limits(1)
     torch.set_num_threads(1)
 
@@ -140,12 +138,10 @@ def measure(contenders: Sequence[Contender], rounds: int, warmup: int, comm: MPI
     if comm is not None:
         from mpi4py import MPI
     times: Times = {contender.name: [] for contender in contenders}
-    tqdm.monitor_interval = 0  # no thread of its own beside what is timed
     rank = 0 if comm is None else comm.rank
-    with tqdm(total=(warmup + rounds) * len(contenders), disable=rank != 0, leave=False, unit="run") as progress:
+    with _progress((warmup + rounds) * len(contenders), shown=rank == 0) as step:
         for repetition in range(-warmup, rounds):
             for contender in contenders:
-                progress.set_description(contender.name, refresh=False)
                 contender.prepare()
                 if comm is not None:
                     comm.Barrier()
@@ -156,8 +152,26 @@ def measure(contenders: Sequence[Contender], rounds: int, warmup: int, comm: MPI
                 if repetition >= 0:
                     times[contender.name].append(slowest)
                     contender.observe(seconds)
-                progress.update()
+                step(contender.name)
     return times
+
+
+@contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Callable[[str], object]]:
+    """A progress bar, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda name: None
+        return
+    tqdm.monitor_interval = 0  # no thread of its own beside what is timed
+    with tqdm(total=total, disable=not shown, leave=False, unit="run") as bar:
+
+        def step(name: str) -> None:
+            bar.set_description(name, refresh=False)
+            bar.update()
+
+        yield step
 
 
 def speedup(reference: Sequence[float], mine: Sequence[float]) -> tuple[float, float]:
@@ -178,6 +192,9 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def on_terminal(self) -> rich.table.Table:
+        import rich.box
+        import rich.table
+
         table = rich.table.Table(title=self.title, title_justify="left", box=rich.box.SIMPLE_HEAD)
         for place, column in enumerate(self.columns):
             table.add_column(column, justify="right" if place else "left", no_wrap=not place)
@@ -251,12 +268,17 @@ class Report:
         return Table("Targets (times faster; stated for the default settings)", ["", "at least", "measured", ""], rows)
 
     def show(self) -> None:
-        """Print the tables."""
+        """Print the tables; as they are in the report, where rich is not installed."""
+        try:
+            from rich.console import Console
+        except ImportError:
+            print(self.title, self._reading(), *(table.in_markdown() for table in self._tables()), sep="\n\n")
+            return
         console = Console(highlight=False)
         console.width = max(console.width, 120)  # mpirun's terminal has no size, and rich would take 80
         console.print(f"[bold]{self.title}[/bold]")
         console.print(f"{self._reading()}\n")
-        for table in (*self.tables, self.promises()):
+        for table in self._tables():
             console.print(table.on_terminal())
 
     def write(self, folder: Path) -> list[Path]:
@@ -292,6 +314,9 @@ class Report:
         paths[0].write_text(self._in_markdown(f"{now:%Y-%m-%d}", about))
         paths[1].write_text(json.dumps(raw, indent=1) + "\n")
         return paths
+
+    def _tables(self) -> list[Table]:
+        return [*self.tables, self.promises()]
 
     def _speedup(self, target: Target) -> tuple[float, float]:
         return speedup(self.times[target.reference], self.times[target.contender])

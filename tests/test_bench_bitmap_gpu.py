@@ -25,6 +25,27 @@ def test_help_has_defaults_and_examples() -> None:
     assert "benchmarks/bench_bitmap_gpu.py --report" in text.partition("examples:")[2]
 
 
+def test_what_only_decorates_need_not_be_installed() -> None:
+    """A machine with a GPU may have nothing but torch, NumPy and CuPy, and no MPI."""
+    program = (
+        "import sys\n"
+        "for name in ('matplotlib', 'mpi4py', 'rich', 'sklearn', 'threadpoolctl', 'tqdm'): sys.modules[name] = None\n"
+        "import argparse, alone, bench_bitmap_gpu, bench_step_gpu, harness\n"
+        "contenders, settings = [harness.Contender('one', '', int)], argparse.Namespace(rounds=2)\n"
+        "times = harness.measure(contenders, rounds=2, warmup=1)\n"
+        "table = harness.compare('Times', times, ['one'], ['one'])\n"
+        "harness.Report('name', 'Title', '', settings, contenders, times, [], [table]).show()\n"
+    )
+    paths = f"{SCRIPT.parents[1]}:{SCRIPT.parent}"
+    command = [sys.executable, "-c", program]
+    shown = subprocess.run(
+        command, env=environment({"PYTHONPATH": paths}), capture_output=True, text=True, timeout=60, check=True
+    )
+    assert shown.stdout.startswith("Title\n\n2 repetitions")
+    assert "### Times\n\n|  | median ms | fastest ms | x one |\n" in shown.stdout
+    assert not shown.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     done = bench()
