@@ -19,7 +19,13 @@ import torch
 from mpisign.bitmap import cuda, host, kernels
 from mpisign.bitmap.batch import Batch
 from mpisign.bitmap.host import FORMATS, FloatFormat, words_for
-from mpisign.bitmap.kernels import BITMAP_CAPACITY, JOB_ELEMENTS, TENSOR_CAPACITY, VECTOR_CAPACITY
+from mpisign.bitmap.kernels import (
+    BITMAP_CAPACITY,
+    JOB_ELEMENTS,
+    MOMENTUM_CAPACITY,
+    TENSOR_CAPACITY,
+    VECTOR_CAPACITY,
+)
 from mpisign.bitmap.ops import WORD
 from mpisign.bitmap.tensors import format_of, raw_bits
 from mpisign.memory.store import state_dtype
@@ -451,6 +457,21 @@ def test_bad_gradients_leave_their_momentum_alone(fmt: FloatFormat, place: int, 
         assert not batch.pack_momentum([gradient.to(device)], [kept], (0.5, 0.5))
         assert torch.equal(kept.cpu(), expected)
         assert batch.pack_momentum([torch.ones_like(gradient).to(device)], [kept], (0.5, 0.5))
+
+
+@pytest.mark.parametrize("tensors", [MOMENTUM_CAPACITY - 1, MOMENTUM_CAPACITY, TENSOR_CAPACITY + 1])
+def test_momenta_of_many_tensors(tensors: int, device: torch.device) -> None:
+    """Each has its own; every fifth is empty, every seventh has no gradient."""
+    sizes = [0 if i % 5 == 0 else 1 + i % 40 for i in range(tensors)]
+    drawn = [torch.randn(n, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(sizes)]
+    kept = [torch.zeros(n, device=device) for n in sizes]
+    given = [None if i % 7 == 3 else gradient.to(device) for i, gradient in enumerate(drawn)]
+    words = [torch.zeros(words_for(n), dtype=WORD, device=device) for n in sizes]
+    assert Batch(sizes, words).pack_momentum(given, kept, (0.5, 0.5))
+    for i, gradient in enumerate(drawn):
+        moved = torch.zeros_like(gradient) if i % 7 == 3 else gradient / 2
+        assert torch.equal(kept[i].cpu(), moved), f"tensor {i}"
+        assert (array(words[i]) == oracle.to_words((moved > 0).tolist())).all(), f"tensor {i}"
 
 
 def test_momentum_that_overflows_is_not_finite(device: torch.device) -> None:

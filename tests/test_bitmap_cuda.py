@@ -203,7 +203,7 @@ def test_importing_the_cuda_modules_imports_no_cupy() -> None:
 
 def test_structures_are_laid_out_as_in_c() -> None:
     """C puts a field at a multiple of its size, and pads the whole to the largest; NumPy packs unless told."""
-    for structure in (kernels.JOB, kernels.TENSORS, kernels.VECTORS, kernels.BITMAPS):
+    for structure in (kernels.JOB, kernels.TENSORS, kernels.HALF_TENSORS, kernels.VECTORS, kernels.BITMAPS):
         assert structure.fields is not None
         for dtype, offset, *_ in structure.fields.values():
             assert offset % dtype.base.itemsize == 0

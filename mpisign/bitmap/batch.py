@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,21 +46,14 @@ def locate(tensors: Sequence[Tensor | None]) -> Located:
     )
 
 
-class _Launch(NamedTuple):
-    """As many tensors as one launch takes: which, and what each block does."""
-
-    group: slice
-    blocks: int
-    jobs: Tensor  # the bytes of (blocks,) kernels.JOB
-
-
 class _Table:
-    """A batch's tensors as launches take them: by value. It is written only if they have moved."""
+    """A batch's tensors as launches take them: by value, so many at a time. It is written only if they have moved."""
 
-    def __init__(self, elements: Sequence[int], groups: Sequence[slice]) -> None:
-        self._elements, self._groups = list(elements), groups
+    def __init__(self, elements: Sequence[int], structure: np.dtype[np.void]) -> None:
+        self._elements = list(elements)
+        self.capacity = structure["at"].shape[0]
         self._written: Located | None = None
-        self._tables = [np.zeros(1, kernels.TENSORS) for _ in groups]
+        self._tables = [np.zeros(1, structure) for _ in range(0, len(elements), self.capacity)]
         self.by_value = [kernels.opaque(table) for table in self._tables]
 
     def write(self, tensors: Sequence[Tensor | None] | Located) -> bool:
@@ -78,8 +71,10 @@ class _Table:
             raise ValueError(f"a tensor of {given} elements stands where the batch has {wanted}")
         at, formats = np.zeros((2, len(self._elements)), np.uint64)
         at[places], formats[places] = tensors.addresses, [kernels.FORMATS[dtype] for dtype in tensors.dtypes]
-        for group, table in zip(self._groups, self._tables, strict=True):
-            table["at"][0, : at[group].size], table["format"][0, : at[group].size] = at[group], formats[group]
+        for number, table in enumerate(self._tables):
+            some = slice(number * self.capacity, min((number + 1) * self.capacity, at.size))
+            table["at"][0, : some.stop - some.start] = at[some]
+            table["format"][0, : some.stop - some.start] = formats[some]
         self._written = tensors
         return True
 
@@ -97,7 +92,7 @@ class Batch:
 
     What does not change from step to step is put on the device when this is made. The tensors' addresses and types
     travel in the launch itself, so that a call copies nothing, allocates nothing and waits for nothing (beyond
-    224 tensors it launches again). One object serves one thread at a time.
+    448 tensors, or 224 with momenta, it launches again). One object serves one thread at a time.
 
     Args:
         elements: how many each tensor has.
@@ -120,14 +115,12 @@ class Batch:
         self._segments = segments  # which keeps the bitmaps' memory
         self._device = words[0].device if words else torch.device("cpu")
         self._finite = flag(self._device)
-        self._launches = []
-        for lo in range(0, len(segments), kernels.TENSOR_CAPACITY):
-            group = slice(lo, lo + kernels.TENSOR_CAPACITY)
-            jobs = np.concatenate([_jobs(i, *segment) for i, segment in enumerate(segments[group])])
-            on_device = torch.from_numpy(jobs.view(np.uint8)).to(self._device)
-            self._launches.append(_Launch(group, jobs.size, on_device))
-        groups = [launch.group for launch in self._launches]
-        self._values, self._momenta = (_Table(elements, groups) for _ in range(2))
+        jobs = [_jobs(place % kernels.TENSOR_CAPACITY, *segment) for place, segment in enumerate(segments)]
+        self._ends = [0, *np.cumsum([some.size for some in jobs]).tolist()]  # of each tensor's jobs
+        all_jobs = np.concatenate([np.zeros(0, kernels.JOB), *jobs])
+        self._jobs = torch.from_numpy(all_jobs.view(np.uint8)).to(self._device)
+        self._values = _Table(elements, kernels.TENSORS)
+        self._gradients, self._momenta = (_Table(elements, kernels.HALF_TENSORS) for _ in range(2))
 
     def pack(
         self,
@@ -176,12 +169,12 @@ class Batch:
         Returns:
             As :meth:`pack`.
         """
-        news = [self._values.write(gradients), self._momenta.write(momenta)]
-        if any(news) and not self._values.suit(self._momenta):
+        news = [self._gradients.write(gradients), self._momenta.write(momenta)]
+        if any(news) and not self._gradients.suit(self._momenta):
             raise ValueError("a gradient has no momentum, or one of another precision")
         finite = self._finite.fill_(True) if finite is None else finite
         rates = [np.float64(unscale), *(np.float64(1.0 - beta) for beta in betas)]
-        self._launch("pack_momentum", [self._values, self._momenta], [*rates, *_packing(zeros, key, finite)])
+        self._launch("pack_momentum", [self._gradients, self._momenta], [*rates, *_packing(zeros, key, finite)])
         return finite
 
     def unpack(self, outs: Sequence[Tensor | None] | Located) -> None:
@@ -190,10 +183,12 @@ class Batch:
         self._launch("unpack_many", [self._values], [])
 
     def _launch(self, name: str, tables: Sequence[_Table], arguments: Sequence[Any]) -> None:
-        for number, (_, blocks, jobs) in enumerate(self._launches):
-            if blocks:
-                by_value = [table.by_value[number] for table in tables]
-                kernels.launch(name, blocks, [*by_value, np.uint64(jobs.data_ptr()), *arguments], self._device)
+        capacity, tensors = tables[0].capacity, len(self._ends) - 1
+        for number, by_value in enumerate(zip(*(table.by_value for table in tables), strict=True)):
+            first, end = self._ends[number * capacity], self._ends[min((number + 1) * capacity, tensors)]
+            if first < end:
+                jobs = np.uint64(self._jobs.data_ptr() + first * kernels.JOB.itemsize)
+                kernels.launch(name, end - first, [*by_value, jobs, *arguments], self._device)
 
 
 def _packing(zeros: str, key: int, finite: Tensor) -> list[Any]:

@@ -28,15 +28,17 @@ struct Job {
     u32* nonzero;  // the second plane, or null
     u64 first_word;
     u64 start;
-    u32 tensor;
+    u32 tensor;  // modulo TENSOR_CAPACITY
     u32 elements;
 };
 
 // Kernel parameters by value: they need no buffer, no copy and no event, and a launch may hold 4 KB of them.
-struct Tensors {
-    void* at[TENSOR_CAPACITY];  // null: left out
-    u8 format[TENSOR_CAPACITY];
+template <int CAPACITY> struct Some {
+    void* at[CAPACITY];  // null: left out
+    u8 format[CAPACITY];
 };
+typedef Some<TENSOR_CAPACITY> Tensors;
+typedef Some<MOMENTUM_CAPACITY> HalfTensors;
 struct Vectors {
     const void* at[VECTOR_CAPACITY];
     u64 elements[VECTOR_CAPACITY];
@@ -415,13 +417,14 @@ momentum_of(const Job& job, const void* gradients, void* momenta, double unscale
 
 // Twice the loads want more registers: three blocks share a multiprocessor.
 extern "C" __global__ void __launch_bounds__(THREADS, 3) pack_momentum(
-    const __grid_constant__ Tensors gradients, const __grid_constant__ Tensors momenta, const Job* jobs,
+    const __grid_constant__ HalfTensors gradients, const __grid_constant__ HalfTensors momenta, const Job* jobs,
     double unscale, double sent, double kept, u64 key, u32 zeros, u8* finite) {
     const Job job = jobs[blockIdx.x];
-    const void* from = gradients.at[job.tensor];
-    void* to = momenta.at[job.tensor];
+    const u32 tensor = job.tensor % MOMENTUM_CAPACITY;
+    const void* from = gradients.at[tensor];
+    void* to = momenta.at[tensor];
     if (!from) return;
-    switch (gradients.format[job.tensor]) {
+    switch (gradients.format[tensor]) {
     case FLOAT32: return pack(job, momentum_of<FLOAT32>(job, from, to, unscale, sent, kept), key, zeros, finite);
     case FLOAT64: return pack(job, momentum_of<FLOAT64>(job, from, to, unscale, sent, kept), key, zeros, finite);
     case FLOAT16: return pack(job, momentum_of<FLOAT16>(job, from, to, unscale, sent, kept), key, zeros, finite);

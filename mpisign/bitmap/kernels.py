@@ -22,8 +22,10 @@ __all__ = [
     "BITMAPS",
     "BITMAP_CAPACITY",
     "FORMATS",
+    "HALF_TENSORS",
     "JOB",
     "JOB_ELEMENTS",
+    "MOMENTUM_CAPACITY",
     "OPTIONS",
     "PLANES",
     "SOURCE",
@@ -50,8 +52,9 @@ THREADS = 256  # of a block, in every kernel
 JOB_ELEMENTS = 16384  # what a block packs or unpacks: 16 tiles, two for each of its warps
 PLANES = (2, 3, 4, 6, 8, 16)  # of the counters that there are kernels for
 
-# How many fit into the 4 KB that the parameters of a launch may take, besides the other parameters; tensors twice.
-TENSOR_CAPACITY = 224
+# How many fit into the 4 KB that the parameters of a launch may take, besides the other parameters.
+TENSOR_CAPACITY = 448
+MOMENTUM_CAPACITY = TENSOR_CAPACITY // 2  # tensors with their momenta
 VECTOR_CAPACITY = 192
 BITMAP_CAPACITY = 448
 
@@ -65,6 +68,7 @@ OPTIONS = (
     f"-DTHREADS={THREADS}",
     f"-DJOB_ELEMENTS={JOB_ELEMENTS}",
     f"-DTENSOR_CAPACITY={TENSOR_CAPACITY}",
+    f"-DMOMENTUM_CAPACITY={MOMENTUM_CAPACITY}",
     f"-DVECTOR_CAPACITY={VECTOR_CAPACITY}",
     f"-DBITMAP_CAPACITY={BITMAP_CAPACITY}",
     *(f"-D{str(dtype).removeprefix('torch.').upper()}={code}" for dtype, code in FORMATS.items()),
@@ -77,7 +81,9 @@ OPTIONS = (
 JOB = np.dtype(
     [("words", "u8"), ("nonzero", "u8"), ("first_word", "u8"), ("start", "u8"), ("tensor", "u4"), ("elements", "u4")]
 )
-TENSORS = np.dtype([("at", "u8", TENSOR_CAPACITY), ("format", "u1", TENSOR_CAPACITY)])
+TENSORS, HALF_TENSORS = (
+    np.dtype([("at", "u8", capacity), ("format", "u1", capacity)]) for capacity in (TENSOR_CAPACITY, MOMENTUM_CAPACITY)
+)
 VECTORS = np.dtype(
     [
         ("at", "u8", VECTOR_CAPACITY),
