@@ -37,8 +37,8 @@ def pack(n: int, offset: int = 0) -> None:
 
 def test_misaligned_access(broken) -> None:
     broken(
-        "const bool aligned = (u64)values % 16 == 0;\n    const u32 lane = threadIdx.x % 32;\n    u32 bad",
-        "const bool aligned = (u64)values % 4 == 0;\n    const u32 lane = threadIdx.x % 32;\n    u32 bad",
+        "bool aligned() const { return (u64)values % 16 == 0; }",
+        "bool aligned() const { return (u64)values % 4 == 0; }",
     )
     pack(1024)
     with pytest.raises(RuntimeError, match="pack_one: access to misaligned memory"):
