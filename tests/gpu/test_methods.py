@@ -1,0 +1,163 @@
+"""Every method of the literature on a GPU, on a rank alone: three steps there, beside the same three on the CPU.
+
+Krum needs more ranks; the rules for vectors of many are given them here without a job.
+
+Without a GPU the shim runs the kernels; torch's own operations are the host's then.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from gpu_branch import gpu_branch, needs_compiler
+from torch import nn
+from torch.optim import SGD
+
+import mpisign
+from mpisign import DistributedSignOptimizer, Method, methods
+from mpisign.policy import Policy
+
+pytestmark = [pytest.mark.usefixtures("world"), pytest.mark.filterwarnings("default")]
+
+EXACT = {
+    "signsgd": mpisign.signsgd(),
+    "signum": mpisign.signum(),
+    "lion": mpisign.lion(),
+    "lion mean": mpisign.lion(vote=False),
+    "ef_signsgd": mpisign.ef_signsgd(),
+    "double_squeeze": mpisign.double_squeeze(),
+    "one_bit_adam": mpisign.one_bit_adam(freeze_step=1),
+    "ef21": mpisign.ef21(0.1),
+    "ef21 signs": mpisign.ef21(None),
+    "ef21_sgdm": mpisign.ef21_sgdm(ratio=0.1),
+    "ef21_w": mpisign.ef21_w([2.0], ratio=0.1),
+    "top_k": mpisign.top_k(0.1),
+    "top_k sample": mpisign.top_k(0.05, sample=0.5),
+    "dgc": mpisign.dgc(0.05, clip=1.0, warmup_epochs=1),
+    "dgc heavy ball": mpisign.dgc(0.05, nesterov=False, warmup_epochs=0, masking=False),
+    "mean": mpisign.mean(),
+    "median": mpisign.median(),
+    "trimmed_mean": mpisign.trimmed_mean(0),
+    "geometric_median": mpisign.geometric_median(),
+    "centered_clipping": mpisign.centered_clipping(1.0),
+    "nearest_neighbour_mixing": mpisign.nearest_neighbour_mixing(0),
+    "monna": mpisign.monna(0),
+}
+RANDOM = {
+    "noisy_signsgd": mpisign.noisy_signsgd(0.5),
+    "noisy_signsgd relative": mpisign.noisy_signsgd(0.1, relative=True),
+    "sto_sign": mpisign.sto_sign(4.0),
+    "sto_sign maximum": mpisign.sto_sign(),
+    "dp_sign": mpisign.dp_sign(1000.0, 1.0, private=False),
+    "ternary_vote": mpisign.ternary_vote(4.0, 5.0),
+    "sparsign": mpisign.sparsign(0.5),
+    "noisy_median": mpisign.noisy_median(0.5),
+}
+AMONG_MANY = {
+    "mean": mpisign.mean(),
+    "median": mpisign.median(),
+    "trimmed_mean": mpisign.trimmed_mean(2),
+    "krum": mpisign.krum(1),
+    "multi_krum": mpisign.multi_krum(1),
+    "geometric_median": mpisign.geometric_median(),
+    "centered_clipping": mpisign.centered_clipping(1.0),
+    "nearest_neighbour_mixing": mpisign.nearest_neighbour_mixing(2),
+    "monna": mpisign.monna(2),
+}
+
+DTYPES = {
+    "fp32": [torch.float32],
+    "fp16": [torch.float16],
+    "bf16": [torch.bfloat16],
+    "mixed": [torch.float32, torch.float64, torch.float16, torch.bfloat16],
+}
+SHAPES = [(3, 5, 7), (64,), (), (0,), (1,), (33, 2), (40, 50)]
+
+needs_gpu = pytest.mark.skipif(not (torch.cuda.is_available() and find_spec("cupy")), reason="needs a GPU and CuPy")
+devices = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", id="shim", marks=needs_compiler), pytest.param("cuda", marks=needs_gpu)]
+)
+types = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+
+Tensors = list[torch.Tensor]
+
+
+def kernels_on(device: str) -> AbstractContextManager[Any]:
+    return gpu_branch() if device == "cpu" else nullcontext()
+
+
+def train(method: Method, dtypes: list[torch.dtype], device: str = "cpu") -> tuple[list[Tensors], list[Tensors]]:
+    """Of each of three steps, on the CPU: the gradients, a tenth of them exactly 0; decisions, parameters, memories."""
+    random = torch.Generator().manual_seed(0)
+    tensors = [nn.Parameter(torch.zeros(s, dtype=dtypes[i % len(dtypes)], device=device)) for i, s in enumerate(SHAPES)]
+    optimizer = DistributedSignOptimizer(SGD(tensors, lr=0.25), method=method, seed=5)
+    optimizer.set_epoch(1)
+    given, seen = [], []
+    for _ in range(3):
+        gradients = [torch.randn(t.shape, generator=random).to(t.dtype) for t in tensors]
+        given.append([g.masked_fill_(torch.rand(g.shape, generator=random) < 0.1, 0.0) for g in gradients])
+        for tensor, gradient in zip(tensors, gradients, strict=True):
+            tensor.grad = gradient.to(device, copy=True)
+        optimizer.step()
+        memory = optimizer.state_dict()["mpisign"]["memory"]
+        states = [value for state in memory.values() for value in state.values()]
+        outcome = [*(t.grad for t in tensors if t.grad is not None), *(t.detach() for t in tensors), *states]
+        seen.append([tensor.cpu().clone() for tensor in outcome])
+    return given, seen
+
+
+def test_no_method_is_left_out() -> None:
+    makers = {name for name in methods.__all__ if not isinstance(getattr(methods, name), type)}
+    assert {name.split()[0] for name in (*EXACT, *RANDOM, *AMONG_MANY)} == makers
+
+
+@devices
+@types
+@pytest.mark.parametrize("method", EXACT.values(), ids=EXACT)
+def test_it_does_as_on_the_cpu(method: Method, dtypes: list[torch.dtype], device: str) -> None:
+    """But for the order of sums, from which the last bits come."""
+    _, expected = train(method, dtypes)
+    with kernels_on(device):
+        _, seen = train(method, dtypes, device)
+    for step, (here, there) in enumerate(zip(expected, seen, strict=True)):
+        for a, b in zip(here, there, strict=True):
+            near = max(1e-5, 8 * torch.finfo(a.dtype).eps)
+            torch.testing.assert_close(b, a, rtol=near, atol=near, msg=lambda text, step=step: f"step {step}: {text}")
+
+
+@devices
+@types
+@pytest.mark.parametrize("method", RANDOM.values(), ids=RANDOM)
+def test_its_noise_can_be_repeated_and_follows_the_gradient(
+    method: Method, dtypes: list[torch.dtype], device: str
+) -> None:
+    """A GPU draws other numbers than the host does."""
+    with kernels_on(device):
+        gradients, seen = train(method, dtypes, device)
+        _, again = train(method, dtypes, device)
+    for given, first, second in zip(gradients, seen, again, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert all(tensor.isfinite().all() for tensor in first)
+        decisions = first[: len(given)]
+        assert sum(float((g * d).sum()) for g, d in zip(given, decisions, strict=True)) > 0.0
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("ranks", [5, 8])
+@pytest.mark.parametrize("method", AMONG_MANY.values(), ids=AMONG_MANY)
+def test_it_decides_among_many_as_on_the_cpu(method: Method, ranks: int, dtype: torch.dtype) -> None:
+    vectors = torch.randn(ranks + 1, 1, 5003, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    turn = replace(Policy().turn(step=3, rank=1, size=ranks), voters=tuple(range(ranks)))
+    decisions = []
+    for messages in (vectors, vectors.cuda()):
+        out = torch.empty_like(messages[0])
+        at = replace(turn, previous=messages[-1] if method.rule.remembers else None)
+        method.rule.decide(list(messages[:-1]), out, at, 0)
+        decisions.append(out.cpu())
+    torch.testing.assert_close(decisions[1], decisions[0], rtol=1e-5, atol=1e-5)
