@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -21,6 +20,8 @@ from torch.optim import SGD
 import mpisign
 from mpisign import DistributedSignOptimizer, Method, methods
 from mpisign.policy import Policy
+
+from .needs import needs_gpu, needs_mpi
 
 pytestmark = [pytest.mark.usefixtures("world"), pytest.mark.filterwarnings("default")]
 
@@ -58,6 +59,7 @@ RANDOM = {
     "sparsign": mpisign.sparsign(0.5),
     "noisy_median": mpisign.noisy_median(0.5),
 }
+MARKS = {"sto_sign maximum": needs_mpi}
 AMONG_MANY = {
     "mean": mpisign.mean(),
     "median": mpisign.median(),
@@ -78,7 +80,6 @@ DTYPES = {
 }
 SHAPES = [(3, 5, 7), (64,), (), (0,), (1,), (33, 2), (40, 50)]
 
-needs_gpu = pytest.mark.skipif(not (torch.cuda.is_available() and find_spec("cupy")), reason="needs a GPU and CuPy")
 devices = pytest.mark.parametrize(
     "device", [pytest.param("cpu", id="shim", marks=needs_compiler), pytest.param("cuda", marks=needs_gpu)]
 )
@@ -132,7 +133,9 @@ def test_it_does_as_on_the_cpu(method: Method, dtypes: list[torch.dtype], device
 
 @devices
 @types
-@pytest.mark.parametrize("method", RANDOM.values(), ids=RANDOM)
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, id=name, marks=MARKS.get(name, ())) for name, method in RANDOM.items()]
+)
 def test_its_noise_can_be_repeated_and_follows_the_gradient(
     method: Method, dtypes: list[torch.dtype], device: str
 ) -> None:

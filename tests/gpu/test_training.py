@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -16,9 +14,10 @@ from torch.optim import SGD
 import mpisign
 from mpisign import DistributedSignOptimizer, Method
 
+from .needs import needs_gpu, needs_mpi
+
 pytestmark = [
-    pytest.mark.skipif(find_spec("cupy") is None, reason="needs CuPy"),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    needs_gpu,
     pytest.mark.usefixtures("world"),
     pytest.mark.filterwarnings("default"),  # what torch advises on some GPUs is no failure of ours
 ]
@@ -47,17 +46,6 @@ def votes(device: str, method: Method, **options: Any) -> list[list[torch.Tensor
         optimizer.step()
         seen.append([t.detach().cpu().clone() for p in tensors for t in (p, p.grad)])
     return seen
-
-
-def has_mpi() -> bool:
-    try:
-        importlib.import_module("mpi4py.MPI")
-    except (ImportError, RuntimeError):
-        return False
-    return True
-
-
-needs_mpi = pytest.mark.skipif(not has_mpi(), reason="needs MPI")
 
 
 @pytest.mark.parametrize("exchange", ["allgather", pytest.param("two_phase", marks=needs_mpi)])
@@ -148,14 +136,7 @@ def test_mixed_precision(dtype: torch.dtype, compiled: bool) -> None:
     assert learns(model, inputs, targets, step)
 
 
-def test_forward_and_backward_in_a_cuda_graph() -> None:
-    model, inputs, targets = regression()
-    optimizer = DistributedSignOptimizer(SGD(model.parameters(), lr=0.005), method=mpisign.signum())
-
-    def backward() -> None:
-        optimizer.zero_grad(set_to_none=False)
-        nn.functional.mse_loss(model(inputs), targets).backward()
-
+def recorded(backward: Step) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -164,12 +145,42 @@ def test_forward_and_backward_in_a_cuda_graph() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         backward()
+    return graph
+
+
+@pytest.mark.parametrize("amp", ["no scaler", "scaler", "unscaled before"])
+def test_forward_and_backward_in_a_cuda_graph(amp: str) -> None:
+    """Also after a replay with bad gradients: the step is skipped, and the graph's own tensors stay the gradients."""
+    model, inputs, targets = regression()
+    parameters, reachable = list(model.parameters()), targets.clone()
+    optimizer = DistributedSignOptimizer(SGD(parameters, lr=0.005), method=mpisign.signum())
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0, enabled=amp != "no scaler")
+
+    def backward() -> None:
+        optimizer.zero_grad(set_to_none=False)
+        scaler.scale(nn.functional.mse_loss(model(inputs), targets)).backward()
+
+    graph = recorded(backward)
+    gradients = [parameter.grad for parameter in parameters]
 
     def step() -> None:
         graph.replay()
-        optimizer.step()
+        if amp == "unscaled before":
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
 
+    step()
+    before = [parameter.detach().clone() for parameter in parameters]
+    targets.fill_(torch.inf)
+    step()
+    assert optimizer.report is not None
+    assert optimizer.report.skipped
+    assert all(torch.equal(p, value) for p, value in zip(parameters, before, strict=True))
+    targets.copy_(reachable)
     assert learns(model, inputs, targets, step)
+    assert not optimizer.report.skipped
+    assert all(p.grad is gradient for p, gradient in zip(parameters, gradients, strict=True))
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
