@@ -1,15 +1,23 @@
-"""benchmarks/bench_bitmap_gpu.py runs for real where there is a GPU, and says so where there is none."""
+"""benchmarks/bench_bitmap_gpu.py: for real on a GPU, and small on the host, where kernels are the shim's."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gpu_branch import gpu_branch, needs_compiler
 from mpirun import environment
+
+from mpisign.bitmap import kernels
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "bench_bitmap_gpu.py"
 
@@ -46,6 +54,27 @@ def test_what_only_decorates_need_not_be_installed() -> None:
     assert not shown.stderr
 
 
+@needs_compiler
+@pytest.mark.parametrize("misaligned", [False, True])
+def test_the_bitmaps_that_are_decided_start_where_the_report_says(
+    misaligned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the host, with the kernels in the shim."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    script, seen = importlib.import_module("bench_bitmap_gpu"), []
+    majority = script.cuda.majority
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(script.cuda, "majority", lambda ballots, *rest, **options: seen.extend(ballots))
+    contenders = script.deciders(1000, 5, cpu, script.Repeat(1, cpu))
+    contenders[misaligned].run()
+    assert {ballot.data_ptr() % 16 for ballot in seen} == ({0, 4, 8, 12} if misaligned else {0})
+    monkeypatch.setattr(script.cuda, "majority", majority)
+    with gpu_branch() as launches:
+        for contender in contenders:
+            contender.run()
+    assert launches == ["majority_3", "majority_3"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     done = bench()
@@ -61,7 +90,33 @@ def test_a_small_run_writes_a_report(tmp_path: Path) -> None:
     sizes = ["--elements", "1000003", "--ballots", "3", "--rounds", "2", "--warmup", "0", "--repeats", "2"]
     done = bench(*sizes, "--report", "--results", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    raw = json.loads(next(tmp_path.glob("*-bitmap-gpu.json")).read_text())
-    assert {"copy", "pack", "unpack", "majority of 3", "cupy.packbits"} <= {one["name"] for one in raw["contenders"]}
+    raw = check(tmp_path)
     assert raw["gpu"] == torch.cuda.get_device_name()
-    assert "share of copy" in next(tmp_path.glob("*-bitmap-gpu.md")).read_text()
+
+
+@needs_compiler
+def test_on_the_host_with_its_kernels_in_the_shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy has the functions of CuPy that are rivals."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    script = importlib.import_module("bench_bitmap_gpu")
+    monkeypatch.setattr(kernels, "import_cupy", lambda: np)
+    monkeypatch.setattr(kernels, "stream", lambda device: nullcontext())
+    monkeypatch.setattr(script, "resnet50_shapes", lambda: [(64, 3, 7, 7), (64,), (1000, 5)])
+    settings = argparse.Namespace(elements=50_003, ballots=3, repeats=1, rounds=2, warmup=0, report=True)
+    settings.results = tmp_path
+    with gpu_branch():
+        script.run(settings, torch.device("cpu"), "host")
+    raw = check(tmp_path)
+    words = -(-8 * 50_003 // 32)
+    moved = raw["bytes_moved_by_a_launch"]
+    assert moved["majority of 3"] == moved["majority of 3, misaligned"] == 4 * (3 + 1) * words
+    (target,) = [one for one in raw["targets"] if one["contender"] == "majority of 3"]
+    assert target["at_least"] == round(0.85 * 8 * 50_003 / moved["majority of 3"], 2)
+
+
+def check(results: Path) -> dict[str, Any]:
+    raw: dict[str, Any] = json.loads(next(results.glob("*-bitmap-gpu.json")).read_text())
+    names = {one["name"] for one in raw["contenders"]}
+    assert {"copy", "pack", "unpack", "majority of 3", "majority of 3, misaligned", "cupy.packbits"} <= names
+    assert "share of copy" in next(results.glob("*-bitmap-gpu.md")).read_text()
+    return raw
