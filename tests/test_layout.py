@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import oracle
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mpisign import GradientError, layout
+from mpisign import DistributedSignOptimizer, GradientError, layout
 from mpisign.codecs import Codec, Dense, SignBits
 from mpisign.layout import Layout
 
@@ -158,3 +160,20 @@ def test_the_fingerprint_notices_the_version_of_the_format(monkeypatch: pytest.M
 def test_parameters_that_cannot_be_voted_on(parameter: torch.Tensor, complaint: str) -> None:
     with pytest.raises(GradientError, match=f"'odd' .*{complaint}"):
         Layout([("fine", torch.zeros(3)), ("odd", parameter)], SignBits(), MANY)
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("major", [12, 13])
+def test_without_cupy_an_optimizer_of_cuda_parameters_names_what_to_install(
+    major: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it is made, rather than in the middle of the first step."""
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(torch.version, "cuda", f"{major}.0")
+    with FakeTensorMode():  # which has every device
+        parameter = torch.nn.Parameter(torch.zeros(3, device="cuda"))
+        sgd = torch.optim.SGD([parameter], lr=0.1)
+        with pytest.raises(
+            GradientError, match=f"CuPy, which cannot be imported .*pip install 'mpisign\\[cuda{major}\\]'"
+        ):
+            DistributedSignOptimizer(sgd)

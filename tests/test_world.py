@@ -54,6 +54,15 @@ def test_device() -> None:
     assert mpisign.device() == expected
 
 
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize(("local_rank", "index"), [(0, 0), (1, 1), (2, 0), (5, 1)])
+def test_ranks_share_the_devices_of_their_node(local_rank: int, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(current(), "local_rank", local_rank)
+    assert mpisign.device() == torch.device("cuda", index)
+
+
 @pytest.mark.usefixtures("outside")
 @pytest.mark.parametrize("function", NEEDS_RANKS, ids=lambda function: function.__name__)
 def test_before_init(function: Any) -> None:
