@@ -211,7 +211,7 @@ def _gpu(device: torch.device) -> Finding:
     try:
         name = torch.cuda.get_device_name(device)
     except RuntimeError as error:
-        return Finding(FAIL, "GPUs", f"{device}: {error}", "see that nvidia-smi works")
+        return Finding(FAIL, "GPUs", f"{device}: {str(error).splitlines()[0]}", "see that nvidia-smi works")
     return Finding(OK, "GPUs", f"{device}, of {torch.cuda.device_count()} here: {name}")
 
 

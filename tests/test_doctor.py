@@ -160,7 +160,7 @@ def test_gpus_that_torch_cannot_use(monkeypatch, tmp_path):
 
 def test_a_gpu_that_does_not_answer(monkeypatch):
     def broken(device: torch.device) -> str:
-        raise RuntimeError("CUDA error: unknown error")
+        raise RuntimeError("CUDA error: unknown error\nCUDA kernel errors might be ...")
 
     monkeypatch.setattr(torch.cuda, "get_device_name", broken)
     finding = doctor._gpu(torch.device("cuda", 1))
