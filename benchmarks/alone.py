@@ -28,7 +28,7 @@ def job() -> Iterator[MPI.Comm | None]:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError):  # mpi4py can be installed where MPI itself is not
-        alone = world.World(cast("MPI.Comm", _Myself()), 0, 1, None, None, 0, 1, 0, 1)
+        alone = world.World(cast("MPI.Comm", _Myself()), 0, 1, None, None, 0, 1, 0, 1, gpus=True)
         world._world = alone
         try:
             yield None

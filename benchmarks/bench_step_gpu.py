@@ -24,6 +24,7 @@ import mpisign
 from mpisign import DistributedSignOptimizer
 from mpisign.bitmap import kernels
 from mpisign.bitmap.host import words_for
+from mpisign.exchange.choose import CAP_MB, CAP_MB_OF_GPUS
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 SIGNUM, MEAN, FLOOR = "signum", "mean", "SGD alone"
 DEVICE_MS = HOST_MS = 0.3  # what all work of a synchronize() on the device, and in Python, may take
 STEPS = 20  # of which means are taken
-ONE_MESSAGE = 1024.0  # MiB
+SMALL_MESSAGES = f", messages of {CAP_MB:g} MiB"
 MARK = "the steps"
 
 WORDS = """\
@@ -43,7 +44,7 @@ each run, untimed.
 The parts are those of `synchronize()`, which is all the library does. *Device work* is the sum of all kernels and
 copies, as the profiler sees them. *From first to last*, by CUDA events, has the waits of the GPU for the host in it.
 *Host* is `synchronize()` on as many tensors of few elements in as many messages, by the clock: all that is not
-bandwidth. *One message* is `bucket_cap_mb={one:g}`."""
+bandwidth. Messages grow to {cap:g} MiB, the default where every rank has a GPU, if nothing else is said."""
 
 
 def main() -> None:
@@ -76,14 +77,14 @@ def run(args: argparse.Namespace, device: torch.device, gpu: str, comm: MPI.Comm
     ]
     times = measure(steps, args.rounds, args.warmup, comm)
     small = Model(list(resnet50_shapes(1, classes=10)), device)
-    cap = small.words / model.words  # of a bucket, in MiB: as many buckets as the model has with 1 MiB
+    share = small.words / model.words  # with so much less a message there are as many as the model has
     parts = {
         f"{method.name}{how}": take_apart(
-            model.synchronizer(method, args.exchange, larger),
-            small.synchronizer(method, args.exchange, cap * larger),
+            model.synchronizer(method, args.exchange, cap),
+            small.synchronizer(method, args.exchange, share * cap),
             device,
         )
-        for how, larger in (("", 1.0), (", one message", ONE_MESSAGE))
+        for how, cap in (("", CAP_MB_OF_GPUS), (SMALL_MESSAGES, CAP_MB))
         for method in (mpisign.signsgd(), mpisign.signum(momentum=0.9))
     }
     ranks = mpisign.size()
@@ -93,14 +94,14 @@ def run(args: argparse.Namespace, device: torch.device, gpu: str, comm: MPI.Comm
         "step-gpu" if ranks == 1 else f"step-gpu-{ranks}-ranks",
         f"An optimizer step on {model.elements:,} parameters in {len(model.parameters)} tensors, {ranks} rank(s) "
         f"on one {gpu}",
-        WORDS.format(one=ONE_MESSAGE),
+        WORDS.format(cap=CAP_MB_OF_GPUS),
         args,
         steps,
         times,
         [Target(SIGNUM, MEAN, 2.0)],
         [
             compare("Time of a step", times, [step.name for step in steps], [FLOOR, MEAN]),
-            promises(parts),
+            promises({name: part for name, part in parts.items() if not name.endswith(SMALL_MESSAGES)}),
             anatomy(parts),
             *([operations(parts)] if any(part.operations for part in parts.values()) else []),
         ],
@@ -138,7 +139,7 @@ class Model:
         what = f"`DistributedSignOptimizer(SGD(...), method=mpisign.{method.name}(...)).step()`"
         return Contender(method.name, what, at_rest(optimizer.step, self.device), self.restore)
 
-    def synchronizer(self, method: mpisign.Method, exchange: str, bucket_cap_mb: float = 1.0) -> Callable[[], None]:
+    def synchronizer(self, method: mpisign.Method, exchange: str, bucket_cap_mb: float) -> Callable[[], None]:
         """A ``synchronize()`` that may be called again at once."""
         optimizer = DistributedSignOptimizer(
             SGD(self.parameters, lr=0.0), method=method, exchange=exchange, bucket_cap_mb=bucket_cap_mb

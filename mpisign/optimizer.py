@@ -52,7 +52,7 @@ class DistributedSignOptimizer(Optimizer):
             stays; ``"positive"`` +1.
         exchange: ``"allgather"``, ``"two_phase"`` or ``"auto"``; all decide the same votes.
         seed: of coins and noise; the same on all ranks, another for each optimizer of a job.
-        bucket_cap_mb: a message is sent when it has grown to this many MiB.
+        bucket_cap_mb: a message is sent when it has grown to this many MiB; 1, or 16 where every rank has a GPU.
 
     Construction is not collective, but every rank must build the same; the first step checks it.
 
@@ -89,7 +89,7 @@ class DistributedSignOptimizer(Optimizer):
         ties: str = "coin",
         exchange: str = "auto",
         seed: int = 0,
-        bucket_cap_mb: float = 1.0,
+        bucket_cap_mb: float | None = None,
     ) -> None:
         method = signum() if method is None else method
         wrapping.check_wrappable(optimizer)
@@ -98,7 +98,8 @@ class DistributedSignOptimizer(Optimizer):
         if not isinstance(method, Method):
             raise OptionError(f"method={method!r} is not a Method: use one of mpisign's, e.g. mpisign.signum(0.9)")
         check_exchange(exchange, method)
-        check_positive("bucket_cap_mb", bucket_cap_mb)
+        if bucket_cap_mb is not None:
+            check_positive("bucket_cap_mb", bucket_cap_mb)
         self.wrapped = optimizer
         self.method = method
         self.policy = Policy(zeros, ties, seed)

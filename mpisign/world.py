@@ -46,13 +46,15 @@ class World(Channel):
     """This process's place in the job. Made by :func:`init`.
 
     ``comm``: a private duplicate; ``local_rank``, ``local_size``: among the ranks that share this node's
-    memory; ``node_rank``, ``num_nodes``: nodes are numbered by their lowest rank.
+    memory; ``node_rank``, ``num_nodes``: nodes are numbered by their lowest rank; ``gpus``: every rank has one that
+    torch can use.
     """
 
     local_rank: int
     local_size: int
     node_rank: int
     num_nodes: int
+    gpus: bool = False
     optimizers: int = 0  # how many have taken a number here
     process: int = field(default_factory=os.getpid)
     _previous_hook: Callable[..., Any] | None = field(default=None, repr=False)
@@ -116,7 +118,8 @@ def init(
     mine = comm.Dup()
     node = mine.Split_type(MPI.COMM_TYPE_SHARED)
     leader = node.bcast(mine.rank, root=0)
-    leaders = sorted(set(mine.allgather(leader)))
+    known, gpus = zip(*mine.allgather((leader, torch.cuda.is_available())), strict=True)
+    leaders = sorted(set(known))
     _world = World(
         comm=mine,
         rank=mine.rank,
@@ -125,6 +128,7 @@ def init(
         local_size=node.size,
         node_rank=leaders.index(leader),
         num_nodes=len(leaders),
+        gpus=all(gpus),
         stall_warning=stall_warning,
         stall_timeout=stall_timeout,
     )

@@ -93,8 +93,8 @@ def check(results: Path) -> None:
     assert launches == {
         "signsgd": signsgd,
         "signum": signum,
-        "signsgd, one message": signsgd,
-        "signum, one message": signum,
+        "signsgd, messages of 1 MiB": signsgd,
+        "signum, messages of 1 MiB": signum,
     }
     report = next(results.glob("*-step-gpu.md")).read_text()
     assert "| signum: launches to pack | 1 | 1 | met |" in report

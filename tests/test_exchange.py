@@ -14,7 +14,7 @@ import torch
 from mpisign import OptionError
 from mpisign.bitmap.ops import as_words
 from mpisign.codecs import Dense, SignBits
-from mpisign.exchange.choose import Exchange, check_exchange, choose
+from mpisign.exchange.choose import Exchange, cap_bytes, check_exchange, choose
 from mpisign.exchange.runs import decide_runs, runs_of
 from mpisign.layout import Bucket, Layout
 from mpisign.memory import Nothing
@@ -63,6 +63,13 @@ def test_auto_takes_two_phase_where_it_saves() -> None:
     assert chosen("auto", 3, large, up=1, down=2).name == "allgather", "3 planes back and forth against 2"
     # 4 ranks: 3 messages against 2 * 3/4, so 6 bytes saved a word; the second latency is worth 65536.
     assert [chosen("auto", 4, words).name for words in (10_922, 10_923)] == ["allgather", "two_phase"]
+
+
+@pytest.mark.usefixtures("world")
+def test_messages_grow_to_a_mebibyte_or_to_16_among_gpus() -> None:
+    for gpus, default in ((False, 1 << 20), (True, 16 << 20)):
+        world = dataclasses.replace(current(), gpus=gpus)
+        assert (cap_bytes(None, world), cap_bytes(2.5, world)) == (default, 2.5 * 2**20)
 
 
 @pytest.mark.usefixtures("world")

@@ -14,12 +14,15 @@ from mpisign.method import Method
 from mpisign.policy import check_choice
 from mpisign.world import World
 
-__all__ = ["CHOICES", "Exchange", "check_exchange", "choose", "shards_for"]
+__all__ = ["CHOICES", "Exchange", "cap_bytes", "check_exchange", "choose", "shards_for"]
 
 CHOICES = ("auto", "allgather", "two_phase")
 
 SECOND_PHASE_BYTES = 65536
 """What a second latency is worth: about 50 us at 10 Gbit/s."""
+
+CAP_MB, CAP_MB_OF_GPUS = 1.0, 16.0
+"""A GPU's host is busy with each message, by estimate, for as long as the copying of 2 or 3 MiB takes."""
 
 
 class Exchange(Protocol):
@@ -58,6 +61,12 @@ def check_exchange(option: str, method: Method) -> None:
             f"exchange='two_phase' sends a decision in the form of a message, but the {method.rule.name} of "
             f"{method.codec.name} messages has another: use exchange='allgather' (or 'auto', which takes it)"
         )
+
+
+def cap_bytes(bucket_cap_mb: float | None, world: World) -> float:
+    """To which size a message may grow, the same on all ranks; None for the default."""
+    default = CAP_MB_OF_GPUS if world.gpus else CAP_MB
+    return (default if bucket_cap_mb is None else bucket_cap_mb) * (1 << 20)
 
 
 def shards_for(option: str, method: Method, size: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter, is_
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -19,17 +19,8 @@ __all__ = ["Gradients"]
 _gradient, _dtype = attrgetter("grad"), attrgetter("dtype")
 
 
-def _looks_of(tensors: Sequence[Any]) -> tuple[object, ...] | None:
-    """Of which types and sizes they are, where, and how laid out; None if one is missing or has no strides."""
-    try:
-        return (
-            list(map(_dtype, tensors)),
-            list(map(torch.Tensor.numel, tensors)),
-            list(map(torch.Tensor.get_device, tensors)),
-            list(map(torch.Tensor.stride, tensors)),
-        )
-    except (AttributeError, RuntimeError):  # None; sparse
-        return None
+def _form(parameter: torch.Tensor) -> tuple[object, ...]:
+    return parameter.shape, parameter.dtype, parameter.device, parameter.stride()
 
 
 class Gradients:
@@ -41,18 +32,18 @@ class Gradients:
 
     def __init__(self, layout: Layout, rank: int) -> None:
         self._layout, self._rank = layout, rank
-        self._looks: tuple[object, ...] | None = None  # of the latest gradients, if there were all and they were fit
+        self._looks: tuple[object, ...] | None = None  # of the latest gradients, which were fit
         self._alike = False  # fits() has just seen that the gradients look so
-        self._located: Located | None = None  # those
-        self._parameters = self._parameters_now()
+        self._located: Located | None = None  # those, if there were all
+        self._forms = list(map(_form, layout.parameters))
 
     def fits(self, parameters: Sequence[torch.Tensor]) -> bool:
         """Whether these are the layout's parameters, and still look as they did when it was made."""
         kept = self._layout.parameters
         if len(kept) != len(parameters) or not all(map(is_, kept, parameters)):
             return False
-        self._alike = self._looks is not None and _looks_of(list(map(_gradient, kept))) == self._looks
-        return self._alike or self._parameters_now() == self._parameters
+        self._alike = self._looks is not None and self._look(list(map(_gradient, kept))) == self._looks
+        return self._alike or list(map(_form, kept)) == self._forms
 
     def read(self) -> list[torch.Tensor | None]:
         """By parameter, in wire order, or None. To be called after :meth:`fits`, with nothing in between.
@@ -63,7 +54,7 @@ class Gradients:
         gradients = list(map(_gradient, self._layout.parameters))
         if not self._alike:
             gradients = [self._fit(place, gradient) for place, gradient in enumerate(gradients)]
-            self._looks, self._located = _looks_of(gradients), None
+            self._looks, self._located = self._look(gradients), None
         return gradients
 
     def locate(self, gradients: Sequence[torch.Tensor | None]) -> Located:
@@ -83,8 +74,22 @@ class Gradients:
             for p, strides in zip(self._layout.parameters, self._layout.strides, strict=True)
         ]
 
-    def _parameters_now(self) -> list[tuple[object, ...]]:
-        return [(p.shape, p.dtype, p.device, p.stride()) for p in self._layout.parameters]
+    def _look(self, gradients: Sequence[torch.Tensor | None]) -> tuple[object, ...] | None:
+        """Of which types and sizes they are, where, and how laid out; None if one has no strides."""
+        present, absent = [gradient for gradient in gradients if gradient is not None], []
+        if len(present) < len(gradients):
+            parameters = zip(self._layout.parameters, gradients, strict=True)
+            absent = [(place, _form(p)) for place, (p, gradient) in enumerate(parameters) if gradient is None]
+        try:
+            return (
+                absent,
+                list(map(_dtype, present)),
+                list(map(torch.Tensor.numel, present)),
+                list(map(torch.Tensor.get_device, present)),
+                list(map(torch.Tensor.stride, present)),
+            )
+        except RuntimeError:  # sparse
+            return None
 
     def _fit(self, place: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
         if gradient is None:

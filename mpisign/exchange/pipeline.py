@@ -20,7 +20,7 @@ from mpisign.bitmap import ops
 from mpisign.bitmap.ops import Count, Flag
 from mpisign.errors import MpisignError, SynchronizationError
 from mpisign.exchange import header
-from mpisign.exchange.choose import Exchange, choose, shards_for
+from mpisign.exchange.choose import Exchange, cap_bytes, choose, shards_for
 from mpisign.exchange.decoder import Decoder
 from mpisign.exchange.encoder import Encoder
 from mpisign.exchange.gradients import Gradients
@@ -45,7 +45,7 @@ class Pipeline:
         named: (name, parameter) in registration order; all ranks must have the same.
         method, policy: what is sent and how it is decided.
         exchange: ``"auto"``, ``"allgather"`` or ``"two_phase"``.
-        bucket_cap_mb: a message leaves when it has grown to so many MiB.
+        bucket_cap_mb: a message leaves when it has grown to so many MiB; None for the default.
         store: where the memory's state is kept.
         world: the job.
         number: which of the job's optimizers this is, so that two alike are not mistaken for each other.
@@ -57,7 +57,7 @@ class Pipeline:
         method: Method,
         policy: Policy,
         exchange: str,
-        bucket_cap_mb: float,
+        bucket_cap_mb: float | None,
         store: MemoryStore,
         world: World,
         number: int,
@@ -66,7 +66,7 @@ class Pipeline:
         layout = Layout(
             named,
             method.codec,
-            bucket_cap_mb * (1 << 20),
+            cap_bytes(bucket_cap_mb, world),
             whole=not method.rule.shardable,
             shards=shards_for(exchange, method, world.size),
         )

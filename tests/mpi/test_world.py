@@ -40,6 +40,23 @@ def test_nodes_are_mpis_shared_memory_split(comm: MPI.Comm) -> None:
     node.Free()
 
 
+def test_messages_are_large_only_where_every_rank_has_a_gpu(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or else ranks would cut them differently."""
+    for without, messages in ((None, 1), (comm.size - 1, 2)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda without=without: comm.rank != without)
+        mpisign.shutdown()
+        mpisign.init()
+        tensors = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 8 * 2**20)]  # the second, of 1 MiB, goes first
+        optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD(tensors, lr=1.0), method=mpisign.signsgd())
+        tensors[0].grad = torch.ones_like(tensors[0])
+        optimizer.step()
+        assert optimizer.report is not None
+        assert len(optimizer.report.exchange) == messages
+        assert (tensors[0] == -1.0).all()
+    monkeypatch.undo()
+    mpisign.shutdown()
+
+
 def test_nobody_leaves_a_barrier_before_all_have_come(comm: MPI.Comm) -> None:
     time.sleep(0.05 * comm.rank)
     came = time.monotonic()  # one clock for all processes of a node
