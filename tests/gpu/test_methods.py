@@ -7,13 +7,10 @@ Without a GPU the shim runs the kernels; torch's own operations are the host's t
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from gpu_branch import gpu_branch, needs_compiler
 from torch import nn
 from torch.optim import SGD
 
@@ -21,7 +18,7 @@ import mpisign
 from mpisign import DistributedSignOptimizer, Method, methods
 from mpisign.policy import Policy
 
-from .needs import needs_gpu, needs_mpi
+from .needs import devices, kernels_on, needs_gpu, needs_mpi
 
 pytestmark = [pytest.mark.usefixtures("world"), pytest.mark.filterwarnings("default")]
 
@@ -80,16 +77,9 @@ DTYPES = {
 }
 SHAPES = [(3, 5, 7), (64,), (), (0,), (1,), (33, 2), (40, 50)]
 
-devices = pytest.mark.parametrize(
-    "device", [pytest.param("cpu", id="shim", marks=needs_compiler), pytest.param("cuda", marks=needs_gpu)]
-)
 types = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 
 Tensors = list[torch.Tensor]
-
-
-def kernels_on(device: str) -> AbstractContextManager[Any]:
-    return gpu_branch() if device == "cpu" else nullcontext()
 
 
 def train(method: Method, dtypes: list[torch.dtype], device: str = "cpu") -> tuple[list[Tensors], list[Tensors]]:

@@ -1,4 +1,7 @@
-"""Training on a real GPU, on a rank alone: the votes of the CPU, with all that users put around a step."""
+"""Training on a GPU, on a rank alone: the votes of the CPU, and all that users put around a step.
+
+The latter is tried without a GPU too, where the shim runs the kernels.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,9 @@ from torch.optim import SGD
 import mpisign
 from mpisign import DistributedSignOptimizer, Method
 
-from .needs import needs_gpu, needs_mpi
+from .needs import devices, kernels_on, needs_gpu, needs_mpi
 
 pytestmark = [
-    needs_gpu,
     pytest.mark.usefixtures("world"),
     pytest.mark.filterwarnings("default"),  # what torch advises on some GPUs is no failure of ours
 ]
@@ -48,6 +50,7 @@ def votes(device: str, method: Method, **options: Any) -> list[list[torch.Tensor
     return seen
 
 
+@needs_gpu
 @pytest.mark.parametrize("exchange", ["allgather", pytest.param("two_phase", marks=needs_mpi)])
 @pytest.mark.parametrize("zeros", ["coin", "abstain", "positive"])
 @pytest.mark.parametrize("method", METHODS, ids=str)
@@ -57,6 +60,7 @@ def test_it_votes_as_on_the_cpu(method: Method, zeros: str, exchange: str) -> No
         assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
 
 
+@needs_gpu
 def test_steps_on_changing_streams_follow_each_other() -> None:
     """Buffers are zeroed, filled and read on whichever stream is current, and none may overtake another."""
     parameter = nn.Parameter(torch.zeros(1_000_000, device="cuda"))
@@ -73,6 +77,7 @@ def test_steps_on_changing_streams_follow_each_other() -> None:
         optimizer.zero_grad()
 
 
+@needs_gpu
 def test_a_step_on_a_side_stream_that_is_far_behind() -> None:
     """A gradient that arrives late must be the one that is voted on."""
     parameter = nn.Parameter(torch.zeros(20_000, device="cuda"))
@@ -87,11 +92,11 @@ def test_a_step_on_a_side_stream_that_is_far_behind() -> None:
     assert (parameter == 0.25).all()
 
 
-def regression(compiled: bool = False) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+def regression(device: str, compiled: bool = False) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """A model, inputs, and targets that it can reach."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 1)).cuda()
-    inputs = torch.randn(256, 16, device="cuda")
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 1)).to(device)
+    inputs = torch.randn(256, 16, device=device)
     return torch.compile(model) if compiled else model, inputs, inputs.sum(1, keepdim=True)
 
 
@@ -107,36 +112,61 @@ def learns(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, step: 
 
 
 @functools.cache
-def no_compiler() -> str:
+def no_compiler(device: str) -> str:
     """What keeps torch.compile from working here at all (it wants a C compiler and Python's headers), or nothing."""
     try:
-        torch.compile(lambda x: x + 1)(torch.ones(1, device="cuda"))
+        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
     except Exception as error:  # of torch or of any of the compilers that it calls
         return f"{type(error).__name__}: {error}".partition("\n")[0]
     return ""
 
 
+@devices
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_mixed_precision(dtype: torch.dtype, compiled: bool) -> None:
-    if compiled and no_compiler():
-        pytest.skip(f"torch.compile does not work here: {no_compiler()}")
-    model, inputs, targets = regression(compiled)
-    optimizer = DistributedSignOptimizer(SGD(model.parameters(), lr=0.005), method=mpisign.signum())
-    scaler = torch.amp.GradScaler("cuda", enabled=dtype is torch.float16)
+def test_mixed_precision(dtype: torch.dtype, compiled: bool, device: str) -> None:
+    if compiled and no_compiler(device):
+        pytest.skip(f"torch.compile does not work here: {no_compiler(device)}")
+    model, inputs, targets = regression(device, compiled)
+    with kernels_on(device):
+        optimizer = DistributedSignOptimizer(SGD(model.parameters(), lr=0.005), method=mpisign.signum())
+        scaler = torch.amp.GradScaler(device, enabled=dtype is torch.float16)
 
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast("cuda", dtype):
-            loss = nn.functional.mse_loss(model(inputs), targets)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        def step() -> None:
+            optimizer.zero_grad()
+            with torch.autocast(device, dtype):
+                loss = nn.functional.mse_loss(model(inputs), targets)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
 
-    assert learns(model, inputs, targets, step)
+        assert learns(model, inputs, targets, step)
 
 
-def recorded(backward: Step) -> torch.cuda.CUDAGraph:
+class Imitation:
+    """Of a CUDA graph: a replay writes into the tensors that were the gradients at the beginning."""
+
+    def __init__(self, parameters: list[nn.Parameter], loss: Callable[[], torch.Tensor]) -> None:
+        self._parameters, self._loss = parameters, loss
+        self._gradients = torch.autograd.grad(loss(), parameters)
+        for parameter, gradient in zip(parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+
+    def replay(self) -> None:
+        torch._foreach_copy_(self._gradients, torch.autograd.grad(self._loss(), self._parameters))
+
+
+def recorded(parameters: list[nn.Parameter], loss: Callable[[], torch.Tensor], device: str) -> Any:
+    """Forward and backward as a CUDA graph, or on the CPU as its imitation."""
+    if device == "cpu":
+        return Imitation(parameters, loss)
+
+    def backward() -> None:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        loss().backward()
+
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -148,41 +178,39 @@ def recorded(backward: Step) -> torch.cuda.CUDAGraph:
     return graph
 
 
+@devices
 @pytest.mark.parametrize("amp", ["no scaler", "scaler", "unscaled before"])
-def test_forward_and_backward_in_a_cuda_graph(amp: str) -> None:
+def test_forward_and_backward_in_a_cuda_graph(amp: str, device: str) -> None:
     """Also after a replay with bad gradients: the step is skipped, and the graph's own tensors stay the gradients."""
-    model, inputs, targets = regression()
+    model, inputs, targets = regression(device)
     parameters, reachable = list(model.parameters()), targets.clone()
-    optimizer = DistributedSignOptimizer(SGD(parameters, lr=0.005), method=mpisign.signum())
-    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0, enabled=amp != "no scaler")
-
-    def backward() -> None:
-        optimizer.zero_grad(set_to_none=False)
-        scaler.scale(nn.functional.mse_loss(model(inputs), targets)).backward()
-
-    graph = recorded(backward)
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=amp != "no scaler")
+    graph = recorded(parameters, lambda: scaler.scale(nn.functional.mse_loss(model(inputs), targets)), device)
     gradients = [parameter.grad for parameter in parameters]
+    with kernels_on(device):
+        optimizer = DistributedSignOptimizer(SGD(parameters, lr=0.005), method=mpisign.signum())
 
-    def step() -> None:
-        graph.replay()
-        if amp == "unscaled before":
-            scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        scaler.update()
+        def step() -> None:
+            graph.replay()
+            if amp == "unscaled before":
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
 
-    step()
-    before = [parameter.detach().clone() for parameter in parameters]
-    targets.fill_(torch.inf)
-    step()
-    assert optimizer.report is not None
-    assert optimizer.report.skipped
-    assert all(torch.equal(p, value) for p, value in zip(parameters, before, strict=True))
-    targets.copy_(reachable)
-    assert learns(model, inputs, targets, step)
-    assert not optimizer.report.skipped
+        step()
+        before = [parameter.detach().clone() for parameter in parameters]
+        targets.fill_(torch.inf)
+        step()
+        assert optimizer.report is not None
+        assert optimizer.report.skipped
+        assert all(torch.equal(p, value) for p, value in zip(parameters, before, strict=True))
+        targets.copy_(reachable)
+        assert learns(model, inputs, targets, step)
+        assert not optimizer.report.skipped
     assert all(p.grad is gradient for p, gradient in zip(parameters, gradients, strict=True))
 
 
+@needs_gpu
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_steady_step_takes_no_more_memory(method: Method) -> None:
     import cupy
