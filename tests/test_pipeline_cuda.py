@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from gpu_branch import gpu_branch, needs_compiler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpisign
 from mpisign import DistributedSignOptimizer, Method
 from mpisign.bitmap import kernels
+from mpisign.memory import Momentum
+from mpisign.memory.memory import State
+from mpisign.policy import Turn
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("world")]
 
@@ -128,6 +132,22 @@ def test_gradients_of_another_type(method: Method, of_parameter: torch.dtype, of
             optimizer.step()
     assert all(tensor.tolist() == [-2.0, 2.0, -2.0] for tensor in tensors)
     assert launches.count("unpack_many") == 2
+
+
+@dataclass(frozen=True)
+class Average(Momentum):
+    """A memory of one's own, which the kernel knows by its betas."""
+
+    fields = ("average",)
+
+    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
+        return state["average"].lerp_(gradient, 1.0 - self.beta)
+
+
+def test_a_memory_of_ones_own() -> None:
+    method = replace(mpisign.signum(), memory=Average(0.75))
+    seen = assert_same(method, [draw(step) for step in range(3)])
+    assert {key for _, key in seen[-1][2]} == {"average"}
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)

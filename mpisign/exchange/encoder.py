@@ -211,8 +211,9 @@ class Encoder:
         momenta = self._momenta
         if momenta is None:
             present = set(range(len(self._order)) if located.places is None else located.places)
+            (field,) = self._method.memory.fields
             momenta = locate(
-                [self.state(index)["momentum"] if place in present else None for place, index in enumerate(self._order)]
+                [self.state(index)[field] if place in present else None for place, index in enumerate(self._order)]
             )
             self._momenta = momenta if momenta.places is None else None
         return batch.pack_momentum(located, momenta, betas, unscale=self._unscale, zeros=zeros, key=turn.zeros_key)
