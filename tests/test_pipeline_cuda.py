@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mpisign
 from mpisign import DistributedSignOptimizer, Method
 from mpisign.bitmap import kernels
-from mpisign.memory import Momentum
+from mpisign.memory import Memory, Momentum
 from mpisign.memory.memory import State
 from mpisign.policy import Turn
 
@@ -135,19 +135,33 @@ def test_gradients_of_another_type(method: Method, of_parameter: torch.dtype, of
 
 
 @dataclass(frozen=True)
-class Average(Momentum):
+class Average(Memory):
     """A memory of one's own, which the kernel knows by its betas."""
 
     fields = ("average",)
+    betas = (0.75, 0.75)
 
     def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
-        return state["average"].lerp_(gradient, 1.0 - self.beta)
+        return state["average"].lerp_(gradient, 0.25)
 
 
-def test_a_memory_of_ones_own() -> None:
-    method = replace(mpisign.signum(), memory=Average(0.75))
-    seen = assert_same(method, [draw(step) for step in range(3)])
-    assert {key for _, key in seen[-1][2]} == {"average"}
+@dataclass(frozen=True)
+class Opposite(Momentum):
+    """One that does something else than the betas it inherits say."""
+
+    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
+        return state["momentum"].lerp_(-gradient, 1.0 - self.beta)
+
+
+@pytest.mark.parametrize(("memory", "in_one_launch"), [(Average(), True), (Opposite(0.75), False)], ids=str)
+def test_a_memory_of_ones_own(memory: Memory, in_one_launch: bool) -> None:
+    method = replace(mpisign.signum(), memory=memory)
+    assert_same(method, [draw(step) for step in range(3)])
+    with gpu_branch() as launches:
+        tensors, optimizer = many_small(method, 3)
+        ones(tensors)
+        optimizer.step()
+    assert ("pack_momentum" in launches) == in_one_launch
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
