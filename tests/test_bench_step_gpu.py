@@ -72,6 +72,7 @@ def test_on_the_host_with_its_kernels_in_the_shim(mpi: bool, tmp_path: Path, mon
     monkeypatch.syspath_prepend(BENCHMARKS)
     script, alone = importlib.import_module("bench_step_gpu"), importlib.import_module("alone")
     pool = SimpleNamespace(total_bytes=lambda: 0)
+    monkeypatch.setattr(script, "STEPS", 3)
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"allocation.all.allocated": 7})
     if not mpi:
