@@ -118,7 +118,7 @@ def init(
     mine = comm.Dup()
     node = mine.Split_type(MPI.COMM_TYPE_SHARED)
     leader = node.bcast(mine.rank, root=0)
-    known, gpus = zip(*mine.allgather((leader, torch.cuda.is_available())), strict=True)
+    known, gpus = zip(*mine.allgather((leader, _has_gpu())), strict=True)
     leaders = sorted(set(known))
     _world = World(
         comm=mine,
@@ -137,6 +137,19 @@ def init(
         _world._previous_hook = sys.excepthook
         sys.excepthook = _abort_on_exception
     atexit.register(shutdown)
+
+
+def _has_gpu() -> bool:
+    """Whether torch can use one. NVML knows; CUDA, once asked, heeds no CUDA_VISIBLE_DEVICES and survives no fork."""
+    variable = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        return torch.cuda.is_available()
+    finally:
+        os.environ.pop(variable)
+        if before is not None:
+            os.environ[variable] = before
 
 
 def shutdown() -> None:

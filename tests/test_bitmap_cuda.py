@@ -159,7 +159,7 @@ def test_a_batch_refuses_tensors_of_other_sizes_and_numbers() -> None:
 def test_a_gradient_needs_a_momentum_of_its_size_and_precision() -> None:
     batch = Batch([3, 4], [words(0), words(0)])
     gradients = [torch.ones(3), torch.ones(4)]
-    for other in (None, torch.ones(4, dtype=torch.float64)):
+    for other in (None, None, torch.ones(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)):
         with pytest.raises(ValueError, match="a gradient has no momentum, or one of another precision"):
             batch.pack_momentum(gradients, [torch.ones(3), other], (0.9, 0.9))
     with pytest.raises(ValueError, match="a tensor of 3 elements stands where the batch has 4"):

@@ -545,13 +545,34 @@ def test_a_parameter_may_change_its_layout_between_steps(method: mpisign.Method)
         if step == 2:
             turned.data = turned.data.contiguous(memory_format=torch.channels_last)
         for parameter, optimizer in zip((still, turned), optimizers, strict=True):
-            parameter.grad = torch.empty_like(parameter).copy_(gradient)  # laid out as backward does it
+            parameter.grad = gradient.clone()
             optimizer.step()
         assert torch.equal(still, turned)
         if method.memory.fields:
             one, other = map(momentum_of, optimizers)
             assert torch.equal(one, other)
             assert other.stride() == turned.stride()
+
+
+@methods
+def test_a_parameter_may_change_its_layout_under_its_gradient(method: mpisign.Method) -> None:
+    """The gradient's own memory stays, as after ``zero_grad(set_to_none=False)`` or a step that was skipped."""
+    shape = (4, 3, 2, 5)
+    still, turned = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    optimizers = [DistributedSignOptimizer(SGD([p], lr=1.0), method=method) for p in (still, turned)]
+    for parameter in (still, turned):
+        parameter.grad = torch.zeros(shape)
+    for step in range(3):
+        if step == 1:
+            turned.data = turned.data.contiguous(memory_format=torch.channels_last)
+        for parameter, optimizer in zip((still, turned), optimizers, strict=True):
+            drawn = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+            parameter.grad.copy_(drawn if step else drawn.fill_(torch.inf))
+            optimizer.step()
+        assert torch.equal(still, turned)
+    if method.memory.fields:
+        one, other = map(momentum_of, optimizers)
+        assert torch.equal(one, other)
 
 
 @methods

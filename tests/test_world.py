@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -61,6 +62,21 @@ def test_ranks_share_the_devices_of_their_node(local_rank: int, index: int, monk
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(current(), "local_rank", local_rank)
     assert mpisign.device() == torch.device("cuda", index)
+
+
+@pytest.mark.usefixtures("outside")
+@pytest.mark.parametrize("before", [None, "0"])
+def test_joining_does_not_start_cuda(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script may still set CUDA_VISIBLE_DEVICES by its local rank, and fork."""
+    variable, seen = "PYTORCH_NVML_BASED_CUDA_CHECK", []
+    if before is None:
+        monkeypatch.delenv(variable, raising=False)
+    else:
+        monkeypatch.setenv(variable, before)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(seen.append(os.environ[variable])))
+    mpisign.init()
+    assert seen == ["1"]
+    assert os.environ.get(variable) == before
 
 
 @pytest.mark.usefixtures("outside")

@@ -121,6 +121,7 @@ class Batch:
         self._jobs = torch.from_numpy(all_jobs.view(np.uint8)).to(self._device)
         self._values = _Table(elements, kernels.TENSORS)
         self._gradients, self._momenta = (_Table(elements, kernels.HALF_TENSORS) for _ in range(2))
+        self._suited = False  # the latest momenta to the latest gradients
 
     def pack(
         self,
@@ -169,12 +170,16 @@ class Batch:
         Returns:
             As :meth:`pack`.
         """
-        news = [self._gradients.write(gradients), self._momenta.write(momenta)]
-        if any(news) and not self._gradients.suit(self._momenta):
+        tables, news = (self._gradients, self._momenta), not self._suited
+        self._suited = False
+        for table, tensors in zip(tables, (gradients, momenta), strict=True):
+            news |= table.write(tensors)
+        if news and not self._gradients.suit(self._momenta):
             raise ValueError("a gradient has no momentum, or one of another precision")
+        self._suited = True
         finite = self._finite.fill_(True) if finite is None else finite
         rates = [np.float64(unscale), *(np.float64(1.0 - beta) for beta in betas)]
-        self._launch("pack_momentum", [self._gradients, self._momenta], [*rates, *_packing(zeros, key, finite)])
+        self._launch("pack_momentum", tables, [*rates, *_packing(zeros, key, finite)])
         return finite
 
     def unpack(self, outs: Sequence[Tensor | None] | Located) -> None:

@@ -180,9 +180,8 @@ class Encoder:
             return memory(self._widened(g, state), state, self._result(g, state), turn, first_word), True
         if not state and self._unscale == 1.0:  # nothing to protect: the codec's own check is enough
             return memory(g, state, self._result(g, state), turn, first_word), True
-        finite = bool(ops.all_finite(g)) if state else True
         wide = self._widened(g, state)
-        if finite:
+        if not state or bool(ops.all_finite(wide)):
             return memory(wide, state, self._result(g, state), turn, first_word), True
         bad = ~torch.isfinite(wide)
         kept = {key: value[bad] for key, value in state.items()}

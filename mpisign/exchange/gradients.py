@@ -27,7 +27,7 @@ class Gradients:
     """Reads ``p.grad`` on one rank.
 
     A model on a GPU has hundreds of tensors, and to look closely at one takes a microsecond. So it is done only if the
-    gradients do not look like those of the step before. If they do, so do the parameters.
+    gradients do not look like those of the step before.
     """
 
     def __init__(self, layout: Layout, rank: int) -> None:
@@ -36,14 +36,20 @@ class Gradients:
         self._alike = False  # fits() has just seen that the gradients look so
         self._located: Located | None = None  # those, if there were all
         self._forms = list(map(_form, layout.parameters))
+        self._held: tuple[list[int], list[tuple[int, ...]]] = [], []  # addresses and strides of parameters of that form
 
     def fits(self, parameters: Sequence[torch.Tensor]) -> bool:
         """Whether these are the layout's parameters, and still look as they did when it was made."""
         kept = self._layout.parameters
         if len(kept) != len(parameters) or not all(map(is_, kept, parameters)):
             return False
+        held = list(map(torch.Tensor.data_ptr, parameters)), list(map(torch.Tensor.stride, parameters))
+        if held != self._held:  # new, or given other data by their owner
+            if list(map(_form, parameters)) != self._forms:
+                return False
+            self._held = held
         self._alike = self._looks is not None and self._look(list(map(_gradient, kept))) == self._looks
-        return self._alike or list(map(_form, kept)) == self._forms
+        return True
 
     def read(self) -> list[torch.Tensor | None]:
         """By parameter, in wire order, or None. To be called after :meth:`fits`, with nothing in between.
