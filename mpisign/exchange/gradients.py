@@ -23,6 +23,21 @@ def _form(parameter: torch.Tensor) -> tuple[object, ...]:
     return parameter.shape, parameter.dtype, parameter.device, parameter.stride()
 
 
+def _look(gradients: Sequence[torch.Tensor | None]) -> tuple[object, ...] | None:
+    """Which there are, of which types and sizes, where, and how laid out; None if one has no strides."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    try:
+        return (
+            [gradient is None for gradient in gradients],
+            list(map(_dtype, present)),
+            list(map(torch.Tensor.numel, present)),
+            list(map(torch.Tensor.get_device, present)),
+            list(map(torch.Tensor.stride, present)),
+        )
+    except RuntimeError:  # sparse
+        return None
+
+
 class Gradients:
     """Reads ``p.grad`` on one rank.
 
@@ -48,7 +63,7 @@ class Gradients:
             if list(map(_form, parameters)) != self._forms:
                 return False
             self._held = held
-        self._alike = self._looks is not None and self._look(list(map(_gradient, kept))) == self._looks
+        self._alike = self._looks is not None and _look(list(map(_gradient, kept))) == self._looks
         return True
 
     def read(self) -> list[torch.Tensor | None]:
@@ -60,7 +75,7 @@ class Gradients:
         gradients = list(map(_gradient, self._layout.parameters))
         if not self._alike:
             gradients = [self._fit(place, gradient) for place, gradient in enumerate(gradients)]
-            self._looks, self._located = self._look(gradients), None
+            self._looks, self._located = _look(gradients), None
         return gradients
 
     def locate(self, gradients: Sequence[torch.Tensor | None]) -> Located:
@@ -79,23 +94,6 @@ class Gradients:
             p.detach() if is_laid_as(p, strides) else p.detach().contiguous()
             for p, strides in zip(self._layout.parameters, self._layout.strides, strict=True)
         ]
-
-    def _look(self, gradients: Sequence[torch.Tensor | None]) -> tuple[object, ...] | None:
-        """Of which types and sizes they are, where, and how laid out; None if one has no strides."""
-        present, absent = [gradient for gradient in gradients if gradient is not None], []
-        if len(present) < len(gradients):
-            parameters = zip(self._layout.parameters, gradients, strict=True)
-            absent = [(place, _form(p)) for place, (p, gradient) in enumerate(parameters) if gradient is None]
-        try:
-            return (
-                absent,
-                list(map(_dtype, present)),
-                list(map(torch.Tensor.numel, present)),
-                list(map(torch.Tensor.get_device, present)),
-                list(map(torch.Tensor.stride, present)),
-            )
-        except RuntimeError:  # sparse
-            return None
 
     def _fit(self, place: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
         if gradient is None:
