@@ -97,7 +97,7 @@ class BitExchange:
     def __init__(self, option: str, elements: int, bucket_bytes: int) -> None:
         self.world, method = current(), mpisign.signsgd()
         self.rule = method.rule
-        self.turn = Policy().turn(step=0, rank=self.world.rank)
+        self.context = Policy().context(step=0, rank=self.world.rank)
         words, cap = host.words_for(elements), max(1, bucket_bytes // 4)
         self.starts = list(range(0, words, cap))
         self.exchanges: list[Exchange] = [
@@ -122,7 +122,7 @@ class BitExchange:
 
     def _decider(self, first_word: int) -> Callable[[Sequence[torch.Tensor], torch.Tensor, int], None]:
         def decide(messages: Sequence[torch.Tensor], out: torch.Tensor, start: int) -> None:
-            self.rule.decide(messages, out, self.turn, first_word + start)
+            self.rule.decide(messages, out, self.context, first_word + start)
 
         return decide
 

@@ -170,12 +170,12 @@ class Work:
     def run(self) -> None:
         gradients = [parameter.grad for parameter in self._model.parameters]
         voters = [(0,)] * len(gradients)
-        turn, finite = self._encoder.begin(gradients, Policy().turn(self._step, 0), 1.0)
-        flags = self._encoder.encode(self._layout.buckets, gradients, turn)
+        context, finite = self._encoder.begin(gradients, Policy().context(self._step, 0), 1.0)
+        flags = self._encoder.encode(self._layout.buckets, gradients, context)
         if not (finite and all(flags)):
             raise RuntimeError(f"{self.case.name} has made values that are not finite")
         self._encoder.sent(gradients, voters, 0)
-        self._decoder.decode(self._layout.buckets, gradients, voters, turn)
+        self._decoder.decode(self._layout.buckets, gradients, voters, context)
 
 
 def selectors(values: torch.Tensor) -> list[Contender]:

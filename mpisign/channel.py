@@ -83,7 +83,7 @@ class Channel:
 
         Args:
             request: a nonblocking MPI operation.
-            what: step and phase for the message, e.g. ``"step 17, roll call"``.
+            what: step and phase for the message, e.g. ``"step 17, handshake"``.
             missing: says, if it can be told, whom this rank waits for.
         """
         began = time.monotonic()

@@ -16,10 +16,10 @@ from mpisign.memory import (
     ClippedNoise,
     ErrorFeedback,
     GaussianNoise,
+    Identity,
     LionMomentum,
     Memory,
     Momentum,
-    Nothing,
     OneBitAdam,
     SparseSign,
     StochasticSign,
@@ -63,7 +63,7 @@ def signsgd() -> Method:
 
     Bernstein et al., "signSGD with Majority Vote is Communication Efficient and Fault Tolerant", 2018, Alg. 1.
     """
-    return Method(Nothing(), SignBits(), MajorityVote(), "signsgd")
+    return Method(Identity(), SignBits(), MajorityVote(), "signsgd")
 
 
 def signum(momentum: float = 0.9) -> Method:
@@ -282,11 +282,11 @@ def dgc(
 
 def mean() -> Method:
     """The full-precision baseline: the mean of the gradients in fp32, as any data-parallel training does."""
-    return Method(Nothing(), Dense(), Mean(), "mean")
+    return Method(Identity(), Dense(), Mean(), "mean")
 
 
 def _remembering(momentum: float) -> Memory:
-    return Momentum(momentum) if momentum else Nothing()
+    return Momentum(momentum) if momentum else Identity()
 
 
 def median(momentum: float = 0.9) -> Method:
@@ -341,7 +341,7 @@ def monna(f: int, momentum: float = 0.99) -> Method:
     """MoNNA: each rank steps on its own momentum, then averages its **parameters** with those nearest to its own.
 
     Replicas differ, within the honest ranks' spread; nobody decides for all. Robust to f hostile ranks, without a
-    counting officer. ``check_consistency`` compares no values, ``synchronize`` and ``join`` do not apply.
+    shard owner. ``check_consistency`` compares no values, ``synchronize`` and ``join`` do not apply.
 
     Farhadkhani et al., "Robust Collaborative Learning with Linear Gradient Overhead", 2022, Algorithm 1.
     """

@@ -159,8 +159,8 @@ class DistributedSignOptimizer(Optimizer):
             wrapping.warn_of_epochs(self.method)
             self._epoch = 0
         pipeline = self._prepare()
-        excuse, unscale = wrapping.scaler_says(self)
-        self.report = pipeline.run(self._exchanges, excuse, unscale)
+        abstention, unscale = wrapping.scaler_says(self)
+        self.report = pipeline.run(self._exchanges, abstention, unscale)
         self._exchanges += 1
         self._synchronized = True
         if len(pipeline.layout.parameters) < len(parameters := self._parameters()):
@@ -213,8 +213,8 @@ class DistributedSignOptimizer(Optimizer):
     def _step_and_mix(self) -> None:
         """A step on this rank's own gradient, unless it is not finite, and then the exchange of models."""
         pipeline = self._prepare()
-        excuse, unscale = wrapping.scaler_says(self)
-        if excuse == header.VOTES and pipeline.take_in(self._exchanges, unscale):
+        abstention, unscale = wrapping.scaler_says(self)
+        if abstention == header.VOTES and pipeline.local_update(self._exchanges, unscale):
             self.wrapped.step()
         self.report = pipeline.run(self._exchanges)
         self._exchanges += 1
@@ -250,13 +250,13 @@ class DistributedSignOptimizer(Optimizer):
         """
         joined_for = 0
         while True:
-            roll, report = self._prepare().sit_out(self._exchanges, joined_for)
-            if roll.all_joined:
+            handshake, report = self._prepare().sit_out(self._exchanges, joined_for)
+            if handshake.all_joined:
                 break
             self.report = report
             self._exchanges += 1
             joined_for += 1
-        waits = [steps for steps in roll.joined_for if steps is not None]
+        waits = [steps for steps in handshake.joined_for if steps is not None]
         last = waits.index(min(waits))
         if max(waits) > min(waits):
             named = [(str(place), p) for place, p in enumerate(self._parameters())]

@@ -12,7 +12,7 @@ import torch
 from mpisign.bitmap.coin import TIES, coin_key, noise_stream, zeros_stream
 from mpisign.errors import OptionError
 
-__all__ = ["Policy", "Turn", "check_choice", "check_positive"]
+__all__ = ["Policy", "StepContext", "check_choice", "check_positive"]
 
 ZEROS = ("coin", "abstain", "positive")
 TIE_RULES = ("coin", "zero", "positive")
@@ -46,25 +46,32 @@ class Policy:
             raise OptionError(f"seed={self.seed!r} must be an integer")
         object.__setattr__(self, "seed", int(self.seed))  # ranks compare the repr, and np.int64(3) has another
 
-    def turn(self, step: int, rank: int, size: int = 1, secret: str = "") -> Turn:
-        """This step on this rank of ``size``, with its coins; ``secret`` is mixed into its noise."""
-        return Turn(
+    def context(
+        self, step: int, rank: int, size: int = 1, secret: str = "", identity: int | None = None
+    ) -> StepContext:
+        """This step on this rank of ``size``, with its coins; ``secret`` is mixed into its noise.
+
+        Coins and noise are keyed by ``identity``, which outlives a change of numbers; None: it is the rank.
+        """
+        identity = rank if identity is None else identity
+        return StepContext(
             self,
             step,
             rank,
             size,
-            zeros_key=coin_key(self.seed, step, zeros_stream(rank)),
+            zeros_key=coin_key(self.seed, step, zeros_stream(identity)),
             ties_key=coin_key(self.seed, step, TIES),
             secret=secret,
+            identity=identity,
         )
 
 
 @dataclass(frozen=True)
-class Turn:
+class StepContext:
     """One step on one rank: what memories, codecs and rules may depend on besides the values.
 
     Attributes:
-        step: number of the exchange; ``rank`` of ``size``: who we are.
+        step: number of the exchange; ``rank`` of ``size``: who we are now; ``identity``: who we are for good.
         zeros_key, ties_key: keys of the coins; the first is this rank's own, the second everybody's.
         secret: what only this rank knows, in hexadecimal, if its noise shall be private; else empty.
         voters: the ranks whose messages a rule is given, in their order.
@@ -80,6 +87,7 @@ class Turn:
     zeros_key: int
     ties_key: int
     secret: str = ""
+    identity: int = 0
     voters: tuple[int, ...] = ()
     prepared: Any = None
     previous: torch.Tensor | None = None
@@ -90,7 +98,7 @@ class Turn:
 
         64 bits; with a secret 128, from which neither it nor another key can be computed.
         """
-        key = coin_key(coin_key(self.policy.seed, self.step, noise_stream(self.rank)), first_word, 0)
+        key = coin_key(coin_key(self.policy.seed, self.step, noise_stream(self.identity)), first_word, 0)
         if not self.secret:
             return key
         digest = hashlib.blake2b(key.to_bytes(8, "little"), key=bytes.fromhex(self.secret), digest_size=16)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import mpisign
 from mpisign.codecs import TopK
-from mpisign.memory import Nothing
+from mpisign.memory import Identity
 from mpisign.rules import Mean
 
 EXAMPLES = """\
@@ -424,7 +424,7 @@ def beznosikov() -> Counterexample:
         runs=[
             Run(
                 "top-1, nothing fed back",
-                mpisign.Method(Nothing(), TopK(kept), Mean(), "naive"),
+                mpisign.Method(Identity(), TopK(kept), Mean(), "naive"),
                 "=",
                 so_far(f * growth ** (2 * t)),
             ),

@@ -40,7 +40,7 @@ def test_sign_bits_encode_the_ballot_of_this_rank(policy: Policy, dtype: torch.d
     codec = SignBits()
     values = some_values(n, dtype)
     message = torch.full((codec.planes_up(policy), codec.length(n)), 0x25A5A5A5, dtype=codec.wire_dtype(dtype))
-    assert codec.encode(values, message, policy.turn(STEP, RANK), FIRST_WORD)
+    assert codec.encode(values, message, policy.context(STEP, RANK), FIRST_WORD)
     key = oracle.coin_key(policy.seed, STEP, oracle.zeros_stream(RANK))
     ballot = oracle.ballot(values.double().numpy(), policy.zeros, oracle.coins(key, FIRST_WORD, n))
     assert (as_words(message[0]) == oracle.to_words(ballot > 0)).all()
@@ -69,7 +69,7 @@ def test_dense_loses_nothing(dtype: torch.dtype, n: int) -> None:
     assert codec.planes_up(policy) == codec.planes_down(policy) == 1
     message = torch.full((1, codec.length(n)), torch.nan, dtype=codec.wire_dtype(dtype))
     assert message.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert codec.encode(values, message, policy.turn(STEP, RANK), FIRST_WORD)
+    assert codec.encode(values, message, policy.context(STEP, RANK), FIRST_WORD)
     assert torch.equal(message[0].double(), values.double())
     out = torch.full_like(values, torch.nan)
     codec.decode(message, out)
@@ -84,7 +84,7 @@ def test_what_is_not_finite_is_reported(codec: SignBits | Dense, bad: float, dty
     values = some_values(100, dtype)
     values[77] = bad
     message = torch.empty((1, codec.length(100)), dtype=codec.wire_dtype(dtype))
-    assert not codec.encode(values, message, Policy().turn(STEP, RANK), FIRST_WORD)
+    assert not codec.encode(values, message, Policy().context(STEP, RANK), FIRST_WORD)
 
 
 @dtypes
@@ -93,10 +93,10 @@ def test_what_is_not_finite_is_reported(codec: SignBits | Dense, bad: float, dty
 def test_pieces_give_what_the_whole_gives(codec: SignBits | Dense, policy: Policy, dtype: torch.dtype) -> None:
     assert codec.elementwise
     n = 1000
-    values, turn = some_values(n, dtype), policy.turn(STEP, RANK)
+    values, context = some_values(n, dtype), policy.context(STEP, RANK)
     whole, pieces = torch.zeros((2, codec.planes_up(policy), codec.length(n)), dtype=codec.wire_dtype(dtype))
-    codec.encode(values, whole, turn, FIRST_WORD)
+    codec.encode(values, whole, context, FIRST_WORD)
     for lo, hi in ((0, 32), (32, 640), (640, n)):
         span = slice(codec.length(lo), codec.length(hi))
-        codec.encode(values[lo:hi], pieces[:, span], turn, FIRST_WORD + codec.length(lo))
+        codec.encode(values[lo:hi], pieces[:, span], context, FIRST_WORD + codec.length(lo))
     assert torch.equal(whole, pieces)

@@ -33,7 +33,7 @@ def some_values(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def encoded(codec: Codec, values: torch.Tensor, policy: Policy | None = None) -> torch.Tensor:
     policy = policy or Policy()
     message = torch.full((codec.planes_up(policy), codec.length(values.numel())), 0x25A5A5A5, dtype=torch.int32)
-    assert codec.encode(values, message, policy.turn(17, 3), FIRST_WORD)
+    assert codec.encode(values, message, policy.context(17, 3), FIRST_WORD)
     return message
 
 
@@ -62,7 +62,7 @@ def test_what_is_not_finite_is_told(codec: Codec, bad: float) -> None:
     values = some_values(100)
     values[7] = bad
     message = torch.zeros((1, codec.length(100)), dtype=torch.int32)
-    assert not codec.encode(values, message, Policy().turn(0, 0), 0)
+    assert not codec.encode(values, message, Policy().context(0, 0), 0)
 
 
 # ------------------------------------------------------------------------------------------- scaled signs
@@ -112,9 +112,9 @@ def test_zeros_among_scaled_signs(zeros: str) -> None:
 
 def test_a_scale_that_overflows_is_not_sent_and_a_norm_may() -> None:
     message = torch.zeros((1, ScaledBits().length(4)), dtype=torch.int32)
-    assert ScaledBits().encode(torch.full((4,), 3e38), message, Policy().turn(0, 0), 0)
+    assert ScaledBits().encode(torch.full((4,), 3e38), message, Policy().context(0, 0), 0)
     assert message[0, :1].view(torch.float32).item() == pytest.approx(3e38)
-    assert not ScaledBits().encode(torch.full((4,), 3e39, dtype=torch.float64), message, Policy().turn(0, 0), 0)
+    assert not ScaledBits().encode(torch.full((4,), 3e39, dtype=torch.float64), message, Policy().context(0, 0), 0)
 
 
 # -------------------------------------------------------------------------------------------------- top-k

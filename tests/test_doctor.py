@@ -72,8 +72,8 @@ def test_a_wrong_vote_fails(tmp_path):
     script.write_text(
         "import sys\nfrom mpisign.rules import MajorityVote\nfrom mpisign.__main__ import main\n"
         "honest = MajorityVote.decide\n"
-        "def inverted(self, messages, out, turn, first_word):\n"
-        "    ties = honest(self, messages, out, turn, first_word)\n"
+        "def inverted(self, messages, out, context, first_word):\n"
+        "    ties = honest(self, messages, out, context, first_word)\n"
         "    out[0] ^= 1\n"
         "    return ties\n"
         "MajorityVote.decide = inverted\nsys.argv[1:] = ['doctor']\nsys.exit(main())\n"

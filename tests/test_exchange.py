@@ -17,7 +17,7 @@ from mpisign.codecs import Dense, SignBits
 from mpisign.exchange.choose import Exchange, cap_bytes, check_exchange, choose
 from mpisign.exchange.runs import decide_runs, runs_of
 from mpisign.layout import Bucket, Layout
-from mpisign.memory import Nothing
+from mpisign.memory import Identity
 from mpisign.methods import Method
 from mpisign.policy import Policy
 from mpisign.rules import MajorityVote, Mean, Rule
@@ -32,7 +32,7 @@ class WholeVectors(Mean):
 
 
 def method_of(rule: Rule | None = None) -> Method:
-    return Method(Nothing(), Dense(), rule) if rule else Method(Nothing(), SignBits(), MajorityVote())
+    return Method(Identity(), Dense(), rule) if rule else Method(Identity(), SignBits(), MajorityVote())
 
 
 def chosen(option: str, ranks: int, length: int, up: int = 1, down: int = 1, rule: Rule | None = None) -> Exchange:
@@ -123,11 +123,11 @@ def test_shards_decide_what_the_voters_of_each_parameter_decide(cuts: list[int])
         as_words(messages)[rank, 0, start : start + len(words)] = words
 
     out, ties = torch.zeros((1, bucket.length), dtype=torch.int32), 0
-    turn = Policy(seed=1).turn(7, 0)
+    context = Policy(seed=1).context(7, 0)
     for lo, hi in itertools.pairwise(cuts):
         runs = runs_of(bucket, voters)
         shards = [message[:, lo:hi] for message in messages]
-        ties += decide_runs(MajorityVote(), turn, bucket, runs, shards, out[:, lo:hi], lo)
+        ties += decide_runs(MajorityVote(), context, bucket, runs, shards, out[:, lo:hi], lo)
 
     expected_ties = 0
     for i, (size, start) in enumerate(zip(SIZES, starts, strict=True)):

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from mpirun import mpirun
 
 import mpisign
-from mpisign.policy import Policy, Turn
+from mpisign.policy import Policy, StepContext
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 NAMES = ("experiment_byzantine", "experiment_heterogeneous")
@@ -142,10 +142,10 @@ def test_an_adversary_decides_what_leaves(load: Callable[[str], ModuleType], met
 
     assert outgoing.view(parameter) is None
     honest, actual = ({field: torch.zeros(50) for field in memory.fields} for _ in range(2))
-    turn = Turn(Policy("coin", "coin", 0), step=0, rank=0, size=1, zeros_key=0, ties_key=0)
+    context = StepContext(Policy("coin", "coin", 0), step=0, rank=0, size=1, zeros_key=0, ties_key=0)
     for step in range(7):
         parameter.grad = torch.randn(50, generator=random)
-        usual = leaves(memory(parameter.grad.clone(), honest, torch.empty(50), turn, 0))
+        usual = leaves(memory(parameter.grad.clone(), honest, torch.empty(50), context, 0))
         seen = outgoing.view(parameter)
         torch.testing.assert_close(seen, usual, msg="the attack is made from what an honest rank would send")
         wanted = -100.0 * seen
@@ -154,7 +154,7 @@ def test_an_adversary_decides_what_leaves(load: Callable[[str], ModuleType], met
                 wanted[:20] = math.nan
             outgoing.place(parameter, wanted)
         before = {field: values.clone() for field, values in actual.items()}
-        sent = leaves(memory(parameter.grad, actual, torch.empty(50), turn, 0))
+        sent = leaves(memory(parameter.grad, actual, torch.empty(50), context, 0))
         torch.testing.assert_close(sent, wanted, rtol=1e-4, atol=1e-3, equal_nan=True)
         for field, values in actual.items():  # as the library: where it is no number the momentum stays
             values[parameter.grad.isnan()] = before[field][parameter.grad.isnan()]

@@ -120,7 +120,7 @@ def test_a_stalled_exchange_aborts_naming_rank_step_and_phase(tmp_path: Path) ->
     """
     result = run(2, script(tmp_path, body, stall_warning=0.5, stall_timeout=2.0))
     assert result.returncode != 0
-    waits = r"rank 0 of 2 has waited \d+ s in step 2, roll call; not heard from yet: ranks \[1\]"
+    waits = r"rank 0 of 2 has waited \d+ s in step 2, handshake; not heard from yet: ranks \[1\]"
     assert len(re.findall(waits, result.text)) >= 3  # after 0.5 s, after 1 s, and the end
     assert re.search(waits + "; stall_timeout=2 is over: aborting the job", result.text)
 

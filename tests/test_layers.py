@@ -79,7 +79,7 @@ def test_modules_do_not_import_in_circles() -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_is_one_idea(name: str) -> None:
     lines = MODULES[name].read_text().count("\n")
-    assert lines < 350
+    assert lines < 450
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - MAY_PRINT))

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from mpisign import OptionError
-from mpisign.memory import LionMomentum, Memory, Momentum, Nothing
+from mpisign.memory import Identity, LionMomentum, Memory, Momentum
 from mpisign.policy import Policy
 
 N = 1000
-TURN = Policy().turn(0, 0)
+TURN = Policy().context(0, 0)
 Update = Callable[[oracle.Floats, oracle.Floats], tuple[oracle.Floats, oracle.Floats]]
 
 MEMORIES: dict[str, tuple[Memory, Update]] = {
@@ -82,8 +82,8 @@ def test_betas_tell_what_is_sent_and_kept(memory: Memory, update: Update) -> Non
 
 def test_nothing_sends_the_gradient_as_it_lies() -> None:
     gradient = torch.randn(5)
-    assert Nothing().fields == ()
-    assert Nothing()(gradient, {}, torch.empty(5), TURN, 0) is gradient
+    assert Identity().fields == ()
+    assert Identity()(gradient, {}, torch.empty(5), TURN, 0) is gradient
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5, float("nan"), float("inf")])

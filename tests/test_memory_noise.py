@@ -40,10 +40,10 @@ each = pytest.mark.parametrize("memory", MEMORIES, ids=str)
 def sent(
     memory: Memory, gradient: torch.Tensor = MANY, *, seed: int = 0, step: int = 0, rank: int = 0, word: int = 0
 ) -> torch.Tensor:
-    turn = Policy(seed=seed).turn(step, rank)
-    turn = dataclasses.replace(turn, prepared=memory.prepare([gradient], turn))
+    context = Policy(seed=seed).context(step, rank)
+    context = dataclasses.replace(context, prepared=memory.prepare([gradient], context))
     before, scratch = gradient.clone(), torch.full((gradient.numel() + 7,), torch.nan, dtype=gradient.dtype)
-    result = memory(gradient, {}, scratch, turn, word)
+    result = memory(gradient, {}, scratch, context, word)
     assert torch.equal(gradient, before), "the gradient must be left alone"
     assert result.data_ptr() == scratch.data_ptr()
     assert result.shape == gradient.shape
@@ -96,8 +96,8 @@ def test_stochastic_signs_take_their_bound_from_the_ranks() -> None:
     assert memory.needs_maximum
     assert not StochasticSign(2.0).needs_maximum
     bounds = MANY.abs() + 0.5
-    turn = dataclasses.replace(Policy().turn(0, 0), prepared={7: bounds})
-    signs = memory(MANY, {}, torch.empty_like(MANY), turn, 7).sign()
+    context = dataclasses.replace(Policy().context(0, 0), prepared={7: bounds})
+    signs = memory(MANY, {}, torch.empty_like(MANY), context, 7).sign()
     assert_near(means(signs), G / (G.abs() + 0.5))
 
 
@@ -140,9 +140,9 @@ def test_private_signs_are_of_the_clipped_gradient(clip: float) -> None:
 
 def test_the_norm_that_is_clipped_is_the_whole_gradients() -> None:
     memory, parts = ClippedNoise(1.0, 1e-9), [torch.full((4,), 3.0), torch.full((9,), 4.0)]
-    factor = memory.prepare(parts, Policy().turn(0, 0))
+    factor = memory.prepare(parts, Policy().context(0, 0))
     assert float(factor) == pytest.approx((4 * 9 + 9 * 16) ** -0.5)
-    assert float(memory.prepare([torch.zeros(3)], Policy().turn(0, 0))) == 1.0
+    assert float(memory.prepare([torch.zeros(3)], Policy().context(0, 0))) == 1.0
 
 
 def test_the_gaussian_mechanism() -> None:
@@ -208,12 +208,12 @@ def test_noise_that_all_can_repeat() -> None:
 
 def test_keys_of_a_secret_tell_nothing_of_others() -> None:
     """128 bits for each place, step and rank; without a secret 64, the same for all who know the seed."""
-    open_keys = [Policy(seed=5).turn(step, rank).noise_key(7) for step in (0, 1) for rank in (0, 1)]
+    open_keys = [Policy(seed=5).context(step, rank).noise_key(7) for step in (0, 1) for rank in (0, 1)]
     keys = [
-        Policy(seed=5).turn(step, 0, 1, secret).noise_key(7) for step in (0, 1) for secret in ("ab" * 32, "cd" * 32)
+        Policy(seed=5).context(step, 0, 1, secret).noise_key(7) for step in (0, 1) for secret in ("ab" * 32, "cd" * 32)
     ]
     assert len({*open_keys, *keys}) == 8
     assert max(open_keys) < 2**64 < max(keys) < 2**128
     assert keys == [
-        Policy(seed=5).turn(step, 0, 1, secret).noise_key(7) for step in (0, 1) for secret in ("ab" * 32, "cd" * 32)
+        Policy(seed=5).context(step, 0, 1, secret).noise_key(7) for step in (0, 1) for secret in ("ab" * 32, "cd" * 32)
     ]

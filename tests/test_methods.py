@@ -14,20 +14,20 @@ import mpisign
 from mpisign import DistributedSignOptimizer, Method
 from mpisign.bitmap.ops import Flag
 from mpisign.codecs import Codec, Dense, SignBits
-from mpisign.memory import LionMomentum, Memory, Momentum, Nothing
-from mpisign.policy import Turn
+from mpisign.memory import Identity, LionMomentum, Memory, Momentum
+from mpisign.policy import StepContext
 from mpisign.rules import MajorityVote, Mean, Rule
 
 
 @pytest.mark.parametrize(
     ("method", "memory", "codec", "rule", "name"),
     [
-        (mpisign.signsgd(), Nothing(), SignBits(), MajorityVote(), "signsgd"),
+        (mpisign.signsgd(), Identity(), SignBits(), MajorityVote(), "signsgd"),
         (mpisign.signum(), Momentum(0.9), SignBits(), MajorityVote(), "signum"),
         (mpisign.signum(momentum=0.5), Momentum(0.5), SignBits(), MajorityVote(), "signum"),
         (mpisign.lion(), LionMomentum(0.9, 0.99), SignBits(), MajorityVote(), "lion"),
         (mpisign.lion(beta1=0.8, beta2=0.7), LionMomentum(0.8, 0.7), SignBits(), MajorityVote(), "lion"),
-        (mpisign.mean(), Nothing(), Dense(), Mean(), "mean"),
+        (mpisign.mean(), Identity(), Dense(), Mean(), "mean"),
     ],
     ids=str,
 )
@@ -68,7 +68,7 @@ class ClippedToUnitNorm(Memory):
         gradient: torch.Tensor,
         state: dict[str, torch.Tensor],
         scratch: torch.Tensor,
-        turn: Turn,
+        context: StepContext,
         first_word: int,
     ) -> torch.Tensor:
         self.sizes.append(gradient.numel())
@@ -86,9 +86,9 @@ class ScaledBits(Codec):
     def length(self, elements: int) -> int:
         return 1 + SignBits().length(elements)
 
-    def encode(self, values: torch.Tensor, message: torch.Tensor, turn: Turn, first_word: int) -> Flag:
+    def encode(self, values: torch.Tensor, message: torch.Tensor, context: StepContext, first_word: int) -> Flag:
         message[0, :1].view(torch.float32).copy_(values.abs().mean())
-        return SignBits().encode(values, message[:, 1:], turn, first_word)
+        return SignBits().encode(values, message[:, 1:], context, first_word)
 
     def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
         signs = torch.empty_like(out)
@@ -102,7 +102,7 @@ class FirstVoter(Rule):
 
     name = "first voter"
 
-    def decide(self, messages: Sequence[torch.Tensor], out: torch.Tensor, turn: Turn, first_word: int) -> int:
+    def decide(self, messages: Sequence[torch.Tensor], out: torch.Tensor, context: StepContext, first_word: int) -> int:
         out.copy_(messages[0])
         return 0
 
@@ -135,18 +135,18 @@ def test_a_rule_that_needs_whole_vectors_refuses_shards() -> None:
     class WholeVectors(FirstVoter):
         shardable = False
 
-    method = Method(Nothing(), Dense(), WholeVectors())
+    method = Method(Identity(), Dense(), WholeVectors())
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=1.0)
     with pytest.raises(mpisign.OptionError, match=r"two_phase.*'first voter' needs whole vectors.*allgather"):
         DistributedSignOptimizer(sgd, method=method, exchange="two_phase")
     DistributedSignOptimizer(sgd, method=method, exchange="auto")
     with pytest.raises(mpisign.OptionError, match=r"'first voter' compares whole vectors.*Dense"):
-        Method(Nothing(), ScaledBits(), WholeVectors())
+        Method(Identity(), ScaledBits(), WholeVectors())
 
 
 def test_a_vote_needs_ballots() -> None:
     with pytest.raises(mpisign.OptionError, match=r"'vote' counts votes, and 'dense' messages are none.*SignBits"):
-        Method(Nothing(), Dense(), MajorityVote())
+        Method(Identity(), Dense(), MajorityVote())
 
 
 @pytest.mark.usefixtures("world")

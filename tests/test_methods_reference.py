@@ -161,10 +161,10 @@ DRAWS = 20_000
 def test_what_arrives_is_unbiased(memory: Memory, codec: Codec, factor: float, zeros: str) -> None:
     """Through memory, wire and back: factor * E[message] = g."""
     many, policy = G.repeat_interleave(DRAWS), Policy(zeros, seed=3)
-    turn = policy.turn(5, 2, 3)
-    values = memory(many, {}, torch.empty_like(many), turn, 11)
+    context = policy.context(5, 2, 3)
+    values = memory(many, {}, torch.empty_like(many), context, 11)
     message = torch.zeros((codec.planes_up(policy), codec.length(many.numel())), dtype=torch.int32)
-    assert codec.encode(values, message, turn, 11)
+    assert codec.encode(values, message, context, 11)
     arrived = torch.empty_like(many)
     codec.decode(message, arrived)
     deviations = factor / math.sqrt(DRAWS)

@@ -19,7 +19,7 @@ from mpisign import DistributedSignOptimizer, Method
 from mpisign.bitmap import kernels
 from mpisign.memory import Memory, Momentum
 from mpisign.memory.memory import State
-from mpisign.policy import Turn
+from mpisign.policy import StepContext
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("world")]
 
@@ -141,7 +141,9 @@ class Average(Memory):
     fields = ("average",)
     betas = (0.75, 0.75)
 
-    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
+    def __call__(
+        self, gradient: Tensor, state: State, scratch: Tensor, context: StepContext, first_word: int
+    ) -> Tensor:
         return state["average"].lerp_(gradient, 0.25)
 
 
@@ -149,7 +151,9 @@ class Average(Memory):
 class Opposite(Momentum):
     """One that does something else than the betas it inherits say."""
 
-    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
+    def __call__(
+        self, gradient: Tensor, state: State, scratch: Tensor, context: StepContext, first_word: int
+    ) -> Tensor:
         return state["momentum"].lerp_(-gradient, 1.0 - self.beta)
 
 

@@ -35,10 +35,10 @@ def test_turn(seed: int) -> None:
     policy = Policy(seed=seed)
     for step in (0, 1, 10**9):
         for rank in (0, 1, 500):
-            turn = policy.turn(step, rank)
-            assert turn.policy is policy
-            assert turn.zeros_key == oracle.coin_key(seed, step, oracle.zeros_stream(rank))
-            assert turn.ties_key == oracle.coin_key(seed, step, oracle.TIES)
+            context = policy.context(step, rank)
+            assert context.policy is policy
+            assert context.zeros_key == oracle.coin_key(seed, step, oracle.zeros_stream(rank))
+            assert context.ties_key == oracle.coin_key(seed, step, oracle.TIES)
 
 
 def test_a_policy_cannot_change_under_a_running_job() -> None:

@@ -42,7 +42,7 @@ def test_majority_vote(zeros: str, ties: str, ranks: int) -> None:
     ]
     expected, expected_ties = oracle.decide(some_updates(ranks, n), STEP, FIRST_WORD, zeros=zeros, ties=ties, seed=2)
     out = torch.empty((down, SignBits().length(n)), dtype=torch.int32)
-    tied = MajorityVote().decide([planes(b, up) for b in ballots], out, policy.turn(STEP, RANK), FIRST_WORD)
+    tied = MajorityVote().decide([planes(b, up) for b in ballots], out, policy.context(STEP, RANK), FIRST_WORD)
     decided = np.where(oracle.to_flags(as_words(out[0]), n), 1, -1)
     if down == 2:
         decided[~oracle.to_flags(as_words(out[1]), n)] = 0
@@ -58,7 +58,7 @@ def test_mean_rounds_as_a_sum_in_the_order_of_the_ranks(n: int, dtype: type, ran
     before = [update.copy() for update in updates]
     messages = [torch.from_numpy(update[None]) for update in updates]
     out = torch.full((1, n), torch.nan, dtype=messages[0].dtype)
-    assert Mean().decide(messages, out, Policy().turn(STEP, RANK), FIRST_WORD) == 0
+    assert Mean().decide(messages, out, Policy().context(STEP, RANK), FIRST_WORD) == 0
     assert (out[0].numpy() == oracle.mean(updates)).all()
     assert all((a == b).all() for a, b in zip(updates, before, strict=True))
 
@@ -69,10 +69,10 @@ def test_a_mean_does_not_depend_on_the_shards(ranks: int) -> None:
     n = 100_003
     messages = [torch.from_numpy(update.astype(np.float32)[None]) for update in some_updates(ranks, n)]
     whole, shards = torch.empty((2, 1, n))
-    turn = Policy().turn(STEP, RANK)
-    Mean().decide(messages, whole, turn, 0)
+    context = Policy().context(STEP, RANK)
+    Mean().decide(messages, whole, context, 0)
     for lo, hi in itertools.pairwise([0, 1, 7, 32_769, n]):
-        Mean().decide([message[:, lo:hi] for message in messages], shards[:, lo:hi], turn, lo)
+        Mean().decide([message[:, lo:hi] for message in messages], shards[:, lo:hi], context, lo)
     assert torch.equal(whole, shards)
 
 
@@ -86,11 +86,11 @@ def test_mean_of_signs_is_counted(dtype: torch.dtype, codec: SignBits, ranks: in
     up, words = codec.planes_up(policy), codec.length(n)
     assert 2 ** rule.planes_down(codec, policy, ranks) > up * ranks >= 2 ** (rule.planes_down(codec, policy, ranks) - 1)
     signs = np.random.default_rng(voters).choice([-1, 1] if up == 1 else [-1, 0, 1], (voters, n))
-    turn = dataclasses.replace(policy.turn(STEP, RANK), voters=tuple(range(voters)))
+    context = dataclasses.replace(policy.context(STEP, RANK), voters=tuple(range(voters)))
     decision = torch.full((rule.planes_down(codec, policy, ranks), words), 0x25A5A5A5, dtype=torch.int32)
     for lo, hi in itertools.pairwise([0, 1, 20, words]):
         messages = [planes(ballot, up)[:, lo:hi] for ballot in signs]
-        assert rule.decide(messages, decision[:, lo:hi], turn, lo) == 0
+        assert rule.decide(messages, decision[:, lo:hi], context, lo) == 0
     out = torch.full((n,), torch.nan, dtype=dtype)
-    rule.decode(decision, out, codec, turn)
+    rule.decode(decision, out, codec, context)
     assert torch.equal(out, torch.from_numpy(signs.sum(axis=0)).to(dtype) / voters)

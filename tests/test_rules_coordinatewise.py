@@ -63,14 +63,14 @@ def test_coordinates_can_be_decided_in_slices(voters: int) -> None:
     n = BLOCK["cpu"] + 1001
     rows = some_rows(voters, n)
     rows[torch.rand(rows.shape, generator=torch.Generator().manual_seed(1)) < 0.2] = -0.0
-    turn = Policy().turn(3, 0)
+    context = Policy().context(3, 0)
     for rule in (Median(), TrimmedMean(1)):
         assert rule.shardable
         assert not rule.votes
         whole, sliced = torch.full((2, 1, n), torch.nan)
-        assert rule.decide([row[None] for row in rows], whole, turn, 0) == 0
+        assert rule.decide([row[None] for row in rows], whole, context, 0) == 0
         for lo, hi in itertools.pairwise([0, 1, 8, 1000, BLOCK["cpu"] + 3, n]):
-            rule.decide([row[None, lo:hi] for row in rows], sliced[:, lo:hi], turn, lo)
+            rule.decide([row[None, lo:hi] for row in rows], sliced[:, lo:hi], context, lo)
         assert torch.equal(bits(whole), bits(sliced))
         assert torch.equal(whole[0], median(rows) if rule == Median() else trimmed_mean(rows, 1))
     zeros = median(rows) == 0
@@ -121,7 +121,7 @@ def test_the_bias_on_data_that_differ(rule: Median | TrimmedMean) -> None:
     pulls = torch.tensor([1.0, 2.0, 10.0], dtype=torch.float64)
     x, decision = torch.zeros(1, 1, dtype=torch.float64), torch.empty(1, 1, dtype=torch.float64)
     for step in range(100):
-        rule.decide([x - pull for pull in pulls], decision, Policy().turn(step, 0), 0)
+        rule.decide([x - pull for pull in pulls], decision, Policy().context(step, 0), 0)
         x -= 0.5 * decision
     assert x.item() == pytest.approx(2)
     assert (x - pulls).mean().item() == pytest.approx(-7 / 3)

@@ -37,8 +37,8 @@ rules = pytest.mark.parametrize("rule", RULES, ids=str)
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What these rules read of a turn."""
+class StepContext:
+    """What these rules read of a context."""
 
     voters: tuple[int, ...]
     rank: int = 0
@@ -65,10 +65,10 @@ def assert_close(mine: torch.Tensor, expected: np.ndarray) -> None:
     torch.testing.assert_close(mine, torch.from_numpy(expected).to(mine.dtype), rtol=4e-7, atol=4e-7)
 
 
-def decide(rule: object, rows: torch.Tensor, turn: Turn | None = None) -> torch.Tensor:
+def decide(rule: object, rows: torch.Tensor, context: StepContext | None = None) -> torch.Tensor:
     messages = [row[None] for row in rows.clone()]
     out = torch.full((1, rows.shape[1]), torch.nan, dtype=rows.dtype)
-    assert rule.decide(messages, out, turn or Turn(tuple(range(len(rows)))), 0) == 0
+    assert rule.decide(messages, out, context or StepContext(tuple(range(len(rows)))), 0) == 0
     assert torch.equal(torch.cat(messages), rows)
     return out[0]
 
@@ -241,8 +241,8 @@ def test_centered_clipping_is_the_oracles(radius: float, steps: int, voters: int
         start = np.zeros(130) if center is None else center.numpy()
         result = centered_clipping(rows, radius, center, steps)
         assert_close(result, oracle.centered_clipping(rows.numpy(), radius, start, steps))
-        turn = Turn(tuple(range(voters)), previous=None if center is None else center[None])
-        assert torch.equal(decide(CenteredClipping(radius, steps), rows, turn), result)
+        context = StepContext(tuple(range(voters)), previous=None if center is None else center[None])
+        assert torch.equal(decide(CenteredClipping(radius, steps), rows, context), result)
 
 
 def test_the_exchange_is_told_to_keep_the_previous_decision() -> None:
@@ -276,7 +276,7 @@ def test_nearest_neighbour_averaging_is_the_oracles(f: int, voters: int, dtype: 
         for pivot in range(voters):
             result = nearest_neighbour_averaging(rows, f, pivot)
             assert_close(result, oracle.nearest_neighbour_averaging(rows.numpy(), f, pivot))
-            assert torch.equal(decide(NearestNeighbourAveraging(f), rows, Turn(ranks, rank=10 + pivot)), result)
+            assert torch.equal(decide(NearestNeighbourAveraging(f), rows, StepContext(ranks, rank=10 + pivot)), result)
 
 
 def test_it_stays_within_the_honest_distances_whatever_is_sent() -> None:
@@ -291,13 +291,13 @@ def test_it_stays_within_the_honest_distances_whatever_is_sent() -> None:
 def test_each_rank_decides_for_itself() -> None:
     assert NearestNeighbourAveraging(1).personal
     assert not any(getattr(rule, "personal", False) for rule in RULES if rule != NearestNeighbourAveraging(1))
-    assert decide(NearestNeighbourAveraging(1), EXAMPLE, Turn((0, 1, 2), rank=2)).tolist() == [5.5, 6.5, 7.5]
+    assert decide(NearestNeighbourAveraging(1), EXAMPLE, StepContext((0, 1, 2), rank=2)).tolist() == [5.5, 6.5, 7.5]
 
 
 def test_a_rank_that_abstains_takes_the_neighbours_of_the_one_krum_elects() -> None:
     rows = torch.tensor([[100.0], [0.0], [1.0], [2.0], [4.0]])
     assert krum(rows, 1).item() == 1
-    assert decide(NearestNeighbourAveraging(1), rows, Turn((0, 1, 2, 3, 5), rank=4)).item() == 7 / 4
+    assert decide(NearestNeighbourAveraging(1), rows, StepContext((0, 1, 2, 3, 5), rank=4)).item() == 7 / 4
 
 
 # ------------------------------------------------------------------------------------------------- options

@@ -19,8 +19,8 @@ from mpisign.rules.mixing import NearestNeighbourMixing, nearest_neighbour_mixin
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What these rules read of a turn."""
+class StepContext:
+    """What these rules read of a context."""
 
     voters: tuple[int, ...] = (0, 1, 2, 3, 4)
     rank: int = 0
@@ -36,7 +36,7 @@ class Recorder:
     votes = tallies = reencodes = remembers = personal = False
     places: list[tuple[int, int]] = field(default_factory=list, compare=False)
 
-    def decide(self, messages: Sequence[torch.Tensor], out: torch.Tensor, turn: Any, first_word: int) -> int:
+    def decide(self, messages: Sequence[torch.Tensor], out: torch.Tensor, context: Any, first_word: int) -> int:
         assert all(message.shape == out.shape for message in messages)
         self.places.append((first_word, out.shape[-1]))
         return 0
@@ -46,9 +46,9 @@ def some_rows(count: int, n: int, dtype: torch.dtype = torch.float32) -> torch.T
     return torch.randn(count, n, generator=torch.Generator().manual_seed(count + n), dtype=dtype)
 
 
-def decide(rule: Any, rows: torch.Tensor, turn: Turn | None = None) -> torch.Tensor:
+def decide(rule: Any, rows: torch.Tensor, context: StepContext | None = None) -> torch.Tensor:
     out = torch.full((1, rows.shape[1]), torch.nan, dtype=rows.dtype)
-    assert rule.decide([row[None] for row in rows], out, turn or Turn(), 0) == 0
+    assert rule.decide([row[None] for row in rows], out, context or StepContext(), 0) == 0
     return out[0]
 
 
@@ -93,7 +93,7 @@ def test_a_rule_of_whole_vectors_behind_it() -> None:
     rows, center = some_rows(5, 100_000), some_rows(1, 100_000)
     mixed = nearest_neighbour_mixing(rows, 1)
     assert torch.equal(decide(NearestNeighbourMixing(Krum(1), 1), rows), krum(mixed, 1))
-    clipped = decide(NearestNeighbourMixing(CenteredClipping(2.0), 1), rows, Turn(previous=center))
+    clipped = decide(NearestNeighbourMixing(CenteredClipping(2.0), 1), rows, StepContext(previous=center))
     assert torch.equal(clipped, centered_clipping(mixed, 2.0, center[0]))
 
 
@@ -101,7 +101,7 @@ def test_a_rule_of_whole_vectors_behind_it() -> None:
 def test_the_rule_behind_gets_blocks_if_it_can(shardable: bool) -> None:
     n, width = BLOCK["cpu"] + 5, BLOCK["cpu"]
     rule = NearestNeighbourMixing(Recorder(shardable), 1)
-    rule.decide([row[None] for row in some_rows(3, n)], torch.empty(1, n), Turn(), 1000)
+    rule.decide([row[None] for row in some_rows(3, n)], torch.empty(1, n), StepContext(), 1000)
     assert rule.rule.places == ([(1000, width), (1000 + width, 5)] if shardable else [(1000, n)])
 
 

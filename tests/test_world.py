@@ -185,10 +185,10 @@ def test_a_long_wait_says_so_each_time_it_has_doubled(caplog: pytest.LogCaptureF
         return "not heard from yet: ranks [7]"
 
     with caplog.at_level(logging.WARNING, "mpisign.world"):
-        world.wait(request, "step 17, roll call", missing)
+        world.wait(request, "step 17, handshake", missing)
     for message in caplog.messages:
         assert re.fullmatch(
-            r"rank 0 of 1 has waited 0\.\d+ s in step 17, roll call; not heard from yet: ranks \[7\]", message
+            r"rank 0 of 1 has waited 0\.\d+ s in step 17, handshake; not heard from yet: ranks \[7\]", message
         )
     assert len(caplog.messages) == 3
     for moment, due in zip(moments[1:], (0.02, 0.04, 0.08), strict=True):

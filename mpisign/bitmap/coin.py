@@ -15,8 +15,9 @@ All arithmetic is modulo 2**64, and::
              return z ^ (z >> 31)
 
 A word is a little-endian uint32 of the layout's global numbering; bit *i* of word *w* is the coin of the
-element that bit stands for. ``stream`` is 0 for ties (the same coin on every rank) and ``rank + 1`` for
-zeros (an independent coin on every rank); ``2**32 + rank`` seeds a rank's noise. Seed, step and stream are
+element that bit stands for. ``stream`` is 0 for ties (the same coin on every rank) and ``identity + 1``
+for zeros (an independent coin on every rank); ``2**32 + identity`` seeds a rank's noise. A rank's identity is its
+number, until others leave. Seed, step and stream are
 taken modulo 2**64.
 
 Source: Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (SplitMix64).
@@ -38,14 +39,14 @@ TIES = 0
 """The stream of the ties' coin, common to all ranks."""
 
 
-def zeros_stream(rank: int) -> int:
-    """The stream of the coin with which ``rank`` votes on elements whose gradient is exactly zero."""
-    return rank + 1
+def zeros_stream(identity: int) -> int:
+    """The stream of the coin with which a rank votes on elements whose gradient is exactly zero."""
+    return identity + 1
 
 
-def noise_stream(rank: int) -> int:
-    """The stream that seeds the random numbers of ``rank``'s memory (noise, sampling)."""
-    return (1 << 32) + rank
+def noise_stream(identity: int) -> int:
+    """The stream that seeds the random numbers of a rank's memory (noise, sampling)."""
+    return (1 << 32) + identity
 
 
 def _h(x: int) -> int:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from mpisign.bitmap.ops import Flag
-from mpisign.policy import Policy, Turn
+from mpisign.policy import Policy, StepContext
 
 __all__ = ["Codec"]
 
@@ -50,7 +50,7 @@ class Codec(ABC):
         return 1
 
     @abstractmethod
-    def encode(self, values: torch.Tensor, message: torch.Tensor, turn: Turn, first_word: int) -> Flag:
+    def encode(self, values: torch.Tensor, message: torch.Tensor, context: StepContext, first_word: int) -> Flag:
         """Write flat ``values`` (n,) into ``message`` (planes_up, k). It allocates as little as it can.
 
         Args:

@@ -9,7 +9,7 @@ import torch
 from mpisign.bitmap import ops
 from mpisign.bitmap.ops import Flag
 from mpisign.codecs.codec import Codec
-from mpisign.policy import Turn
+from mpisign.policy import StepContext
 
 __all__ = ["Dense"]
 
@@ -28,7 +28,7 @@ class Dense(Codec):
     def length(self, elements: int) -> int:
         return elements
 
-    def encode(self, values: torch.Tensor, message: torch.Tensor, turn: Turn, first_word: int) -> Flag:
+    def encode(self, values: torch.Tensor, message: torch.Tensor, context: StepContext, first_word: int) -> Flag:
         message[0].copy_(values)
         return ops.all_finite(values)
 

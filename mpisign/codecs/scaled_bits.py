@@ -13,7 +13,7 @@ from mpisign.bitmap.ops import Flag
 from mpisign.bitmap.tensors import blocks
 from mpisign.codecs.codec import Codec
 from mpisign.codecs.sign_bits import add_signs
-from mpisign.policy import Turn
+from mpisign.policy import StepContext
 
 __all__ = ["ScaledBits"]
 
@@ -35,15 +35,15 @@ class ScaledBits(Codec):
     def length(self, elements: int) -> int:
         return 1 + words_for(elements)
 
-    def encode(self, values: torch.Tensor, message: torch.Tensor, turn: Turn, first_word: int) -> Flag:
-        zeros = "positive" if turn.policy.zeros == "positive" else "coin"
+    def encode(self, values: torch.Tensor, message: torch.Tensor, context: StepContext, first_word: int) -> Flag:
+        zeros = "positive" if context.policy.zeros == "positive" else "coin"
         norm: float | torch.Tensor = 0.0
         finite: Flag = True
         scratch = values.new_empty(0)
         for span in blocks(values.numel(), values.device):
             part, at = values[span], 1 + span.start // 32
             words = message[0, at : at + words_for(part.numel())]
-            finite = finite & ops.pack(part, words, zeros=zeros, key=turn.zeros_key, first_word=first_word + at)
+            finite = finite & ops.pack(part, words, zeros=zeros, key=context.zeros_key, first_word=first_word + at)
             torch.abs(part, out=scratch.resize_(part.numel()))
             norm = norm + _sum(scratch)
         item = message[0, :1].view(torch.float32)

@@ -11,7 +11,7 @@ from mpisign.bitmap.host import words_for
 from mpisign.bitmap.ops import Flag
 from mpisign.bitmap.tensors import blocks
 from mpisign.codecs.codec import Codec
-from mpisign.policy import Policy, Turn
+from mpisign.policy import Policy, StepContext
 
 __all__ = ["SignBits", "add_signs"]
 
@@ -41,12 +41,12 @@ class SignBits(Codec):
     def planes_down(self, policy: Policy) -> int:
         return 2 if self.zeros(policy) == "abstain" or policy.ties == "zero" else 1
 
-    def encode(self, values: torch.Tensor, message: torch.Tensor, turn: Turn, first_word: int) -> Flag:
+    def encode(self, values: torch.Tensor, message: torch.Tensor, context: StepContext, first_word: int) -> Flag:
         return ops.pack(
             values,
             message[0],
-            zeros=self.zeros(turn.policy),
-            key=turn.zeros_key,
+            zeros=self.zeros(context.policy),
+            key=context.zeros_key,
             first_word=first_word,
             nonzero=message[1] if len(message) > 1 else None,
         )

@@ -12,7 +12,7 @@ from mpisign.bitmap.ops import Flag
 from mpisign.bitmap.tensors import BLOCK, blocks, format_of, raw_bits
 from mpisign.codecs.codec import Codec
 from mpisign.errors import OptionError
-from mpisign.policy import Turn
+from mpisign.policy import StepContext
 
 __all__ = ["TopK", "top_k"]
 
@@ -62,7 +62,7 @@ class TopK(Codec):
     def length(self, elements: int) -> int:
         return min(elements, 2 * self.count(elements))
 
-    def encode(self, values: torch.Tensor, message: torch.Tensor, turn: Turn, first_word: int) -> Flag:
+    def encode(self, values: torch.Tensor, message: torch.Tensor, context: StepContext, first_word: int) -> Flag:
         if message.shape[1] == values.numel():
             return ops.all_finite(message[0].view(torch.float32).copy_(values))
         chosen = top_k(values, self.count(values.numel()), self.sample)

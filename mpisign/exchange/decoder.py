@@ -15,7 +15,7 @@ from mpisign.exchange.encoder import Encoder, one_launch
 from mpisign.layout import Bucket, Layout, Segment
 from mpisign.memory.store import state_dtype
 from mpisign.method import Method
-from mpisign.policy import Turn
+from mpisign.policy import StepContext
 
 __all__ = ["Decoder"]
 
@@ -47,7 +47,7 @@ class Decoder:
         buckets: Sequence[Bucket],
         gradients: Sequence[torch.Tensor | None],
         voters: Sequence[tuple[int, ...]],
-        turn: Turn,
+        context: StepContext,
         located: Located | None = None,
     ) -> None:
         """Replace the gradients of ``buckets``: by the decision; by None where nobody votes; new ones where needed.
@@ -75,9 +75,9 @@ class Decoder:
                 if out is None or not voters[place]:
                     out = self._target(place, voters)
                 if out is not None:
-                    self._decode(bucket, segment, flat(out), voters[place], turn)
+                    self._decode(bucket, segment, flat(out), voters[place], context)
 
-    def follow(self, buckets: Sequence[Bucket], voters: Sequence[tuple[int, ...]], turn: Turn) -> None:
+    def follow(self, buckets: Sequence[Bucket], voters: Sequence[tuple[int, ...]], context: StepContext) -> None:
         """Keep a running memory up to date on a rank that trains no more and has no use for the gradients."""
         if not self._method.memory.running:
             return
@@ -86,7 +86,7 @@ class Decoder:
                 if voters[segment.index]:
                     parameter = self._layout.parameters[segment.index]
                     unused = torch.empty(segment.numel, dtype=parameter.dtype, device=parameter.device)
-                    self._decode(bucket, segment, unused, voters[segment.index], turn)
+                    self._decode(bucket, segment, unused, voters[segment.index], context)
 
     def _target(self, place: int, voters: Sequence[tuple[int, ...]]) -> torch.Tensor | None:
         """A new gradient for a parameter that has none here; None, also as its gradient, where nobody votes."""
@@ -100,14 +100,16 @@ class Decoder:
         )
         return parameter.grad
 
-    def _decode(self, bucket: Bucket, segment: Segment, out: torch.Tensor, voters: tuple[int, ...], turn: Turn) -> None:
+    def _decode(
+        self, bucket: Bucket, segment: Segment, out: torch.Tensor, voters: tuple[int, ...], context: StepContext
+    ) -> None:
         exchange, method = self._exchanges[bucket.index], self._method
         if self._direct:
             segment.codec.decode(exchange.decision[:, segment.start : segment.stop], out)
             return
         wide = out if out.dtype == state_dtype(out.dtype) else out.to(state_dtype(out.dtype))
         for piece in segment.pieces:
-            target, here = wide[piece.lo : piece.hi], dataclasses.replace(turn, voters=voters)
+            target, here = wide[piece.lo : piece.hi], dataclasses.replace(context, voters=voters)
             if not method.by_value:
                 method.rule.decode(exchange.decision[:, piece.start : piece.stop], target, segment.codec, here)
                 continue
@@ -122,11 +124,11 @@ class Decoder:
             parameter.copy_(out.view(parameter.shape))
 
     def _combine(
-        self, codec: Codec, messages: Sequence[torch.Tensor], out: torch.Tensor, turn: Turn, first_word: int
+        self, codec: Codec, messages: Sequence[torch.Tensor], out: torch.Tensor, context: StepContext, first_word: int
     ) -> None:
         """Apply the rule to messages that must be decoded first."""
         rule = self._method.rule
-        weights = rule.weights(turn)
+        weights = rule.weights(context)
         if weights is not None:
             codec.decode(messages[0], out)
             if weights[0] != 1.0:
@@ -137,4 +139,4 @@ class Decoder:
         rows = out.new_zeros((len(messages), 1, out.numel()))
         for message, row in zip(messages, rows, strict=True):
             codec.add(message, row[0], 1.0)
-        rule.decide(list(rows), out[None], turn, first_word)
+        rule.decide(list(rows), out[None], context, first_word)

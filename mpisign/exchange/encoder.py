@@ -13,10 +13,10 @@ from mpisign.bitmap.ops import Flag
 from mpisign.bitmap.tensors import flat
 from mpisign.codecs import SignBits
 from mpisign.layout import Bucket, Layout, Segment
-from mpisign.memory import Memory, Nothing
+from mpisign.memory import Identity, Memory
 from mpisign.memory.store import state_dtype
 from mpisign.method import Method
-from mpisign.policy import Turn
+from mpisign.policy import StepContext
 
 __all__ = ["PIECE", "Encoder", "MemoryOf", "one_launch"]
 
@@ -56,7 +56,7 @@ class Encoder:
         self._scratches: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._states: dict[int, dict[str, torch.Tensor]] = {}  # flat views of the memory, by parameter
         self._unscale = 1.0
-        self._signs_alone = type(memory) is Nothing and isinstance(method.codec, SignBits)
+        self._signs_alone = type(memory) is Identity and isinstance(method.codec, SignBits)
         together = self._signs_alone or _is_average(memory)
         self._batch = one_launch(layout, method, messages) if together else None
         self._order = layout.order
@@ -64,25 +64,29 @@ class Encoder:
         self._fitting: tuple[object, ...] = ()
         self.located: Located | None = None
 
-    def begin(self, gradients: Sequence[torch.Tensor | None], turn: Turn, unscale: float) -> tuple[Turn, bool]:
-        """Before the first bucket: the turn that memory and codec shall see, and whether this rank may go on."""
+    def begin(
+        self, gradients: Sequence[torch.Tensor | None], context: StepContext, unscale: float
+    ) -> tuple[StepContext, bool]:
+        """Before the first bucket: the context for memory and codec, and whether this rank may go on."""
         self._unscale = unscale
         if not self._checks_first:
-            return turn, True
+            return context, True
         present = [flat(gradient) for gradient in gradients if gradient is not None]
         if not bool(ops.all_finite_many(present)):
-            return turn, False
+            return context, False
         if unscale != 1.0:
             present = [g.to(state_dtype(g.dtype), copy=True).mul_(unscale) for g in present]
-        prepared = self._method.memory.prepare(present, turn)
-        return turn if prepared is None else dataclasses.replace(turn, prepared=prepared), True
+        prepared = self._method.memory.prepare(present, context)
+        return context if prepared is None else dataclasses.replace(context, prepared=prepared), True
 
-    def encode(self, buckets: Sequence[Bucket], gradients: Sequence[torch.Tensor | None], turn: Turn) -> list[Flag]:
+    def encode(
+        self, buckets: Sequence[Bucket], gradients: Sequence[torch.Tensor | None], context: StepContext
+    ) -> list[Flag]:
         """Fill the messages of ``buckets``. Returns flags that are all true if all values were finite."""
         if self._batch is not None:
             self.located = self._locate(gradients)
             if self._fits_kernels(self.located):
-                return [self._encode_together(self._batch, self.located, turn)]
+                return [self._encode_together(self._batch, self.located, context)]
         if self._signs_alone:
             self._unscale = 1.0
         flags: list[Flag] = []
@@ -91,14 +95,14 @@ class Encoder:
             for segment in bucket.segments:
                 gradient = gradients[segment.index]
                 if gradient is not None:
-                    flags.append(self._encode(segment, gradient, message, turn))
+                    flags.append(self._encode(segment, gradient, message, context))
                 elif not self._method.rule.shardable:  # it stands for a vector that is 0 here
                     message[:, segment.start : segment.stop].zero_()
         return flags
 
-    def take_in(self, gradients: Sequence[torch.Tensor | None], turn: Turn, unscale: float) -> bool:
+    def local_update(self, gradients: Sequence[torch.Tensor | None], context: StepContext, unscale: float) -> bool:
         """Replace each gradient by what the memory makes of it, and send nothing. Returns whether all was finite."""
-        turn, finite = self.begin(gradients, turn, unscale)
+        context, finite = self.begin(gradients, context, unscale)
         if not finite:
             return False
         for segment in (segment for bucket in self._layout.buckets for segment in bucket.segments):
@@ -108,7 +112,7 @@ class Encoder:
             for lo in range(0, gradient.numel(), max(self._scratch_size, 1)):
                 g = flat(gradient)[lo : lo + self._scratch_size]
                 part = {key: value[lo : lo + self._scratch_size] for key, value in state.items()}
-                values, ok = self._remember(g, part, turn, segment.first_word)
+                values, ok = self._remember(g, part, context, segment.first_word)
                 g.copy_(values)
                 finite &= bool(ok) and bool(ops.all_finite(g))
         return finite
@@ -140,21 +144,26 @@ class Encoder:
             self._states[index] = {key: flat(value) for key, value in tensors.items()}
         return self._states[index]
 
-    def _encode(self, segment: Segment, gradient: torch.Tensor, message: torch.Tensor, turn: Turn) -> Flag:
+    def _encode(self, segment: Segment, gradient: torch.Tensor, message: torch.Tensor, context: StepContext) -> Flag:
         """One parameter: memory, then codec."""
         g, state = flat(gradient), self.state(segment.index)
         if segment.numel <= self._scratch_size and self._piecewise:
-            return self._encode_piece(g, state, message[:, segment.start : segment.stop], turn, segment.first_word)
+            return self._encode_piece(g, state, message[:, segment.start : segment.stop], context, segment.first_word)
         if self._piecewise:
-            return self._encode_piecewise(segment, g, state, message, turn)
-        values, finite = self._remember(g, state, turn, segment.first_word)
+            return self._encode_piecewise(segment, g, state, message, context)
+        values, finite = self._remember(g, state, context, segment.first_word)
         for piece in segment.pieces:
             target = message[:, piece.start : piece.stop]
-            finite = finite & segment.codec.encode(values[piece.lo : piece.hi], target, turn, piece.first_word)
+            finite = finite & segment.codec.encode(values[piece.lo : piece.hi], target, context, piece.first_word)
         return finite
 
     def _encode_piecewise(
-        self, segment: Segment, g: torch.Tensor, state: dict[str, torch.Tensor], message: torch.Tensor, turn: Turn
+        self,
+        segment: Segment,
+        g: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        message: torch.Tensor,
+        context: StepContext,
     ) -> Flag:
         finite: Flag = True
         length = self._method.codec.length
@@ -162,30 +171,35 @@ class Encoder:
             hi = min(lo + self._scratch_size, segment.numel)
             target = message[:, segment.start + length(lo) : segment.start + length(hi)]
             part = {key: value[lo:hi] for key, value in state.items()}
-            finite = finite & self._encode_piece(g[lo:hi], part, target, turn, segment.first_word + length(lo))
+            finite = finite & self._encode_piece(g[lo:hi], part, target, context, segment.first_word + length(lo))
         return finite
 
     def _encode_piece(
-        self, g: torch.Tensor, state: dict[str, torch.Tensor], target: torch.Tensor, turn: Turn, first_word: int
+        self,
+        g: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        target: torch.Tensor,
+        context: StepContext,
+        first_word: int,
     ) -> Flag:
-        values, finite = self._remember(g, state, turn, first_word)
-        return finite & self._method.codec.encode(values, target, turn, first_word)
+        values, finite = self._remember(g, state, context, first_word)
+        return finite & self._method.codec.encode(values, target, context, first_word)
 
     def _remember(
-        self, g: torch.Tensor, state: dict[str, torch.Tensor], turn: Turn, first_word: int
+        self, g: torch.Tensor, state: dict[str, torch.Tensor], context: StepContext, first_word: int
     ) -> tuple[torch.Tensor, Flag]:
         """Let the memory take a gradient in. Where it is NaN or Inf, an elementwise memory stays as it was."""
         memory = self._method.memory
         if self._checks_first:
-            return memory(self._widened(g, state), state, self._result(g, state), turn, first_word), True
+            return memory(self._widened(g, state), state, self._result(g, state), context, first_word), True
         if not state and self._unscale == 1.0:  # nothing to protect: the codec's own check is enough
-            return memory(g, state, self._result(g, state), turn, first_word), True
+            return memory(g, state, self._result(g, state), context, first_word), True
         wide = self._widened(g, state)
         if not state or bool(ops.all_finite(wide)):
-            return memory(wide, state, self._result(g, state), turn, first_word), True
+            return memory(wide, state, self._result(g, state), context, first_word), True
         bad = ~torch.isfinite(wide)
         kept = {key: value[bad] for key, value in state.items()}
-        memory(wide, state, self._result(g, state), turn, first_word)
+        memory(wide, state, self._result(g, state), context, first_word)
         for key, value in state.items():
             value[bad] = kept[key]
         return wide, False
@@ -201,12 +215,12 @@ class Encoder:
             self._fitting = seen
         return True
 
-    def _encode_together(self, batch: Batch, located: Located, turn: Turn) -> Flag:
+    def _encode_together(self, batch: Batch, located: Located, context: StepContext) -> Flag:
         """All parameters in one launch, on a GPU."""
         assert isinstance(self._method.codec, SignBits)
-        zeros, betas = self._method.codec.zeros(turn.policy), self._method.memory.betas
+        zeros, betas = self._method.codec.zeros(context.policy), self._method.memory.betas
         if betas is None:
-            return batch.pack(located, zeros=zeros, key=turn.zeros_key)
+            return batch.pack(located, zeros=zeros, key=context.zeros_key)
         momenta = self._momenta
         if momenta is None:
             present = set(range(len(self._order)) if located.places is None else located.places)
@@ -215,7 +229,7 @@ class Encoder:
                 [self.state(index)[field] if place in present else None for place, index in enumerate(self._order)]
             )
             self._momenta = momenta if momenta.places is None else None
-        return batch.pack_momentum(located, momenta, betas, unscale=self._unscale, zeros=zeros, key=turn.zeros_key)
+        return batch.pack_momentum(located, momenta, betas, unscale=self._unscale, zeros=zeros, key=context.zeros_key)
 
     # ------------------------------------------------------------------------------------------- precision
 

@@ -23,7 +23,7 @@ def _form(parameter: torch.Tensor) -> tuple[object, ...]:
     return parameter.shape, parameter.dtype, parameter.device, parameter.stride()
 
 
-def _look(gradients: Sequence[torch.Tensor | None]) -> tuple[object, ...] | None:
+def _signature_of(gradients: Sequence[torch.Tensor | None]) -> tuple[object, ...] | None:
     """Which there are, of which types and sizes, where, and how laid out; None if one has no strides."""
     present = [gradient for gradient in gradients if gradient is not None]
     try:
@@ -47,7 +47,7 @@ class Gradients:
 
     def __init__(self, layout: Layout, rank: int) -> None:
         self._layout, self._rank = layout, rank
-        self._looks: tuple[object, ...] | None = None  # of the latest gradients, which were fit
+        self._signature: tuple[object, ...] | None = None  # of the latest gradients, which were fit
         self._alike = False  # fits() has just seen that the gradients look so
         self._located: Located | None = None  # those, if there were all
         self._forms = list(map(_form, layout.parameters))
@@ -63,7 +63,7 @@ class Gradients:
             if list(map(_form, parameters)) != self._forms:
                 return False
             self._held = held
-        self._alike = self._looks is not None and _look(list(map(_gradient, kept))) == self._looks
+        self._alike = self._signature is not None and _signature_of(list(map(_gradient, kept))) == self._signature
         return True
 
     def read(self) -> list[torch.Tensor | None]:
@@ -75,7 +75,7 @@ class Gradients:
         gradients = list(map(_gradient, self._layout.parameters))
         if not self._alike:
             gradients = [self._fit(place, gradient) for place, gradient in enumerate(gradients)]
-            self._looks, self._located = _look(gradients), None
+            self._signature, self._located = _signature_of(gradients), None
         return gradients
 
     def locate(self, gradients: Sequence[torch.Tensor | None]) -> Located:

@@ -1,10 +1,10 @@
-"""What ranks tell each other besides the messages: the roll call before, the tally sheet after packing.
+"""What ranks tell each other besides the messages: the handshake before, the participation header after packing.
 
 A header could ride in front of every message. It does not, for two reasons. Messages of different sizes must
 never meet in a collective (that is a hang or garbage, not an error), so the layout must be agreed on *before*
-the first of them: the roll call, one small all-gather of fixed size. And whether a rank votes is known only
-*after* its last gradient was looked at, while its first bucket is long on its way: the sheet, posted when
-packing ends and read before anything is decided. Messages stay pure words, cut and received in place.
+the first of them: the handshake, one small all-gather of fixed size. And whether a rank votes is known only
+*after* its last gradient was looked at, while its first bucket is long on its way: the participation header,
+posted when packing ends and read before anything is decided. Messages stay pure words, cut and received in place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mpisign.errors import ConsistencyError
 from mpisign.layout import FORMAT_VERSION, Layout
 from mpisign.world import World
 
-__all__ = ["REASONS", "Roll", "Sheets", "call_roll", "exchange_sheets"]
+__all__ = ["REASONS", "Handshake", "Participation", "exchange_participation", "shake_hands"]
 
 VOTES, NON_FINITE, SCALER_INF, JOINED, NO_GRADIENT = range(5)
 REASONS = {
@@ -31,7 +31,7 @@ REASONS = {
 
 
 @dataclass(frozen=True)
-class Roll:
+class Handshake:
     """Who is here: ``joined_for[r]``, the exchanges rank r has sat out since ``join()``, or None if it trains."""
 
     joined_for: tuple[int | None, ...]
@@ -43,7 +43,7 @@ class Roll:
 
 
 @dataclass(frozen=True)
-class Sheets:
+class Participation:
     """Who votes: ``status[r]`` is VOTES or a key of REASONS; ``voters[i]`` the ranks that vote on parameter i."""
 
     status: tuple[int, ...]
@@ -51,20 +51,20 @@ class Sheets:
     bytes_sent: int
 
 
-def call_roll(
+def shake_hands(
     world: World, layout: Layout, fingerprint: int, settings: Sequence[str], step: int, joined_for: int | None
-) -> Roll:
+) -> Handshake:
     """Make sure that all ranks mean the same bits by the same step. **Collective.**
 
     Raises:
         ConsistencyError: on every rank, naming those that differ and in what.
     """
     mine = np.array([FORMAT_VERSION, step, fingerprint, 0 if joined_for is None else joined_for + 1], dtype=np.int64)
-    heard = world.call(mine, f"step {step}, roll call")
+    heard = world.call(mine, f"step {step}, handshake")
     if not (heard[:, :3] == mine[:3]).all():
         _explain(world, layout, settings, heard)
     joined = tuple(None if field == 0 else int(field) - 1 for field in heard[:, 3])
-    return Roll(joined, (world.size - 1) * mine.nbytes)
+    return Handshake(joined, (world.size - 1) * mine.nbytes)
 
 
 def _explain(world: World, layout: Layout, settings: Sequence[str], heard: np.ndarray) -> None:
@@ -92,12 +92,12 @@ def _explain(world: World, layout: Layout, settings: Sequence[str], heard: np.nd
     )
 
 
-def exchange_sheets(world: World, status: int, present: Sequence[bool], step: int) -> Sheets:
+def exchange_participation(world: World, status: int, present: Sequence[bool], step: int) -> Participation:
     """Tell the others whether this rank votes, and on which parameters it has a gradient. **Collective.**"""
     bits = np.packbits(np.asarray(present, np.bool_), bitorder="little")
     mine = np.concatenate([np.array([status], np.uint8), bits])
     heard = np.empty((world.size, mine.size), np.uint8)
-    world.wait(world.comm.Iallgather(mine, heard), f"step {step}, tally sheets")
+    world.wait(world.comm.Iallgather(mine, heard), f"step {step}, participation")
     statuses = tuple(int(code) for code in heard[:, 0])
     voting = [rank for rank, code in enumerate(statuses) if code == VOTES]
     has = np.unpackbits(heard[:, 1:], axis=1, count=len(present), bitorder="little")
@@ -105,4 +105,4 @@ def exchange_sheets(world: World, status: int, present: Sequence[bool], step: in
         voters = (tuple(voting),) * len(present)
     else:
         voters = tuple(tuple(rank for rank in voting if has[rank, i]) for i in range(len(present)))
-    return Sheets(statuses, voters, (world.size - 1) * mine.nbytes)
+    return Participation(statuses, voters, (world.size - 1) * mine.nbytes)

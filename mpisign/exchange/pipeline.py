@@ -1,7 +1,7 @@
-"""One step from local gradients to the common decision: roll call, pack, exchange, decide, unpack.
+"""One step from local gradients to the common decision: handshake, pack, exchange, decide, unpack.
 
 A bucket travels while the next one is packed: its first phase starts as soon as it is full. Decisions wait for
-the tally sheets, which are posted when packing ends, so that a NaN in the last gradient still withdraws the
+the participation headers, which are posted when packing ends, so that a NaN in the last gradient still withdraws the
 rank's whole ballot; by then the first phase of every bucket is on its way and the network never idles.
 
 On a GPU launches cost more than they overlap: all buckets are packed in one, then leave one after the other.
@@ -20,18 +20,18 @@ from mpisign.bitmap import ops
 from mpisign.bitmap.ops import Count, Flag
 from mpisign.errors import MpisignError, SynchronizationError
 from mpisign.exchange import header
+from mpisign.exchange.aggregator import Aggregator
 from mpisign.exchange.choose import Exchange, cap_bytes, choose, shards_for
 from mpisign.exchange.decoder import Decoder
 from mpisign.exchange.encoder import Encoder
 from mpisign.exchange.gradients import Gradients
 from mpisign.exchange.maximum import Maximum
 from mpisign.exchange.runs import decide_runs, runs_of
-from mpisign.exchange.server import Server
 from mpisign.layout import Bucket, Layout
-from mpisign.memory import Nothing
+from mpisign.memory import Identity
 from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
-from mpisign.policy import Policy, Turn
+from mpisign.policy import Policy, StepContext
 from mpisign.telemetry import StepReport, Stopwatch
 from mpisign.world import World, current
 
@@ -81,13 +81,13 @@ class Pipeline:
         ]
         self._given = Gradients(layout, world.rank)
         messages = [exchange.message for exchange in self.exchanges]
-        sending = dataclasses.replace(method, memory=Nothing()) if method.exchanges_models else method
+        sending = dataclasses.replace(method, memory=Identity()) if method.exchanges_models else method
         self._encoder = self._local = Encoder(layout, sending, messages, store.of, self._given.locate)
         if method.exchanges_models:
             self._local = Encoder(layout, method, messages, store.of, self._given.locate)
         self._decoder = Decoder(layout, method, self.exchanges, self._encoder)
         self._maximum = Maximum(layout, world) if method.memory.needs_maximum else None
-        self._server = Server(layout, method, store.piece)
+        self._aggregator = Aggregator(layout, method, store.piece)
         self._secret = store.secret
         self._previous = [
             store.remembered(layout, bucket) if method.rule.remembers else None for bucket in layout.buckets
@@ -109,7 +109,7 @@ class Pipeline:
     # -------------------------------------------------------------------------------------------- a step
 
     @torch.no_grad()
-    def run(self, step: int, excuse: int = header.VOTES, unscale: float = 1.0) -> StepReport:
+    def run(self, step: int, abstention: int = header.VOTES, unscale: float = 1.0) -> StepReport:
         """Turn every ``p.grad`` into the decision, in place. **Collective.**
 
         Parameters on which nobody votes end with ``p.grad = None``, unless nobody votes at all; those that have a
@@ -117,7 +117,7 @@ class Pipeline:
 
         Args:
             step: number of this exchange, equal on all ranks.
-            excuse: ``header.VOTES``, or why this rank abstains whatever its gradients are.
+            abstention: ``header.VOTES``, or why this rank abstains whatever its gradients are.
             unscale: factor that takes a loss scale out of the gradients.
 
         Raises:
@@ -125,23 +125,23 @@ class Pipeline:
             GradientError: a gradient is sparse or of an unsupported type.
         """
         given = self._given.models() if self.method.exchanges_models else self._given.read()
-        return self._run(step, given, excuse, unscale, None)[1]
+        return self._run(step, given, abstention, unscale, None)[1]
 
     @torch.no_grad()
-    def take_in(self, step: int, unscale: float) -> bool:
+    def local_update(self, step: int, unscale: float) -> bool:
         """Turn every ``p.grad`` into what the memory makes of it, for a step of this rank alone.
 
         Returns:
             Whether all of it was finite. If not, the memory has been protected, and the gradients are worth nothing.
         """
         with self._on_device():
-            return self._local.take_in(self._given.read(), self._turn(step), unscale)
+            return self._local.local_update(self._given.read(), self._context(step), unscale)
 
-    def _turn(self, step: int) -> Turn:
-        return self.policy.turn(step, self.world.rank, self.world.size, self._secret)
+    def _context(self, step: int) -> StepContext:
+        return self.policy.context(step, self.world.rank, self.world.size, self._secret)
 
     @torch.no_grad()
-    def sit_out(self, step: int, joined_for: int) -> tuple[header.Roll, StepReport]:
+    def sit_out(self, step: int, joined_for: int) -> tuple[header.Handshake, StepReport]:
         """Take part in a step without a gradient, after ``join()``; no parameter changes here. **Collective.**"""
         if self.method.exchanges_models:
             raise SynchronizationError(
@@ -154,19 +154,19 @@ class Pipeline:
         self,
         step: int,
         gradients: Sequence[torch.Tensor | None],
-        excuse: int,
+        abstention: int,
         unscale: float,
         joined_for: int | None,
-    ) -> tuple[header.Roll, StepReport]:
+    ) -> tuple[header.Handshake, StepReport]:
         world, watch = self.world, Stopwatch()
         with watch.span("exchange"):
-            roll = header.call_roll(world, self.layout, self.fingerprint, self.settings, step, joined_for)
-        if roll.all_joined:
-            return roll, self._report(step, watch, roll, None, None)
+            handshake = header.shake_hands(world, self.layout, self.fingerprint, self.settings, step, joined_for)
+        if handshake.all_joined:
+            return handshake, self._report(step, watch, handshake, None, None)
         self._latest = step
         with world.unbroken(f"step {step}", self), self._on_device():
-            sheets, ties = self._exchange(step, gradients, excuse, unscale, watch)
-        return roll, self._report(step, watch, roll, sheets, ties)
+            participation, ties = self._exchange(step, gradients, abstention, unscale, watch)
+        return handshake, self._report(step, watch, handshake, participation, ties)
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -183,28 +183,28 @@ class Pipeline:
         self,
         step: int,
         gradients: Sequence[torch.Tensor | None],
-        excuse: int,
+        abstention: int,
         unscale: float,
         watch: Stopwatch,
-    ) -> tuple[header.Sheets, int | None]:
-        """All of a step but the roll call. Returns who voted, and the ties."""
-        world, turn = self.world, self._turn(step)
+    ) -> tuple[header.Participation, int | None]:
+        """All of a step but the handshake. Returns who voted, and the ties."""
+        world, context = self.world, self._context(step)
         present = [gradient is not None for gradient in gradients]
-        status = excuse if excuse != header.VOTES or any(present) else header.NO_GRADIENT
+        status = abstention if abstention != header.VOTES or any(present) else header.NO_GRADIENT
         if status == header.VOTES:
             with watch.span("pack"):
-                turn, finite = self._encoder.begin(gradients, turn, unscale)
+                context, finite = self._encoder.begin(gradients, context, unscale)
             status = header.VOTES if finite else header.NON_FINITE
         if self._maximum is not None:
             with watch.span("exchange"):
                 heard = gradients if status == header.VOTES else [None] * len(gradients)
                 bounds = self._maximum.over_ranks(heard, unscale, world, f"step {step}, maximum over ranks")
-            turn = dataclasses.replace(turn, prepared=bounds)
+            context = dataclasses.replace(context, prepared=bounds)
         encoded = status == header.VOTES
-        status = self._send(gradients, status, turn, watch)
+        status = self._send(gradients, status, context, watch)
         with watch.span("exchange"):
-            sheets = header.exchange_sheets(world, status, present, step)
-        voters = sheets.voters
+            participation = header.exchange_participation(world, status, present, step)
+        voters = participation.voters
         if status == header.VOTES:
             with watch.span("pack"):
                 self._encoder.sent(gradients, voters, world.rank)
@@ -213,7 +213,7 @@ class Pipeline:
         if self._counts is not None:
             self._counts.zero_()
         for bucket, exchange in zip(self.layout.buckets, self.exchanges, strict=True):
-            ties = ties + self._settle(bucket, exchange, self._whole(voters), turn, watch)
+            ties = ties + self._settle(bucket, exchange, self._whole(voters), context, watch)
         if self._counts is not None and self.method.rule.votes:
             with watch.span("decide"):
                 ties = int(ties) + int(self._counts[0])
@@ -227,22 +227,24 @@ class Pipeline:
                     self.exchanges[bucket.index].finish(world, f"step {step}, bucket {bucket.index}")
                     self._remember(bucket)
             with watch.span("unpack"):
-                if excuse == header.JOINED:
-                    self._decoder.follow(group, voters, turn)
+                if abstention == header.JOINED:
+                    self._decoder.follow(group, voters, context)
                 elif any(voters):  # else nothing is applied, and a CUDA graph may own the gradients
-                    self._decoder.decode(group, gradients, voters, turn, located)
+                    self._decoder.decode(group, gradients, voters, context, located)
         if tally is not None:
             with watch.span("exchange"):
                 world.wait(tally, f"step {step}, count of ties")
-        return sheets, int(counted[0]) if tally is not None else None
+        return participation, int(counted[0]) if tally is not None else None
 
-    def _send(self, gradients: Sequence[torch.Tensor | None], status: int, turn: Turn, watch: Stopwatch) -> int:
+    def _send(
+        self, gradients: Sequence[torch.Tensor | None], status: int, context: StepContext, watch: Stopwatch
+    ) -> int:
         """Pack and send, group by group. Returns the status, now that all values have been looked at."""
         flags: list[Flag] = []
         for group in self._groups:
             if status == header.VOTES:
                 with watch.span("pack"):
-                    flags += self._encoder.encode(group, gradients, turn)
+                    flags += self._encoder.encode(group, gradients, context)
             with watch.span("exchange"):
                 for bucket in group:
                     self.exchanges[bucket.index].push()
@@ -258,7 +260,7 @@ class Pipeline:
         bucket: Bucket,
         exchange: Exchange,
         voters: Sequence[tuple[int, ...]],
-        turn: Turn,
+        context: StepContext,
         watch: Stopwatch,
     ) -> Count:
         tied: Count = 0
@@ -270,11 +272,11 @@ class Pipeline:
             before = watch.seconds["decide"]
             with watch.span("decide"):
                 if self.method.rule.reencodes:
-                    self._server.decide(bucket, voters, turn, messages, out, start)
+                    self._aggregator.decide(bucket, voters, context, messages, out, start)
                 elif not self.method.by_value:
                     runs, previous = runs_of(bucket, voters), self._previous[bucket.index]
                     tied = decide_runs(
-                        self.method.rule, turn, bucket, runs, messages, out, start, previous=previous, tied=total
+                        self.method.rule, context, bucket, runs, messages, out, start, previous=previous, tied=total
                     )
             watch.seconds["exchange"] -= watch.seconds["decide"] - before  # the span around us counts it too
 
@@ -295,13 +297,18 @@ class Pipeline:
             previous.copy_(self.exchanges[bucket.index].decision)
 
     def _report(
-        self, step: int, watch: Stopwatch, roll: header.Roll, sheets: header.Sheets | None, ties: int | None
+        self,
+        step: int,
+        watch: Stopwatch,
+        handshake: header.Handshake,
+        participation: header.Participation | None,
+        ties: int | None,
     ) -> StepReport:
-        status = sheets.status if sheets is not None else (header.JOINED,) * self.world.size
-        headers = roll.bytes_sent
+        status = participation.status if participation is not None else (header.JOINED,) * self.world.size
+        headers = handshake.bytes_sent
         messages = 0
-        if sheets is not None:
-            headers += sheets.bytes_sent + (0 if ties is None else 8 * (self.world.size - 1))
+        if participation is not None:
+            headers += participation.bytes_sent + (0 if ties is None else 8 * (self.world.size - 1))
             messages = sum(exchange.bytes_sent for exchange in self.exchanges)
             messages += self._maximum.bytes_sent if self._maximum is not None else 0
         return StepReport(
@@ -312,15 +319,17 @@ class Pipeline:
             header_bytes=headers,
             voters=tuple(rank for rank, code in enumerate(status) if code == header.VOTES),
             abstentions={r: header.REASONS[code] for r, code in enumerate(status) if code != header.VOTES},
-            skipped=sheets is None or not any(sheets.voters),
+            skipped=participation is None or not any(participation.voters),
             ties=ties,
             seconds=dict(watch.seconds),
-            _agreement=((lambda: self._agreement(step, sheets)) if self.method.rule.votes and sheets else None),
+            _agreement=(
+                (lambda: self._agreement(step, participation)) if self.method.rule.votes and participation else None
+            ),
         )
 
     # ------------------------------------------------------------------------------------------ on request
 
-    def _agreement(self, step: int, sheets: header.Sheets) -> list[float]:
+    def _agreement(self, step: int, participation: header.Participation) -> list[float]:
         if step != self._latest:
             raise MpisignError(
                 f"the bitmaps of step {step} are gone (the latest is {self._latest}): ask for agreement() "
@@ -333,7 +342,7 @@ class Pipeline:
         with self._on_device():
             for bucket, exchange in zip(self.layout.buckets, self.exchanges, strict=True):
                 for segment in bucket.segments:
-                    if self.world.rank not in sheets.voters[segment.index]:
+                    if self.world.rank not in participation.voters[segment.index]:
                         continue
                     span = slice(segment.start, segment.stop)
                     same, both = ops.agreement(

@@ -9,7 +9,7 @@ import torch
 
 from mpisign.bitmap.ops import Count
 from mpisign.layout import Bucket
-from mpisign.policy import Turn
+from mpisign.policy import StepContext
 from mpisign.rules import Rule
 
 __all__ = ["Decide", "decide_runs", "runs_of"]
@@ -41,7 +41,7 @@ def runs_of(bucket: Bucket, voters: Sequence[tuple[int, ...]]) -> list[Run]:
 
 def decide_runs(
     rule: Rule,
-    turn: Turn,
+    context: StepContext,
     bucket: Bucket,
     runs: Sequence[Run],
     messages: Sequence[torch.Tensor],
@@ -54,7 +54,7 @@ def decide_runs(
     """Apply ``rule`` to each run that overlaps the items from ``start`` on; returns the ties.
 
     Args:
-        previous, tied: as in :class:`~mpisign.policy.Turn`, the first for all of ``out``.
+        previous, tied: as in :class:`~mpisign.policy.StepContext`, the first for all of ``out``.
     """
     ties: Count = 0
     end = start + out.shape[1]
@@ -67,6 +67,6 @@ def decide_runs(
             span = slice(lo - start, hi - start)
             voting, target = [message[:, span] for message in voting], out[:, span]
             before = None if previous is None else previous[:, span]
-        here = dataclasses.replace(turn, voters=ranks, previous=before, tied=tied)
+        here = dataclasses.replace(context, voters=ranks, previous=before, tied=tied)
         ties = ties + rule.decide(voting, target, here, bucket.first_word + lo)
     return ties

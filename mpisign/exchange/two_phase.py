@@ -1,8 +1,8 @@
 """Two-phase: all-to-all, decide a shard, all-gather the decisions.
 
 Rank r gets everybody's slice r, decides it, and sends the decision to all. Bytes sent per rank:
-(M - 1)/M * (message + decision), which stays flat as M grows. Two latencies. Each rank is the counting officer
-of its shard: a *malicious* rank can falsify a decision there, a merely broken one cannot (its ballot is one of M).
+(M - 1)/M * (message + decision), which stays flat as M grows. Two latencies. Each rank owns one
+shard: a *malicious* rank can falsify a decision there, a merely broken one cannot (its ballot is one of M).
 
 A message of several planes is cut across all of them, by an MPI datatype, so that nothing is copied.
 """

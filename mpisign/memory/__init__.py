@@ -5,6 +5,7 @@ from __future__ import annotations
 from mpisign.memory.dgc import DGC
 from mpisign.memory.ef21 import EF21, ef21_step_size
 from mpisign.memory.error_feedback import ErrorFeedback
+from mpisign.memory.identity import Identity
 from mpisign.memory.lion import LionMomentum
 from mpisign.memory.memory import Memory
 from mpisign.memory.momentum import Momentum
@@ -16,7 +17,6 @@ from mpisign.memory.noise import (
     TernarySign,
     gaussian_mechanism,
 )
-from mpisign.memory.nothing import Nothing
 from mpisign.memory.one_bit_adam import OneBitAdam
 
 __all__ = [
@@ -25,10 +25,10 @@ __all__ = [
     "ClippedNoise",
     "ErrorFeedback",
     "GaussianNoise",
+    "Identity",
     "LionMomentum",
     "Memory",
     "Momentum",
-    "Nothing",
     "OneBitAdam",
     "SparseSign",
     "StochasticSign",

@@ -14,7 +14,7 @@ from mpisign.codecs.sparse import TopK
 from mpisign.memory.memory import Memory, State
 from mpisign.memory.momentum import check_decay
 from mpisign.memory.noise import total_norm
-from mpisign.policy import Turn, check_positive
+from mpisign.policy import StepContext, check_positive
 
 __all__ = ["DGC"]
 
@@ -47,15 +47,17 @@ class DGC(Memory):
         if self.clip is not None:
             check_positive("clip", self.clip, ", or None for never")
 
-    def prepare(self, gradients: Sequence[Tensor], turn: Turn) -> Any:
+    def prepare(self, gradients: Sequence[Tensor], context: StepContext) -> Any:
         if self.clip is None:
             return None
-        return (self.clip * turn.size**-0.5 / total_norm(gradients)).clamp(max=1.0)
+        return (self.clip * context.size**-0.5 / total_norm(gradients)).clamp(max=1.0)
 
-    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
+    def __call__(
+        self, gradient: Tensor, state: State, scratch: Tensor, context: StepContext, first_word: int
+    ) -> Tensor:
         velocity, residual = state["velocity"], state["residual"]
         if self.clip is not None:
-            gradient = torch.mul(gradient, turn.prepared.to(gradient.dtype), out=scratch[: gradient.numel()])
+            gradient = torch.mul(gradient, context.prepared.to(gradient.dtype), out=scratch[: gradient.numel()])
         if self.nesterov:
             velocity.add_(gradient).mul_(self.momentum)
             residual.add_(gradient)

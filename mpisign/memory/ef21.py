@@ -14,7 +14,7 @@ from mpisign.codecs.codec import Codec
 from mpisign.errors import OptionError
 from mpisign.memory.memory import Memory, State
 from mpisign.memory.momentum import check_decay
-from mpisign.policy import Turn
+from mpisign.policy import StepContext
 
 __all__ = ["EF21", "ef21_step_size"]
 
@@ -44,12 +44,14 @@ class EF21(Memory):
     def fields(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("estimate", "average", "momentum") if self.momentum else ("estimate", "average")
 
-    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
+    def __call__(
+        self, gradient: Tensor, state: State, scratch: Tensor, context: StepContext, first_word: int
+    ) -> Tensor:
         tracked = state["momentum"].lerp_(gradient, 1.0 - self.momentum) if self.momentum else gradient
         change = scratch[: gradient.numel()]
         if self.shares is None:
             return torch.sub(tracked, state["estimate"], out=change)
-        return torch.div(tracked, turn.size * self.shares[turn.rank], out=change).sub_(state["estimate"])
+        return torch.div(tracked, context.size * self.shares[context.identity], out=change).sub_(state["estimate"])
 
     def sent(self, message: Tensor, codec: Codec, state: State) -> None:
         codec.add(message, state["estimate"], 1.0)

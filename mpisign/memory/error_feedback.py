@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mpisign.codecs.codec import Codec
 from mpisign.memory.memory import Memory, State
-from mpisign.policy import Turn
+from mpisign.policy import StepContext
 
 __all__ = ["ErrorFeedback"]
 
@@ -30,7 +30,9 @@ class ErrorFeedback(Memory):
     follows_lr: ClassVar[tuple[str, ...]] = ("error",)
     feedback = True
 
-    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
+    def __call__(
+        self, gradient: Tensor, state: State, scratch: Tensor, context: StepContext, first_word: int
+    ) -> Tensor:
         return state["error"].add_(gradient)
 
     def sent(self, message: Tensor, codec: Codec, state: State) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpisign.memory.memory import Memory, State
 from mpisign.memory.momentum import check_decay
-from mpisign.policy import Turn
+from mpisign.policy import StepContext
 
 __all__ = ["LionMomentum"]
 
@@ -36,7 +36,9 @@ class LionMomentum(Memory):
     def betas(self) -> tuple[float, float]:
         return self.beta1, self.beta2
 
-    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
+    def __call__(
+        self, gradient: Tensor, state: State, scratch: Tensor, context: StepContext, first_word: int
+    ) -> Tensor:
         momentum = state["momentum"]
         signed = torch.lerp(momentum, gradient, 1.0 - self.beta1, out=scratch[: gradient.numel()])
         momentum.lerp_(gradient, 1.0 - self.beta2)

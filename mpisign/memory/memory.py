@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mpisign.codecs.codec import Codec
-from mpisign.policy import Turn
+from mpisign.policy import StepContext
 
 __all__ = ["Memory", "State"]
 
@@ -26,7 +26,7 @@ class Memory:
             randomness. It may then be called on pieces of a parameter; if not it always sees the whole.
         feedback: :meth:`sent` wants to hear what went out.
         running: :meth:`received` turns the decision into the gradient.
-        needs_maximum: ``turn.prepared[first_word]`` shall be the largest magnitude (n,) that any rank's gradient has,
+        needs_maximum: ``context.prepared[first_word]`` shall be the largest magnitude (n,) any rank's gradient has,
             coordinate by coordinate. It costs a dense all-reduce.
         private: no other rank shall be able to repeat its random numbers: a secret of this rank's goes into them.
         follows_lr: fields in units of the gradient whose product with the learning rate is what counts (an
@@ -51,21 +51,23 @@ class Memory:
         """
         return None
 
-    def prepare(self, gradients: Sequence[Tensor], turn: Turn) -> Any:
+    def prepare(self, gradients: Sequence[Tensor], context: StepContext) -> Any:
         """Look at all gradients of the step, flat and finite, before any is taken in: for norms over the model.
 
-        The result is ``turn.prepared`` in every call of the step.
+        The result is ``context.prepared`` in every call of the step.
         """
         return None
 
-    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
+    def __call__(
+        self, gradient: Tensor, state: State, scratch: Tensor, context: StepContext, first_word: int
+    ) -> Tensor:
         """Take one flat gradient (n,) in and return what the codec shall send (n,). It allocates as little as it can.
 
         Args:
             gradient: in the state's precision; left alone.
             state: changed in place.
             scratch: at least n elements to write into.
-            turn: the step; ``first_word`` tells places apart: ``turn.generator(first_word, gradient.device)``.
+            context: the step; ``first_word`` tells places apart: ``context.generator(first_word, gradient.device)``.
 
         Returns:
             ``gradient``, a state tensor, or the first n elements of ``scratch``.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mpisign.errors import OptionError
 from mpisign.memory.memory import Memory, State
-from mpisign.policy import Turn
+from mpisign.policy import StepContext
 
 __all__ = ["Momentum", "check_decay"]
 
@@ -38,5 +38,7 @@ class Momentum(Memory):
     def betas(self) -> tuple[float, float]:
         return self.beta, self.beta
 
-    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
+    def __call__(
+        self, gradient: Tensor, state: State, scratch: Tensor, context: StepContext, first_word: int
+    ) -> Tensor:
         return state["momentum"].lerp_(gradient, 1.0 - self.beta)

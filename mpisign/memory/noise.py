@@ -16,7 +16,7 @@ from mpisign.bitmap.coin import coin_words
 from mpisign.bitmap.tensors import blocks
 from mpisign.errors import OptionError
 from mpisign.memory.memory import Memory, State
-from mpisign.policy import Turn, check_positive
+from mpisign.policy import StepContext, check_positive
 
 __all__ = [
     "ClippedNoise",
@@ -34,17 +34,17 @@ COINS = 1 << 16  # drawn at once: larger arrays would come fresh from the system
 class Random:
     """Random numbers for one gradient, in the order of its elements: this rank's own, the same in every repetition."""
 
-    def __init__(self, turn: Turn, first_word: int, device: torch.device) -> None:
-        self._turn, self._first_word, self._device = turn, first_word, device
+    def __init__(self, context: StepContext, first_word: int, device: torch.device) -> None:
+        self._context, self._first_word, self._device = context, first_word, device
         self._drawn = 0
 
     @functools.cached_property
     def _key(self) -> int:
-        return self._turn.noise_key(self._first_word)
+        return self._context.noise_key(self._first_word)
 
     @functools.cached_property
     def _generator(self) -> torch.Generator:
-        return self._turn.generator(self._first_word, self._device)
+        return self._context.generator(self._first_word, self._device)
 
     @functools.cached_property
     def _philox(self) -> np.random.Generator:
@@ -52,7 +52,7 @@ class Random:
 
     def normal(self, out: Tensor) -> Tensor:
         """Fill ``out`` with standard normal numbers."""
-        if self._turn.secret and not out.is_cuda:  # torch's generator is faster, and uses 32 bits of the key
+        if self._context.secret and not out.is_cuda:  # torch's generator is faster, and uses 32 bits of the key
             values = out.numpy()
             self._philox.standard_normal(out=values, dtype=values.dtype)
             return out
@@ -75,15 +75,17 @@ class Noise(Memory, ABC):
 
     elementwise = False
 
-    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
-        random, scale = Random(turn, first_word, gradient.device), self.scale_of(gradient, turn, first_word)
+    def __call__(
+        self, gradient: Tensor, state: State, scratch: Tensor, context: StepContext, first_word: int
+    ) -> Tensor:
+        random, scale = Random(context, first_word, gradient.device), self.scale_of(gradient, context, first_word)
         spare = gradient.new_empty(0)
         for span in blocks(gradient.numel(), gradient.device):
             here = scale[span] if isinstance(scale, Tensor) and scale.dim() else scale
             self.draw(gradient[span], here, scratch[span], spare.resize_(span.stop - span.start), random)
         return scratch[: gradient.numel()]
 
-    def scale_of(self, gradient: Tensor, turn: Turn, first_word: int) -> Scale:
+    def scale_of(self, gradient: Tensor, context: StepContext, first_word: int) -> Scale:
         """What :meth:`draw` measures gradient or noise by: a number, a 0-d tensor, or one for each element (n,)."""
         return 1.0
 
@@ -107,7 +109,7 @@ class GaussianNoise(Noise):
     def __post_init__(self) -> None:
         check_positive("scale", self.scale)
 
-    def scale_of(self, gradient: Tensor, turn: Turn, first_word: int) -> Scale:
+    def scale_of(self, gradient: Tensor, context: StepContext, first_word: int) -> Scale:
         if not self.relative or not gradient.numel():
             return self.scale
         smallest, largest = gradient.aminmax()
@@ -140,8 +142,8 @@ class StochasticSign(Noise):
     def needs_maximum(self) -> bool:  # type: ignore[override]
         return self.bound is None
 
-    def scale_of(self, gradient: Tensor, turn: Turn, first_word: int) -> Scale:
-        bounds: Scale = turn.prepared[first_word] if self.bound is None else self.bound
+    def scale_of(self, gradient: Tensor, context: StepContext, first_word: int) -> Scale:
+        bounds: Scale = context.prepared[first_word] if self.bound is None else self.bound
         return bounds
 
     def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: Random) -> None:
@@ -172,11 +174,11 @@ class ClippedNoise(Noise):
         check_positive("clip", self.clip)
         check_positive("noise", self.noise)
 
-    def prepare(self, gradients: Sequence[Tensor], turn: Turn) -> Tensor:
+    def prepare(self, gradients: Sequence[Tensor], context: StepContext) -> Tensor:
         return (self.clip / total_norm(gradients)).clamp(max=1.0)
 
-    def scale_of(self, gradient: Tensor, turn: Turn, first_word: int) -> Tensor:
-        factor: Tensor = turn.prepared.to(gradient.dtype)
+    def scale_of(self, gradient: Tensor, context: StepContext, first_word: int) -> Tensor:
+        factor: Tensor = context.prepared.to(gradient.dtype)
         return factor
 
     def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: Random) -> None:

@@ -12,7 +12,7 @@ from mpisign.bitmap.tensors import blocks
 from mpisign.codecs.codec import Codec
 from mpisign.memory.memory import Memory, State
 from mpisign.memory.momentum import check_decay
-from mpisign.policy import Turn, check_positive
+from mpisign.policy import StepContext, check_positive
 
 __all__ = ["OneBitAdam"]
 
@@ -47,7 +47,9 @@ class OneBitAdam(Memory):
     def feedback(self) -> bool:  # type: ignore[override]
         return self.frozen
 
-    def __call__(self, gradient: Tensor, state: State, scratch: Tensor, turn: Turn, first_word: int) -> Tensor:
+    def __call__(
+        self, gradient: Tensor, state: State, scratch: Tensor, context: StepContext, first_word: int
+    ) -> Tensor:
         if not self.frozen:
             return gradient
         error = state["error"].add_(state["momentum"], alpha=self.beta1)

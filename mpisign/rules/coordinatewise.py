@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mpisign.errors import OptionError
-from mpisign.policy import Turn
+from mpisign.policy import StepContext
 from mpisign.rules.rule import Rule
 
 __all__ = ["BLOCK", "Median", "Rows", "TrimmedMean", "check_count", "check_enough", "median", "trimmed_mean"]
@@ -124,7 +124,7 @@ class Median(Rule):
 
     name = "median"
 
-    def decide(self, messages: Sequence[Tensor], out: Tensor, turn: Turn, first_word: int) -> int:
+    def decide(self, messages: Sequence[Tensor], out: Tensor, context: StepContext, first_word: int) -> int:
         median([message[0] for message in messages], out[0])
         return 0
 
@@ -149,6 +149,6 @@ class TrimmedMean(Rule):
     def check(self, size: int) -> None:
         check_enough(self.name, self.f, 1, size)
 
-    def decide(self, messages: Sequence[Tensor], out: Tensor, turn: Turn, first_word: int) -> int:
+    def decide(self, messages: Sequence[Tensor], out: Tensor, context: StepContext, first_word: int) -> int:
         trimmed_mean([message[0] for message in messages], self.f, out[0])
         return 0

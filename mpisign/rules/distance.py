@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mpisign.errors import OptionError
-from mpisign.policy import Turn, check_positive
+from mpisign.policy import StepContext, check_positive
 from mpisign.rules.coordinatewise import Rows, check_count, check_enough
 from mpisign.rules.geometry import combine, distances_to, mean_of, squared_distances
 from mpisign.rules.rule import Rule
@@ -142,7 +142,7 @@ class Krum(Rule):
     def check(self, size: int) -> None:
         check_enough(self.name, self.f, 3, size)
 
-    def decide(self, messages: Sequence[Tensor], out: Tensor, turn: Turn, first_word: int) -> int:
+    def decide(self, messages: Sequence[Tensor], out: Tensor, context: StepContext, first_word: int) -> int:
         krum([message[0] for message in messages], self.f, out[0])
         return 0
 
@@ -176,7 +176,7 @@ class MultiKrum(Rule):
                 f"{self.name} cannot average m={self.m} of {size} ranks: choose m={size - self.f} or less"
             )
 
-    def decide(self, messages: Sequence[Tensor], out: Tensor, turn: Turn, first_word: int) -> int:
+    def decide(self, messages: Sequence[Tensor], out: Tensor, context: StepContext, first_word: int) -> int:
         multi_krum([message[0] for message in messages], self.f, self.m, out[0])
         return 0
 
@@ -202,7 +202,7 @@ class GeometricMedian(Rule):
         check_positive("nu", self.nu)
         check_count("steps", self.steps, 1)
 
-    def decide(self, messages: Sequence[Tensor], out: Tensor, turn: Turn, first_word: int) -> int:
+    def decide(self, messages: Sequence[Tensor], out: Tensor, context: StepContext, first_word: int) -> int:
         geometric_median([message[0] for message in messages], self.nu, self.steps, out[0])
         return 0
 
@@ -211,7 +211,7 @@ class GeometricMedian(Rule):
 class CenteredClipping(Rule):
     """The previous decision, moved by the mean of clipped differences (:func:`centered_clipping`).
 
-    The previous decision, ``turn.previous`` (1, k), is the state of this rule: the exchange keeps it, and it starts
+    The previous decision, ``context.previous`` (1, k), is the state of this rule: the exchange keeps it, and it starts
     at 0. Take it with worker momentum, against adversaries who push a little, the same way, at every step. No rank
     moves a decision by more than ``steps radius / V``: tune ``radius``, in units of a message's length, to the
     differences between honest vectors. Too small, and training crawls; too large, and this is the mean.
@@ -229,8 +229,8 @@ class CenteredClipping(Rule):
         check_positive("radius", self.radius)
         check_count("steps", self.steps, 1)
 
-    def decide(self, messages: Sequence[Tensor], out: Tensor, turn: Turn, first_word: int) -> int:
-        center = None if turn.previous is None else turn.previous[0]
+    def decide(self, messages: Sequence[Tensor], out: Tensor, context: StepContext, first_word: int) -> int:
+        center = None if context.previous is None else context.previous[0]
         centered_clipping([message[0] for message in messages], self.radius, center, self.steps, out[0])
         return 0
 
@@ -257,9 +257,9 @@ class NearestNeighbourAveraging(Rule):
     def check(self, size: int) -> None:
         check_enough(self.name, self.f, 1, size)
 
-    def decide(self, messages: Sequence[Tensor], out: Tensor, turn: Turn, first_word: int) -> int:
+    def decide(self, messages: Sequence[Tensor], out: Tensor, context: StepContext, first_word: int) -> int:
         rows = [message[0] for message in messages]
-        votes = turn.rank in turn.voters
-        pivot = turn.voters.index(turn.rank) if votes else _by_krum_score(rows, self.f)[0]
+        votes = context.rank in context.voters
+        pivot = context.voters.index(context.rank) if votes else _by_krum_score(rows, self.f)[0]
         nearest_neighbour_averaging(rows, self.f, pivot, out[0])
         return 0

@@ -14,7 +14,7 @@ from mpisign.bitmap.tensors import blocks
 from mpisign.codecs import Codec
 from mpisign.codecs.sign_bits import add_signs
 from mpisign.errors import OptionError
-from mpisign.policy import Policy, Turn
+from mpisign.policy import Policy, StepContext
 from mpisign.rules.rule import Rule
 
 __all__ = ["Mean", "MeanOfSigns"]
@@ -43,20 +43,22 @@ class Mean(Rule):
         if self.shares is not None and len(self.shares) != size:
             raise OptionError(f"{len(self.shares)} weights were given for {size} ranks: give one for each rank")
 
-    def weights(self, turn: Turn) -> Sequence[float]:
+    def weights(self, context: StepContext) -> Sequence[float]:
         if self.shares is not None:
-            return [self.shares[rank] for rank in turn.voters]
-        return [1.0 / (turn.size if self.of_all else len(turn.voters))] * len(turn.voters)
+            return [self.shares[rank] for rank in context.voters]
+        return [1.0 / (context.size if self.of_all else len(context.voters))] * len(context.voters)
 
-    def decide(self, messages: Sequence[torch.Tensor], out: torch.Tensor, turn: Turn, first_word: int) -> Count:
-        count = turn.size if self.of_all else len(messages)
+    def decide(
+        self, messages: Sequence[torch.Tensor], out: torch.Tensor, context: StepContext, first_word: int
+    ) -> Count:
+        count = context.size if self.of_all else len(messages)
         block = out.shape[-1] if out.is_cuda else BLOCK
         for lo in range(0, out.shape[-1], max(block, 1)):
             total = out[:, lo : lo + block]
             parts = [message[:, lo : lo + block] for message in messages]
             if self.shares is not None:
-                torch.mul(parts[0], self.shares[turn.voters[0]], out=total)
-                for rank, part in zip(turn.voters[1:], parts[1:], strict=True):
+                torch.mul(parts[0], self.shares[context.voters[0]], out=total)
+                for rank, part in zip(context.voters[1:], parts[1:], strict=True):
                     total.add_(part, alpha=self.shares[rank])
                 continue
             total.copy_(parts[0])
@@ -82,15 +84,17 @@ class MeanOfSigns(Rule):
     def planes_down(self, codec: Codec, policy: Policy, size: int) -> int:
         return (codec.planes_up(policy) * size).bit_length()
 
-    def decide(self, messages: Sequence[torch.Tensor], out: torch.Tensor, turn: Turn, first_word: int) -> Count:
+    def decide(
+        self, messages: Sequence[torch.Tensor], out: torch.Tensor, context: StepContext, first_word: int
+    ) -> Count:
         marks = [message[0] for message in messages]
         if len(messages[0]) > 1:
             marks += [~(message[0] ^ message[1]) for message in messages]
         ops.count(marks, out)
         return 0
 
-    def decode(self, decision: torch.Tensor, out: torch.Tensor, codec: Codec, turn: Turn) -> None:
-        marks = codec.planes_up(turn.policy) * len(turn.voters)
+    def decode(self, decision: torch.Tensor, out: torch.Tensor, codec: Codec, context: StepContext) -> None:
+        marks = codec.planes_up(context.policy) * len(context.voters)
         # Where c marks were made, 2c is 2^rows - 1 plus the sum of 2^i times bit i as a sign; 2c / marks - 1 is sought.
         for span in blocks(out.numel(), out.device):
             part = out[span].fill_(2 ** len(decision) - 1 - marks)

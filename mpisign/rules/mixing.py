@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpisign.errors import OptionError
-from mpisign.policy import Turn
+from mpisign.policy import StepContext
 from mpisign.rules.coordinatewise import BLOCK, Rows, check_count, check_enough
 from mpisign.rules.geometry import mean_of, squared_distances
 from mpisign.rules.rule import Rule
@@ -71,7 +71,7 @@ class NearestNeighbourMixing(Rule):
         check_enough(self.name, self.f, 1, size)
         self.rule.check(size)
 
-    def decide(self, messages: Sequence[Tensor], out: Tensor, turn: Turn, first_word: int) -> int:
+    def decide(self, messages: Sequence[Tensor], out: Tensor, context: StepContext, first_word: int) -> int:
         rows = [message[0] for message in messages]
         near = _neighbourhoods(rows, self.f)
         length = out.shape[-1]
@@ -81,5 +81,5 @@ class NearestNeighbourMixing(Rule):
             block = mixed[..., : min(width, length - lo)]
             for mine, neighbours in zip(block, near, strict=True):
                 mean_of([row[lo : lo + width] for row in rows], neighbours, mine[0])
-            self.rule.decide(list(block), out[:, lo : lo + width], turn, first_word + lo)
+            self.rule.decide(list(block), out[:, lo : lo + width], context, first_word + lo)
         return 0

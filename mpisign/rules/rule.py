@@ -9,7 +9,7 @@ import torch
 
 from mpisign.bitmap.ops import Count
 from mpisign.codecs import Codec
-from mpisign.policy import Policy, Turn
+from mpisign.policy import Policy, StepContext
 
 __all__ = ["Rule"]
 
@@ -25,7 +25,7 @@ class Rule(ABC):
         tallies: messages are ballots, and a decision is how many there are, bit by bit: see :meth:`planes_down`,
             :meth:`decode`.
         reencodes: the decision goes down in the codec again, with an error feedback of its own.
-        remembers: :meth:`decide` is given its previous decision as ``turn.previous``.
+        remembers: :meth:`decide` is given its previous decision as ``context.previous``.
         personal: each rank decides for itself, so replicas differ.
     """
 
@@ -41,13 +41,15 @@ class Rule(ABC):
         """Raise :class:`mpisign.OptionError` if it cannot work with ``size`` ranks, saying what would."""
 
     @abstractmethod
-    def decide(self, messages: Sequence[torch.Tensor], out: torch.Tensor, turn: Turn, first_word: int) -> Count:
+    def decide(
+        self, messages: Sequence[torch.Tensor], out: torch.Tensor, context: StepContext, first_word: int
+    ) -> Count:
         """Turn V >= 1 messages, each (planes_up, k), into ``out`` (planes_down, k). Returns the number of ties.
 
         The same messages must give the same bits on every rank, however a shardable rule's items are sliced.
 
         Args:
-            messages: of the ranks ``turn.voters``, in that order, on the parameter's device.
+            messages: of the ranks ``context.voters``, in that order, on the parameter's device.
             first_word: number of the first item in the layout, the position of the ties' coin.
         """
 
@@ -55,15 +57,15 @@ class Rule(ABC):
         """Rows of a decision among ``size`` ranks."""
         return codec.planes_down(policy)
 
-    def decode(self, decision: torch.Tensor, out: torch.Tensor, codec: Codec, turn: Turn) -> None:
+    def decode(self, decision: torch.Tensor, out: torch.Tensor, codec: Codec, context: StepContext) -> None:
         """Write a decision (planes_down, k) on messages of ``codec`` into flat fp32 or fp64 ``out`` (n,).
 
         Args:
-            turn: its ``voters`` are the ranks that voted.
+            context: its ``voters`` are the ranks that voted.
         """
         codec.decode(decision, out)
 
-    def weights(self, turn: Turn) -> Sequence[float] | None:
+    def weights(self, context: StepContext) -> Sequence[float] | None:
         """The V weights of a rule that is a weighted sum, whatever the messages; None for all others.
 
         With them, messages that are not plain values are added up one after the other, never side by side.

@@ -9,7 +9,7 @@ import torch
 
 from mpisign.bitmap import ops
 from mpisign.bitmap.ops import Count
-from mpisign.policy import Turn
+from mpisign.policy import StepContext
 from mpisign.rules.rule import Rule
 
 __all__ = ["MajorityVote"]
@@ -29,14 +29,16 @@ class MajorityVote(Rule):
     name = "vote"
     votes = True
 
-    def decide(self, messages: Sequence[torch.Tensor], out: torch.Tensor, turn: Turn, first_word: int) -> Count:
+    def decide(
+        self, messages: Sequence[torch.Tensor], out: torch.Tensor, context: StepContext, first_word: int
+    ) -> Count:
         return ops.majority(
             [message[0] for message in messages],
             out[0],
-            ties=turn.policy.ties,
-            key=turn.ties_key,
+            ties=context.policy.ties,
+            key=context.ties_key,
             first_word=first_word,
             nonzeros=[message[1] for message in messages] if len(messages[0]) > 1 else None,
             out_nonzero=out[1] if len(out) > 1 else None,
-            tied=turn.tied,
+            tied=context.tied,
         )

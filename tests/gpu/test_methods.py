@@ -146,11 +146,11 @@ def test_its_noise_can_be_repeated_and_follows_the_gradient(
 @pytest.mark.parametrize("method", AMONG_MANY.values(), ids=AMONG_MANY)
 def test_it_decides_among_many_as_on_the_cpu(method: Method, ranks: int, dtype: torch.dtype) -> None:
     vectors = torch.randn(ranks + 1, 1, 5003, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    turn = replace(Policy().turn(step=3, rank=1, size=ranks), voters=tuple(range(ranks)))
+    context = replace(Policy().context(step=3, rank=1, size=ranks), voters=tuple(range(ranks)))
     decisions = []
     for messages in (vectors, vectors.cuda()):
         out = torch.empty_like(messages[0])
-        at = replace(turn, previous=messages[-1] if method.rule.remembers else None)
+        at = replace(context, previous=messages[-1] if method.rule.remembers else None)
         method.rule.decide(list(messages[:-1]), out, at, 0)
         decisions.append(out.cpu())
     torch.testing.assert_close(decisions[1], decisions[0], rtol=1e-5, atol=1e-5)

@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def parameters(*shapes: tuple[int, ...], dtypes: Sequence[torch.dtype] = DTYPES) -> list[torch.nn.Parameter]:
-    """Zeros, the dtypes in turn."""
+    """Zeros, the dtypes in context."""
     return [torch.nn.Parameter(torch.zeros(shape, dtype=dtypes[i % len(dtypes)])) for i, shape in enumerate(shapes)]
 
 

@@ -144,7 +144,7 @@ class Sluggish(Memory):
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("phase", ["roll call", "tally sheets"])
+@pytest.mark.parametrize("phase", ["handshake", "participation"])
 def test_those_who_wait_say_for_whom_at_which_step_and_phase(
     comm: MPI.Comm, caplog: pytest.LogCaptureFixture, phase: str
 ) -> None:
@@ -156,12 +156,12 @@ def test_those_who_wait_say_for_whom_at_which_step_and_phase(
     slow = mpisign.Method(Sluggish(delays), mpisign.signsgd().codec, mpisign.signsgd().rule)
     parameter = torch.nn.Parameter(torch.zeros(3))
     sgd = torch.optim.SGD([parameter], lr=1.0)
-    optimizer = mpisign.DistributedSignOptimizer(sgd, method=mpisign.signsgd() if phase == "roll call" else slow)
-    if phase == "roll call":
+    optimizer = mpisign.DistributedSignOptimizer(sgd, method=mpisign.signsgd() if phase == "handshake" else slow)
+    if phase == "handshake":
         time.sleep(delays[comm.rank])
     parameter.grad = torch.ones(3)
     optimizer.step()
     if comm.rank != late:
         said = next(r.getMessage() for r in caplog.records if f"step 0, {phase}" in r.getMessage())
         assert said.startswith(f"rank {comm.rank} of {comm.size} has waited ")
-        assert said.endswith(f"; not heard from yet: ranks [{late}]" if phase == "roll call" else phase)
+        assert said.endswith(f"; not heard from yet: ranks [{late}]" if phase == "handshake" else phase)

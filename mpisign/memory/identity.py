@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from mpisign.memory.memory import Memory
 
-__all__ = ["Nothing"]
+__all__ = ["Identity"]
 
 
 @dataclass(frozen=True)
-class Nothing(Memory):
+class Identity(Memory):
     """``u = g``."""
 
     name = "nothing"
