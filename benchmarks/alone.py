@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import mpisign
-from mpisign import world
+from mpisign import session
+from mpisign.group import Group
+from mpisign.trace import Tracer
+from mpisign.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -28,12 +31,13 @@ def job() -> Iterator[MPI.Comm | None]:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError):  # mpi4py can be installed where MPI itself is not
-        alone = world.World(cast("MPI.Comm", _Myself()), 0, 1, None, None, 0, 1, 0, 1, gpus=True)
-        world._world = alone
+        tracer = Tracer()
+        alone = session.Session(Group.alone(_Myself(), gpus=True), Watchdog(tracer, None, None), tracer)
+        session._session = alone
         try:
             yield None
         finally:
-            world._world = None
+            session._session = None
         return
     mpisign.init()
     try:

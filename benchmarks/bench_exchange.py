@@ -16,7 +16,7 @@ import mpisign
 from mpisign.bitmap import host
 from mpisign.exchange.choose import Exchange, choose
 from mpisign.policy import Policy
-from mpisign.world import current
+from mpisign.session import current
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -95,16 +95,16 @@ class BitExchange:
     """A gradient's bits, packed and cut into messages, and their way through one of the library's exchanges."""
 
     def __init__(self, option: str, elements: int, bucket_bytes: int) -> None:
-        self.world, method = current(), mpisign.signsgd()
+        self.session, method = current(), mpisign.signsgd()
         self.rule = method.rule
-        self.context = Policy().context(step=0, rank=self.world.rank)
+        self.context = Policy().context(step=0, rank=self.session.rank)
         words, cap = host.words_for(elements), max(1, bucket_bytes // 4)
         self.starts = list(range(0, words, cap))
         self.exchanges: list[Exchange] = [
-            choose(option, method, min(cap, words - start), torch.int32, 1, 1, self.world, torch.device("cpu"))
+            choose(option, method, min(cap, words - start), torch.int32, 1, 1, self.session.group, torch.device("cpu"))
             for start in self.starts
         ]
-        seeded = torch.Generator().manual_seed(self.world.rank)
+        seeded = torch.Generator().manual_seed(self.session.rank)
         ballot = torch.randint(-(2**31), 2**31, (words,), dtype=torch.int32, generator=seeded)
         for start, exchange in zip(self.starts, self.exchanges, strict=True):
             exchange.message[0] = ballot[start : start + cap]
@@ -113,11 +113,11 @@ class BitExchange:
         """Send everything, then decide, then collect, in the order of the library's own pipeline."""
         for exchange in self.exchanges:
             exchange.push()
-            exchange.start(self.world)
+            exchange.start(self.session)
         for start, exchange in zip(self.starts, self.exchanges, strict=True):
-            exchange.settle(self._decider(start), self.world, "benchmark, first phase")
+            exchange.settle(self._decider(start), self.session, 0)
         for exchange in self.exchanges:
-            exchange.finish(self.world, "benchmark, second phase")
+            exchange.finish(self.session, 0)
         return [exchange.decision for exchange in self.exchanges]
 
     def _decider(self, first_word: int) -> Callable[[Sequence[torch.Tensor], torch.Tensor, int], None]:

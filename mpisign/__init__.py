@@ -43,15 +43,8 @@ from mpisign.methods import (
 )
 from mpisign.optimizer import DistributedSignOptimizer
 from mpisign.preemption import REQUEUE_EXIT_CODE, stop_on_signal, stop_requested
-from mpisign.sync import (
-    allgather_object,
-    broadcast_object,
-    broadcast_optimizer_state,
-    broadcast_parameters,
-    check_consistency,
-)
-from mpisign.telemetry import StepReport
-from mpisign.world import (
+from mpisign.report import StepReport
+from mpisign.session import (
     barrier,
     device,
     init,
@@ -63,6 +56,14 @@ from mpisign.world import (
     rank,
     shutdown,
     size,
+    timeline,
+)
+from mpisign.sync import (
+    allgather_object,
+    broadcast_object,
+    broadcast_optimizer_state,
+    broadcast_parameters,
+    check_consistency,
 )
 
 __version__ = "0.1.0"
@@ -125,6 +126,7 @@ __all__ = [
     "stop_on_signal",
     "stop_requested",
     "ternary_vote",
+    "timeline",
     "top_k",
     "trimmed_mean",
 ]

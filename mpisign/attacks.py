@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mpisign.channel import minority
 from mpisign.errors import ConsistencyError, OptionError
+from mpisign.talk import minority
 
 if TYPE_CHECKING:
     from mpi4py import MPI

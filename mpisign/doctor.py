@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mpisign import world
+from mpisign import session
 from mpisign.bitmap import ops
 from mpisign.bitmap.host import words_for
 from mpisign.bitmap.kernels import import_cupy
@@ -30,6 +30,7 @@ from mpisign.optimizer import DistributedSignOptimizer
 
 __all__ = ["FAIL", "OK", "WARN", "Finding", "examine"]
 
+ACT = "the doctor"
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 
 NVIDIA = Path("/dev/nvidia0")  # what a driver makes for the first GPU
@@ -53,9 +54,9 @@ def examine() -> list[Finding]:
     """
     findings = list(_versions())
     try:
-        mine = not world.is_initialized()
+        mine = not session.is_initialized()
         if mine:
-            world.init(stall_warning=10.0, stall_timeout=60.0)
+            session.init(stall_warning=10.0, stall_timeout=60.0)
     except (LaunchError, ImportError, RuntimeError) as error:
         return [*findings, Finding(FAIL, "MPI", f"{type(error).__name__}: {error}", _IMPORT_ADVICE)]
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (_mpi, _slurm, _ranks, _binding, _ulfm, _vote, _gpus)
@@ -63,15 +64,17 @@ def examine() -> list[Finding]:
         findings += check()
     findings = _of_all_ranks(findings)
     if mine:
-        world.shutdown()
+        session.shutdown()
     return findings
 
 
 def _of_all_ranks(mine: list[Finding]) -> list[Finding]:
     """Everything that any rank has found, once, with the ranks' numbers where others saw something else."""
     subjects: dict[str, dict[Finding, list[int]]] = {}
-    for rank, findings in enumerate(world.current().comm.allgather(mine)):
-        for finding in findings:
+    lines = [[it.status, it.subject, it.seen, it.advice] for it in mine]
+    for rank, findings in enumerate(session.current().gather_values(lines, [(str, str, str, str)], ACT)):
+        for said in findings:
+            finding = Finding(*said)
             subjects.setdefault(finding.subject, {}).setdefault(finding, []).append(rank)
     told = []
     for found in subjects.values():
@@ -131,7 +134,7 @@ def _slurm() -> Iterator[Finding]:
     from mpi4py import MPI
 
     job, launcher = os.environ.get("SLURM_JOB_ID"), find_launcher(os.environ)
-    if job is None or world.current().rank > 0:
+    if job is None or session.current().rank > 0:
         return
     if launcher is not None:
         yield Finding(OK, "SLURM", f"job {job}; {launcher.name} works")
@@ -152,9 +155,10 @@ def _slurm() -> Iterator[Finding]:
 
 
 def _ranks() -> Iterator[Finding]:
-    here = world.current()
+    here = session.current().group
     yield Finding(OK, "ranks", f"{here.size} on {here.num_nodes} node{'s' if here.num_nodes > 1 else ''}")
-    versions = here.comm.allgather((platform.python_version(), torch.__version__, np.__version__))
+    mine = f"Python {platform.python_version()}, torch {torch.__version__}, NumPy {np.__version__}"
+    versions = session.current().gather_values(mine, str, ACT)
     if len(set(versions)) > 1:
         yield Finding(
             FAIL, "environments", f"ranks run different versions: {sorted(set(versions))}", "use one environment"
@@ -162,9 +166,10 @@ def _ranks() -> Iterator[Finding]:
 
 
 def _binding() -> Iterator[Finding]:
-    here = world.current()
+    here = session.current().group
     cores = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset[int]()
-    places = here.comm.allgather((here.node_rank, cores))
+    heard = session.current().gather_values([here.node_rank, sorted(cores)], (int, [int]), ACT)
+    places = [(node, frozenset(its)) for node, its in heard]
     shared = [
         (rank, other)
         for rank, (node, mine) in enumerate(places)
@@ -193,17 +198,17 @@ def _binding() -> Iterator[Finding]:
 
 def _gpus() -> Iterator[Finding]:
     """This rank's device, the kernels on it, MPI's way to its memory, and if all are well, a vote from there."""
-    comm = world.current().comm
+    here = session.current()
     usable = torch.cuda.is_available() and torch.version.hip is None
-    having = [rank for rank, has in enumerate(comm.allgather(usable)) if has]
+    having = [rank for rank, has in enumerate(here.gather_values(usable, bool, ACT)) if has]
     if not usable:
         yield _no_gpu()
-    device, works = world.device() if usable else torch.device("cpu"), True
+    device, works = session.device() if usable else torch.device("cpu"), True
     if usable:
-        for finding in (_gpu(device), _kernels(device), *([_gpu_aware(device)] if comm.rank == having[0] else [])):
+        for finding in (_gpu(device), _kernels(device), *([_gpu_aware(device)] if here.rank == having[0] else [])):
             works = works and finding.status == OK
             yield finding
-    if having and all(comm.allgather(works)):
+    if having and all(here.gather_values(works, bool, ACT)):
         yield from _vote(device, "a vote from GPUs")
 
 
@@ -305,7 +310,7 @@ def _gpu_aware(device: torch.device) -> Finding:
 def _ulfm() -> Iterator[Finding]:
     from mpi4py import MPI
 
-    trial = world.current().comm.Dup()
+    trial = session.current().group.comm.Dup()
     try:
         trial.Revoke()  # mpi4py emulates the other calls where the library lacks them, but not this one
         on = os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112 - Open MPI spells it so
@@ -319,10 +324,12 @@ def _ulfm() -> Iterator[Finding]:
 
 def _vote(device: str | torch.device = "cpu", subject: str = "a real vote") -> Iterator[Finding]:
     """One real vote over both exchanges, checked against plain NumPy on every rank."""
-    here = world.current()
+    here = session.current().group
     elements = 10_007
     mine = np.random.default_rng(here.rank).standard_normal(elements).astype(np.float32)
-    expected = -np.sign(np.sign(np.array(here.comm.allgather(mine))).sum(axis=0))
+    everyone = np.empty((here.size, elements), np.float32)
+    here.comm.Allgather(mine, everyone)
+    expected = -np.sign(np.sign(everyone).sum(axis=0))
     for exchange in ("allgather", "two_phase"):
         parameter = torch.nn.Parameter(torch.zeros(elements, device=device))
         parameter.grad = torch.from_numpy(mine).to(device, copy=True)

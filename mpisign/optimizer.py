@@ -19,8 +19,8 @@ from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
 from mpisign.methods import signum
 from mpisign.policy import Policy, check_positive
-from mpisign.telemetry import StepReport
-from mpisign.world import World, current
+from mpisign.report import StepReport
+from mpisign.session import Session, current
 
 __all__ = ["DistributedSignOptimizer"]
 
@@ -75,7 +75,7 @@ class DistributedSignOptimizer(Optimizer):
     policy: Policy
     report: StepReport | None
     _pipeline: Pipeline | None
-    _world: World | None  # where it has its _number
+    _session: Session | None  # where it has its _number
 
     _step_supports_amp_scaling = True  # GradScaler hands us its findings instead of skipping step() on its own
 
@@ -267,20 +267,21 @@ class DistributedSignOptimizer(Optimizer):
     # ----------------------------------------------------------------------------------- layout and memory
 
     def _prepare(self) -> Pipeline:
-        """The pipeline for the parameters and the world as they are now; made anew only if they changed."""
-        world = current("DistributedSignOptimizer.step()")
+        """The pipeline for the parameters and the group as they are now; made anew only if they changed."""
+        session = current("DistributedSignOptimizer.step()")
+        place = session, session.group.generation
         active = [p for p in self._parameters() if p.requires_grad]
         method = self.method.at(self._exchanges, self._epoch or 0)
         pipeline = self._pipeline
-        if pipeline is None or not pipeline.fits(active) or pipeline.world is not world or pipeline.method != method:
+        if pipeline is None or not pipeline.fits(active) or pipeline.made_for != place or pipeline.method != method:
             names = {**wrapping.default_names(self.param_groups), **self._names}  # groups may have been added since
             named = [(names[p], p) for p in active]
-            if world is not self._world:
-                self._world, self._number = world, world.next_number()
+            if session is not self._session:
+                self._session, self._number = session, session.next_number()
             self._memory.memory = method.memory
-            self._memory.follow(self._parameters(), world)
+            self._memory.follow(self._parameters(), session.group)
             pipeline = self._pipeline = Pipeline(
-                named, method, self.policy, self.exchange, self.bucket_cap_mb, self._memory, world, self._number
+                named, method, self.policy, self.exchange, self.bucket_cap_mb, self._memory, session, self._number
             )
         self._memory.follow_rates(self.param_groups)
         return pipeline
@@ -318,7 +319,7 @@ class DistributedSignOptimizer(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         saved = state_dict.pop("mpisign", None)
-        memory = self._memory.restored(saved, self._parameters(), current("load_state_dict()"))
+        memory = self._memory.restored(saved, self._parameters(), current("load_state_dict()").group)
         self.wrapped.load_state_dict(state_dict)
         self._memory = memory
         self._pipeline = None  # it holds views of the old memory
@@ -331,13 +332,13 @@ class DistributedSignOptimizer(Optimizer):
     # ------------------------------------------------------------------------------ pickle, deepcopy, print
 
     def __getstate__(self) -> dict[str, Any]:
-        lost = ("_pipeline", "_world", "report", "_synchronized", "_skip", "step", "found_inf", "grad_scale")
+        lost = ("_pipeline", "_session", "report", "_synchronized", "_skip", "step", "found_inf", "grad_scale")
         hooks = ("_optimizer_", "_zero_grad_profile", "_opt_called", "_warned_")
         return {k: v for k, v in self.__dict__.items() if k not in lost and not k.startswith(hooks)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._pipeline = self._world = None
+        self._pipeline = self._session = None
         self._synchronized = self._skip = False
         self.report = None
         super().__setstate__({})  # torch makes its hook tables

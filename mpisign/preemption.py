@@ -2,7 +2,7 @@
 
 A queue warns a job before it takes the nodes away: by SIGTERM, or by a signal of your choice (``--signal``). It may
 warn the ranks one after another, or only one. Here the handler only takes a note, which travels with the next call
-of the ranks' channel; every step and every other collective function begins with one.
+that ranks make together; every step and every other collective function begins with one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from mpisign.errors import OptionError
-from mpisign.world import World, current
+from mpisign.session import Session, current
 
 __all__ = ["REQUEUE_EXIT_CODE", "stop_on_signal", "stop_requested"]
 
@@ -49,15 +49,15 @@ def stop_on_signal(*signals: int) -> None:
                 mpisign.checkpoint.save("checkpoints", model=model, optimizer=optimizer, step=step + 1)
                 sys.exit(mpisign.REQUEUE_EXIT_CODE)
     """
-    world = current("stop_on_signal()")
+    session = current("stop_on_signal()")
     for number in signals or (signal.SIGUSR1, signal.SIGTERM):
         before = signal.getsignal(number)
-        note = _Note(number, world, before.former if isinstance(before, _Note) else before)
+        note = _Note(number, session, before.former if isinstance(before, _Note) else before)
         try:
             signal.signal(number, note)
         except OSError as error:
             raise OptionError(f"signal {number!r} cannot be caught: {error}") from error
-        world.farewells.callback(note.step_aside)
+        session.farewells.callback(note.step_aside)
 
 
 def stop_requested() -> bool:
@@ -73,20 +73,20 @@ class _Note:
     """The handler of one signal. ``former``: the one before it, None if it was not Python's."""
 
     number: int
-    world: World
+    session: Session
     former: Any
     heard: float | None = None  # when, in seconds of the monotonic clock
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        a_child = os.getpid() != self.world.process  # forked, with our handlers: a DataLoader's worker
+        a_child = os.getpid() != self.session.process  # forked, with our handlers: a DataLoader's worker
         if a_child or (self.heard is not None and now - self.heard > ECHO_SECONDS):
             if self.number in (signal.SIGTERM, signal.SIGINT):
                 self.step_aside()
                 signal.raise_signal(self.number)
             return
         self.heard = self.heard or now
-        self.world.wants_stop = True
+        self.session.wants_stop = True
 
     def step_aside(self) -> None:
         now: object = signal.getsignal(self.number)

@@ -10,10 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mpisign.channel import first_difference, minority
+from mpisign import trees
+from mpisign.encoding import Optional, printable
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.method import Method
-from mpisign.world import World, current
+from mpisign.session import Session, current
+from mpisign.talk import minority
 
 __all__ = [
     "allgather_object",
@@ -36,15 +38,28 @@ class HasState(Protocol):
 
 
 def broadcast_object(obj: Any, root_rank: int = 0) -> Any:
-    """Return ``root_rank``'s object on every rank. It is pickled; do not use it for large tensors."""
-    world = current("broadcast_object()")
-    _check_root(root_rank, world)
-    return world.spread(obj, root_rank, "broadcast_object()")
+    """Return ``root_rank``'s object on every rank.
+
+    It is pickled, and unpickling runs what its sender likes: ``mpisign.init(pickle=False)`` refuses it. Do not use it
+    for large tensors.
+
+    Raises:
+        OptionError: ``init(pickle=False)`` has turned pickles off.
+    """
+    session = current("broadcast_object()")
+    _check_root(root_rank, session)
+    return session.spread_object(obj, root_rank, "broadcast_object()")
 
 
 def allgather_object(obj: Any) -> list[Any]:
-    """Return every rank's object, in the order of the ranks, on every rank. They are pickled."""
-    return current("allgather_object()").gather(obj, "allgather_object()")
+    """Return every rank's object, in the order of the ranks, on every rank.
+
+    They are pickled, and unpickling runs what their senders like: ``mpisign.init(pickle=False)`` refuses it.
+
+    Raises:
+        OptionError: ``init(pickle=False)`` has turned pickles off.
+    """
+    return current("allgather_object()").gather_objects(obj, "allgather_object()")
 
 
 def broadcast_parameters(
@@ -59,24 +74,24 @@ def broadcast_parameters(
         ConsistencyError: names, shapes or dtypes differ between ranks; nothing has been changed then.
         OptionError: an entry is not a tensor.
     """
-    world = current("broadcast_parameters()")
-    _check_root(root_rank, world)
+    session = current("broadcast_parameters()")
+    _check_root(root_rank, session)
     named = list(parameters.items()) if isinstance(parameters, Mapping) else list(parameters)
     for entry in named:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], torch.Tensor)):
             what = f"{entry[0]!r}" if isinstance(entry, tuple) and entry else f"{type(entry).__name__}"
             raise OptionError(
-                f"rank {world.rank}: broadcast_parameters() takes tensors with names, and {what} is not one: pass "
+                f"rank {session.rank}: broadcast_parameters() takes tensors with names, and {what} is not one: pass "
                 f"model.state_dict() or model.named_parameters(), and other objects to broadcast_object()"
             )
         if any(stride == 0 and size > 1 for stride, size in zip(entry[1].stride(), entry[1].shape, strict=True)):
             raise OptionError(
-                f"rank {world.rank}: the elements of {entry[0]!r} overlap (it was made by expand()), so it cannot be "
+                f"rank {session.rank}: the elements of {entry[0]!r} overlap (it was made by expand()), so it cannot be "
                 f"written to: give broadcast_parameters() a clone"
             )
     described = [f"{name!r} {tuple(t.shape)} {t.dtype}" for name, t in named]
-    _demand_equal(described, world, "broadcast_parameters()", "the tensors differ")
-    _broadcast_tensors([tensor for _, tensor in named], root_rank, world)
+    _demand_equal(described, session, "broadcast_parameters()", "the tensors differ")
+    _broadcast_tensors([tensor for _, tensor in named], root_rank, session)
 
 
 def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
@@ -84,27 +99,63 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
 
     Of a :class:`~mpisign.DistributedSignOptimizer`, the wrapped optimizer's state, step number and epoch are
     copied; each rank keeps its own memory (momentum), which is supposed to differ between ranks.
+
+    Raises:
+        ConsistencyError: the optimizers have different groups, or what ``root_rank`` has sent does not fit.
+        OptionError: on every rank: the state holds something else than tensors, numbers, strings, None, lists, tuples
+            and dicts.
     """
-    world = current("broadcast_optimizer_state()")
-    _check_root(root_rank, world)
+    session = current("broadcast_optimizer_state()")
+    _check_root(root_rank, session)
     act = "broadcast_optimizer_state()"
     own = optimizer.state_dict()
     groups = [f"parameter group {at} of {len(group['params'])}" for at, group in enumerate(own["param_groups"])]
-    _demand_equal(groups, world, act, "the optimizers differ")
+    _demand_equal(groups, session, act, "the optimizers differ")
     tensors: list[torch.Tensor] = []
-    shared = {key: own[key] for key in ("state", "param_groups")}
-    skeleton = _replace_tensors(shared, tensors) if world.rank == root_rank else None
-    place = {key: own.get("mpisign", {}).get(key) for key in ("step", "epoch")}
-    shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
-    skeleton, shapes, place = world.spread((skeleton, shapes, place), root_rank, act)
-    if world.rank != root_rank:
-        tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
-    _broadcast_tensors(tensors, root_rank, world)
-    if world.rank != root_rank:
-        own.update(_restore_tensors(skeleton, tensors))
-        if "mpisign" in own:
-            own["mpisign"] = {**own["mpisign"], **place}
-        optimizer.load_state_dict(own)
+    told = None
+    if session.rank == root_rank:
+        shared = {key: own[key] for key in ("state", "param_groups")}
+        place = {key: own.get("mpisign", {}).get(key) for key in ("step", "epoch")}
+        try:
+            told = {"problem": None, "state": trees.flatten(shared, tensors), **place}
+        except TypeError as error:
+            told = {"problem": str(error), "state": None, **place}
+        told["shapes"] = [[list(tensor.shape), trees.name_of(tensor.dtype)] for tensor in tensors]
+    schema = {
+        "problem": Optional(str),
+        "state": object,
+        "step": Optional(int),
+        "epoch": Optional(int),
+        "shapes": [([int], str)],
+    }
+    told = session.spread_value(told, schema, root_rank, act)
+    if told["problem"] is not None:
+        raise OptionError(
+            f"{act}: the optimizer's state on rank {root_rank} cannot be sent: {printable(told['problem'])}; send it "
+            f"with broadcast_object() and load it with load_state_dict()"
+        )
+    if session.rank != root_rank:
+        tensors = _new_tensors(told["shapes"], root_rank)
+    _broadcast_tensors(tensors, root_rank, session)
+    if session.rank != root_rank:
+        try:
+            own.update(trees.unflatten(told["state"], tensors))
+            if "mpisign" in own:
+                own["mpisign"] = {**own["mpisign"], "step": told["step"], "epoch": told["epoch"]}
+            optimizer.load_state_dict(own)
+        except (AttributeError, IndexError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+            raise ConsistencyError(
+                f"rank {session.rank}: the optimizer's state of rank {root_rank} does not fit this rank's "
+                f"({type(error).__name__}: {error}): build the same optimizer on every rank"
+            ) from error
+
+
+def _new_tensors(shapes: Sequence[Any], root_rank: int) -> list[torch.Tensor]:
+    """Empty tensors of the shapes and types that another rank has told."""
+    try:
+        return [torch.empty(shape, dtype=trees.dtype_of(name), device="cpu") for shape, name in shapes]
+    except (KeyError, MemoryError, RuntimeError, TypeError) as error:
+        raise ConsistencyError(f"rank {root_rank} has sent tensors that cannot be made here: {error}") from error
 
 
 def check_consistency(model: torch.nn.Module, optimizer: HasState | None = None, *, buffers: bool = True) -> None:
@@ -121,7 +172,7 @@ def check_consistency(model: torch.nn.Module, optimizer: HasState | None = None,
     Raises:
         ConsistencyError: on every rank, naming the ranks and the first tensor that differ.
     """
-    world = current("check_consistency()")
+    session = current("check_consistency()")
     method = getattr(optimizer, "method", None)
     differ = isinstance(method, Method) and method.exchanges_models  # replicas that differ by design (MoNNA)
     lines = [f"parameter {name!r} {_form(p) if differ else _digest(p)}" for name, p in model.named_parameters()]
@@ -131,20 +182,19 @@ def check_consistency(model: torch.nn.Module, optimizer: HasState | None = None,
         options = {key: value for key, value in group.items() if key != "params"}
         told = {key: value for key, value in options.items() if " at 0x" not in repr(value)}  # addresses say nothing
         lines.append(f"options of parameter group {at}: {told}")
-    _demand_equal(lines, world, "check_consistency()", "ranks hold different values")
+    _demand_equal(lines, session, "check_consistency()", "ranks hold different values")
 
 
-def _demand_equal(lines: Sequence[str], world: World, act: str, problem: str) -> None:
+def _demand_equal(lines: Sequence[str], session: Session, act: str, problem: str) -> None:
     """Raise on all ranks unless all have the same ``lines``, naming the minority and its first difference."""
-    summary = hashlib.blake2b("\0".join(lines).encode(), digest_size=16).hexdigest()
-    summaries = world.gather(summary, act)
+    summary = hashlib.blake2b("\0".join(lines).encode(), digest_size=16).digest()
+    summaries = session.gather_bytes(summary, act, limit=len(summary))
     odd, usual = minority(summaries)
     if not odd:
         return
-    everyone = world.gather(list(lines), act)
-    here, there = first_difference(everyone[odd[0]], everyone[summaries.index(usual)])
+    here, there = session.compare(lines, odd[0], summaries.index(usual), act)
     raise ConsistencyError(
-        f"{act}: {problem}: ranks {odd} differ from the others (this is rank {world.rank}), first in {here} on rank "
+        f"{act}: {problem}: ranks {odd} differ from the others (this is rank {session.rank}), first in {here} on rank "
         f"{odd[0]}, where rank {summaries.index(usual)} has {there}. Start all ranks alike: "
         f"mpisign.broadcast_parameters(model.state_dict()) and mpisign.broadcast_optimizer_state(optimizer)"
     )
@@ -180,12 +230,13 @@ def _chunks(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 @torch.no_grad()
-def _broadcast_tensors(tensors: Sequence[torch.Tensor], root_rank: int, world: World) -> None:
+def _broadcast_tensors(tensors: Sequence[torch.Tensor], root_rank: int, session: Session) -> None:
     for chunk in _chunks(tensors):
         pieces = [_as_bytes(tensor) for tensor in chunk]
         message = np.concatenate(pieces) if len(pieces) > 1 else np.ascontiguousarray(pieces[0])
-        world.wait(world.comm.Ibcast(message, root=root_rank), "broadcast")
-        if world.rank == root_rank:
+        with session.tracer.span("broadcast of tensors"):
+            session.wait(session.post(session.group.comm.Ibcast(message, root=root_rank), message))
+        if session.rank == root_rank:
             continue
         start = 0
         for tensor, piece in zip(chunk, pieces, strict=True):
@@ -194,34 +245,6 @@ def _broadcast_tensors(tensors: Sequence[torch.Tensor], root_rank: int, world: W
             start += piece.size
 
 
-class _Slot:
-    """Stands for tensor number ``index`` while the rest of a state dict is pickled."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-
-def _replace_tensors(tree: Any, tensors: list[torch.Tensor]) -> Any:
-    if isinstance(tree, torch.Tensor):
-        tensors.append(tree)
-        return _Slot(len(tensors) - 1)
-    if isinstance(tree, dict):
-        return {key: _replace_tensors(value, tensors) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_replace_tensors(value, tensors) for value in tree)
-    return tree
-
-
-def _restore_tensors(tree: Any, tensors: Sequence[torch.Tensor]) -> Any:
-    if isinstance(tree, _Slot):
-        return tensors[tree.index]
-    if isinstance(tree, dict):
-        return {key: _restore_tensors(value, tensors) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_restore_tensors(value, tensors) for value in tree)
-    return tree
-
-
-def _check_root(root_rank: int, world: World) -> None:
-    if not 0 <= root_rank < world.size:
-        raise OptionError(f"root_rank={root_rank} is not a rank of this job: it has 0 .. {world.size - 1}")
+def _check_root(root_rank: int, session: Session) -> None:
+    if not 0 <= root_rank < session.size:
+        raise OptionError(f"root_rank={root_rank} is not a rank of this job: it has 0 .. {session.size - 1}")

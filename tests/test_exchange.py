@@ -21,7 +21,7 @@ from mpisign.memory import Identity
 from mpisign.methods import Method
 from mpisign.policy import Policy
 from mpisign.rules import MajorityVote, Mean, Rule
-from mpisign.world import current
+from mpisign.session import current
 
 HOST = torch.device("cpu")
 
@@ -37,7 +37,7 @@ def method_of(rule: Rule | None = None) -> Method:
 
 def chosen(option: str, ranks: int, length: int, up: int = 1, down: int = 1, rule: Rule | None = None) -> Exchange:
     """What a job of so many ranks would take; making it needs no other rank."""
-    world = dataclasses.replace(current(), size=ranks)
+    world = dataclasses.replace(current().group, size=ranks)
     return choose(option, method_of(rule), length, torch.int32, up, down, world, HOST)
 
 
@@ -68,7 +68,7 @@ def test_auto_takes_two_phase_where_it_saves() -> None:
 @pytest.mark.usefixtures("world")
 def test_messages_grow_to_a_mebibyte_or_to_16_among_gpus() -> None:
     for gpus, default in ((False, 1 << 20), (True, 16 << 20)):
-        world = dataclasses.replace(current(), gpus=gpus)
+        world = dataclasses.replace(current().group, gpus=gpus)
         assert (cap_bytes(None, world), cap_bytes(2.5, world)) == (default, 2.5 * 2**20)
 
 

@@ -15,8 +15,9 @@ import mpisign
 
 ROOT = Path(mpisign.__file__).parent
 LAYERS = [
-    {"errors", "launch", "bitmap", "telemetry", "policy"},
-    {"layout", "channel", "world", "preemption", "codecs", "rules", "memory"},
+    {"errors", "launch", "bitmap", "policy", "trace", "report", "encoding", "trees", "presence"},
+    {"watchdog", "group", "talk", "timeline", "session"},
+    {"layout", "preemption", "codecs", "rules", "memory"},
     {"attacks", "exchange", "method", "methods", "sync", "wrapping", "checkpoint"},
     {"optimizer", "doctor"},
     {"__init__", "__main__"},
@@ -61,7 +62,7 @@ def layer(name: str) -> int:
 
 def test_there_is_something_to_check() -> None:
     assert {"mpisign", "mpisign.optimizer", "mpisign.bitmap.host"} <= set(MODULES)
-    assert "mpisign.world" in set(imports("mpisign.optimizer"))
+    assert "mpisign.session" in set(imports("mpisign.optimizer"))
 
 
 @pytest.mark.parametrize("name", MODULES)

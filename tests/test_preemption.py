@@ -155,13 +155,13 @@ def test_in_the_middle_of_a_wait() -> None:
     """The handler runs while a rank waits for others, and does not end that."""
     ended = run("""
         import numpy, threading
-        from mpisign.world import current
+        from mpisign.session import current
         mpisign.init()
         mpisign.stop_on_signal()
-        world = current()
+        session = current()
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-        threading.Timer(0.4, lambda: world.comm.Send(numpy.ones(1), dest=0)).start()
-        world.wait(world.comm.Irecv(numpy.empty(1), source=0), "a message")
+        threading.Timer(0.4, lambda: session.group.comm.Send(numpy.ones(1), dest=0)).start()
+        session.wait(session.post(session.group.comm.Irecv(numpy.empty(1), source=0)))
         mpisign.barrier()
         print(mpisign.stop_requested())
     """)

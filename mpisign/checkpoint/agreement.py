@@ -5,27 +5,33 @@ from __future__ import annotations
 import platform
 from typing import Any
 
+from mpisign.encoding import Optional, printable
 from mpisign.errors import CheckpointError
-from mpisign.world import World
+from mpisign.session import Session
 
 __all__ = ["agree"]
 
 NAMED = 3  # ranks in a message; when a file system fails, it fails for many
 
 
-def agree(world: World, act: str, failed: str, error: Exception | None, mine: Any = None) -> list[Any]:
-    """Every rank's ``mine``. **Collective.**
+def agree(
+    session: Session, act: str, failed: str, error: Exception | None, mine: Any = None, schema: Any = object
+) -> list[Any]:
+    """Every rank's ``mine``, a plain value. **Collective.**
 
     Args:
-        act: one of the channel's ``ACTS``.
+        act: one of :data:`mpisign.talk.ACTS`.
         failed: what has not come about if a rank has an ``error``.
+        schema: the shape of ``mine`` where there is no error, for :func:`mpisign.encoding.decode`.
 
     Raises:
         CheckpointError: on every rank if any has an ``error``, naming it.
+        ConsistencyError: a rank has sent something of another shape.
     """
-    problem = error and f"rank {world.rank} on {platform.node()}: {type(error).__name__}: {error}"
-    everyone = world.gather((problem, mine), act)
-    problems = [problem for problem, _ in everyone if problem]
+    problem = error and f"rank {session.rank} on {platform.node()}: {type(error).__name__}: {error}"
+    said = [problem, None if problem else mine]
+    everyone = session.gather_values(said, (Optional(str), Optional(schema)), act)
+    problems = [printable(problem) for problem, _ in everyone if problem]
     if problems:
         more = f"; and {len(problems) - NAMED} ranks more" if len(problems) > NAMED else ""
         raise CheckpointError(f"{act}: {failed}: {'; '.join(problems[:NAMED])}{more}") from error

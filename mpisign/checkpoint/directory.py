@@ -8,22 +8,29 @@ import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mpisign.checkpoint.files import Stamp, read_json, sync_folder, write_json
-from mpisign.errors import CheckpointError
+from mpisign.errors import CheckpointError, ConsistencyError
 
 __all__ = [
     "MANIFEST",
+    "MANIFESTS",
     "SHARED",
+    "STAMPS",
     "Manifest",
+    "as_json",
     "begin",
     "commit",
     "done",
     "find",
     "folder_of",
     "is_checkpoint",
+    "name_of",
     "rank_file",
     "say_done",
+    "stamps_of_ranks",
+    "unfinished",
 ]
 
 FORMAT_VERSION = 1
@@ -31,6 +38,7 @@ MANIFEST = "manifest.json"
 SHARED = "shared.pt"
 UNFINISHED = ".tmp"
 REPLACED = ".old"  # has been saved a second time at the same step; stays until the second is in its place
+_UNFINISHED_NAME = re.compile(rf"step-\d+\.[0-9a-f]{{8}}{re.escape(UNFINISHED)}")
 _NAME = re.compile(rf"step-\d+({re.escape(REPLACED)})?")
 
 logger = logging.getLogger(__name__)
@@ -38,6 +46,11 @@ logger = logging.getLogger(__name__)
 
 def folder_of(step: int) -> str:
     return f"step-{step:08d}"
+
+
+STAMPS = {str: {"bytes": int, "crc32": int}}
+MANIFESTS = {"step": int, "ranks": int, "serial": int, "files": STAMPS}
+"""The shape of what ranks tell each other of files and manifests."""
 
 
 def rank_file(rank: int) -> str:
@@ -60,7 +73,17 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Raises OSError."""
         about = {"format": "mpisign checkpoint", "version": FORMAT_VERSION}
-        write_json(folder / MANIFEST, about | {**vars(self), "files": _as_json(self.files)})
+        write_json(folder / MANIFEST, about | self.as_json())
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**vars(self), "files": as_json(self.files)}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Manifest:
+        """The other way round."""
+        files = {name: Stamp(**stamp) for name, stamp in content["files"].items()}
+        return cls(content["step"], content["ranks"], content["serial"], files)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -73,8 +96,7 @@ class Manifest:
                     f"{path} has format {content['version']} and this mpisign reads {FORMAT_VERSION}: "
                     + ("pip install --upgrade mpisign" if content["version"] > FORMAT_VERSION else "it is too old")
                 )
-            files = {name: Stamp(**stamp) for name, stamp in content["files"].items()}
-            return cls(content["step"], content["ranks"], content["serial"], files)
+            return cls.from_json(content)
         except FileNotFoundError:
             raise CheckpointError(f"{folder} has no {MANIFEST}, so it is not a checkpoint of mpisign's") from None
         except OSError as error:
@@ -122,9 +144,33 @@ def begin(directory: Path, step: int) -> Path:
     return folder
 
 
+def name_of(told: str) -> str:
+    """The name of a checkpoint's folder that another rank has told, if it is one. Raises ConsistencyError."""
+    if not _NAME.fullmatch(told):
+        raise ConsistencyError(f"rank 0 has told {told[:80]!r} for the name of a checkpoint, which it cannot be")
+    return told
+
+
+def unfinished(told: str | None) -> str:
+    """The same for a folder that is being written to."""
+    if told is None or not _UNFINISHED_NAME.fullmatch(told):
+        raise ConsistencyError(f"rank 0 has told {told!r:.80} for the name of a new folder, which it cannot be")
+    return told
+
+
+def stamps_of_ranks(told: list[dict[str, dict[str, int]]]) -> dict[str, Stamp]:
+    """The stamps of all files, told by the ranks that have written them. Raises ConsistencyError."""
+    stamps: dict[str, Stamp] = {}
+    for rank, theirs in enumerate(told):
+        if not theirs.keys() <= {rank_file(rank), *([SHARED] if rank == 0 else [])}:
+            raise ConsistencyError(f"rank {rank} says that it has written {sorted(theirs)}, which are not its files")
+        stamps |= {name: Stamp(**stamp) for name, stamp in theirs.items()}
+    return stamps
+
+
 def say_done(written: Path, rank: int, stamps: dict[str, Stamp]) -> None:
     """Tell rank 0 through the folder that ``rank`` has written its files. Raises OSError."""
-    write_json(_note(written, rank), _as_json(stamps))
+    write_json(_note(written, rank), as_json(stamps))
 
 
 def done(written: Path, rank: int) -> dict[str, Stamp] | None:
@@ -182,5 +228,6 @@ def _remove(folder: Path) -> None:
         logger.warning("%s is no longer needed and cannot be removed: %s", folder, error)
 
 
-def _as_json(stamps: dict[str, Stamp]) -> dict[str, dict[str, int]]:
+def as_json(stamps: dict[str, Stamp]) -> dict[str, dict[str, int]]:
+    """Plain values."""
     return {name: stamp._asdict() for name, stamp in stamps.items()}

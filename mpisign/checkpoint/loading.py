@@ -18,12 +18,14 @@ from mpisign.checkpoint.files import damage, read_tensors
 from mpisign.checkpoint.merging import merged
 from mpisign.checkpoint.saving import wait
 from mpisign.checkpoint.state import State, Stateful, map_tensors, reseed, set_random_state
+from mpisign.encoding import Optional
 from mpisign.errors import CheckpointError
-from mpisign.world import World, current
+from mpisign.session import Session, current
 
 __all__ = ["Resumed", "load", "newest"]
 
 ACT = "checkpoint.load()"
+TOLD = (bool, [(str, str, Optional(directory.MANIFESTS))])
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,15 @@ def newest(path: str | os.PathLike[str]) -> Path | None:
     Raises:
         CheckpointError: the directory cannot be read.
     """
-    world = current("checkpoint.newest()")
+    session = current("checkpoint.newest()")
     error, found = None, None
-    if world.rank == 0:
+    if session.rank == 0:
         try:
-            found = next((folder for folder, _ in directory.find(Path(path))), None)
+            found = next((folder.name for folder, _ in directory.find(Path(path))), None)
         except CheckpointError as caught:
             error = caught
-    latest: Path | None = agree(world, "checkpoint.newest()", "no checkpoint", error, found)[0]
-    return latest
+    latest = agree(session, "checkpoint.newest()", "no checkpoint", error, found, Optional(str))[0]
+    return None if latest is None else Path(path) / directory.name_of(latest)
 
 
 def load(
@@ -84,12 +86,12 @@ def load(
             objects may have been changed in part. The message names file and rank, and another checkpoint
             that is good.
     """
-    world = current(ACT)
+    session = current(ACT)
     wait()
-    folder, manifest, left_out = _choose(world, Path(path))
+    folder, manifest, left_out = _choose(session, Path(path))
     error, extra = None, None
     try:
-        shared, own = _read(folder, manifest, world)
+        shared, own = _read(folder, manifest, session)
         model.load_state_dict(shared["model"])
         for name, target in (("optimizer", optimizer), ("scheduler", scheduler), ("scaler", scaler)):
             if target is not None:
@@ -97,38 +99,40 @@ def load(
                     raise CheckpointError(f"it was saved without {name}=")
                 target.load_state_dict(_owned(shared[name]))
         extra = _owned(shared["extra"])
-        if manifest.ranks == world.size:
+        if manifest.ranks == session.size:
             set_random_state(own["random"])
         else:
-            reseed(own["random"], world.rank, world.size)
+            reseed(own["random"], session.rank, session.size)
     except Exception as caught:  # whatever it is, the others must hear of it
         error = caught
-    agree(world, ACT, f"{folder} does not fit", error)
-    if world.rank == 0:
+    agree(session, ACT, f"{folder} does not fit", error)
+    if session.rank == 0:
         if left_out:
             warnings.warn(f"training goes on from {folder}, as {'; '.join(left_out)}", stacklevel=2)
-        if manifest.ranks != world.size:
+        if manifest.ranks != session.size:
             warnings.warn(
-                f"{folder} was saved by {manifest.ranks} ranks and this job has {world.size}: every rank goes on with "
-                f"the mean of the old ranks' memories and fresh random numbers (see mpisign.checkpoint.load)",
+                f"{folder} was saved by {manifest.ranks} ranks and this job has {session.size}: every rank goes on "
+                f"with the mean of the old ranks' memories and fresh random numbers (see mpisign.checkpoint.load)",
                 stacklevel=2,
             )
     return Resumed(manifest.step, extra, folder, manifest.ranks)
 
 
-def _choose(world: World, path: Path) -> tuple[Path, Manifest, list[str]]:
+def _choose(session: Session, path: Path) -> tuple[Path, Manifest, list[str]]:
     """The checkpoint to load, and what is wrong with those that were preferred to it. **Collective.**"""
     error, found = None, None
-    if world.rank == 0:
+    if session.rank == 0:
         try:
-            found = _candidates(path)
+            found = _told(*_candidates(path))
         except CheckpointError as caught:
             error = caught
-    one, candidates = agree(world, ACT, f"{path} cannot be loaded", error, found)[0]
+    one, candidates = agree(session, ACT, f"{path} cannot be loaded", error, found, Optional(TOLD))[0]
     wrong: list[str] = []
-    for name, manifest in candidates:
-        folder = (path.parent if one else path) / name  # rank 0's path may be another: a mount of another name
-        problem = manifest if isinstance(manifest, str) else _find_damage(world, folder, manifest)
+    for name, unreadable, content in candidates:
+        named = one and name == path.name  # then it need not be called as one; paths are each rank's own: mounts differ
+        folder = path if named else (path.parent if one else path) / directory.name_of(name)
+        manifest = unreadable if content is None else Manifest.from_json(content)
+        problem = manifest if isinstance(manifest, str) else _find_damage(session, folder, manifest)
         if not problem:
             break
         wrong.append(problem)
@@ -139,6 +143,11 @@ def _choose(world: World, path: Path) -> tuple[Path, Manifest, list[str]]:
             f"{ACT}: {wrong[0]}. The latest good checkpoint beside it is {folder}: load({str(folder)!r}, ...)"
         )
     return folder, manifest, wrong
+
+
+def _told(one: bool, candidates: list[tuple[str, Manifest | str]]) -> list[Any]:
+    """What :func:`_candidates` has found, as plain values."""
+    return [one, [[name, it, None] if isinstance(it, str) else [name, "", it.as_json()] for name, it in candidates]]
 
 
 def _candidates(path: Path) -> tuple[bool, list[tuple[str, Manifest | str]]]:
@@ -161,26 +170,26 @@ def _candidates(path: Path) -> tuple[bool, list[tuple[str, Manifest | str]]]:
     return True, [(path.name, wanted), *others]
 
 
-def _find_damage(world: World, folder: Path, manifest: Manifest) -> str:
+def _find_damage(session: Session, folder: Path, manifest: Manifest) -> str:
     """What is wrong with a checkpoint's files, each read by one rank, or "". **Collective.**"""
-    mine = [name for at, name in enumerate(sorted(manifest.files)) if at % world.size == world.rank]
+    mine = [name for at, name in enumerate(sorted(manifest.files)) if at % session.size == session.rank]
     problem = next(filter(None, (damage(folder / name, manifest.files[name]) for name in mine)), "")
-    problems = world.gather(problem and f"{problem} (rank {world.rank} on {platform.node()})", ACT)
+    problems = session.gather_values(problem and f"{problem} (rank {session.rank} on {platform.node()})", str, ACT)
     return next(filter(None, problems), "")
 
 
-def _read(folder: Path, manifest: Manifest, world: World) -> tuple[State, State]:
+def _read(folder: Path, manifest: Manifest, session: Session) -> tuple[State, State]:
     """What is shared, with this rank's own in its place, and the rest of this rank's."""
     shared = read_tensors(folder / directory.SHARED)
     files = [folder / directory.rank_file(rank) for rank in range(manifest.ranks)]
-    if manifest.ranks == world.size:
-        own = read_tensors(files[world.rank])
+    if manifest.ranks == session.size:
+        own = read_tensors(files[session.rank])
         shared["model"].update(own["buffers"])
         shared["scaler"] = own["scaler"]
         memory = own["mpisign"]
     else:
         own = read_tensors(files[0])
-        memory = merged(files, world.rank, world.size)
+        memory = merged(files, session.rank, session.size)
     if memory is not None:
         shared["optimizer"]["mpisign"] = memory
     return shared, own

@@ -11,22 +11,24 @@ from typing import Any
 
 import torch
 
-from mpisign.channel import minority
 from mpisign.checkpoint import directory
 from mpisign.checkpoint.agreement import agree
 from mpisign.checkpoint.files import Stamp, write_tensors
 from mpisign.checkpoint.state import Snapshot, State, Stateful, check_loadable, collect
+from mpisign.encoding import Optional
 from mpisign.errors import CheckpointError, ConsistencyError, MpisignError, OptionError
-from mpisign.world import World, current
+from mpisign.session import Session, current
+from mpisign.talk import minority
 
 __all__ = ["save", "wait"]
 
 ACT = "checkpoint.save()"
+SAID = ({"step": int, "keep": int, "asynchronous": bool, "the optimizer's steps": int}, Optional(str))
 POLL_SECONDS = 0.05  # how often rank 0's thread looks whether another rank's is done
 
 _snapshot = Snapshot()
 _pending: _Save | None = None
-_waited_for_in: World | None = None  # the world that will not be left before the pending save is done
+_waited_for_in: Session | None = None  # the session that will not be left before the pending save is done
 
 
 def save(
@@ -75,7 +77,7 @@ def save(
     for name, value, least in (("step", step, 0), ("keep", keep, 1)):
         if not isinstance(value, int) or value < least:
             raise OptionError(f"{name}={value!r} must be an integer of at least {least}")
-    world = current(ACT)
+    session = current(ACT)
     wait()
     error, files, made = None, dict[str, State](), None
     said = {"step": step, "keep": keep, "asynchronous": asynchronous}
@@ -83,8 +85,8 @@ def save(
         shared, own = collect(model, optimizer, scheduler, scaler)
         said["the optimizer's steps"] = (own["mpisign"] or said)["step"]
         check_loadable({"the optimizer's memory": own["mpisign"]})
-        files[directory.rank_file(world.rank)] = own
-        if world.rank == 0:
+        files[directory.rank_file(session.rank)] = own
+        if session.rank == 0:
             files[directory.SHARED] = {**shared, "step": step, "extra": extra}
             check_loadable(files[directory.SHARED])
             made = directory.begin(Path(path), step)
@@ -93,14 +95,14 @@ def save(
     except Exception as caught:  # whatever it is, the others must hear of it
         error = caught
     try:
-        everyone = agree(world, ACT, f"step {step} is not saved", error, (said, made and made.name))
-        _demand_same(world, [said for said, _ in everyone])
+        everyone = agree(session, ACT, f"step {step} is not saved", error, [said, made and made.name], SAID)
+        _demand_same(session, [said for said, _ in everyone])
     except MpisignError:
         if made is not None:
             made.rmdir()
         raise
-    written = Path(path) / everyone[0][1]
-    saving = _Save(world, written, written.with_name(directory.folder_of(step)), step, keep)
+    written = Path(path) / directory.unfinished(everyone[0][1])
+    saving = _Save(session, written, written.with_name(directory.folder_of(step)), step, keep)
     if asynchronous:
         _let_run(saving, files)
     else:
@@ -124,20 +126,20 @@ def wait() -> None:
 def _let_run(saving: _Save, files: dict[str, State]) -> None:
     global _pending, _waited_for_in
     _pending = saving
-    if saving.world is not _waited_for_in:
-        _waited_for_in = saving.world
-        saving.world.farewells.callback(wait)
+    if saving.session is not _waited_for_in:
+        _waited_for_in = saving.session
+        saving.session.farewells.callback(wait)
     saving.start(files)
 
 
-def _demand_same(world: World, said: list[dict[str, int]]) -> None:
-    for name, mine in said[world.rank].items():
+def _demand_same(session: Session, said: list[dict[str, int]]) -> None:
+    for name, mine in said[session.rank].items():
         values = [theirs[name] for theirs in said]
         odd, usual = minority(values)
         if odd:
             raise ConsistencyError(
                 f"{ACT}: ranks {odd} differ from the others in {name}: rank {odd[0]} has {values[odd[0]]}, the others "
-                f"{usual} (this is rank {world.rank}, with {mine}). Every rank must save the same step in the same way"
+                f"{usual} (this is rank {session.rank}, with {mine}). All ranks must save the same step in the same way"
             )
 
 
@@ -145,7 +147,7 @@ def _demand_same(world: World, said: list[dict[str, int]]) -> None:
 class _Save:
     """One checkpoint on its way to the disk: from ``written``, where its files are, it will be moved to ``folder``."""
 
-    world: World
+    session: Session
     written: Path
     folder: Path
     step: int
@@ -181,11 +183,11 @@ class _Save:
         if self._error is not None:
             return
         try:
-            if self.world.rank != 0:
-                directory.say_done(self.written, self.world.rank, self._stamps)
+            if self.session.rank != 0:
+                directory.say_done(self.written, self.session.rank, self._stamps)
                 return
             stamps = dict(self._stamps)
-            for rank in range(1, self.world.size):
+            for rank in range(1, self.session.size):
                 while (theirs := directory.done(self.written, rank)) is None:
                     if self._waited_for.wait(POLL_SECONDS):
                         return  # then finish() does it
@@ -201,18 +203,18 @@ class _Save:
             self._thread.join()
         failed = f"{self.folder} is not saved, and earlier checkpoints are as they were"
         try:
-            stamps = agree(self.world, act, failed, self._error, self._stamps)
-            if self.world.rank == 0 and not self._committed:
+            told = agree(self.session, act, failed, self._error, directory.as_json(self._stamps), directory.STAMPS)
+            if self.session.rank == 0 and not self._committed:
                 try:
-                    self._commit({name: stamp for one in stamps for name, stamp in one.items()})
+                    self._commit(directory.stamps_of_ranks(told))
                 except Exception as caught:
                     self._error = caught
-            agree(self.world, act, failed, self._error)
+            agree(self.session, act, failed, self._error)
         except CheckpointError:
-            if self.world.rank == 0:
+            if self.session.rank == 0:
                 shutil.rmtree(self.written, ignore_errors=True)
             raise
 
     def _commit(self, stamps: dict[str, Stamp]) -> None:
-        directory.commit(self.written, stamps, self.step, self.world.size, self.keep)
+        directory.commit(self.written, stamps, self.step, self.session.size, self.keep)
         self._committed = True

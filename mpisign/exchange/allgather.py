@@ -9,7 +9,8 @@ import torch
 
 from mpisign.exchange.runs import Decide
 from mpisign.exchange.staging import Buffer
-from mpisign.world import World
+from mpisign.group import Group
+from mpisign.session import Session
 
 __all__ = ["AllGather"]
 
@@ -25,30 +26,31 @@ class AllGather:
         dtype: torch.dtype,
         planes_up: int,
         planes_down: int,
-        world: World,
+        group: Group,
         device: torch.device,
     ) -> None:
         self._message = Buffer((planes_up, length), dtype, device)
-        self._received = Buffer((world.size, planes_up, length), dtype, device)
+        self._received = Buffer((group.size, planes_up, length), dtype, device)
         self.message = self._message.tensor
         self.received = self._received.tensor
         self._messages = list(self.received)
         self.decision = torch.zeros((planes_down, length), dtype=dtype, device=device)
-        self.bytes_sent = (world.size - 1) * self._message.nbytes
+        self.bytes_sent = (group.size - 1) * self._message.nbytes
 
     def push(self) -> None:
         self._message.push()
 
-    def start(self, world: World) -> None:
+    def start(self, session: Session) -> None:
         self._message.ready()
-        self._request = world.comm.Iallgather(self._message.mpi, self._received.mpi)
+        self._pending = session.post(session.group.comm.Iallgather(self._message.mpi, self._received.mpi), self)
 
-    def settle(self, decide: Decide, world: World, what: str) -> None:
-        world.wait(self._request, what)
-        self._received.pull()
+    def settle(self, decide: Decide, session: Session, index: int) -> None:
+        with session.tracer.span("phase 1", index):
+            session.wait(self._pending)
+            self._received.pull()
         decide(self._messages, self.decision, 0)
 
-    def finish(self, world: World, what: str) -> None:
+    def finish(self, session: Session, index: int) -> None:
         """The decision was made here."""
 
     def counts_ties_for(self, rank: int) -> bool:

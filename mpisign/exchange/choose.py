@@ -10,9 +10,10 @@ from mpisign.errors import OptionError
 from mpisign.exchange.allgather import AllGather
 from mpisign.exchange.runs import Decide
 from mpisign.exchange.two_phase import TwoPhase
+from mpisign.group import Group
 from mpisign.method import Method
 from mpisign.policy import check_choice
-from mpisign.world import World
+from mpisign.session import Session
 
 __all__ = ["CHOICES", "Exchange", "cap_bytes", "check_exchange", "choose", "shards_for"]
 
@@ -32,7 +33,7 @@ class Exchange(Protocol):
     waits for the others' and decides what is this rank's to decide; after ``finish``, ``decision``
     (planes_down, length) is valid until the next ``start``; and where every rank gets every message, ``received``
     (M, planes_up, length). Each is called once a step, for all buckets in the same
-    order on all ranks.
+    order on all ranks; ``index`` is the bucket's number.
     """
 
     name: str
@@ -42,9 +43,9 @@ class Exchange(Protocol):
     bytes_sent: int
 
     def push(self) -> None: ...
-    def start(self, world: World) -> None: ...
-    def settle(self, decide: Decide, world: World, what: str) -> None: ...
-    def finish(self, world: World, what: str) -> None: ...
+    def start(self, session: Session) -> None: ...
+    def settle(self, decide: Decide, session: Session, index: int) -> None: ...
+    def finish(self, session: Session, index: int) -> None: ...
     def counts_ties_for(self, rank: int) -> bool: ...
 
 
@@ -63,9 +64,9 @@ def check_exchange(option: str, method: Method) -> None:
         )
 
 
-def cap_bytes(bucket_cap_mb: float | None, world: World) -> float:
+def cap_bytes(bucket_cap_mb: float | None, group: Group) -> float:
     """To which size a message may grow, the same on all ranks; None for the default."""
-    default = CAP_MB_OF_GPUS if world.gpus else CAP_MB
+    default = CAP_MB_OF_GPUS if group.gpus else CAP_MB
     return (default if bucket_cap_mb is None else bucket_cap_mb) * (1 << 20)
 
 
@@ -82,7 +83,7 @@ def choose(
     dtype: torch.dtype,
     planes_up: int,
     planes_down: int,
-    world: World,
+    group: Group,
     device: torch.device,
 ) -> Exchange:
     """Make the exchange of one bucket of ``length`` items on ``device``.
@@ -92,9 +93,9 @@ def choose(
     """
     message = length * dtype.itemsize * planes_up
     decision = length * dtype.itemsize * planes_down
-    saved = (world.size - 1) * message - (world.size - 1) / world.size * (message + decision)
+    saved = (group.size - 1) * message - (group.size - 1) / group.size * (message + decision)
     pays = method.rule.shardable and not method.by_value and saved >= SECOND_PHASE_BYTES
     if method.rule.reencodes:  # the layout was cut for it, so it is the same for every bucket
-        pays = shards_for(option, method, world.size) > 1
+        pays = shards_for(option, method, group.size) > 1
     kind = TwoPhase if option == "two_phase" or (option == "auto" and pays) else AllGather
-    return kind(length, dtype, planes_up, planes_down, world, device)
+    return kind(length, dtype, planes_up, planes_down, group, device)

@@ -8,8 +8,9 @@ import torch
 
 from mpisign.bitmap.tensors import flat
 from mpisign.exchange.staging import Buffer
+from mpisign.group import Group
 from mpisign.layout import Layout
-from mpisign.world import World
+from mpisign.session import Session
 
 __all__ = ["Maximum"]
 
@@ -17,16 +18,16 @@ __all__ = ["Maximum"]
 class Maximum:
     """Its buffer, of one fp32 number a coordinate."""
 
-    def __init__(self, layout: Layout, world: World) -> None:
+    def __init__(self, layout: Layout, group: Group) -> None:
         self._segments = [segment for bucket in layout.buckets for segment in bucket.segments]
         # Staged, as Open MPI's nonblocking reductions crash on GPU memory even where its other collectives take it.
         length = sum(segment.numel for segment in self._segments)
         self._buffer = Buffer((length,), torch.float32, layout.device, staged=True)
-        ranks = world.size
+        ranks = group.size
         self.bytes_sent = 2 * (ranks - 1) * self._buffer.nbytes // ranks  # of a ring; MPI may choose another way
 
     def over_ranks(
-        self, gradients: Sequence[torch.Tensor | None], unscale: float, world: World, what: str
+        self, gradients: Sequence[torch.Tensor | None], unscale: float, session: Session
     ) -> dict[int, torch.Tensor]:
         """By a segment's first word: ``max_m |g_m|`` (n,) over the ranks that have a gradient. **Collective.**
 
@@ -41,6 +42,7 @@ class Maximum:
             part.zero_() if gradient is None else part.copy_(flat(gradient)).abs_().mul_(unscale)
         self._buffer.push()
         self._buffer.ready()
-        world.wait(world.comm.Iallreduce(MPI.IN_PLACE, self._buffer.mpi, op=MPI.MAX), what)
+        with session.tracer.span("maximum"):
+            session.wait(session.post(session.group.comm.Iallreduce(MPI.IN_PLACE, self._buffer.mpi, op=MPI.MAX), self))
         self._buffer.pull()
         return {segment.first_word: part for segment, part in zip(self._segments, parts, strict=True)}

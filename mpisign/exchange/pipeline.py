@@ -18,7 +18,7 @@ import torch
 
 from mpisign.bitmap import ops
 from mpisign.bitmap.ops import Count, Flag
-from mpisign.errors import MpisignError, SynchronizationError
+from mpisign.errors import ConsistencyError, MpisignError, SynchronizationError
 from mpisign.exchange import header
 from mpisign.exchange.aggregator import Aggregator
 from mpisign.exchange.choose import Exchange, cap_bytes, choose, shards_for
@@ -32,8 +32,9 @@ from mpisign.memory import Identity
 from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
 from mpisign.policy import Policy, StepContext
-from mpisign.telemetry import StepReport, Stopwatch
-from mpisign.world import World, current
+from mpisign.report import StepReport
+from mpisign.session import Session, current
+from mpisign.watchdog import Pending
 
 __all__ = ["Pipeline"]
 
@@ -47,7 +48,7 @@ class Pipeline:
         exchange: ``"auto"``, ``"allgather"`` or ``"two_phase"``.
         bucket_cap_mb: a message leaves when it has grown to so many MiB; None for the default.
         store: where the memory's state is kept.
-        world: the job.
+        session: the job, for the size of its group; a pipeline is of no use to another.
         number: which of the job's optimizers this is, so that two alike are not mistaken for each other.
     """
 
@@ -59,34 +60,36 @@ class Pipeline:
         exchange: str,
         bucket_cap_mb: float | None,
         store: MemoryStore,
-        world: World,
+        session: Session,
         number: int,
     ) -> None:
-        method.rule.check(world.size)
+        group = session.group
+        method.rule.check(group.size)
         layout = Layout(
             named,
             method.codec,
-            cap_bytes(bucket_cap_mb, world),
+            cap_bytes(bucket_cap_mb, group),
             whole=not method.rule.shardable,
-            shards=shards_for(exchange, method, world.size),
+            shards=shards_for(exchange, method, group.size),
         )
-        self.layout, self.method, self.policy, self.world = layout, method, policy, world
+        self.layout, self.method, self.policy = layout, method, policy
+        self.made_for = session, group.generation
         self.settings = (f"optimizer {number} of the job", f"method {method}", repr(policy), f"exchange {exchange!r}")
         self.fingerprint = layout.fingerprint(self.settings)
-        self._up, down = method.codec.planes_up(policy), method.rule.planes_down(method.codec, policy, world.size)
+        self._up, down = method.codec.planes_up(policy), method.rule.planes_down(method.codec, policy, group.size)
         self._down = 0 if method.by_value else down
         self.exchanges: list[Exchange] = [
-            choose(exchange, method, bucket.length, bucket.dtype, self._up, self._down, world, layout.device)
+            choose(exchange, method, bucket.length, bucket.dtype, self._up, self._down, group, layout.device)
             for bucket in layout.buckets
         ]
-        self._given = Gradients(layout, world.rank)
+        self._given = Gradients(layout, group.rank)
         messages = [exchange.message for exchange in self.exchanges]
         sending = dataclasses.replace(method, memory=Identity()) if method.exchanges_models else method
         self._encoder = self._local = Encoder(layout, sending, messages, store.of, self._given.locate)
         if method.exchanges_models:
             self._local = Encoder(layout, method, messages, store.of, self._given.locate)
         self._decoder = Decoder(layout, method, self.exchanges, self._encoder)
-        self._maximum = Maximum(layout, world) if method.memory.needs_maximum else None
+        self._maximum = Maximum(layout, group) if method.memory.needs_maximum else None
         self._aggregator = Aggregator(layout, method, store.piece)
         self._secret = store.secret
         self._previous = [
@@ -138,7 +141,8 @@ class Pipeline:
             return self._local.local_update(self._given.read(), self._context(step), unscale)
 
     def _context(self, step: int) -> StepContext:
-        return self.policy.context(step, self.world.rank, self.world.size, self._secret)
+        group = current().group
+        return self.policy.context(step, group.rank, group.size, self._secret, group.identity)
 
     @torch.no_grad()
     def sit_out(self, step: int, joined_for: int) -> tuple[header.Handshake, StepReport]:
@@ -158,15 +162,16 @@ class Pipeline:
         unscale: float,
         joined_for: int | None,
     ) -> tuple[header.Handshake, StepReport]:
-        world, watch = self.world, Stopwatch()
-        with watch.span("exchange"):
-            handshake = header.shake_hands(world, self.layout, self.fingerprint, self.settings, step, joined_for)
-        if handshake.all_joined:
-            return handshake, self._report(step, watch, handshake, None, None)
-        self._latest = step
-        with world.unbroken(f"step {step}", self), self._on_device():
-            participation, ties = self._exchange(step, gradients, abstention, unscale, watch)
-        return handshake, self._report(step, watch, handshake, participation, ties)
+        session = current()
+        began = session.tracer.mark()
+        with session.tracer.stepping(step):
+            handshake = header.shake_hands(session, self.layout, self.fingerprint, self.settings, step, joined_for)
+            if handshake.all_joined:
+                return handshake, self._report(step, session, began, handshake, None, None)
+            self._latest = step
+            with session.watchdog.unbroken(f"step {step}"), self._on_device():
+                participation, ties = self._exchange(step, session, gradients, abstention, unscale)
+        return handshake, self._report(step, session, began, handshake, participation, ties)
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -182,74 +187,83 @@ class Pipeline:
     def _exchange(
         self,
         step: int,
+        session: Session,
         gradients: Sequence[torch.Tensor | None],
         abstention: int,
         unscale: float,
-        watch: Stopwatch,
     ) -> tuple[header.Participation, int | None]:
         """All of a step but the handshake. Returns who voted, and the ties."""
-        world, context = self.world, self._context(step)
+        span, context = session.tracer.span, self._context(step)
         present = [gradient is not None for gradient in gradients]
         status = abstention if abstention != header.VOTES or any(present) else header.NO_GRADIENT
         if status == header.VOTES:
-            with watch.span("pack"):
+            with span("pack"):
                 context, finite = self._encoder.begin(gradients, context, unscale)
             status = header.VOTES if finite else header.NON_FINITE
         if self._maximum is not None:
-            with watch.span("exchange"):
-                heard = gradients if status == header.VOTES else [None] * len(gradients)
-                bounds = self._maximum.over_ranks(heard, unscale, world, f"step {step}, maximum over ranks")
+            heard = gradients if status == header.VOTES else [None] * len(gradients)
+            bounds = self._maximum.over_ranks(heard, unscale, session)
             context = dataclasses.replace(context, prepared=bounds)
         encoded = status == header.VOTES
-        status = self._send(gradients, status, context, watch)
-        with watch.span("exchange"):
-            participation = header.exchange_participation(world, status, present, step)
+        status = self._send(session, gradients, status, context)
+        participation = header.exchange_participation(session, status, present)
         voters = participation.voters
         if status == header.VOTES:
-            with watch.span("pack"):
-                self._encoder.sent(gradients, voters, world.rank)
+            with span("pack"):
+                self._encoder.sent(gradients, voters, session.rank)
 
         ties: Count = 0
         if self._counts is not None:
             self._counts.zero_()
         for bucket, exchange in zip(self.layout.buckets, self.exchanges, strict=True):
-            ties = ties + self._settle(bucket, exchange, self._whole(voters), context, watch)
+            ties = ties + self._settle(session, bucket, exchange, self._whole(voters), context)
         if self._counts is not None and self.method.rule.votes:
-            with watch.span("decide"):
+            with span("decide"):
                 ties = int(ties) + int(self._counts[0])
-        counting, counted = np.array([[int(ties)], [0]], np.int64)  # kept here: MPI reads them until the tally is in
-        tally = world.comm.Iallreduce(counting, counted) if self.method.rule.votes else None
+        counting, counted = np.array([[int(ties)], [0]], np.int64)
+        tally: Pending | None = None
+        if self.method.rule.votes:
+            tally = session.post(session.group.comm.Iallreduce(counting, counted), counting, counted)
 
         located = self._encoder.located if encoded else None
         for group in self._groups:
-            with watch.span("exchange"):
-                for bucket in group:
-                    self.exchanges[bucket.index].finish(world, f"step {step}, bucket {bucket.index}")
-                    self._remember(bucket)
-            with watch.span("unpack"):
+            for bucket in group:
+                self.exchanges[bucket.index].finish(session, bucket.index)
+                self._remember(bucket)
+            with span("unpack", group[0].index):
                 if abstention == header.JOINED:
                     self._decoder.follow(group, voters, context)
                 elif any(voters):  # else nothing is applied, and a CUDA graph may own the gradients
                     self._decoder.decode(group, gradients, voters, context, located)
-        if tally is not None:
-            with watch.span("exchange"):
-                world.wait(tally, f"step {step}, count of ties")
-        return participation, int(counted[0]) if tally is not None else None
+        if tally is None:
+            return participation, None
+        with span("count of ties"):
+            session.wait(tally)
+        return participation, self._checked(int(counted[0]))
+
+    def _checked(self, ties: int) -> int:
+        """The ties of all ranks, if there can be so many."""
+        if not 0 <= ties <= sum(parameter.numel() for parameter in self.layout.parameters):
+            raise ConsistencyError(
+                f"step {self._latest}: the ranks have counted {ties} ties together, which cannot be: run the same "
+                f"version of mpisign on every rank, and only processes that you trust"
+            )
+        return ties
 
     def _send(
-        self, gradients: Sequence[torch.Tensor | None], status: int, context: StepContext, watch: Stopwatch
+        self, session: Session, gradients: Sequence[torch.Tensor | None], status: int, context: StepContext
     ) -> int:
         """Pack and send, group by group. Returns the status, now that all values have been looked at."""
         flags: list[Flag] = []
         for group in self._groups:
             if status == header.VOTES:
-                with watch.span("pack"):
+                with session.tracer.span("pack", group[0].index):
                     flags += self._encoder.encode(group, gradients, context)
-            with watch.span("exchange"):
+            with session.tracer.span("send", group[0].index):
                 for bucket in group:
                     self.exchanges[bucket.index].push()
                 for bucket in group:
-                    self.exchanges[bucket.index].start(self.world)
+                    self.exchanges[bucket.index].start(session)
         if all([bool(flag) for flag in flags]):
             return status
         self._encoder.recover()
@@ -257,20 +271,19 @@ class Pipeline:
 
     def _settle(
         self,
+        session: Session,
         bucket: Bucket,
         exchange: Exchange,
         voters: Sequence[tuple[int, ...]],
         context: StepContext,
-        watch: Stopwatch,
     ) -> Count:
         tied: Count = 0
-        counts = exchange.counts_ties_for(self.world.rank)
+        counts = exchange.counts_ties_for(session.rank)
         total = None if self._counts is None else self._counts[0 if counts else 1]
 
         def decide(messages: Sequence[torch.Tensor], out: torch.Tensor, start: int) -> None:
             nonlocal tied
-            before = watch.seconds["decide"]
-            with watch.span("decide"):
+            with session.tracer.span("decide", bucket.index):
                 if self.method.rule.reencodes:
                     self._aggregator.decide(bucket, voters, context, messages, out, start)
                 elif not self.method.by_value:
@@ -278,10 +291,8 @@ class Pipeline:
                     tied = decide_runs(
                         self.method.rule, context, bucket, runs, messages, out, start, previous=previous, tied=total
                     )
-            watch.seconds["exchange"] -= watch.seconds["decide"] - before  # the span around us counts it too
 
-        with watch.span("exchange"):
-            exchange.settle(decide, self.world, f"step {self._latest}, bucket {bucket.index}")
+        exchange.settle(decide, session, bucket.index)
         return tied if counts else 0
 
     def _whole(self, voters: Sequence[tuple[int, ...]]) -> Sequence[tuple[int, ...]]:
@@ -299,16 +310,17 @@ class Pipeline:
     def _report(
         self,
         step: int,
-        watch: Stopwatch,
+        session: Session,
+        began: int,
         handshake: header.Handshake,
         participation: header.Participation | None,
         ties: int | None,
     ) -> StepReport:
-        status = participation.status if participation is not None else (header.JOINED,) * self.world.size
+        status = participation.status if participation is not None else (header.JOINED,) * session.size
         headers = handshake.bytes_sent
         messages = 0
         if participation is not None:
-            headers += participation.bytes_sent + (0 if ties is None else 8 * (self.world.size - 1))
+            headers += participation.bytes_sent + (0 if ties is None else 8 * (session.size - 1))
             messages = sum(exchange.bytes_sent for exchange in self.exchanges)
             messages += self._maximum.bytes_sent if self._maximum is not None else 0
         return StepReport(
@@ -321,7 +333,7 @@ class Pipeline:
             abstentions={r: header.REASONS[code] for r, code in enumerate(status) if code != header.VOTES},
             skipped=participation is None or not any(participation.voters),
             ties=ties,
-            seconds=dict(watch.seconds),
+            seconds=session.tracer.seconds(began),
             _agreement=(
                 (lambda: self._agreement(step, participation)) if self.method.rule.votes and participation else None
             ),
@@ -335,14 +347,17 @@ class Pipeline:
                 f"the bitmaps of step {step} are gone (the latest is {self._latest}): ask for agreement() "
                 f"before the next step"
             )
-        if current("agreement()") is not self.world:
-            raise MpisignError("this report is of a job that has been shut down: ask for agreement() before shutdown()")
+        session = current("agreement()")
+        if (session, session.group.generation) != self.made_for:
+            raise MpisignError(
+                "this report is of a group of ranks that is no more: ask for agreement() before ranks leave"
+            )
         agree: Count = 0
         spoken: Count = 0
         with self._on_device():
             for bucket, exchange in zip(self.layout.buckets, self.exchanges, strict=True):
                 for segment in bucket.segments:
-                    if self.world.rank not in participation.voters[segment.index]:
+                    if session.rank not in participation.voters[segment.index]:
                         continue
                     span = slice(segment.start, segment.stop)
                     same, both = ops.agreement(
@@ -354,4 +369,7 @@ class Pipeline:
                     )
                     agree, spoken = agree + same, spoken + both
             share = int(agree) / int(spoken) if int(spoken) else float("nan")
-        return self.world.gather(share, "agreement()")
+        heard = session.gather_bytes(np.float64(share).tobytes(), "agreement()", limit=8)
+        if any(len(message) != 8 for message in heard):
+            raise ConsistencyError("agreement(): a rank has sent no share: run one version of mpisign on every rank")
+        return [float(np.frombuffer(message, np.float64)[0]) for message in heard]

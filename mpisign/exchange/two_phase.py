@@ -17,7 +17,8 @@ import torch
 
 from mpisign.exchange.runs import Decide
 from mpisign.exchange.staging import Buffer
-from mpisign.world import World
+from mpisign.group import Group
+from mpisign.session import Session
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -36,10 +37,10 @@ class TwoPhase:
         dtype: torch.dtype,
         planes_up: int,
         planes_down: int,
-        world: World,
+        group: Group,
         device: torch.device,
     ) -> None:
-        ranks = world.size
+        ranks = group.size
         shard = -(-length // ranks)  # the last shards may hold padding: less than M items a bucket
         self._outgoing = Buffer((planes_up, shard * ranks), dtype, device)
         self._incoming = Buffer((ranks, planes_up, shard), dtype, device)
@@ -48,7 +49,7 @@ class TwoPhase:
         self.message = self._outgoing.tensor[:, :length]
         self.received = self._incoming.tensor
         self.decision = self._spread.tensor[:, :length]
-        self._at = min(world.rank * shard, length)  # where this rank's shard begins
+        self._at = min(group.rank * shard, length)  # where this rank's shard begins
         mine = min(shard, length - self._at)
         self._messages = [message[:, :mine] for message in self.received]
         self._decided = self._verdict.tensor[:, :mine]
@@ -60,21 +61,26 @@ class TwoPhase:
     def push(self) -> None:
         self._outgoing.push()
 
-    def start(self, world: World) -> None:
+    def start(self, session: Session) -> None:
         self._outgoing.ready()
-        self._request = world.comm.Ialltoall([self._outgoing.mpi, 1, self._slice_up], self._incoming.mpi)
+        request = session.group.comm.Ialltoall([self._outgoing.mpi, 1, self._slice_up], self._incoming.mpi)
+        self._pending = session.post(request, self)
 
-    def settle(self, decide: Decide, world: World, what: str) -> None:
-        world.wait(self._request, f"{what}, phase 1")
-        self._incoming.pull()
+    def settle(self, decide: Decide, session: Session, index: int) -> None:
+        with session.tracer.span("phase 1", index):
+            session.wait(self._pending)
+            self._incoming.pull()
         decide(self._messages, self._decided, self._at)
-        self._verdict.push()
-        self._verdict.ready()
-        self._request = world.comm.Iallgather(self._verdict.mpi, [self._spread.mpi, 1, self._slice_down])
+        with session.tracer.span("send", index):
+            self._verdict.push()
+            self._verdict.ready()
+            request = session.group.comm.Iallgather(self._verdict.mpi, [self._spread.mpi, 1, self._slice_down])
+            self._pending = session.post(request, self)
 
-    def finish(self, world: World, what: str) -> None:
-        world.wait(self._request, f"{what}, phase 2")
-        self._spread.pull()
+    def finish(self, session: Session, index: int) -> None:
+        with session.tracer.span("phase 2", index):
+            session.wait(self._pending)
+            self._spread.pull()
 
     def counts_ties_for(self, rank: int) -> bool:
         """Whether ``rank``'s count of ties enters the job's: each counts those of its own shard."""

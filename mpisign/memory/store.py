@@ -12,9 +12,9 @@ import torch
 
 from mpisign.bitmap.tensors import strides_of
 from mpisign.errors import CheckpointError
+from mpisign.group import Group
 from mpisign.layout import Bucket, Layout
 from mpisign.memory import Memory
-from mpisign.world import World
 
 __all__ = ["MemoryStore", "state_dtype"]
 
@@ -49,9 +49,9 @@ class MemoryStore:
             self._states[parameter] = {field: _lay(parameter, None) for field in self.memory.fields}
         return self._states[parameter]
 
-    def follow(self, parameters: Sequence[torch.Tensor], world: World) -> None:
+    def follow(self, parameters: Sequence[torch.Tensor], group: Group) -> None:
         """Take note of changes: forget parameters no longer held, and lay the state out anew where they differ."""
-        self._place = (world.rank, world.size)
+        self._place = (group.rank, group.size)
         held = set(parameters)
         self._former = self._kept_pieces()
         self._pieces = {}
@@ -150,31 +150,31 @@ class MemoryStore:
             "rates": {place: self._rates[p] for place, p in enumerate(parameters) if p in self._rates},
         }
 
-    def restored(self, saved: dict[str, Any] | None, parameters: Sequence[torch.Tensor], world: World) -> MemoryStore:
+    def restored(self, saved: dict[str, Any] | None, parameters: Sequence[torch.Tensor], group: Group) -> MemoryStore:
         """A new store with the state that :meth:`state_dict` saved, or a fresh one, with a warning why.
 
         Raises:
             CheckpointError: saved by a job of another size, by a newer version, or for other parameters.
         """
         store = MemoryStore(self.memory)
-        store._place = (world.rank, world.size)
-        fresh = f"rank {world.rank}: the memory ({self.memory.name}) starts fresh: "
+        store._place = (group.rank, group.size)
+        fresh = f"rank {group.rank}: the memory ({self.memory.name}) starts fresh: "
         if saved is None:
             if self.memory.fields:
                 warnings.warn(fresh + "this is the state of a plain optimizer, which has none", stacklevel=3)
             return store
         if saved["version"] > STATE_VERSION:
             raise CheckpointError(
-                f"rank {world.rank}: this state has version {saved['version']}, written by a newer mpisign; this one "
+                f"rank {group.rank}: this state has version {saved['version']}, written by a newer mpisign; this one "
                 f"reads {STATE_VERSION}: pip install --upgrade mpisign"
             )
-        if saved["size"] != world.size:
+        if saved["size"] != group.size:
             raise CheckpointError(
-                f"rank {world.rank}: this state was saved by a job of {saved['size']} ranks and this one has "
-                f"{world.size}, so the ranks' memories do not fit: start with -n {saved['size']}, or give the memory "
+                f"rank {group.rank}: this state was saved by a job of {saved['size']} ranks and this one has "
+                f"{group.size}, so the ranks' memories do not fit: start with -n {saved['size']}, or give the memory "
                 f"up with state_dict.pop('mpisign')"
             )
-        if saved["rank"] != world.rank or saved["memory_of"] != self.memory.name:
+        if saved["rank"] != group.rank or saved["memory_of"] != self.memory.name:
             if not self.memory.fields:
                 return store
             warnings.warn(
@@ -187,7 +187,7 @@ class MemoryStore:
             for field, value in fields.items():
                 if place >= len(parameters) or value.shape != parameters[place].shape:
                     raise CheckpointError(
-                        f"rank {world.rank}: the saved {field} of parameter {place} has shape {tuple(value.shape)}, "
+                        f"rank {group.rank}: the saved {field} of parameter {place} has shape {tuple(value.shape)}, "
                         f"which is not this model's: load the state of the same model"
                     )
             store._states[parameters[place]] = {

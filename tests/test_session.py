@@ -1,22 +1,19 @@
-"""mpisign.world at one rank: joining, leaving, and what is refused."""
+"""mpisign.session at one rank: joining, leaving, and what is refused."""
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 import os
-import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import mpisign
-from mpisign.world import current
+from mpisign.session import current
 
 NEEDS_RANKS = [
     mpisign.rank,
@@ -60,8 +57,14 @@ def test_device() -> None:
 def test_ranks_share_the_devices_of_their_node(local_rank: int, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(current(), "local_rank", local_rank)
-    assert mpisign.device() == torch.device("cuda", index)
+    group = current().group
+    size = local_rank + 1
+    current().replace(dataclasses.replace(group, rank=local_rank, size=size, node_of=(0,) * size))
+    try:
+        device = mpisign.device()
+    finally:
+        current().replace(group)
+    assert device == torch.device("cuda", index)
 
 
 @pytest.mark.usefixtures("outside")
@@ -126,7 +129,7 @@ def test_the_communicator_is_a_duplicate() -> None:
 
     for comm in (MPI.COMM_SELF, MPI.COMM_WORLD):
         mpisign.init(comm)
-        duplicate = current().comm
+        duplicate = current().group.comm
         assert MPI.Comm.Compare(duplicate, comm) == MPI.CONGRUENT
         mpisign.shutdown()
         assert duplicate == MPI.COMM_NULL, "MPI has only so many communicators"
@@ -169,46 +172,8 @@ def test_a_hook_set_later_is_left_alone() -> None:
     sys.excepthook = before
 
 
-# --------------------------------------------------------------------------------------------- waiting
-
-
-@pytest.mark.usefixtures("outside")
-def test_a_long_wait_says_so_each_time_it_has_doubled(caplog: pytest.LogCaptureFixture) -> None:
-    mpisign.init(stall_warning=0.02)
-    world, moments = current(), [time.monotonic()]
-    request = world.comm.Irecv(np.empty(1), source=0)
-
-    def missing() -> str:
-        moments.append(time.monotonic())
-        if len(moments) == 4:  # the third warning; then let it end
-            world.comm.Send(np.ones(1), dest=0)
-        return "not heard from yet: ranks [7]"
-
-    with caplog.at_level(logging.WARNING, "mpisign.world"):
-        world.wait(request, "step 17, handshake", missing)
-    for message in caplog.messages:
-        assert re.fullmatch(
-            r"rank 0 of 1 has waited 0\.\d+ s in step 17, handshake; not heard from yet: ranks \[7\]", message
-        )
-    assert len(caplog.messages) == 3
-    for moment, due in zip(moments[1:], (0.02, 0.04, 0.08), strict=True):
-        assert moment - moments[0] >= due
-
-
 def run(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
-
-
-def test_too_long_a_wait_ends_the_job() -> None:
-    ended = run(
-        "import mpisign, numpy; from mpisign.world import current\n"
-        "mpisign.init(stall_timeout=0.1)\n"
-        "world = current()\n"
-        "world.wait(world.comm.Irecv(numpy.empty(1), source=0), 'step 3, bucket 0')\n"
-    )
-    assert ended.returncode != 0
-    assert re.search(r"rank 0 of 1 has waited 0\.1\d* s in step 3, bucket 0; stall_timeout=0\.1 is over", ended.stderr)
-    assert "aborting the job" in ended.stderr
 
 
 @pytest.mark.parametrize(

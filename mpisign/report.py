@@ -1,55 +1,21 @@
-"""What a step did and how long it took: spans for the profiler, seconds and a report for the user."""
+"""What a step did and how long it took, for the user."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from mpisign.errors import MpisignError
 
-__all__ = ["PHASES", "StepReport", "Stopwatch"]
-
-PHASES = ("pack", "exchange", "decide", "unpack")
-
-
-class Stopwatch:
-    """Seconds per phase of one step. Each span also appears in the torch profiler as ``mpisign::<phase>``."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-
-    def span(self, phase: str) -> Span:
-        """A context: count the time spent inside to ``phase``."""
-        return Span(self.seconds, phase)
-
-
-class Span:
-    """See :meth:`Stopwatch.span`. A step has a dozen, so they must cost next to nothing."""
-
-    def __init__(self, seconds: dict[str, float], phase: str) -> None:
-        self._seconds, self._phase = seconds, phase
-        self._record: AbstractContextManager[object] | None = None
-
-    def __enter__(self) -> None:
-        if torch._C._autograd._profiler_enabled():
-            self._record = torch.profiler.record_function(f"mpisign::{self._phase}")
-            self._record.__enter__()
-        self._began = time.perf_counter()
-
-    def __exit__(self, *exception: Any) -> None:
-        self._seconds[self._phase] += time.perf_counter() - self._began
-        if self._record is not None:
-            self._record.__exit__(*exception)
+__all__ = ["StepReport"]
 
 
 @dataclass(frozen=True)
 class StepReport:
     """What the last ``synchronize()`` (or ``step()``) did. The same on every rank but for ``seconds``.
+
+    It can be pickled and copied; only :meth:`agreement` needs the original, as it looks at the bitmaps.
 
     Attributes:
         step: number of the exchange, from 0.
@@ -63,7 +29,7 @@ class StepReport:
         skipped: nobody voted; parameters and optimizer state stay as they are, on every rank.
         ties: coordinates with as many votes for as against; None for a rule that has no ties.
         seconds: wall time of this rank in ``pack`` (memory and codec), ``exchange`` (MPI, with the wait for
-            slower ranks), ``decide`` (count the votes) and ``unpack``.
+            slower ranks), ``decide`` (count the votes) and ``unpack``, from the spans of the step.
     """
 
     step: int
@@ -88,8 +54,37 @@ class StepReport:
             M shares in [0, 1], by rank.
 
         Raises:
-            MpisignError: the next step has overwritten the bitmaps, or the method casts no votes.
+            MpisignError: the next step has overwritten the bitmaps, this is a copy, or the method casts no votes.
         """
         if self._agreement is None:
-            raise MpisignError(f"method {self.method!r} casts no votes, so there is nothing to agree with")
+            raise MpisignError(
+                f"there are no ballots to agree with: method {self.method!r} casts no votes, or this is a copy of the "
+                f"report, and the ballots are where optimizer.report is"
+            )
         return self._agreement()
+
+    def as_dict(self) -> dict[str, float]:
+        """Flat numbers for TensorBoard, W&B or a CSV file.
+
+        ``step``, ``bytes_sent``, ``header_bytes``, ``voters`` and ``abstentions`` (how many), ``skipped`` (0 or 1),
+        ``ties`` (NaN for a rule that has none), and ``seconds_pack``, ``seconds_exchange``, ``seconds_decide``,
+        ``seconds_unpack``. The keys are the same in every step.
+
+        Example::
+
+            for name, value in optimizer.report.as_dict().items():
+                writer.add_scalar(f"mpisign/{name}", value, step)
+        """
+        return {
+            "step": self.step,
+            "bytes_sent": self.bytes_sent,
+            "header_bytes": self.header_bytes,
+            "voters": len(self.voters),
+            "abstentions": len(self.abstentions),
+            "skipped": int(self.skipped),
+            "ties": float("nan") if self.ties is None else self.ties,
+            **{f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()},
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_agreement": None}

@@ -1,9 +1,11 @@
-"""mpisign.telemetry: spans that the profiler sees, and a report of the step."""
+"""mpisign.report: what a step tells of itself."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import pickle
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import torch
 
 import mpisign
 from mpisign import DistributedSignOptimizer, MpisignError, StepReport
-from mpisign.telemetry import PHASES, Stopwatch
+from mpisign.trace import PHASES
 
 
 def stepped(**options: object) -> tuple[DistributedSignOptimizer, torch.nn.Parameter]:
@@ -27,18 +29,6 @@ def stepped(**options: object) -> tuple[DistributedSignOptimizer, torch.nn.Param
 def report_of(optimizer: DistributedSignOptimizer) -> StepReport:
     assert optimizer.report is not None
     return optimizer.report
-
-
-def test_a_stopwatch_adds_up_also_when_something_fails() -> None:
-    watch = Stopwatch()
-    assert watch.seconds == dict.fromkeys(PHASES, 0.0)
-    with watch.span("pack"):
-        time.sleep(0.01)
-    first = watch.seconds["pack"]
-    with pytest.raises(TypeError), watch.span("pack"):
-        time.sleep(0.01) + 1
-    assert 0.01 <= first <= watch.seconds["pack"] - 0.01
-    assert watch.seconds["decide"] == 0
 
 
 @pytest.mark.usefixtures("world")
@@ -132,3 +122,39 @@ def test_a_mean_has_neither_ties_nor_agreement() -> None:
     assert report.ties is None
     with pytest.raises(MpisignError, match="'mean' casts no votes"):
         report.agreement()
+
+
+@pytest.mark.usefixtures("world")
+def test_a_report_can_be_pickled_and_copied() -> None:
+    optimizer, _ = stepped()
+    report = report_of(optimizer)
+    for copied in (pickle.loads(pickle.dumps(report)), copy.deepcopy(report)):
+        assert copied == report
+        assert copied.as_dict() == report.as_dict()
+        with pytest.raises(MpisignError, match="this is a copy of the report"):
+            copied.agreement()
+    assert report.agreement() == [1.0], "the original still can"
+
+
+@pytest.mark.usefixtures("world")
+def test_flat_numbers() -> None:
+    optimizer, parameter = stepped()
+    flat = report_of(optimizer).as_dict()
+    assert list(flat) == [
+        *("step", "bytes_sent", "header_bytes", "voters", "abstentions", "skipped", "ties"),
+        *(f"seconds_{phase}" for phase in PHASES),
+    ]
+    assert all(type(value) in (int, float) for value in flat.values())
+    assert (flat["step"], flat["voters"], flat["abstentions"], flat["skipped"], flat["ties"]) == (0, 1, 0, 0, 0)
+    assert flat["seconds_pack"] == report_of(optimizer).seconds["pack"]
+    parameter.grad = torch.full_like(parameter, torch.nan)
+    optimizer.step()
+    flat = report_of(optimizer).as_dict()
+    assert (flat["step"], flat["voters"], flat["abstentions"], flat["skipped"]) == (1, 0, 1, 1)
+    assert math.isnan(report_of(stepped(method=mpisign.mean())[0]).as_dict()["ties"])
+
+
+def test_every_field_is_documented() -> None:
+    fields = [field.name for field in dataclasses.fields(StepReport) if not field.name.startswith("_")]
+    assert StepReport.__doc__ is not None
+    assert [name for name in fields if f"        {name}: " not in StepReport.__doc__] == []

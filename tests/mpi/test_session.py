@@ -1,4 +1,4 @@
-"""mpisign.world on real ranks."""
+"""mpisign.session on real ranks."""
 
 from __future__ import annotations
 
@@ -164,4 +164,4 @@ def test_those_who_wait_say_for_whom_at_which_step_and_phase(
     if comm.rank != late:
         said = next(r.getMessage() for r in caplog.records if f"step 0, {phase}" in r.getMessage())
         assert said.startswith(f"rank {comm.rank} of {comm.size} has waited ")
-        assert said.endswith(f"; not heard from yet: ranks [{late}]" if phase == "handshake" else phase)
+        assert said.endswith(f"; not heard from yet: ranks [{late}]")

@@ -1,0 +1,155 @@
+"""The ranks that train together, as they are until the next of them comes or goes. A group never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpisign.errors import ConsistencyError, OptionError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from mpisign.watchdog import Watchdog
+
+__all__ = ["Group", "check_node_map"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some ranks, their numbers and places, and the communicators between them.
+
+    Attributes:
+        comm: between all, private to the library.
+        node: between those on this rank's node.
+        lane: between those with the same local rank, one a node, in the order of the nodes.
+        rank, size: this rank's number, and how many there are.
+        node_of: (size,) the number of each rank's node; nodes are numbered by their lowest rank.
+        generation: how many groups this job has had before.
+        identities: (size,) what each rank is called for good: its number in the job's first group. Coins and noise
+            are keyed by it, so that they stay when others leave.
+        gpus: every rank has one that torch can use.
+    """
+
+    comm: MPI.Comm
+    node: MPI.Comm
+    lane: MPI.Comm
+    rank: int
+    size: int
+    node_of: tuple[int, ...]
+    generation: int
+    identities: tuple[int, ...]
+    gpus: bool = False
+
+    @classmethod
+    def form(
+        cls,
+        comm: MPI.Comm,
+        watchdog: Watchdog,
+        node_of: Sequence[int] | None,
+        generation: int,
+        identity: int,
+        gpu: bool,
+    ) -> Group:
+        """Learn who is where. **Collective** over ``comm``, which the group then owns.
+
+        Args:
+            node_of: (size,) which rank is on which node, by any numbers; None for where they share memory.
+            identity: this rank's.
+            gpu: whether this rank has one.
+
+        Raises:
+            ConsistencyError: on every rank, if they have been told different maps.
+        """
+        from mpi4py import MPI
+
+        with watchdog.guard("MPI's split into nodes"):
+            if node_of is None:
+                shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
+                lowest = np.array([comm.rank], np.int64)
+                shared.Bcast(lowest, root=0)
+                label = int(lowest[0])
+                shared.Free()
+                claims = [-1] * comm.size
+            else:
+                label, claims = node_of[comm.rank], list(node_of)
+            mine = np.array([identity, label, gpu, *claims], np.int64)
+            heard = np.empty((comm.size, mine.size), np.int64)
+            comm.Allgather(mine, heard)
+        if not (heard[:, 3:] == heard[0, 3:]).all():
+            comm.Free()
+            raise ConsistencyError(
+                f"ranks were given different maps of ranks to nodes (this is rank {mine[0]}): pass the same node_of= "
+                f"on every rank"
+            )
+        labels = heard[:, 1].tolist()
+        order = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+        places = tuple(order[label] for label in labels)
+        local = places[: comm.rank].count(places[comm.rank])
+        with watchdog.guard("MPI's split into nodes and lanes"):
+            return cls(
+                comm=comm,
+                node=comm.Split(places[comm.rank], comm.rank),
+                lane=comm.Split(local, comm.rank),
+                rank=comm.rank,
+                size=comm.size,
+                node_of=places,
+                generation=generation,
+                identities=tuple(heard[:, 0].tolist()),
+                gpus=bool(heard[:, 2].all()),
+            )
+
+    @classmethod
+    def alone(cls, comm: Any, *, gpus: bool = False) -> Group:
+        """A group of this process, over anything that has the calls of a communicator."""
+        return cls(comm, comm, comm, 0, 1, (0,), 0, (0,), gpus)
+
+    @property
+    def identity(self) -> int:
+        """What this rank is called for good."""
+        return self.identities[self.rank]
+
+    @property
+    def node_rank(self) -> int:
+        """The number of this rank's node."""
+        return self.node_of[self.rank]
+
+    @property
+    def num_nodes(self) -> int:
+        """On how many nodes the ranks are."""
+        return len(set(self.node_of))
+
+    @property
+    def local_rank(self) -> int:
+        """This rank's number among those on its node."""
+        return self.node_of[: self.rank].count(self.node_rank)
+
+    @property
+    def local_size(self) -> int:
+        """How many ranks are on this rank's node."""
+        return self.node_of.count(self.node_rank)
+
+    def free(self, watchdog: Watchdog) -> None:
+        """Give the communicators back. **Collective.**"""
+        with watchdog.guard("MPI_Comm_free"):
+            for comm in (self.lane, self.node, self.comm):
+                comm.Free()
+
+
+def check_node_map(node_of: Sequence[int] | None, size: int) -> tuple[int, ...] | None:
+    """A map of ranks to nodes as plain numbers. Raises :class:`OptionError` unless it has ``size`` of them."""
+    if node_of is None:
+        return None
+    try:
+        places = tuple(int(place) for place in node_of)
+    except (TypeError, ValueError):
+        places = ()
+    if len(places) != size or any(not 0 <= place < 2**31 for place in places):
+        raise OptionError(
+            f"node_of={node_of!r} must have one number of a node (0 or more) for each of the {size} ranks, e.g. "
+            f"[0, 0, 0, 1]"
+        )
+    return places

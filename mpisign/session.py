@@ -1,0 +1,312 @@
+"""The job: who we are, how we talk, how we end.
+
+``init()`` makes the one :class:`Session` of this process, which owns the group of ranks that train together, the
+watchdog and the tracer. Everything else asks :func:`current` for it, and it for the group, afresh at each use, and
+keeps no group of its own: a group can be replaced between two steps.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mpisign import timeline as timelines
+from mpisign.errors import AlreadyInitializedError, ConsistencyError, MpisignError, NotInitializedError, OptionError
+from mpisign.group import Group, check_node_map
+from mpisign.launch import check_not_alone
+from mpisign.policy import check_positive
+from mpisign.presence import Presence
+from mpisign.talk import Talk, minority
+from mpisign.trace import Tracer
+from mpisign.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = [
+    "Session",
+    "barrier",
+    "current",
+    "device",
+    "init",
+    "is_initialized",
+    "local_rank",
+    "local_size",
+    "node_rank",
+    "num_nodes",
+    "rank",
+    "shutdown",
+    "size",
+    "timeline",
+]
+
+logger = logging.getLogger(__name__)
+
+NODE_MAP_VARIABLE = "MPISIGN_NODE_OF"
+"""For tests: ``0,0,0,1`` is what ``init(node_of=[0, 0, 0, 1])`` is."""
+
+
+class Session(Talk):
+    """This process's part in the job. Made by :func:`init`.
+
+    Attributes:
+        process: its number with the operating system; a forked child inherits a session and is no rank.
+        pickle: whether users' objects may be pickled.
+        farewells: done when all leave together, and may be collective.
+    """
+
+    def __init__(self, group: Group, watchdog: Watchdog, tracer: Tracer, *, pickle: bool = True) -> None:
+        super().__init__(watchdog, tracer, pickle=pickle)
+        self.process = os.getpid()
+        self.farewells = ExitStack()
+        self._optimizers = 0
+        self._previous_hook: Callable[..., Any] | None = None
+        self.replace(group)
+
+    def replace(self, group: Group) -> Group | None:
+        """Go on with another group, between two steps. **Collective** over its ranks.
+
+        Returns:
+            The former group, whose communicators now are the caller's to free.
+        """
+        before, self.group = getattr(self, "group", None), group
+        self._presence = Presence(group.comm)
+        self.watchdog.comm, self.watchdog.rank, self.watchdog.size = group.comm, group.rank, group.size
+        return before
+
+    def next_number(self) -> int:
+        """A number for an optimizer, the same on all ranks if they make theirs in the same order."""
+        self._optimizers += 1
+        return self._optimizers
+
+
+_session: Session | None = None
+
+
+def current(caller: str = "this function") -> Session:
+    """The session of this process. Raises :class:`NotInitializedError`, naming ``caller``."""
+    if _session is None:
+        raise NotInitializedError(f"{caller} needs the job's ranks: call mpisign.init() first")
+    return _session
+
+
+def init(
+    comm: MPI.Comm | None = None,
+    *,
+    abort_on_exception: bool = True,
+    stall_warning: float | None = 60.0,
+    stall_timeout: float | None = None,
+    node_of: Sequence[int] | None = None,
+    pickle: bool = True,
+) -> None:
+    """Join the job: learn ranks and nodes, and get a private communicator. **Collective.**
+
+    Args:
+        comm: the ranks that train together; default ``MPI.COMM_WORLD``. It is duplicated, not kept.
+        abort_on_exception: a process that dies of an uncaught exception prints its traceback and takes the
+            whole job down at once, instead of leaving the others to wait for ever.
+        stall_warning: seconds of waiting for other ranks after which a rank says for which; None for never. It
+            counts from the start of MPI in this call to its end after :func:`shutdown`, but only while this
+            process runs: what a scheduler has stopped and continued has not waited meanwhile.
+        stall_timeout: seconds after which it aborts the job; None for never.
+        node_of: (size,) the node of each rank, by any numbers, the same on every rank; default: ranks that share
+            memory are on one node. The variable ``MPISIGN_NODE_OF=0,0,0,1`` is another way to say so.
+        pickle: False refuses :func:`broadcast_object` and :func:`allgather_object`, which unpickle what other
+            ranks send and so run their code. The library itself sends nothing that is run.
+
+    Raises:
+        AlreadyInitializedError: called twice.
+        LaunchError: MPI sees one process, but the launcher started several.
+        OptionError: a time that is not positive, or a map of ranks to nodes that does not fit.
+        ConsistencyError: on every rank, if they pass different maps.
+    """
+    global _session
+    if _session is not None:
+        raise AlreadyInitializedError(
+            f"rank {_session.rank}: mpisign.init() was called before; call it once, or mpisign.shutdown() first "
+            f"(mpisign.is_initialized() tells)"
+        )
+    for name, seconds in (("stall_warning", stall_warning), ("stall_timeout", stall_timeout)):
+        if seconds is not None:
+            check_positive(name, seconds, " of seconds, or None for never")
+    tracer = Tracer(timelines.capacity())
+    watchdog = Watchdog(tracer, stall_warning, stall_timeout)
+    with watchdog.guard_start():
+        from mpi4py import MPI  # not at import: a spawned DataLoader worker that starts MPI hangs the job
+
+    if comm is None:
+        comm = MPI.COMM_WORLD
+    elif not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+        raise OptionError(f"comm={comm!r} is no communicator with this process in it: do not call init() outside it")
+    if comm == MPI.COMM_WORLD:
+        library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
+        check_not_alone(os.environ, comm.Get_size(), library)
+    if node_of is None and os.environ.get(NODE_MAP_VARIABLE):
+        node_of = [int(place) if place.isdecimal() else -1 for place in os.environ[NODE_MAP_VARIABLE].split(",")]
+    places = check_node_map(node_of, comm.Get_size())
+    group = Group.form(_duplicate(comm, watchdog, tracer), watchdog, places, 0, comm.Get_rank(), _has_gpu())
+    session = Session(group, watchdog, tracer, pickle=pickle)
+    odd, usual = minority(session.meet("init()", int(pickle)).tolist())
+    if odd:
+        group.free(watchdog)
+        raise ConsistencyError(
+            f"ranks {odd} have called init(pickle={not usual}) and the others init(pickle={bool(usual)}) (this is rank "
+            f"{session.rank}): pass the same on every rank"
+        )
+    session.align_clocks()
+    _session = session
+    if abort_on_exception:
+        session._previous_hook = sys.excepthook
+        sys.excepthook = _abort_on_exception
+    # One rank's variable counts, so that all do the same.
+    path = session.spread_value(os.environ.get(timelines.VARIABLE, ""), str, 0, "init()")
+    if path:
+        session.farewells.callback(_write_timeline, session, path)
+    atexit.register(_shutdown_at_exit)
+
+
+def _duplicate(comm: MPI.Comm, watchdog: Watchdog, tracer: Tracer) -> MPI.Comm:
+    """A private communicator of the same ranks; the first thing that all ranks do together. **Collective.**"""
+    watchdog.comm, watchdog.rank, watchdog.size = comm, comm.Get_rank(), comm.Get_size()
+    presence = Presence(comm)
+    with tracer.span("init()"):
+        mine, request = comm.Idup()
+        watchdog.wait(watchdog.post(request, mine), presence)
+        watchdog.comm = mine
+        watchdog.wait(watchdog.post(mine.Ibarrier()), Presence(mine))
+        presence.listen("init()")  # nothing of this must be left on the user's communicator
+    return mine
+
+
+def _has_gpu() -> bool:
+    """Whether torch can use one. NVML knows; CUDA, once asked, heeds no CUDA_VISIBLE_DEVICES and survives no fork."""
+    variable = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        return torch.cuda.is_available()
+    finally:
+        os.environ.pop(variable)
+        if before is not None:
+            os.environ[variable] = before
+
+
+def shutdown() -> None:
+    """Leave the job: free the communicators, restore the exception hook. **Collective.** Harmless if not in one.
+
+    Called at exit if you do not. MPI itself stays up (mpi4py finalizes it when Python exits), so :func:`init`
+    may be called again. A rank that leaves while others are in a step is an error to them, not a hang.
+    """
+    global _session
+    if _session is None:
+        return
+    from mpi4py import MPI
+
+    leaving, _session = _session, None
+    atexit.unregister(_shutdown_at_exit)
+    if leaving._previous_hook is not None and sys.excepthook is _abort_on_exception:
+        sys.excepthook = leaving._previous_hook
+    if leaving.process != os.getpid() or MPI.Is_finalized():
+        return  # a forked child is not a rank, and after MPI.Finalize() there is nobody to tell
+    if leaving.say_goodbye(leaving.farewells):
+        leaving.group.free(leaving.watchdog)
+
+
+def _write_timeline(session: Session, path: str) -> None:
+    try:
+        timelines.write(session, path)
+    except MpisignError as error:
+        logger.error("%s", error)
+
+
+def _shutdown_at_exit() -> None:
+    """And then MPI_Finalize, where Python stands still and only the system can look at the time."""
+    seconds = _session.watchdog.stall_timeout if _session is not None and _session.process == os.getpid() else None
+    shutdown()
+    if seconds is not None and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _abort_on_exception(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+    session = _session
+    previous = session._previous_hook if session is not None else None
+    (previous or sys.__excepthook__)(kind, value, trace)
+    if session is None or session.process != os.getpid():
+        return
+    from mpi4py import MPI
+
+    if not MPI.Is_finalized():
+        code = 130 if issubclass(kind, KeyboardInterrupt) else 1
+        session.watchdog.abort(f"rank {session.rank} of {session.size} died of {kind.__name__}", code)
+
+
+def is_initialized() -> bool:
+    """Whether :func:`init` has been called, and :func:`shutdown` not since."""
+    return _session is not None
+
+
+def rank() -> int:
+    """This process's number in the job, 0 .. size() - 1."""
+    return current("rank()").rank
+
+
+def size() -> int:
+    """How many processes train together."""
+    return current("size()").size
+
+
+def local_rank() -> int:
+    """This process's number among those on its node, from MPI's shared-memory split."""
+    return current("local_rank()").group.local_rank
+
+
+def local_size() -> int:
+    """How many of the job's processes run on this node."""
+    return current("local_size()").group.local_size
+
+
+def node_rank() -> int:
+    """This node's number, 0 .. num_nodes() - 1, by the lowest rank on it."""
+    return current("node_rank()").group.node_rank
+
+
+def num_nodes() -> int:
+    """How many nodes the job runs on."""
+    return current("num_nodes()").group.num_nodes
+
+
+def device() -> torch.device:
+    """The device this process should use: ``cuda:(local_rank % device_count)``, or the CPU if there is none."""
+    place = current("device()").group.local_rank
+    if torch.cuda.is_available():
+        return torch.device("cuda", place % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def timeline(path: str | os.PathLike[str]) -> None:
+    """Write what all ranks did lately into one Chrome trace, for https://ui.perfetto.dev. **Collective.**
+
+    It has a row for each rank and phase. Each rank keeps its latest 32,768 spans, which is some hundred steps; with the
+    variable ``MPISIGN_TIMELINE=path`` (rank 0's counts) it keeps 500,000, and :func:`shutdown` writes them there.
+
+    Args:
+        path: rank 0 writes it; a file that is there is replaced when the new one is whole.
+
+    Raises:
+        MpisignError: on every rank, if rank 0 cannot write.
+    """
+    timelines.write(current("timeline()"), path)
+
+
+def barrier() -> None:
+    """Wait until every rank has come here. **Collective.**"""
+    current("barrier()").meet("barrier()")

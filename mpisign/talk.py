@@ -1,0 +1,302 @@
+"""What ranks do together besides the messages of a step: they meet, and tell each other things.
+
+All of it begins with the same small all-gather, the *call*, whatever it is for. So ranks that do different things
+meet in it and are told, where other messages of theirs would be mistaken for each other. What they tell is numbers, or
+JSON that is checked; only a user's own objects are pickled. Whatever another rank sends, the worst that it can do here
+is to make the others raise an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle as pickles
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import zip_longest
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from mpisign import encoding
+from mpisign.encoding import LIMIT_BYTES
+from mpisign.errors import ConsistencyError, OptionError
+from mpisign.group import Group
+from mpisign.presence import Presence
+from mpisign.trace import Tracer
+from mpisign.watchdog import Pending, Watchdog
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["ACTS", "CALL_FIELDS", "EXIT", "Talk", "first_difference", "minority"]
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+CALL_FIELDS = 4  # how many numbers a call has, whatever it is for
+EXIT = "exit"
+ACTS = (
+    EXIT,
+    "init()",
+    "barrier()",
+    "broadcast_object()",
+    "allgather_object()",
+    "broadcast_parameters()",
+    "broadcast_optimizer_state()",
+    "check_consistency()",
+    "agreement()",
+    "a comparison of layouts",
+    "checkpoint.save()",
+    "checkpoint.wait()",
+    "checkpoint.load()",
+    "checkpoint.newest()",
+    "timeline()",
+    "the doctor",
+)
+"""What ranks do together besides steps. A call begins with -2 - its place here; a step's with a number above 0."""
+
+OBJECTS_LIMIT_BYTES = 2**31 - 1  # what MPI counts of all ranks' objects together
+CLOCK_TRIES = 5
+CLOCK_TAG = 0x6D74
+
+
+class Talk:
+    """Talks on the group's communicator, watched.
+
+    Attributes:
+        group: the ranks as they are now.
+        wants_stop: this rank has been asked to stop.
+        stopping: some rank had been, when all last called: the same on all.
+    """
+
+    group: Group
+    _presence: Presence
+
+    def __init__(self, watchdog: Watchdog, tracer: Tracer, *, pickle: bool) -> None:
+        self.watchdog, self.tracer, self._pickle = watchdog, tracer, pickle
+        self.wants_stop = self.stopping = False
+        self._parted = False  # a rank has left before the others: all can only end
+        self.clocks: list[tuple[int, int]] = []  # (this rank's time, how far rank 0's is ahead), each time they met
+
+    @property
+    def rank(self) -> int:
+        """This process's number in the group."""
+        return self.group.rank
+
+    @property
+    def size(self) -> int:
+        """How many ranks the group has."""
+        return self.group.size
+
+    def post(self, request: MPI.Request, *buffers: object) -> Pending:
+        """Keep a nonblocking operation and all that it reads and writes until it is waited for."""
+        return self.watchdog.post(request, *buffers)
+
+    def wait(self, pending: Pending) -> None:
+        """Wait for a collective operation; see :meth:`mpisign.watchdog.Watchdog.wait`."""
+        self.watchdog.wait(pending, self._presence)
+
+    # ------------------------------------------------------------------------------------------- meetings
+
+    def call(self, mine: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """All-gather a few numbers, the same few from everyone: (fields,) int64 to (M, fields). **Collective.**
+
+        The wish to stop travels as the lowest bit of the last number, so that no number may need more than 63 bits.
+        """
+        if self.watchdog.broken:
+            raise ConsistencyError(
+                f"rank {self.rank} was interrupted in {self.watchdog.broken}, where the other ranks still wait for it: "
+                f"this job can only end"
+            )
+        if self._parted:
+            raise ConsistencyError(f"rank {self.rank}: a rank has left the job before the others; it can only end now")
+        said, heard = mine.copy(), np.empty((self.size, mine.size), np.int64)
+        said[-1] = 2 * mine[-1] + self.wants_stop
+        self.wait(self.post(self.group.comm.Iallgather(said, heard), said, heard))
+        self.stopping = bool((heard[:, -1] & 1).any())
+        heard[:, -1] >>= 1
+        return heard
+
+    def meet(self, act: str, number: int = 0) -> npt.NDArray[np.int64]:
+        """Make sure that all ranks are about to do the same thing, one of ``ACTS``. **Collective.**
+
+        Returns:
+            Every rank's ``number``: (M,).
+
+        Raises:
+            ConsistencyError: on every rank, saying who does what.
+        """
+        with self.tracer.span(act):
+            mine = np.zeros(CALL_FIELDS, np.int64)
+            mine[:2] = -2 - ACTS.index(act), number
+            heard = self.call(mine)
+        self.demand_same_act(heard)
+        return heard[:, 1]
+
+    def demand_same_act(self, heard: npt.NDArray[np.int64]) -> None:
+        """Raise :class:`ConsistencyError` if a call, (M, fields), shows ranks that do different things."""
+        acts = [_act(code) for code in heard[:, 0].tolist()]
+        if len(set(acts)) > 1:
+            self._parted = EXIT in acts
+            who = "; ".join(
+                f"ranks {[rank for rank, its in enumerate(acts) if its == act]} "
+                + ("have left the job" if act == EXIT else f"are in {act}")
+                for act in sorted(set(acts))
+            )
+            raise ConsistencyError(
+                f"ranks do different things: {who} (this is rank {self.rank}). Every rank must make the same calls in "
+                f"the same order; where ranks have different numbers of batches, call optimizer.join() on every rank "
+                f"when its batches end"
+            )
+
+    # --------------------------------------------------------------------------------------- what is told
+
+    def gather_bytes(self, mine: bytes, act: str, limit: int = LIMIT_BYTES, root: int | None = None) -> list[bytes]:
+        """Every rank's bytes, on every rank, or on ``root`` alone (elsewhere []). **Collective.**
+
+        Raises:
+            ConsistencyError: on every rank, if one has more than ``limit``.
+        """
+        sizes = self._check_sizes(self.meet(act, len(mine)), act, limit)
+        with self.tracer.span(act):
+            message = np.frombuffer(mine, np.uint8)
+            if root is None:
+                heard = np.empty(sum(sizes), np.uint8)
+                request = self.group.comm.Iallgatherv(message, [heard, sizes])
+            else:
+                heard = np.empty(sum(sizes) if self.rank == root else 0, np.uint8)
+                request = self.group.comm.Igatherv(message, [heard, sizes] if self.rank == root else None, root=root)
+            self.wait(self.post(request, message, heard))
+        if root not in (None, self.rank):
+            return []
+        ends = np.cumsum(sizes).tolist()
+        return [heard[end - size : end].tobytes() for size, end in zip(sizes, ends, strict=True)]
+
+    def spread_bytes(self, mine: bytes, root: int, act: str, limit: int = LIMIT_BYTES) -> bytes:
+        """``root``'s bytes on every rank. **Collective.** Raises as :meth:`gather_bytes` does."""
+        size = self._check_sizes(self.meet(act, len(mine) if self.rank == root else 0), act, limit)[root]
+        with self.tracer.span(act):
+            message = np.frombuffer(mine, np.uint8).copy() if self.rank == root else np.empty(size, np.uint8)
+            self.wait(self.post(self.group.comm.Ibcast(message, root=root), message))
+        return message.tobytes()
+
+    def _check_sizes(self, claimed: npt.NDArray[np.int64], act: str, limit: int) -> list[int]:
+        sizes: list[int] = claimed.tolist()
+        unfit = [rank for rank, size in enumerate(sizes) if not 0 <= size <= limit]
+        if unfit or sum(sizes) > OBJECTS_LIMIT_BYTES:
+            whose = f"ranks {unfit} want to send {sizes[unfit[0]]} bytes" if unfit else f"all send {sum(sizes)} bytes"
+            raise ConsistencyError(
+                f"{act}: {whose}, and at most {min(limit, OBJECTS_LIMIT_BYTES)} can be taken (this is rank "
+                f"{self.rank}): send tensors with broadcast_parameters(), and large objects in parts"
+            )
+        return sizes
+
+    def gather_values(self, mine: Any, schema: Any, act: str) -> list[Any]:
+        """Every rank's plain value, as JSON that has the shape ``schema`` says. **Collective.**
+
+        Raises:
+            ConsistencyError: a rank has sent something else.
+        """
+        heard = self.gather_bytes(encoding.encode(mine), act)
+        return [encoding.decode(message, schema, sender) for sender, message in enumerate(heard)]
+
+    def spread_value(self, mine: Any, schema: Any, root: int, act: str) -> Any:
+        """``root``'s plain value on every rank; ``mine`` is looked at there alone. **Collective.**"""
+        message = self.spread_bytes(encoding.encode(mine) if self.rank == root else b"", root, act)
+        return encoding.decode(message, schema, root)
+
+    def gather_objects(self, mine: Any, act: str) -> list[Any]:
+        """Every rank's object, pickled. **Collective.** Raises OptionError if pickles are turned off."""
+        self._check_pickle(act)
+        message = pickles.dumps(mine)  # before the others depend on it: it may fail
+        return [pickles.loads(heard) for heard in self.gather_bytes(message, act, OBJECTS_LIMIT_BYTES)]
+
+    def spread_object(self, mine: Any, root: int, act: str) -> Any:
+        """``root``'s object, pickled, on every rank. **Collective.** Raises OptionError if pickles are turned off."""
+        self._check_pickle(act)
+        message = pickles.dumps(mine) if self.rank == root else b""
+        heard = self.spread_bytes(message, root, act, OBJECTS_LIMIT_BYTES)
+        return mine if self.rank == root else pickles.loads(heard)
+
+    def compare(self, lines: Sequence[str], one: int, other: int, act: str) -> tuple[str, str]:
+        """The first lines in which rank ``one`` and rank ``other`` differ, on every rank. **Collective.**"""
+        theirs = [self.spread_value(list(lines), [str], rank, act) for rank in (one, other)]
+        here, there = first_difference(*theirs)
+        return encoding.printable(here), encoding.printable(there)
+
+    def _check_pickle(self, act: str) -> None:
+        if not self._pickle:
+            raise OptionError(
+                f"rank {self.rank}: {act} pickles, which init(pickle=False) has turned off: send tensors with "
+                f"broadcast_parameters(), or allow it"
+            )
+
+    # --------------------------------------------------------------------------------------------- clocks
+
+    def align_clocks(self) -> None:
+        """Find out how far rank 0's clock is ahead of this rank's, and add it to ``clocks``. **Collective.**
+
+        Each rank asks rank 0 for the time in turn, a few times; the answer that took the shortest is right within half
+        of what it took.
+        """
+        comm, asked, told = self.group.comm, np.zeros(1, np.int64), np.zeros(1, np.int64)
+        with self.watchdog.guard("the alignment of clocks"):
+            if self.rank == 0:
+                for rank in range(1, self.size):
+                    for _ in range(CLOCK_TRIES):
+                        comm.Recv(asked, rank, CLOCK_TAG)
+                        told[0] = perf_counter_ns()
+                        comm.Send(told, rank, CLOCK_TAG)
+                self.clocks.append((perf_counter_ns(), 0))
+                return
+            best: tuple[int, int, int] | None = None
+            for _ in range(CLOCK_TRIES):
+                began = perf_counter_ns()
+                comm.Sendrecv(asked, 0, CLOCK_TAG, told, 0, CLOCK_TAG)
+                ended = perf_counter_ns()
+                middle = (began + ended) // 2
+                best = min(best or (ended - began, middle, 0), (ended - began, middle, int(told[0]) - middle))
+            assert best is not None
+            self.clocks.append(best[1:])
+
+    # ------------------------------------------------------------------------------------------------ end
+
+    def say_goodbye(self, farewells: ExitStack) -> bool:
+        """Meet the others before leaving, as MPI_Finalize would wait for them in silence. **Collective.**
+
+        Returns:
+            Whether all leave together. If not, the others get an error, and this rank is past doing anything about it.
+        """
+        if self.watchdog.broken and self.size > 1:
+            self.watchdog.abort(
+                f"rank {self.rank} leaves the job; it was interrupted in {self.watchdog.broken}, where the others wait"
+            )
+        try:
+            self.meet(EXIT)
+        except ConsistencyError as error:
+            logger.error("%s", error)
+            return False
+        farewells.close()
+        self._presence.listen("the end of the job")  # what was sent to this rank when it was late
+        return True
+
+
+def _act(code: int) -> str:
+    if code >= 0:
+        return "step()"
+    return ACTS[-2 - code] if -2 - len(ACTS) < code < -1 else "something that this mpisign does not know"
+
+
+def minority(values: Sequence[T]) -> tuple[list[int], T]:
+    """The ranks whose value is not the most common one (of equals, rank 0's is), and that common value."""
+    usual = max(values, key=lambda value: (values.count(value), value == values[0]))
+    return [rank for rank, value in enumerate(values) if value != usual], usual
+
+
+def first_difference(mine: Sequence[str], theirs: Sequence[str]) -> tuple[str, str]:
+    """The first pair of lines that differ; where one side has ended it is "nothing more"."""
+    pairs = zip_longest(mine, theirs, fillvalue="nothing more")
+    return next(((here, there) for here, there in pairs if here != there), ("nothing more", "nothing more"))

@@ -1,0 +1,192 @@
+"""How ranks wait: never in silence, and never for ever if the user has set a limit.
+
+What counts is time spent waiting while this process runs. A rank, or a whole job, that a scheduler has stopped and
+continued has not waited meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from mpisign.errors import ConsistencyError
+from mpisign.presence import Presence
+from mpisign.trace import Tracer
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["Pending", "Watchdog"]
+
+logger = logging.getLogger(__name__)
+
+SPIN_SECONDS = 0.0002  # a wait this short is worth the core; ranks may outnumber cores, so yield even then
+NAP_SHARE = 0.05  # after that sleep a twentieth of the time waited so far, which delays nothing by more than 5 %
+NAP_SECONDS = 0.001  # and at most this long
+STOPPED_SECONDS = 0.1  # a nap that took longer than this was no nap: the process was stopped, or got no core
+LISTEN_SECONDS = 0.01  # after so long a wait other ranks may ask where this one is
+
+_yield: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
+
+
+class Pending:
+    """A nonblocking operation of MPI's, with all that it reads and writes."""
+
+    __slots__ = ("buffers", "request")
+
+    def __init__(self, request: MPI.Request, buffers: tuple[object, ...]) -> None:
+        self.request, self.buffers = request, buffers
+
+
+class Watchdog:
+    """Waits, warns, and ends the job.
+
+    Args:
+        tracer: knows what goes on.
+        stall_warning: seconds of waiting until a warning, and again each time they have doubled; None for never.
+        stall_timeout: seconds of waiting until the job is aborted; None for never.
+
+    Attributes:
+        comm, rank, size: who waits, for messages and to end all; the first is None until there is a group.
+        broken: where this rank was interrupted, or "". The others wait for it there, so the job can only end.
+    """
+
+    def __init__(self, tracer: Tracer, stall_warning: float | None, stall_timeout: float | None) -> None:
+        self._tracer, self._warning, self.stall_timeout = tracer, stall_warning, stall_timeout
+        times = [seconds for seconds in (stall_warning, stall_timeout) if seconds is not None]
+        self._announce_at = min(times) / 2 if times else float("inf")
+        self._posted: set[Pending] = set()
+        self.comm: MPI.Comm | None = None
+        self.rank, self.size = 0, 1
+        self.broken = ""
+
+    def post(self, request: MPI.Request, *buffers: object) -> Pending:
+        """Keep a request and what it reads and writes alive until it is waited for, whatever comes between."""
+        pending = Pending(request, buffers)
+        self._posted.add(pending)
+        return pending
+
+    def wait(self, pending: Pending, presence: Presence) -> None:
+        """Wait for a collective operation. Every rank must wait for the same ones, in the same order.
+
+        Raises:
+            ConsistencyError: MPI says that the ranks' messages do not fit each other.
+        """
+        presence.begin()
+        with self.unbroken():
+            try:
+                if not pending.request.Test():
+                    self._wait(pending.request, presence)
+            except Exception as error:
+                if type(error).__module__.partition(".")[0] != "mpi4py":
+                    raise
+                raise ConsistencyError(
+                    f"rank {self.rank} of {self.size}: MPI has failed in {self._where()}: {error}. A rank has sent "
+                    f"something else than the others expect, or has died"
+                ) from error
+        self._posted.discard(pending)
+
+    def _wait(self, request: MPI.Request, presence: Presence) -> None:
+        waited, last, warn_at = 0.0, time.monotonic(), self._warning
+        while not request.Test():
+            _yield() if waited < SPIN_SECONDS else time.sleep(min(waited * NAP_SHARE, NAP_SECONDS))
+            now = time.monotonic()
+            waited, last = waited + min(now - last, STOPPED_SECONDS), now
+            if waited < LISTEN_SECONDS:
+                continue
+            presence.listen(self._where())
+            if waited >= self._announce_at:
+                presence.announce(self._where())
+            if warn_at is not None and waited >= warn_at:
+                logger.warning("%s", self._stalled(waited, presence.missing()))
+                warn_at *= 2
+            if self.stall_timeout is not None and waited >= self.stall_timeout:
+                self._give_up(waited, presence.missing())
+
+    @contextmanager
+    def guard(self, what: str) -> Iterator[None]:
+        """Watch a call of MPI's that blocks, from a thread."""
+        if self._warning is None and self.stall_timeout is None:
+            yield
+            return
+        done = threading.Event()
+        watching = threading.Thread(target=self._watch, args=(what, done), name="mpisign watchdog", daemon=True)
+        watching.start()
+        try:
+            yield
+        finally:
+            done.set()
+
+    def _watch(self, what: str, done: threading.Event) -> None:
+        waited, last, warn_at = 0.0, time.monotonic(), self._warning
+        while not done.wait(STOPPED_SECONDS / 10):
+            now = time.monotonic()
+            waited, last = waited + min(now - last, STOPPED_SECONDS), now
+            if warn_at is not None and waited >= warn_at:
+                logger.warning("%s", self._stalled(waited, "", what))
+                warn_at *= 2
+            if self.stall_timeout is not None and waited >= self.stall_timeout:
+                self._give_up(waited, "", what)
+
+    @contextmanager
+    def guard_start(self) -> Iterator[None]:
+        """Watch the start of MPI, in which Python stands still: only the C library can look at the time there.
+
+        What it prints at the end of ``stall_timeout`` (or, without one, of ``stall_warning``) is a traceback.
+        """
+        seconds = self.stall_timeout or self._warning
+        if seconds is None or "mpi4py.MPI" in sys.modules:
+            yield
+            return
+        try:
+            faulthandler.dump_traceback_later(seconds, exit=self.stall_timeout is not None, file=sys.__stderr__)  # type: ignore[arg-type]
+        except (ValueError, AttributeError, OSError, RuntimeError):  # stderr is closed, or no file
+            yield
+            return
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    @contextmanager
+    def unbroken(self, what: str = "") -> Iterator[None]:
+        """An exception inside leaves the others in the middle of something: nothing may follow.
+
+        What was posted by then is kept for ever, as MPI may still write there.
+        """
+        try:
+            yield
+        except BaseException:
+            self.broken = self.broken or what or self._where()
+            raise
+
+    def abort(self, reason: str, code: int = 1) -> None:
+        """End every process of the job at once, saying why."""
+        from mpi4py import MPI
+
+        logger.critical("%s: aborting the job", reason)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # a closed pipe must not keep the job alive
+                stream.flush()
+        if threading.current_thread() is not threading.main_thread() and MPI.Query_thread() != MPI.THREAD_MULTIPLE:
+            os._exit(code)  # the launcher ends the others
+        (self.comm or MPI.COMM_WORLD).Abort(code)
+
+    def _give_up(self, waited: float, missing: str, what: str = "") -> None:
+        self.abort(f"{self._stalled(waited, missing, what)}; stall_timeout={self.stall_timeout:g} is over")
+
+    def _stalled(self, waited: float, missing: str, what: str = "") -> str:
+        return f"rank {self.rank} of {self.size} has waited {waited:.3g} s in {what or self._where()}" + (
+            missing and f"; {missing}"
+        )
+
+    def _where(self) -> str:
+        return self._tracer.where() or "an exchange"
