@@ -271,4 +271,4 @@ def test_all_agree_on_the_newest(comm: MPI.Comm, folder: Path) -> None:
     Job().train(1).save(folder)
     assert checkpoint.newest(folder) == folder / "step-00000001"
     nowhere = folder if comm.rank == 0 else folder / "nowhere"
-    assert checkpoint.newest(nowhere) == folder / "step-00000001", "rank 0 looks"
+    assert checkpoint.newest(nowhere) == nowhere / "step-00000001", "rank 0 looks, and says the name"
