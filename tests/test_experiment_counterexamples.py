@@ -29,6 +29,16 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("experiment_counterexamples")
 
 
+@pytest.fixture
+def cases(script: ModuleType) -> ModuleType:
+    return importlib.import_module("counterexamples")
+
+
+@pytest.fixture
+def forms(script: ModuleType) -> ModuleType:
+    return importlib.import_module("closed_forms")
+
+
 def test_every_prediction_holds_and_the_literature_is_right(tmp_path: Path) -> None:
     done = mpirun(3, SCRIPT, "--copies", "3", "--quiet", "--out", tmp_path, timeout=280)
     assert done.returncode == 0, done.text
@@ -80,16 +90,22 @@ def type_in(
 
 
 def test_a_prediction_that_fails_is_named_and_ends_the_job_with_1(
-    script: ModuleType, world: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    script: ModuleType,
+    cases: ModuleType,
+    world: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def wrong(stochastic: bool, right: Callable[[bool], Any] = script.ce1) -> Any:
+    def wrong(stochastic: bool, right: Callable[[bool], Any] = cases.ce1) -> Any:
         example = right(stochastic)
         first, *others = example.runs
         moved = dataclasses.replace(first, predicted=first.predicted + 1e-3)
         return dataclasses.replace(example, runs=[moved, *others])
 
-    monkeypatch.setattr(script, "ce1", wrong)
-    monkeypatch.setattr(script, "RANKS", 1)
+    monkeypatch.setattr(cases, "ce1", wrong)
+    for module in (cases, script):
+        monkeypatch.setattr(module, "RANKS", 1)
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)  # it would stay so for other tests
     monkeypatch.setattr(sys, "argv", [SCRIPT.name, "--only", "ce1-exact", "--quiet", "--out", str(tmp_path)])
     mpisign.shutdown()  # a job of its own
@@ -131,11 +147,11 @@ def test_quick_stands_for_other_defaults(
 
 
 @pytest.mark.parametrize("panels", [1, 2, 3, 4, 5, 7, 8, 9])
-def test_no_frame_of_the_picture_is_empty(script: ModuleType, panels: int) -> None:
+def test_no_frame_of_the_picture_is_empty(script: ModuleType, cases: ModuleType, panels: int) -> None:
     nothing = np.zeros(3)
-    run = script.Run("a run", mpisign.signsgd(), "=", nothing)
+    run = cases.Run("a run", mpisign.signsgd(), "=", nothing)
     seen = script.Seen(nothing, nothing, nothing, nothing)
-    example = script.ce1(stochastic=False)
+    example = cases.ce1(stochastic=False)
     results = [
         (dataclasses.replace(example, name=f"example {number}", title=f"{number}", steps=2), run, seen)
         for number in range(panels)
@@ -146,39 +162,39 @@ def test_no_frame_of_the_picture_is_empty(script: ModuleType, panels: int) -> No
 
 @pytest.mark.parametrize("relation, fine", [("=", {0.0}), ("<=", {0.0, -1.0}), (">=", {0.0, 1.0})])
 @pytest.mark.parametrize("off", [-1.0, 0.0, 1.0])
-def test_what_holds(script: ModuleType, relation: str, fine: set[float], off: float) -> None:
+def test_what_holds(script: ModuleType, cases: ModuleType, relation: str, fine: set[float], off: float) -> None:
     predicted, nothing = np.linspace(3.0, 1.0, 11), np.zeros(11)
     mean = predicted.copy()
     mean[4] += off  # at a single step
-    run = script.Run("a run", mpisign.signsgd(), relation, predicted)
+    run = cases.Run("a run", mpisign.signsgd(), relation, predicted)
     assert script.Seen(mean, nothing, mean, mean).holds(run) == (off in fine)
     unsure = script.Seen(mean, nothing + 0.21, mean, mean)
     assert unsure.holds(run), "five standard errors are more than 1"
 
 
-def test_a_chain_is_the_walk_it_describes(script: ModuleType) -> None:
+def test_a_chain_is_the_walk_it_describes(forms: ModuleType) -> None:
     def moves(x: np.ndarray) -> list[tuple[float, np.ndarray]]:
         return [(0.75, x + 0.5), (0.25, x - 0.5)]
 
     t = np.arange(21)
-    assert script.chain(2.0, 0.5, 20, 20, moves) == pytest.approx(2 + t / 4)
-    squares = script.chain(0.0, 0.5, 20, 20, moves, np.square)
+    assert forms.chain(2.0, 0.5, 20, 20, moves) == pytest.approx(2 + t / 4)
+    squares = forms.chain(0.0, 0.5, 20, 20, moves, np.square)
     assert squares == pytest.approx((t / 4) ** 2 + 0.25 * 0.75 * t), "variance 4 p q spacing^2 a step"
 
 
 @pytest.mark.parametrize("voters", [1, 2, 3, 4])
-def test_majorities_against_all_ballots(script: ModuleType, voters: int) -> None:
+def test_majorities_against_all_ballots(forms: ModuleType, voters: int) -> None:
     chances = [0.1, 0.6, 0.75, 0.3][:voters]
     expected = 0.0
     for ballots in itertools.product([0, 1], repeat=voters):
         weight = math.prod(p if ballot else 1 - p for p, ballot in zip(chances, ballots, strict=True))
         share = sum(ballots) / voters
         expected += weight * (1.0 if share > 0.5 else 0.5 if share == 0.5 else 0.0)
-    assert script.wins(chances) == pytest.approx(expected)
+    assert forms.wins(chances) == pytest.approx(expected)
 
 
-def test_the_noisy_vote_ends_where_chen_et_al_say(script: ModuleType) -> None:
-    noisy = next(run for run in script.pull().runs if run.label == "vote, noise 5")
+def test_the_noisy_vote_ends_where_chen_et_al_say(cases: ModuleType) -> None:
+    noisy = next(run for run in cases.pull().runs if run.label == "vote, noise 5")
     low, high = 1.0, 10.0  # of a function that rises with x
     for _ in range(60):
         x = (low + high) / 2
@@ -188,17 +204,17 @@ def test_the_noisy_vote_ends_where_chen_et_al_say(script: ModuleType) -> None:
     assert 2 < x < 13 / 3
 
 
-def test_beznosikovs_growth_is_the_papers(script: ModuleType) -> None:
-    example = script.beznosikov()
+def test_beznosikovs_growth_is_the_papers(cases: ModuleType) -> None:
+    example = cases.beznosikov()
     naive = example.runs[0].predicted * np.arange(1, example.steps + 2)
     growth = np.diff(naive)[1:] / np.diff(naive)[:-1]
     assert growth == pytest.approx((1 + 11 * example.lr / 6) ** 2, rel=1e-6)
-    assert script.beznosikov().runs[0].predicted[0] == pytest.approx(7 / 4)
+    assert cases.beznosikov().runs[0].predicted[0] == pytest.approx(7 / 4)
 
 
-def test_error_feedback_bounds(script: ModuleType) -> None:
+def test_error_feedback_bounds(forms: ModuleType) -> None:
     # Nothing is lost: both are the bounds of plain SGD.
-    assert script.lipschitz_bound(2.0, 3.0, 1.0, 0.1, 1) == pytest.approx([20 + 0.15, 10 + 0.15])
-    assert script.interpolated_bound(2.0, 3.0, 1.0, 1.0, 0.1, 1) == pytest.approx([4 / 0.27, 2 / 0.27])
+    assert forms.lipschitz_bound(2.0, 3.0, 1.0, 0.1, 1) == pytest.approx([20 + 0.15, 10 + 0.15])
+    assert forms.interpolated_bound(2.0, 3.0, 1.0, 1.0, 0.1, 1) == pytest.approx([4 / 0.27, 2 / 0.27])
     with pytest.raises(AssertionError, match="smaller learning rate"):
-        script.interpolated_bound(2.0, 3.0, 1.0, 0.5, 1.0, 1)
+        forms.interpolated_bound(2.0, 3.0, 1.0, 0.5, 1.0, 1)

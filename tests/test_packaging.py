@@ -36,4 +36,4 @@ def test_a_wheel_holds_every_file(tmp_path: Path) -> None:
         packed = {name: wheel.read(name) for name in wheel.namelist() if name.startswith("mpisign/")}
     files = [path for path in (source / "mpisign").rglob("*") if path.is_file()]
     assert packed == {path.relative_to(source).as_posix(): path.read_bytes() for path in files}
-    assert {"mpisign/bitmap/bitmap.cu", "mpisign/py.typed"} <= packed.keys()
+    assert {"mpisign/bitmap/common.cu", "mpisign/bitmap/count.cu", "mpisign/py.typed"} <= packed.keys()

@@ -1,8 +1,6 @@
-"""The shim notices what a GPU would not survive: each of these breaks bitmap.cu in one place."""
+"""The shim notices what a GPU would not survive: each of these breaks a kernel in one place."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,15 +15,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Puts a changed bitmap.cu in the place of the right one."""
-    right = kernels.SOURCE.read_text()
+def broken(monkeypatch: pytest.MonkeyPatch):
+    """Puts a changed text in the place of the right one."""
+    right = kernels.source()
 
     def broken(old: str, new: str) -> None:
         assert right.count(old) == 1
-        source = tmp_path / "bitmap.cu"
-        source.write_text(right.replace(old, new))
-        monkeypatch.setattr(kernels, "SOURCE", source)
+        monkeypatch.setattr(kernels, "source", lambda: right.replace(old, new))
         monkeypatch.setattr(kernels, "launch", shim.launch)
 
     return broken

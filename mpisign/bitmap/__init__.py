@@ -1,6 +1,6 @@
 """The bit arithmetic: signs to words, words to a decision, a decision to +-1.
 
-``coin`` defines the hash that settles zeros and ties, ``host`` is the NumPy code and the oracle,
-``bitmap.cu`` is the same for GPUs, called by ``cuda`` and, for many tensors in one launch, ``batch``; ``ops`` picks
-host or GPU by where a tensor lies, and ``tensors`` shows torch tensors to NumPy without a copy.
+``coin`` defines the hash that settles zeros and ties, ``host`` is the NumPy code and the oracle, and the ``.cu`` files
+are the same for GPUs. ``kernels`` compiles them; ``cuda`` and, for many tensors in one launch, ``batch`` call them.
+``ops`` picks host or GPU by where a tensor lies, and ``tensors`` shows torch tensors to NumPy without a copy.
 """

@@ -1,6 +1,6 @@
-"""bitmap.cu: how it is compiled, how its kernels are launched, and the parameters they take.
+"""The .cu files: how they are compiled, how their kernels are launched, and the parameters they take.
 
-CuPy compiles the file the first time a CUDA tensor is voted on, in a few seconds, and keeps the binary for later
+CuPy compiles them the first time a CUDA tensor is voted on, in a few seconds, and keeps the binary for later
 processes in ``~/.cupy/kernel_cache`` (or ``$CUPY_CACHE_DIR``). Nothing here imports it before.
 """
 
@@ -28,7 +28,7 @@ __all__ = [
     "MOMENTUM_CAPACITY",
     "OPTIONS",
     "PLANES",
-    "SOURCE",
+    "SOURCES",
     "TENSORS",
     "TENSOR_CAPACITY",
     "THREADS",
@@ -46,7 +46,10 @@ __all__ = [
     "stream",
 ]
 
-SOURCE = Path(__file__).with_name("bitmap.cu")
+SOURCES = tuple(
+    Path(__file__).with_name(f"{part}.cu") for part in ("common", "pack", "momentum", "unpack", "finite", "count")
+)
+"""The files that are one program, in this order: each uses what those before it define."""
 
 THREADS = 256  # of a block, in every kernel
 JOB_ELEMENTS = 16384  # what a block packs or unpacks: 16 tiles, two for each of its warps
@@ -75,9 +78,9 @@ OPTIONS = (
     *(f"-DZEROS_{policy.upper()}={code}" for policy, code in ZEROS.items()),
     *(f"-DTIES_{policy.upper()}={code}" for policy, code in TIES.items()),
 )
-"""The options with which bitmap.cu is compiled, here and in its tests."""
+"""The options with which they are compiled, here and in tests."""
 
-# bitmap.cu's structures of the same names. One of them, passed by value, is an array of shape (1,).
+# common.cu's structures of the same names. One of them, passed by value, is an array of shape (1,).
 JOB = np.dtype(
     [("words", "u8"), ("nonzero", "u8"), ("first_word", "u8"), ("start", "u8"), ("tensor", "u4"), ("elements", "u4")]
 )
@@ -95,9 +98,10 @@ VECTORS = np.dtype(
 BITMAPS = np.dtype([("at", "u8", BITMAP_CAPACITY)])
 
 
+@functools.cache
 def source() -> str:
-    """The text of bitmap.cu, with a first line that makes compilers' messages point into the file."""
-    return f'#line 1 "{SOURCE}"\n{SOURCE.read_text()}'
+    """The text of all :data:`SOURCES`, with lines that make compilers' messages point into the files."""
+    return "".join(f'#line 1 "{path}"\n{path.read_text()}' for path in SOURCES)
 
 
 def launch(name: str, blocks: int, arguments: Sequence[Any], device: torch.device) -> None:

@@ -1,6 +1,6 @@
-"""bitmap.cu on a machine without a GPU: the very file, compiled for the host and called as CuPy would call it.
+"""The .cu files on a machine without a GPU: the very text, compiled for the host and called as CuPy would call it.
 
-``cuda.h`` has the part of CUDA that the file uses, ``shim.cpp`` runs a block's threads in lockstep. Tests put
+``cuda.h`` has the part of CUDA that they use, ``shim.cpp`` runs a block's threads in lockstep. Tests put
 :func:`launch` in the place of :func:`mpisign.bitmap.kernels.launch` and pass CPU tensors.
 """
 
@@ -38,23 +38,26 @@ def launch(name: str, blocks: int, arguments: Sequence[Any], device: torch.devic
     addresses = (ctypes.c_void_p * len(holders))(*(holder.ctypes.data for holder in holders))
     assert sum(-(-holder.nbytes // 8) * 8 for holder in holders) <= PARAMETER_BYTES, "too much for a launch"
     sizes = (ctypes.c_size_t * len(holders))(*(holder.nbytes for holder in holders))
-    failure = library(kernels.SOURCE).launch(name.encode(), blocks, kernels.THREADS, addresses, sizes, len(holders))
+    failure = library(kernels.source()).launch(name.encode(), blocks, kernels.THREADS, addresses, sizes, len(holders))
     if failure is not None:
         raise RuntimeError(failure.decode())
 
 
 @functools.cache
-def library(source: Path) -> ctypes.PyDLL:
-    """A .cu file compiled with the shim, or the library that an earlier run has made of the same texts."""
+def library(source: str) -> ctypes.PyDLL:
+    """CUDA C++ compiled with the shim, or the library that an earlier run has made of the same texts."""
     assert COMPILER, "there is no C++ compiler"
-    texts = [source, *(FOLDER / name for name in ("cuda.h", "shim.cpp", "__init__.py"))]
-    digest = hashlib.blake2b(b"\0".join(text.read_bytes() for text in texts) + repr(kernels.OPTIONS).encode())
+    texts = [source, *((FOLDER / name).read_text() for name in ("cuda.h", "shim.cpp", "__init__.py"))]
+    digest = hashlib.blake2b("\0".join([*texts, repr(kernels.OPTIONS)]).encode())
     built = Path(tempfile.gettempdir()) / f"mpisign-shim-{os.getuid()}-{digest.hexdigest()[:16]}.so"
     if not built.exists():
         partial = built.with_suffix(f".{os.getpid()}")  # another process may be compiling it too
         flags = ["-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
-        command = [COMPILER, *kernels.OPTIONS, *flags, f'-DBITMAP_CU="{source}"', f"{FOLDER}/shim.cpp"]
+        program = partial.with_suffix(f"{partial.suffix}.cu")
+        program.write_text(source)
+        command = [COMPILER, *kernels.OPTIONS, *flags, f'-DBITMAP_CU="{program}"', f"{FOLDER}/shim.cpp"]
         subprocess.run([*command, "-o", str(partial)], check=True)
+        program.unlink()
         partial.replace(built)
     loaded = ctypes.PyDLL(str(built))  # which keeps other Python threads out, as there is one set of fibers
     loaded.launch.argtypes = [

@@ -1,4 +1,4 @@
-// As much of CUDA as bitmap.cu uses, on the host: the threads of a block are fibers that run until they meet in a
+// As much of CUDA as the kernels use, on the host: the threads of a block are fibers that run until they meet in a
 // warp-wide operation or at a barrier. What a GPU would not forgive is an error here: lanes that meet in different
 // operations or not at all, and 16-byte accesses to memory that is not 16-byte aligned.
 

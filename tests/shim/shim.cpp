@@ -1,4 +1,4 @@
-// Runs the kernels of bitmap.cu on the host: see cuda.h for what a thread can do, and __init__.py for who calls this.
+// Runs mpisign's kernels on the host: see cuda.h for what a thread can do, and __init__.py for who calls this.
 
 #include <setjmp.h>
 #include <ucontext.h>

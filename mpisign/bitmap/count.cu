@@ -1,0 +1,215 @@
+// Counting: words of many voters to a decision or to their counts, and how far two of them agree.
+
+// Adds the block's sum of each of `mine` to `totals`: one atomic operation a block, as thousands of blocks share them.
+template <int N> __device__ __forceinline__ void add_up(u32 (&mine)[N], u64* totals) {
+    __shared__ u32 partial[N][WARPS];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (u32 distance = 16; distance > 0; distance /= 2) mine[n] += __shfl_xor_sync(ALL, mine[n], distance);
+        if (threadIdx.x % 32 == 0) partial[n][threadIdx.x / 32] = mine[n];
+    }
+    __syncthreads();
+    if (threadIdx.x < N) {
+        u32 sum = 0;
+        for (u32 warp = 0; warp < WARPS; ++warp) sum += partial[threadIdx.x][warp];
+        if (sum) atomicAdd(totals + threadIdx.x, (u64)sum);
+    }
+}
+
+// The four words of a thread: next to each other where every bitmap is 16-byte aligned (`wide`), else as far apart
+// as the block is wide; a warp's loads are coalesced either way.
+constexpr u32 WORDS = 4;
+struct Span {
+    u64 first, words;
+    u32 step;
+    bool wide;
+
+    __device__ __forceinline__ Span(u64 words, bool wide)
+        : first((u64)blockIdx.x * THREADS * WORDS + threadIdx.x * (wide ? WORDS : 1)),
+          words(words),
+          step(wide ? 1 : THREADS),
+          wide(wide && first + WORDS <= words) {}
+    __device__ __forceinline__ u64 place(u32 i) const { return first + i * step; }
+    __device__ __forceinline__ bool has(u32 i) const { return place(i) < words; }
+    __device__ __forceinline__ void load(const u32* bitmap, u32 (&out)[WORDS]) const {
+        if (wide) {
+            const uint4 four = __ldcs((const uint4*)(bitmap + first));
+            out[0] = four.x, out[1] = four.y, out[2] = four.z, out[3] = four.w;
+        } else {
+#pragma unroll
+            for (u32 i = 0; i < WORDS; ++i) out[i] = has(i) ? __ldcs(bitmap + place(i)) : 0;
+        }
+    }
+    __device__ __forceinline__ void store(u32* bitmap, const u32 (&in)[WORDS]) const {
+        if (wide) {
+            __stcs((uint4*)(bitmap + first), make_uint4(in[0], in[1], in[2], in[3]));
+        } else {
+#pragma unroll
+            for (u32 i = 0; i < WORDS; ++i)
+                if (has(i)) bitmap[place(i)] = in[i];
+        }
+    }
+};
+
+// Bit-sliced counters for a thread's words: plane p holds bit p of how many of the added bits were 1.
+template <int PLANES> struct Counter {
+    u32 plane[PLANES][WORDS] = {};
+
+    // Adds four bits to every counter: three full adders, then the carry ripples up.
+    __device__ __forceinline__ void add(const u32 (&bits)[4][WORDS]) {
+#pragma unroll
+        for (u32 i = 0; i < WORDS; ++i) {
+            const u32 twos = full_add(plane[0][i], bits[0][i], bits[1][i]);
+            const u32 more_twos = full_add(plane[0][i], bits[2][i], bits[3][i]);
+            u32 carry = full_add(plane[1][i], twos, more_twos);
+#pragma unroll
+            for (int p = 2; p < PLANES; ++p) {
+                const u32 next = plane[p][i] & carry;
+                plane[p][i] ^= carry;
+                carry = next;
+            }
+        }
+    }
+
+    // a becomes the sum's low bit; returns the carry.
+    __device__ __forceinline__ static u32 full_add(u32& a, u32 b, u32 c) {
+        const u32 carry = (a & b) | (a & c) | (b & c);
+        a ^= b ^ c;
+        return carry;
+    }
+
+    __device__ __forceinline__ void compare(u32 limit, u32 i, u32& above, u32& equal) const {
+        above = 0;
+        equal = ALL;
+#pragma unroll
+        for (int p = PLANES - 1; p >= 0; --p) {
+            const u32 bit = 0 - (limit >> p & 1);
+            above |= equal & plane[p][i] & ~bit;
+            equal &= ~(plane[p][i] ^ bit);
+        }
+    }
+};
+
+// A list of bitmaps: by value while they fit into the parameters, else in device memory.
+__device__ __forceinline__ const u32* bitmap_of(const Bitmaps& few, const u32* const* many, u32 i) {
+    return many ? many[i] : few.at[i];
+}
+
+// Reads four bitmaps from number `from` on, nothing beyond `count`; all loads are issued before any is used.
+__device__ __forceinline__ void load_four(
+    const Span& span, const Bitmaps& few, const u32* const* many, u32 from, u32 count, u32 (&bits)[4][WORDS]) {
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) {
+        if (from + i < count) {
+            span.load(bitmap_of(few, many, from + i), bits[i]);
+        } else {
+#pragma unroll
+            for (u32 j = 0; j < WORDS; ++j) bits[i][j] = 0;
+        }
+    }
+}
+
+// Everybody votes: +1 where more than half of `voters` have a 1.
+//
+// With abstentions, the list holds each voter's signs and then its nonzero plane, and a voter adds two bits: its sign
+// s, and "not against", ~(s ^ nonzero). That is 2 for, 1 abstaining, 0 against, so the sum is above, at or below the
+// number of voters where the votes for are more, as many or fewer than those against: one counter does for both.
+template <int PLANES, bool ABSTAIN>
+__device__ __forceinline__ void decide(
+    const Bitmaps& few, const u32* const* many, u32 voters, u64 words, u32* out, u32* out_nonzero, u64 key,
+    u64 first_word, u32 ties, bool wide, u64* tied) {
+    const Span span(words, wide);
+    Counter<PLANES> counter;
+    u32 voted[WORDS], bits[4][WORDS];
+#pragma unroll
+    for (u32 i = 0; i < WORDS; ++i) voted[i] = ABSTAIN ? 0 : ALL;
+    const u32 bitmaps = ABSTAIN ? 2 * voters : voters;
+    for (u32 from = 0; from < bitmaps; from += 4) {
+        load_four(span, few, many, from, bitmaps, bits);
+        if constexpr (ABSTAIN) {
+#pragma unroll
+            for (u32 pair = 0; pair < 4; pair += 2)
+#pragma unroll
+                for (u32 i = 0; i < WORDS; ++i) {
+                    voted[i] |= bits[pair + 1][i];
+                    bits[pair + 1][i] = from + pair < bitmaps ? ~(bits[pair][i] ^ bits[pair + 1][i]) : 0;
+                }
+        }
+        counter.add(bits);
+    }
+    const bool can_tie = ABSTAIN || voters % 2 == 0;
+    u32 signs[WORDS], mine[1] = {0};
+#pragma unroll
+    for (u32 i = 0; i < WORDS; ++i) {
+        u32 equal;
+        counter.compare(ABSTAIN ? voters : voters / 2, i, signs[i], equal);
+        equal = can_tie ? equal & voted[i] : 0;  // words that do not exist have no votes, and cannot tie
+        mine[0] += __popc(equal);
+        if (ties == TIES_POSITIVE) signs[i] |= equal;
+        if (ties == TIES_ZERO) voted[i] &= ~equal;
+        if (ties == TIES_COIN && equal) signs[i] |= equal & coin(key, first_word + span.place(i));
+    }
+    span.store(out, signs);
+    if (out_nonzero) span.store(out_nonzero, voted);
+    if (can_tie) add_up(mine, tied);
+}
+
+template <int PLANES>
+__device__ __forceinline__ void count(
+    const Bitmaps& few, const u32* const* many, u32 bitmaps, u64 words, u32* out, u64 stride, u32 planes, bool wide) {
+    const Span span(words, wide);
+    Counter<PLANES> counter;
+    u32 bits[4][WORDS];
+    for (u32 from = 0; from < bitmaps; from += 4) {
+        load_four(span, few, many, from, bitmaps, bits);
+        counter.add(bits);
+    }
+#pragma unroll
+    for (u32 p = 0; p < PLANES; ++p)
+        if (p < planes) span.store(out + p * stride, counter.plane[p]);
+}
+
+#define COUNTING(PLANES)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS) majority_##PLANES(                                          \
+        const __grid_constant__ Bitmaps few, const u32* const* many, u32 voters, u64 words, u32* out,                 \
+        u32* out_nonzero, u64 key, u64 first_word, u32 ties, u32 wide, u64* tied) {                                   \
+        decide<PLANES, false>(few, many, voters, words, out, out_nonzero, key, first_word, ties, wide, tied);         \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS) majority_abstain_##PLANES(                                  \
+        const __grid_constant__ Bitmaps few, const u32* const* many, u32 voters, u64 words, u32* out,                 \
+        u32* out_nonzero, u64 key, u64 first_word, u32 ties, u32 wide, u64* tied) {                                   \
+        decide<PLANES, true>(few, many, voters, words, out, out_nonzero, key, first_word, ties, wide, tied);          \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS) count_##PLANES(                                             \
+        const __grid_constant__ Bitmaps few, const u32* const* many, u32 bitmaps, u64 words, u32* out, u64 stride,    \
+        u32 planes, u32 wide) {                                                                                       \
+        count<PLANES>(few, many, bitmaps, words, out, stride, planes, wide);                                          \
+    }
+// Few sizes, as each takes a second to compile and a plane too many costs next to nothing.
+COUNTING(2)
+COUNTING(3)
+COUNTING(4)
+COUNTING(6)
+COUNTING(8)
+COUNTING(16)
+
+// ---------------------------------------------------------------------------------------------------- agreement
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+agreement(const u32* ballot, const u32* decision, u64 elements, const u32* nonzero, const u32* moved, u64* counts) {
+    const Span span((elements + 31) / 32, false);
+    u32 mine[2] = {0, 0};
+#pragma unroll
+    for (u32 i = 0; i < WORDS; ++i) {
+        if (span.has(i)) {
+            const u64 word = span.place(i), left = elements - word * 32;
+            u32 both = left < 32 ? (1u << left) - 1 : ALL;
+            if (nonzero) both &= nonzero[word];
+            if (moved) both &= moved[word];
+            mine[0] += __popc(~(ballot[word] ^ decision[word]) & both);
+            mine[1] += __popc(both);
+        }
+    }
+    add_up(mine, counts);
+}
