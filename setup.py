@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mpisign/__init__.py").rea
 
 SCRIPTS = ["scikit-learn>=1.3", "matplotlib>=3.7", "rich>=13", "threadpoolctl>=3.1", "tqdm>=4.65"]
 IMAGENET = ["torchvision>=0.19", "tensorboard>=2.17"]
+DOCS = ["sphinx>=8.1", "myst-parser>=4", "furo>=2024.8"]
 # To compile without a GPU: the compilers of CUDA 13 and 12, and the headers that CuPy gives to the first.
 COMPILERS = ["nvidia-cuda-nvrtc>=13", "nvidia-cuda-nvrtc-cu12>=12.8", "nvidia-cuda-runtime>=13"]
 
@@ -32,9 +33,11 @@ setup(
         "cuda13": ["cupy-cuda13x>=14"],
         "scripts": SCRIPTS,
         "imagenet": [*SCRIPTS, *IMAGENET],
+        "docs": DOCS,
         "test": [
             *SCRIPTS,
             *IMAGENET,
+            *DOCS,
             *COMPILERS,
             "pytest>=8",
             "pytest-mpi>=0.6",

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from code_blocks import code_blocks
 from mpirun import mpirun
 
 ROOT = Path(__file__).parents[1]
@@ -12,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    return code_blocks(README, language)
 
 
 @pytest.fixture(scope="module")

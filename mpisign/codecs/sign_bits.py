@@ -18,7 +18,7 @@ __all__ = ["SignBits", "add_signs"]
 
 @dataclass(frozen=True)
 class SignBits(Codec):
-    """Signs as uint32 words, 32 coordinates a word (the wire format of :mod:`mpisign.bitmap.host`).
+    """Signs as uint32 words, 32 coordinates a word (the wire format of ``bitmap.host``).
 
     Row 0 holds the signs. Row 1, "does it speak at all", goes up if ``zeros="abstain"``, and comes down if a
     decision can be "do not move": then, and if ``ties="zero"``.

@@ -21,10 +21,10 @@ __all__ = ["DGC"]
 
 @dataclass(frozen=True)
 class DGC(Memory):
-    """``u <- m u + g; v <- v + u`` (Nesterov: ``u <- m (u + g); v <- v + u + g``); the top of |v| is sent and cleared.
+    """``u <- m u + g; v <- v + u`` (Nesterov: ``u <- m (u + g); v <- v + u + g``); v's largest are sent and cleared.
 
     Args:
-        momentum: m.
+        momentum: the m of the equations.
         nesterov: use Nesterov's form.
         clip: clip the rank's whole gradient to the norm ``clip / sqrt(M)`` before it is taken in; None for never.
         masking: clear u, too, where v is sent (momentum factor masking). Without it, everything sent plus what v still

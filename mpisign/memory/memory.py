@@ -44,7 +44,7 @@ class Memory:
 
     @property
     def betas(self) -> tuple[float, float] | None:
-        """If its one field is an average m of gradients g: what is sent, and what m becomes. None for all others.
+        """What is sent, and what m becomes, if its one field is an average m of gradients g. None for all others.
 
         ``betas[0] m + (1 - betas[0]) g`` is sent, then ``m <- betas[1] m + (1 - betas[1]) g``. On a GPU one kernel
         does both for all parameters, and packs the signs, if they stand in the class whose ``__call__`` does the same.

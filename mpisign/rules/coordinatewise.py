@@ -112,7 +112,7 @@ def _network(size: int) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class Median(Rule):
-    """The coordinatewise median of the ranks that vote (:func:`median`).
+    """The coordinatewise median of the ranks that vote (``median``).
 
     Take it when a minority may send anything at all and ranks hold data of the same kind. It ignores how far away
     values are: with noise that is not symmetric, or data that differ from rank to rank, it settles away from
@@ -131,7 +131,7 @@ class Median(Rule):
 
 @dataclass(frozen=True)
 class TrimmedMean(Rule):
-    """The coordinatewise mean without the ``f`` smallest and ``f`` largest values (:func:`trimmed_mean`).
+    """The coordinatewise mean without the ``f`` smallest and ``f`` largest values (``trimmed_mean``).
 
     Of V ranks that vote, V - 2f values are averaged: less noise than the median, and as robust while at most f ranks
     are adversaries. It shares the median's bias on data that differ from rank to rank. ``f`` stays when ranks

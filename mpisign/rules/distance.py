@@ -123,7 +123,7 @@ def nearest_neighbour_averaging(rows: Rows, f: int, pivot: int, out: Tensor | No
 
 @dataclass(frozen=True)
 class Krum(Rule):
-    """The vector of the one rank that is nearest to its neighbours (:func:`krum`). Needs M >= 2f + 3 ranks.
+    """The vector of the one rank that is nearest to its neighbours (``krum``). Needs M >= 2f + 3 ranks.
 
     Take it to reproduce the literature. It uses one gradient of V, so it is as noisy as a job of one rank; on data that
     differ from rank to rank it elects one rank's; and colluders who stay within the spread of the honest (a little is
@@ -149,7 +149,7 @@ class Krum(Rule):
 
 @dataclass(frozen=True)
 class MultiKrum(Rule):
-    """The mean of the ``m`` best vectors by Krum's score (:func:`multi_krum`). Needs M >= 2f + 3 ranks.
+    """The mean of the ``m`` best vectors by Krum's score (``multi_krum``). Needs M >= 2f + 3 ranks.
 
     Between Krum (m = 1) and the mean (m = V): less noise, and with m > V - f an adversary is averaged in for certain.
     Otherwise as :class:`Krum`, with the same source.
@@ -183,7 +183,7 @@ class MultiKrum(Rule):
 
 @dataclass(frozen=True)
 class GeometricMedian(Rule):
-    """The point with the least sum of distances, nearly (:func:`geometric_median`).
+    """The point with the least sum of distances, nearly (``geometric_median``).
 
     Needs no ``f``: what a minority sends has a bounded effect, however long its vectors are. On data that differ from
     rank to rank it is biased, as the median is. ``nu`` is in units of a message's length; far above the distances
@@ -209,7 +209,7 @@ class GeometricMedian(Rule):
 
 @dataclass(frozen=True)
 class CenteredClipping(Rule):
-    """The previous decision, moved by the mean of clipped differences (:func:`centered_clipping`).
+    """The previous decision, moved by the mean of clipped differences (``centered_clipping``).
 
     The previous decision, ``context.previous`` (1, k), is the state of this rule: the exchange keeps it, and it starts
     at 0. Take it with worker momentum, against adversaries who push a little, the same way, at every step. No rank
@@ -237,7 +237,7 @@ class CenteredClipping(Rule):
 
 @dataclass(frozen=True)
 class NearestNeighbourAveraging(Rule):
-    """The mean of the V - f vectors nearest to this rank's own (:func:`nearest_neighbour_averaging`). Needs M > 2f.
+    """The mean of the V - f vectors nearest to this rank's own (``nearest_neighbour_averaging``). Needs M > 2f.
 
     **Each rank decides something else**, so it belongs to methods that exchange parameters and let replicas differ, as
     MoNNA does. The paper's ranks wait for M - f vectors and average the M - 2f nearest; ours wait for all that vote.

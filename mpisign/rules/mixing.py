@@ -37,7 +37,7 @@ def nearest_neighbour_mixing(rows: Rows, f: int) -> Tensor:
 
 @dataclass(frozen=True)
 class NearestNeighbourMixing(Rule):
-    """Another rule, applied to mixed vectors (:func:`nearest_neighbour_mixing`). Needs M > 2f ranks.
+    """Another rule, applied to mixed vectors (``nearest_neighbour_mixing``). Needs M > 2f ranks.
 
     Take it in front of a robust rule where ranks hold data of different kinds: mixing brings the honest vectors nearer
     to their mean, and the bias of the rule behind it shrinks with their spread. It protects from nothing by itself.

@@ -19,7 +19,7 @@ __all__ = ["MajorityVote"]
 class MajorityVote(Rule):
     """``sign(sum_m sign(u_m))``, coordinate by coordinate, each rank one vote.
 
-    Votes are counted bit-sliced on whole words (:func:`mpisign.bitmap.host.majority`). For +-1 messages the
+    Votes are counted bit-sliced on whole words (``bitmap.host.majority``). For +-1 messages the
     sign of the mean, the median and the trimmed mean are all this rule.
 
     Source: Bernstein et al., "signSGD with Majority Vote is Communication Efficient and Fault Tolerant",

@@ -1,0 +1,191 @@
+"""The pages under docs: they build strictly and without a network, are complete, and what they show runs."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from code_blocks import code_blocks
+from mpirun import environment, mpirun
+
+import mpisign
+from mpisign import methods
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+LANGUAGES = {"", "bash", "python", "{eval-rst}", "{include}", "{toctree}"}  # of which one is run
+FETCHED = {("img", "src"), ("link", "href"), ("script", "src")}  # what a reader's browser loads by itself
+
+
+def name(path: Path) -> str:
+    return path.name
+
+
+# ---------------------------------------------------------------------------------------------------- the build
+
+
+def build(source: Path, work: Path) -> subprocess.CompletedProcess[str]:
+    """Build ``source`` into ``work / "html"``, where neither MPI nor a network is to be had."""
+    blocked = work / "blocked" / "mpi4py"
+    blocked.mkdir(parents=True)
+    (blocked / "__init__.py").touch()
+    (blocked / "MPI.py").write_text("raise ImportError('the build of the pages imports MPI')\n")
+    nowhere = "http://127.0.0.1:9"  # the port of "discard", where nobody listens
+    variables = environment({"http_proxy": nowhere, "https_proxy": nowhere, "all_proxy": nowhere})
+    variables["PYTHONPATH"] = f"{blocked.parent}:{ROOT}"
+    # fmt: off
+    command = [sys.executable, "-m", "sphinx", "-E", "-q", "-W", "--keep-going", "-d", str(work / "doctrees"),
+               str(source), str(work / "html")]
+    # fmt: on
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240, check=False)
+
+
+class Page(HTMLParser):
+    """The anchors of a built page, the places its links lead to, and what a browser loads with it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.links: set[str] = set()
+        self.loads: set[str] = set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for attribute, value in attrs:
+            if attribute == "id" and value:
+                self.anchors.add(value)
+            elif (tag, attribute) in FETCHED and value:
+                self.loads.add(value)
+            elif (tag, attribute) == ("a", "href") and value:
+                self.links.add(value)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
+    """The built pages by their paths; building them is the test of a strict build."""
+    work = tmp_path_factory.mktemp("docs")
+    done = build(DOCS, work)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {str(path.relative_to(work / "html")): Page(path) for path in (work / "html").rglob("*.html")}
+
+
+def test_the_strict_build_passes(site: dict[str, Page]) -> None:
+    assert {page.with_suffix(".html").name for page in PAGES if page.stem != "README"} <= site.keys()
+
+
+def test_strict_means_that_links_anchors_and_names_are_looked_up(tmp_path: Path) -> None:
+    """Without this, a setting that is lost would go unnoticed: all builds would pass."""
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(DOCS / "conf.py", source)
+    (source / "index.md").write_text(
+        "# Page\n\n[a](no-page.md) [b](#no-anchor) [c](../no-file.txt) {func}`mpisign.no_function`\n\n"
+        "```{eval-rst}\n.. autofunction:: mpisign.no_member\n```\n"
+    )
+    done = build(source, tmp_path)
+    assert done.returncode != 0
+    for missing in ("no-page.md", "no-anchor", "no-file.txt", "mpisign.no_function", "no_member"):
+        assert missing in done.stderr, f"nothing was said of {missing}:\n{done.stderr}"
+
+
+def test_internal_links_and_anchors_are_alive(site: dict[str, Page]) -> None:
+    dead = []
+    for here, page in site.items():
+        for link in page.links:
+            to = urlsplit(link)
+            if to.scheme or not link:
+                continue
+            target = (Path(here).parent / unquote(to.path)).as_posix() if to.path else here
+            if target.startswith("_downloads/"):
+                continue  # Sphinx has copied the file
+            if target not in site or (to.fragment and unquote(to.fragment) not in site[target].anchors):
+                dead.append(f"{here}: {link}")
+    assert not dead
+
+
+def test_a_reader_needs_no_network(site: dict[str, Page]) -> None:
+    elsewhere = {f"{here}: {file}" for here, page in site.items() for file in page.loads if urlsplit(file).netloc}
+    assert not elsewhere
+
+
+# --------------------------------------------------------------------------------------------------- the content
+
+
+def entries() -> set[str]:
+    """The anchors that the API page must have: every public name, and every public method of a public class."""
+    found = set()
+    for module in (mpisign, mpisign.checkpoint):
+        for public in module.__all__:
+            it = getattr(module, public)
+            full = f"{module.__name__}.{public}"
+            found.add(f"module-{full}" if inspect.ismodule(it) else full)
+            if inspect.isclass(it):
+                own = {
+                    key for key, value in vars(it).items() if inspect.isfunction(value) or isinstance(value, property)
+                }
+                found |= {f"{full}.{key}" for key in own if not key.startswith("_")}
+    return found
+
+
+def test_every_public_name_is_on_the_api_page(site: dict[str, Page]) -> None:
+    missing = entries() - site["api.html"].anchors
+    assert not missing, f"add to docs/api.md: {sorted(missing)}"
+
+
+def test_every_method_is_in_the_table_of_methods() -> None:
+    spans = re.findall(r"`(\w+)", (DOCS / "methods.md").read_text())
+    assert set(methods.__all__) <= set(spans)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_names_in_a_page_exist(page: Path) -> None:
+    """Also those that are plain code, which Sphinx does not look up."""
+    for found in sorted(set(re.findall(r"\bmpisign(?:\.[A-Za-z_]\w*)+", page.read_text()))):
+        pkgutil.resolve_name(found)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_in_commands_exist(page: Path) -> None:
+    for word in " ".join(code_blocks(page.read_text(), "bash")).split():
+        if word.removeprefix("./").startswith(("scripts/", "benchmarks/", "slurm/", "docs/", "tests/")):
+            assert (ROOT / word).exists(), f"{page.name} names {word}, which is not there"
+
+
+# ---------------------------------------------------------------------------------------------------- what runs
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_no_code_hides_in_a_block_of_another_name(page: Path) -> None:
+    fences = re.findall(r"^ *```+(.*)$", page.read_text(), flags=re.MULTILINE)
+    assert {fence.split()[0] if fence else "" for fence in fences} <= LANGUAGES
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_python_blocks_of_each_page_run(tmp_path: Path, ranks: int) -> None:
+    """The blocks of a page are one script. The scripts run one after the other, with nothing left of the one before."""
+    scripts = []
+    for page in PAGES:
+        if blocks := code_blocks(page.read_text(), "python"):
+            scripts.append(tmp_path / f"{page.stem}.md.py")
+            scripts[-1].write_text("\n".join(blocks))
+    assert len(scripts) >= 5
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import runpy, sys, mpisign\n"
+        "for script in sys.argv[1:]:\n"
+        "    runpy.run_path(script, run_name='__main__')\n"
+        "    mpisign.shutdown()\n"
+        "print('ended')\n"
+    )
+    result = mpirun(ranks, driver, *scripts)
+    assert result.returncode == 0, result.text
+    assert result.text.count("ended") == ranks
