@@ -29,6 +29,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("experiment_counterexamples")
 
 
+@pytest.mark.long
 def test_every_prediction_holds_and_the_literature_is_right(tmp_path: Path) -> None:
     done = mpirun(3, SCRIPT, "--copies", "3", "--quiet", "--out", tmp_path, timeout=280)
     assert done.returncode == 0, done.text

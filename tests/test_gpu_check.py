@@ -74,6 +74,7 @@ def test_a_python_without_torch_is_told_what_to_install(tmp_path: Path) -> None:
     assert f"{python} has no torch: pip install torch, or name another Python" in done.stderr
 
 
+@pytest.mark.long
 def test_a_part_that_fails_or_hangs_is_reported_and_the_others_run(tmp_path: Path) -> None:
     cases = ["*test_bitmap_contract*) echo '7 passed' ;;", "*tests/gpu*) echo 'a traceback'; exit 3 ;;"]
     python = stand_in(tmp_path, NO_MPI, *cases, "*bench_step_gpu*) exec sleep 600 ;;")
@@ -134,6 +135,7 @@ def test_targets_that_were_missed_stand_beside_the_verdict(tmp_path: Path) -> No
     assert f"\nAll that ran passed; {targets}.\n" in report_in(tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not shim.COMPILER, reason="needs a C++ compiler")
 @pytest.mark.skipif(find_spec("cupy") is None, reason="needs CuPy")
 def test_the_sanitizer_sees_every_kind_of_kernel(tmp_path: Path) -> None:
