@@ -75,7 +75,7 @@ ARGUMENTS: dict[str, dict[str, Make]] = {
 
 def makers() -> dict[str, Callable[..., Method]]:
     """Every public function in ``mpisign.methods`` that makes a method."""
-    here = inspect.getmembers(methods, inspect.isfunction)
+    here = [(name, made) for name, made in vars(methods).items() if inspect.isfunction(made)]
     return {name: make for name, make in here if make.__module__ == methods.__name__ and not name.startswith("_")}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from methods_table import FOUR
 from resumable import assert_equal
 from torch import nn
 from torch.optim import SGD
@@ -21,8 +22,7 @@ from mpisign import CheckpointError, DistributedSignOptimizer, Method
 
 pytestmark = pytest.mark.usefixtures("world")
 
-METHODS = [mpisign.signsgd(), mpisign.signum(0.9), mpisign.lion(), mpisign.mean()]
-methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+methods = pytest.mark.parametrize("method", FOUR, ids=lambda method: method.name)
 
 State = dict[str, Any]
 
