@@ -16,8 +16,6 @@ from mpisign import Method, methods
 from mpisign.codecs import SignBits
 from mpisign.memory.noise import Noise
 
-__all__ = ["ALONE", "FOUR", "MAKERS", "MISSING", "Make", "among", "exchanges", "is_random", "packs_signs", "walk"]
-
 Make = Callable[[int], Method]  # for a job of so many ranks; skips the test where the method needs more
 
 SOME = 5  # ranks, of which any method can be made
@@ -117,6 +115,13 @@ def walk(wanted: Callable[[Method], bool] = lambda method: True) -> pytest.MarkD
     """Gives a test on many ranks ``make``, of every wanted method."""
     names = among(SOME, wanted)
     return pytest.mark.parametrize("make", [TABLE[name] for name in names], ids=names)
+
+
+def walk_exchanges(wanted: Callable[[Method], bool] = lambda method: True, size: int = SOME) -> pytest.MarkDecorator:
+    """Gives a test ``make`` and ``exchange``, of every wanted method with each exchange that it allows."""
+    names = [(name, exchange) for name, method in among(size, wanted).items() for exchange in exchanges(method)]
+    parameters = [pytest.param(TABLE[name], exchange, id=f"{name}-{exchange}") for name, exchange in names]
+    return pytest.mark.parametrize(("make", "exchange"), parameters)
 
 
 # ------------------------------------------------------------------------------------------- what a method can

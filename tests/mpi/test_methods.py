@@ -39,34 +39,6 @@ def test_replicas_stay_the_same(comm: MPI.Comm, make: Make) -> None:
 
 
 @walk()
-def test_resuming_is_exact(comm: MPI.Comm, make: Make) -> None:
-    """Also as a schedule changes the rate at every step, which what is owed has to follow."""
-    tensors = model()
-    optimizer = wrap(tensors, make(comm.size))
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
-    for at in range(2):
-        step(optimizer, tensors, drawn(tensors, at, comm.rank))
-        schedule.step()
-    saved = copy.deepcopy((optimizer.state_dict(), schedule.state_dict()))
-    resumed = copy.deepcopy(tensors)
-    other = wrap(resumed, make(comm.size))
-    others = torch.optim.lr_scheduler.ExponentialLR(other, 0.7)
-    other.load_state_dict(saved[0])
-    others.load_state_dict(saved[1])
-    for at in range(2, 5):
-        for theirs, whose, rate in ((tensors, optimizer, schedule), (resumed, other, others)):
-            step(whose, theirs, drawn(tensors, at, comm.rank))
-            rate.step()
-    assert optimizer.param_groups[0]["lr"] == other.param_groups[0]["lr"] == pytest.approx(0.1 * 0.7**5)
-    assert all(torch.equal(a, b) for a, b in zip(tensors, resumed, strict=True))
-    for part in ("memory", "pieces"):
-        ours, theirs = (whose.state_dict()["mpisign"][part] for whose in (optimizer, other))
-        assert ours.keys() == theirs.keys()
-        for place, fields in ours.items():
-            assert all(torch.equal(value, theirs[place][key]) for key, value in fields.items()), part
-
-
-@walk()
 def test_a_rank_with_a_nan_abstains_and_its_memory_is_left_alone(comm: MPI.Comm, make: Make) -> None:
     tensors = model()
     optimizer = wrap(tensors, make(comm.size))

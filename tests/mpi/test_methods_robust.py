@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -117,25 +116,6 @@ def test_a_parameter_without_gradients_does_not_cut_the_vector_in_two(comm: MPI.
     optimizer.step()
     assert unused.grad is None
     assert [float(first.grad), float(last.grad)] == oracle.multi_krum(rows, 0, 1).tolist()
-
-
-@pytest.mark.parametrize("name", [*ROBUST, "monna"])
-def test_resuming_is_exact(comm: MPI.Comm, name: str) -> None:
-    """Also of what a rule remembers, the center of clipping, and of replicas that differ."""
-    spare, make, _ = ROBUST.get(name, (1, lambda f: mpisign.monna(f, 0.8), None))
-    if comm.size < spare:
-        pytest.skip(f"needs {spare} ranks")
-    method, tensors = make((comm.size - spare) // 2), model()
-    optimizer = wrap(tensors, method)
-    for at in range(2):
-        step(optimizer, tensors, drawn(tensors, at, comm.rank))
-    resumed = copy.deepcopy(tensors)
-    other = wrap(resumed, method)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for at in range(2, 4):
-        for theirs, whose in ((tensors, optimizer), (resumed, other)):
-            step(whose, theirs, drawn(tensors, at, comm.rank))
-    assert all(torch.equal(a, b) for a, b in zip(tensors, resumed, strict=True))
 
 
 def test_monna(comm: MPI.Comm) -> None:
