@@ -1,10 +1,14 @@
-"""A training run in which everything that a checkpoint must bring back matters, for the tests of checkpoints."""
+"""A training run in which everything that a checkpoint must bring back matters, and what exact resume means.
+
+``test_resume.py`` and ``mpi/test_resume.py`` hold it for every method; tests of checkpoints train it, too.
+"""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +20,35 @@ from torch.utils.data import DistributedSampler
 import mpisign
 from mpisign import Method
 
-METHODS = [mpisign.signum(0.9), mpisign.lion(), mpisign.signsgd(), mpisign.mean()]
 BATCH = 4
 
 
 class Job:
-    """Dropout and noise from three generators, BatchNorm, a scheduler, a shuffled share of the data for each rank."""
+    """Dropout and noise from three generators, BatchNorm, a scheduler, a shuffled share of the data for each rank.
 
-    def __init__(self, method: Method | None = None, *, plain: bool = False, seed: int = 0) -> None:
+    Half of its gradients are zeros, so that coins matter.
+    """
+
+    def __init__(
+        self,
+        method: Method | None = None,
+        *,
+        plain: bool = False,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> None:
         rank, size = mpisign.rank(), mpisign.size()
         torch.manual_seed(seed)
-        self.model = nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.Dropout(0.3), nn.Linear(24, 3))
+        self.model = nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.Dropout(0.3), nn.Linear(24, 3)).to(dtype)
         sgd = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.5 if plain else 0.0, weight_decay=0.01)
         self.optimizer = (
-            sgd if plain else mpisign.DistributedSignOptimizer(sgd, self.model.named_parameters(), method=method)
+            sgd
+            if plain
+            else mpisign.DistributedSignOptimizer(sgd, self.model.named_parameters(), method=method, **options)
         )
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 3, gamma=0.7)
-        self.inputs, self.labels = torch.randn(60, 12), torch.randint(3, (60,))
+        self.inputs, self.labels = torch.randn(60, 12, dtype=dtype), torch.randint(3, (60,))
         self.sampler = DistributedSampler(range(60), num_replicas=size, rank=rank, seed=seed)
         self.step = self.epoch = self.batch = 0
         self.seen: list[list[int]] = []
@@ -44,6 +60,8 @@ class Job:
         """Go on until so many steps have been made."""
         while self.step < until:
             self.sampler.set_epoch(self.epoch)
+            if isinstance(self.optimizer, mpisign.DistributedSignOptimizer):
+                self.optimizer.set_epoch(self.epoch)
             order = list(self.sampler)
             chosen = order[self.batch * BATCH : (self.batch + 1) * BATCH]
             self.batch += 1
@@ -54,6 +72,8 @@ class Job:
             loss = nn.functional.cross_entropy(self.model(self.inputs[chosen] + noise), self.labels[chosen])
             self.optimizer.zero_grad()
             loss.backward()
+            for parameter in self.model.parameters():
+                parameter.grad.clamp_(min=0)
             self.optimizer.step()
             self.scheduler.step()
             self.step += 1
@@ -92,6 +112,57 @@ def assert_equal(a: Any, b: Any, where: str = "everything") -> None:
         assert np.array_equal(a, b), where
     else:
         assert a == b, where
+
+
+def at_once(job: Job, path: Path) -> Path:
+    return job.save(path)
+
+
+def in_the_background(job: Job, path: Path) -> Path:
+    return job.save(path, asynchronous=True)
+
+
+def assert_resuming_is_exact(
+    folder: Path, build: Callable[[], Job], save: Callable[[Job, Path], Path] = at_once, until: int = 8
+) -> None:
+    """A job that is saved at step 5 and goes on is, bit for bit, another that loads and goes on. Collective.
+
+    Args:
+        until: the last step, by another learning rate; from 16 on of another epoch on any number of ranks.
+    """
+    straight = build().train(5)
+    saved = save(straight, folder)
+    straight.train(until)  # overwrites all that is being written in the background
+    expected = straight.everything()
+    spoil_generators()
+
+    resumed = build()
+    found = resumed.load(folder)
+    assert (found.step, found.path, found.ranks) == (5, saved, mpisign.size())
+    resumed.train(until)
+    assert resumed.seen == straight.seen[5:]
+    assert_equal(resumed.everything(), expected)
+    mpisign.check_consistency(resumed.model, resumed.optimizer, buffers=False)
+
+
+def assert_states_are_enough(file: Path, build: Callable[[], Job]) -> None:
+    """The same by ``torch.save`` of state dicts, as training scripts without :mod:`mpisign.checkpoint` do it."""
+    straight = build().train(5)
+    torch.save({name: part.state_dict() for name, part in straight._parts().items()}, file)
+    at = straight.everything()
+    straight.train(8)
+
+    resumed = build()
+    saved = torch.load(file, weights_only=True)
+    for name, part in resumed._parts().items():
+        part.load_state_dict(saved[name])
+    resumed.step, resumed.epoch, resumed.batch = at["step"], at["epoch"], at["batch"]
+    random.setstate(at["python"])
+    np.random.set_state(at["numpy"])  # noqa: NPY002
+    torch.set_rng_state(at["torch"])
+    resumed.train(8)
+    assert_equal(resumed.everything(), straight.everything())
+    mpisign.check_consistency(resumed.model, resumed.optimizer, buffers=False)
 
 
 def digest(tree: Any) -> str:

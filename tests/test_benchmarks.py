@@ -224,6 +224,7 @@ def can_make_namespaces() -> bool:
     return made
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not can_make_namespaces(), reason="needs root, iproute2, and the right to make network namespaces")
 def test_slow_network_runs_a_rank_on_each_host_and_leaves_nothing():
     before = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout

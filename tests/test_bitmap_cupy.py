@@ -28,8 +28,9 @@ def with_fake_cuda(folder: Path, *arguments: str) -> subprocess.CompletedProcess
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240, check=False)
 
 
+@pytest.mark.long
 def test_every_kernel(tmp_path: Path) -> None:
-    contract = [str(TESTS / "test_bitmap_contract.py"), "-k", f"shim and ({EVERY_KERNEL})"]
+    contract = [str(TESTS / "bitmap_contract"), "-k", f"shim and ({EVERY_KERNEL})"]
     done = with_fake_cuda(tmp_path, "-m", "pytest", "-p", "no:cacheprovider", "-p", "fake_cuda", *contract)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kernels that were not launched: none" in done.stdout

@@ -39,6 +39,7 @@ def forms(script: ModuleType) -> ModuleType:
     return importlib.import_module("closed_forms")
 
 
+@pytest.mark.long
 def test_every_prediction_holds_and_the_literature_is_right(tmp_path: Path) -> None:
     done = mpirun(3, SCRIPT, "--copies", "3", "--quiet", "--out", tmp_path, timeout=280)
     assert done.returncode == 0, done.text

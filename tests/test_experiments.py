@@ -44,6 +44,7 @@ def report(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
 # ------------------------------------------------------------------------------------------- end to end
 
 
+@pytest.mark.long
 def test_hostile_ranks(tmp_path: Path) -> None:
     """One of three sends -100 times what it should: the vote does not care, and the mean is lost."""
     done = mpirun(
@@ -83,6 +84,7 @@ def test_hostile_ranks(tmp_path: Path) -> None:
     assert str(Path.home()) not in text
 
 
+@pytest.mark.long
 def test_classes_of_its_own_for_each_rank(tmp_path: Path) -> None:
     done = mpirun(
         3, SCRIPTS / "experiment_heterogeneous.py", "--methods", "signsgd", "mean", "--noise", "100", "0",

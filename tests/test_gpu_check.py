@@ -74,8 +74,9 @@ def test_a_python_without_torch_is_told_what_to_install(tmp_path: Path) -> None:
     assert f"{python} has no torch: pip install torch, or name another Python" in done.stderr
 
 
+@pytest.mark.long
 def test_a_part_that_fails_or_hangs_is_reported_and_the_others_run(tmp_path: Path) -> None:
-    cases = ["*test_bitmap_contract*) echo '7 passed' ;;", "*tests/gpu*) echo 'a traceback'; exit 3 ;;"]
+    cases = ["*tests/bitmap_contract*) echo '7 passed' ;;", "*tests/gpu*) echo 'a traceback'; exit 3 ;;"]
     python = stand_in(tmp_path, NO_MPI, *cases, "*bench_step_gpu*) exec sleep 600 ;;")
     done = gpu_check(python=python, results=tmp_path, TIME_IN_ALL="10", PATH=SYSTEM)
     assert done.returncode == 1
@@ -134,13 +135,14 @@ def test_targets_that_were_missed_stand_beside_the_verdict(tmp_path: Path) -> No
     assert f"\nAll that ran passed; {targets}.\n" in report_in(tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not shim.COMPILER, reason="needs a C++ compiler")
 @pytest.mark.skipif(find_spec("cupy") is None, reason="needs CuPy")
 def test_the_sanitizer_sees_every_kind_of_kernel(tmp_path: Path) -> None:
     """Not the majority of every number of ranks, as each test takes it many times as long as usual."""
     first, second = re.findall(r'^ *tests="(.*)"', GPU_CHECK.read_text(), re.MULTILINE)
     selected = second.replace("$tests", first).replace("cuda", "shim")
-    contract = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "fake_cuda", "tests/test_bitmap_contract.py"]
+    contract = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "fake_cuda", "tests/bitmap_contract"]
     paths = f"{ROOT}:{ROOT / 'tests'}"
     variables = environment({"PYTHONPATH": paths, "CUPY_CACHE_DIR": str(tmp_path)})
     done = subprocess.run(

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from mpirun import Job, started
 
+pytestmark = pytest.mark.long
+
 KILLS = int(os.environ.get("MPISIGN_TEST_KILLS", "4"))
 RANKS = 3
 HERE = Path(__file__).parent

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from methods_table import FOUR
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, StepLR
@@ -511,8 +512,7 @@ def test_a_parameter_shared_between_modules_votes_once() -> None:
     torch.testing.assert_close(model[0].weight.detach(), before - direction)
 
 
-METHODS = [mpisign.signsgd(), mpisign.signum(), mpisign.lion(), mpisign.mean()]
-methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+methods = pytest.mark.parametrize("method", FOUR, ids=lambda method: method.name)
 
 
 def momentum_of(optimizer: DistributedSignOptimizer) -> torch.Tensor:

@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 from gpu_branch import gpu_branch, needs_compiler
+from methods_table import FOUR
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -235,7 +236,7 @@ def momentum_of(optimizer: DistributedSignOptimizer) -> list[list[float]]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("method", [mpisign.signsgd(), mpisign.signum(), mpisign.lion(), mpisign.mean()], ids=str)
+@pytest.mark.parametrize("method", FOUR, ids=str)
 def test_nothing_moves_when_every_gradient_is_bad(method: Method, bad: float, dtype: torch.dtype) -> None:
     parameters = [nn.Parameter(torch.ones(size, dtype=dtype)) for size in SIZES]
     sgd = SGD(parameters, lr=0.5, momentum=0.5, weight_decay=0.5)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from gpu_branch import gpu_branch, needs_compiler
+from methods_table import among, packs_signs
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +24,7 @@ from mpisign.policy import StepContext
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("world")]
 
-METHODS = [mpisign.signsgd(), mpisign.signum(0.9), mpisign.lion()]
+METHODS = list(among(1, packs_signs).values())
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SHAPES = [(3, 5, 7), (64,), (), (0,), (1,), (33, 2), (127,), (16400,)]
 NAN = float("nan")
@@ -229,7 +230,7 @@ def ones(tensors: Sequence[nn.Parameter]) -> None:
 
 @pytest.mark.parametrize("cap", [25.0, 1 / 2**10], ids=["one bucket", "many buckets"])
 @pytest.mark.parametrize(
-    ("method", "packs"), list(zip(METHODS, ("pack_many", "pack_momentum", "pack_momentum"), strict=True)), ids=str
+    ("method", "packs"), [(one, "pack_momentum" if one.memory.fields else "pack_many") for one in METHODS], ids=str
 )
 def test_the_tensors_of_a_resnet50_take_one_launch_each_way(method: Method, packs: str, cap: float) -> None:
     with gpu_branch() as launches:

@@ -63,6 +63,83 @@ def test_help_does_nothing_else(command: str, option: str, tmp_path: Path) -> No
     assert not (tmp_path / "venv").exists()
 
 
+STAND_IN = f"""#!/bin/sh
+[ "$1" != - ] || exec {sys.executable} "$@"
+echo "${{0##*/}} $*" >>"$LOG"
+case "$*" in *pytest*) echo "2 passed, 1 skipped in 0.10s" ;; esac
+case "${{0##*/}} $*" in *"$FAILS"*) [ -z "$FAILS" ] ;; esac
+"""
+
+
+def what_the_tests_run(
+    folder: Path, *arguments: str, fails: str = "", **variables: str
+) -> tuple[list[str], subprocess.CompletedProcess[str]]:
+    """The commands of scripts/test with tools that only say how they are called, and how it ended."""
+    tools = folder / "venv" / "bin"
+    tools.mkdir(parents=True)
+    for tool in ("python", "ruff", "mypy", "mpirun"):
+        (tools / tool).write_text(STAND_IN)
+        (tools / tool).chmod(0o755)
+    (folder / "venv" / "pyvenv.cfg").touch()
+    log = folder / "log"
+    done = bash(ROOT / "scripts" / "test", *arguments, MPISIGN_VENV=folder / "venv", LOG=log, FAILS=fails, **variables)
+    return [line for line in log.read_text().splitlines() if " -m pip " not in line], done
+
+
+def ranks_of(commands: list[str]) -> list[str]:
+    return [command.split()[2] for command in commands if command.startswith("mpirun ")]
+
+
+def test_the_shorter_tier(tmp_path: Path) -> None:
+    commands, done = what_the_tests_run(tmp_path)
+    assert commands[:3] == ["ruff check .", "ruff format --check .", "mypy "]
+    assert ranks_of(commands) == ["2", "3"]
+    runs = [command for command in commands if "pytest" in command]
+    assert len(runs) == 3
+    assert all("-m not long" in run for run in runs)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "6 passed, 0 failed, 3 skipped"
+
+
+def test_the_longer_tier(tmp_path: Path) -> None:
+    commands, done = what_the_tests_run(tmp_path, "--all")
+    assert ranks_of(commands) == ["1", "2", "3", "4", "5"]
+    serial = [command for command in commands if command.startswith("python -m pytest")]
+    assert sorted("-m not long" in run for run in serial) == [False, True]
+    assert sorted("-m long" in run for run in serial) == [False, True]
+    assert all("long" not in command for command in commands if command.startswith("mpirun"))
+    assert done.stdout.splitlines()[-1] == "14 passed, 0 failed, 7 skipped"
+
+
+@pytest.mark.parametrize("tier", [(), ("--all",)], ids=["shorter", "longer"])
+def test_chosen_tests_alone_long_or_not(tmp_path: Path, tier: tuple[str, ...]) -> None:
+    commands, done = what_the_tests_run(tmp_path / "serial", *tier, "tests/test_kill.py", "-x")
+    assert commands == ["python -m pytest tests/test_kill.py -x"]
+    assert done.stdout.splitlines()[-1] == "2 passed, 0 failed, 1 skipped"
+    commands, _ = what_the_tests_run(tmp_path / "mpi", "tests/mpi", "-k", "nan", *tier)
+    assert ranks_of(commands) == ["1", "2", "3", "4", "5"]
+    assert all(command.endswith(" tests/mpi -k nan") for command in commands)
+
+
+def test_the_numbers_of_ranks_can_be_told(tmp_path: Path) -> None:
+    for name, arguments in (("shorter", []), ("longer", ["--all"]), ("chosen", ["tests/mpi"])):
+        commands, _ = what_the_tests_run(tmp_path / name, *arguments, MPISIGN_TEST_RANKS="4 7")
+        assert ranks_of(commands) == ["4", "7"]
+
+
+@pytest.mark.parametrize(("fails", "part"), [("mypy", "types"), ("-m long", "long"), ("-n 3", "mpi-3")])
+def test_a_part_that_fails_is_named_and_counted(tmp_path: Path, fails: str, part: str) -> None:
+    _, done = what_the_tests_run(tmp_path, "--all", fails=fails)
+    assert done.returncode == 1
+    named, total = done.stdout.splitlines()[-2:]
+    assert named == f"failed parts: {part}"
+    assert total == "14 passed, 1 failed, 7 skipped"
+
+
+def test_ci_runs_everything() -> None:
+    assert (ROOT / ".ci" / "run").read_text().endswith("\nexec ./scripts/test --all\n")
+
+
 def refused(**variables: str | Path) -> str:
     """Run quickstart, which must refuse; returns what it says."""
     done = bash(QUICKSTART, **variables)

@@ -37,6 +37,7 @@ def assert_png(path: Path) -> None:
     assert len(data) > 10_000, "a figure with two curves and text is larger than that"
 
 
+@pytest.mark.long
 def test_two_ranks(tmp_path: Path) -> None:
     figure, numbers = tmp_path / "new" / "loss.png", tmp_path / "new" / "numbers.json"
     done = mpirun(2, SCRIPT, *SMALL, "--seeds", "3", "4", "--out", figure, "--json", numbers)
@@ -76,6 +77,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     assert_png(figure)
 
 
+@pytest.mark.long
 def test_every_option_reaches_the_training(tmp_path: Path) -> None:
     done = mpirun(
         3, SCRIPT, *SMALL, "--method", "lion:beta1=0.95", "--zeros", "abstain", "--ties", "zero",
@@ -94,6 +96,7 @@ def test_every_option_reaches_the_training(tmp_path: Path) -> None:
     assert "step/s" not in done.text, "--quiet shows no bar"
 
 
+@pytest.mark.long
 def test_without_mpirun_one_rank_votes_alone(tmp_path: Path) -> None:
     done = run_alone(*SMALL, "--json", "out/numbers.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -107,6 +110,7 @@ def test_without_mpirun_one_rank_votes_alone(tmp_path: Path) -> None:
     assert_png(tmp_path / "out" / "digits.png")
 
 
+@pytest.mark.long
 def test_on_other_ranks_it_goes_on_in_the_same_epoch(tmp_path: Path) -> None:
     places = ("--checkpoint-dir", tmp_path / "saved", "--log-dir", tmp_path / "log", "--out", tmp_path / "a.png")
     for ranks, options in ((2, ("--max-steps", "30")), (3, ("--json", tmp_path / "a.json"))):

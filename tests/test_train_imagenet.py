@@ -120,6 +120,7 @@ def commands(job: Job) -> dict[int, list[str]]:
     return {pid: Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in job.processes()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options, tell",
     [
@@ -167,6 +168,7 @@ def test_stopped_by_the_queue_it_ends_with_the_same_bits(
     assert [row["loss"] for row in table(stopped / "train.csv")] == [row["loss"] for row in steps]
 
 
+@pytest.mark.long
 def test_evaluation_counts_every_image_once(images: Path, tmp_path: Path, imagenet: ModuleType) -> None:
     done = mpirun(
         2, SCRIPT, *SMALL, "--data", images, "--epochs", "1", "--workers", "0", "--lr", "3e-4",
@@ -198,6 +200,7 @@ def test_evaluation_counts_every_image_once(images: Path, tmp_path: Path, imagen
             assert (scalar.step, scalar.value) == (5, pytest.approx(row[name], rel=1e-6))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_noise_for_a_measurement(run_here: Callable[..., None], tmp_path: Path, precision: str) -> None:
     run_here(
@@ -296,6 +299,7 @@ def test_an_image_that_cannot_be_read_is_named(run_here: Callable[..., None], tm
         run_here(*SMALL, "--data", tmp_path, "--workers", "0")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "other, said",
     [

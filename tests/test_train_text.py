@@ -56,6 +56,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, train(folder).text
 
 
+@pytest.mark.long
 def test_three_trainings_and_their_report(whole: tuple[Path, str]) -> None:
     folder, printed = whole
     data = numbers(folder)
@@ -84,6 +85,7 @@ def test_three_trainings_and_their_report(whole: tuple[Path, str]) -> None:
     assert "│ lion, vote " in printed
 
 
+@pytest.mark.long
 def test_a_training_that_is_cut_goes_on_to_the_same_bits(whole: tuple[Path, str], tmp_path: Path) -> None:
     train(tmp_path, "--only", "vote", "dgc", "--max-steps", "8")  # amid the second epoch
     train(tmp_path, "--only", "vote", "dgc")

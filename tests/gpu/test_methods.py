@@ -11,63 +11,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from methods_table import ALONE, among, is_random
 from torch import nn
 from torch.optim import SGD
 
-import mpisign
-from mpisign import DistributedSignOptimizer, Method, methods
+from mpisign import DistributedSignOptimizer, Method
 from mpisign.policy import Policy
 
 from .needs import devices, kernels_on, needs_gpu, needs_mpi
 
 pytestmark = [pytest.mark.usefixtures("world"), pytest.mark.filterwarnings("default")]
 
-EXACT = {
-    "signsgd": mpisign.signsgd(),
-    "signum": mpisign.signum(),
-    "lion": mpisign.lion(),
-    "lion mean": mpisign.lion(vote=False),
-    "ef_signsgd": mpisign.ef_signsgd(),
-    "double_squeeze": mpisign.double_squeeze(),
-    "one_bit_adam": mpisign.one_bit_adam(freeze_step=1),
-    "ef21": mpisign.ef21(0.1),
-    "ef21 signs": mpisign.ef21(None),
-    "ef21_sgdm": mpisign.ef21_sgdm(ratio=0.1),
-    "ef21_w": mpisign.ef21_w([2.0], ratio=0.1),
-    "top_k": mpisign.top_k(0.1),
-    "top_k sample": mpisign.top_k(0.05, sample=0.5),
-    "dgc": mpisign.dgc(0.05, clip=1.0, warmup_epochs=1),
-    "dgc heavy ball": mpisign.dgc(0.05, nesterov=False, warmup_epochs=0, masking=False),
-    "mean": mpisign.mean(),
-    "median": mpisign.median(),
-    "trimmed_mean": mpisign.trimmed_mean(0),
-    "geometric_median": mpisign.geometric_median(),
-    "centered_clipping": mpisign.centered_clipping(1.0),
-    "nearest_neighbour_mixing": mpisign.nearest_neighbour_mixing(0),
-    "monna": mpisign.monna(0),
-}
-RANDOM = {
-    "noisy_signsgd": mpisign.noisy_signsgd(0.5),
-    "noisy_signsgd relative": mpisign.noisy_signsgd(0.1, relative=True),
-    "sto_sign": mpisign.sto_sign(4.0),
-    "sto_sign maximum": mpisign.sto_sign(),
-    "dp_sign": mpisign.dp_sign(1000.0, 1.0, private=False),
-    "ternary_vote": mpisign.ternary_vote(4.0, 5.0),
-    "sparsign": mpisign.sparsign(0.5),
-    "noisy_median": mpisign.noisy_median(0.5),
-}
-MARKS = {"sto_sign maximum": needs_mpi}
-AMONG_MANY = {
-    "mean": mpisign.mean(),
-    "median": mpisign.median(),
-    "trimmed_mean": mpisign.trimmed_mean(2),
-    "krum": mpisign.krum(1),
-    "multi_krum": mpisign.multi_krum(1),
-    "geometric_median": mpisign.geometric_median(),
-    "centered_clipping": mpisign.centered_clipping(1.0),
-    "nearest_neighbour_mixing": mpisign.nearest_neighbour_mixing(2),
-    "monna": mpisign.monna(2),
-}
+EXACT = {name: method for name, method in ALONE.items() if not is_random(method)}
+RANDOM = among(1, lambda method: is_random(method) and not method.memory.private)  # noise that can be repeated
+DENSE = {size: among(size, lambda method: method.codec.plain and not is_random(method)) for size in (5, 8)}
 
 DTYPES = {
     "fp32": [torch.float32],
@@ -102,11 +59,6 @@ def train(method: Method, dtypes: list[torch.dtype], device: str = "cpu") -> tup
     return given, seen
 
 
-def test_no_method_is_left_out() -> None:
-    makers = {name for name in methods.__all__ if not isinstance(getattr(methods, name), type)}
-    assert {name.split()[0] for name in (*EXACT, *RANDOM, *AMONG_MANY)} == makers
-
-
 @devices
 @types
 @pytest.mark.parametrize("method", EXACT.values(), ids=EXACT)
@@ -124,7 +76,11 @@ def test_it_does_as_on_the_cpu(method: Method, dtypes: list[torch.dtype], device
 @devices
 @types
 @pytest.mark.parametrize(
-    "method", [pytest.param(method, id=name, marks=MARKS.get(name, ())) for name, method in RANDOM.items()]
+    "method",
+    [
+        pytest.param(method, id=name, marks=needs_mpi if method.memory.needs_maximum else ())
+        for name, method in RANDOM.items()
+    ],
 )
 def test_its_noise_can_be_repeated_and_follows_the_gradient(
     method: Method, dtypes: list[torch.dtype], device: str
@@ -142,9 +98,15 @@ def test_its_noise_can_be_repeated_and_follows_the_gradient(
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("ranks", [5, 8])
-@pytest.mark.parametrize("method", AMONG_MANY.values(), ids=AMONG_MANY)
-def test_it_decides_among_many_as_on_the_cpu(method: Method, ranks: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "method"),
+    [
+        pytest.param(size, method, id=f"{name}-{size}")
+        for size, methods in DENSE.items()
+        for name, method in methods.items()
+    ],
+)
+def test_it_decides_among_many_as_on_the_cpu(ranks: int, method: Method, dtype: torch.dtype) -> None:
     vectors = torch.randn(ranks + 1, 1, 5003, generator=torch.Generator().manual_seed(0), dtype=dtype)
     context = replace(Policy().context(step=3, rank=1, size=ranks), voters=tuple(range(ranks)))
     decisions = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import re
 from collections.abc import Callable, Sequence
 from operator import attrgetter
@@ -398,38 +397,7 @@ def test_those_who_join_at_the_same_time_keep_what_they_have(comm: MPI.Comm) -> 
     assert tensor.tolist() == [-1.0] * 40
 
 
-# ------------------------------------------------------------------------------------------- resume
-
-
-@pytest.mark.parametrize("method", [mpisign.signsgd(), mpisign.signum(0.9), mpisign.lion()], ids=attrgetter("name"))
-def test_resume_is_exact_from_one_state_a_rank(comm: MPI.Comm, method: mpisign.Method) -> None:
-    """Also for signSGD, which has no memory: the coins go by the step's number."""
-
-    def build() -> tuple[list[torch.nn.Parameter], Wrapped]:
-        tensors = ballots.parameters(*SHAPES)
-        sgd = torch.optim.SGD(tensors, lr=0.01, momentum=0.3, weight_decay=0.1)
-        return tensors, Wrapped(sgd, ballots.named(tensors), method=method)
-
-    def train(tensors: list[torch.nn.Parameter], optimizer: Wrapped, steps: range) -> None:
-        for step in steps:
-            give(tensors, ballots.draw(tensors, ballots.generator(step, comm.rank)))
-            optimizer.step()
-
-    straight, optimizer = build()
-    train(straight, optimizer, range(5))
-    file = io.BytesIO()
-    torch.save({"model": straight, "optimizer": optimizer.state_dict()}, file)
-    train(straight, optimizer, range(5, 10))
-
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    resumed, optimizer = build()
-    for tensor, value in zip(resumed, saved["model"], strict=True):
-        tensor.data.copy_(value)
-    optimizer.load_state_dict(saved["optimizer"])
-    train(resumed, optimizer, range(5, 10))
-    assert snapshot(resumed) == snapshot(straight)
-    assert_equal_on_all_ranks(comm, resumed)
+# ------------------------------------------------------------------------------------------- states of others
 
 
 @pytest.mark.mpi(min_size=2)

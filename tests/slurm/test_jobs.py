@@ -13,6 +13,8 @@ import pytest
 import torch
 from cluster import SLURM, SMALL, Cluster, Submit, on
 
+pytestmark = pytest.mark.long
+
 DOCTOR = ("salloc", "--nodes=1", sys.executable, "-m", "mpisign", "doctor")
 
 

@@ -13,6 +13,8 @@ from cluster import SLURM, SMALL, Cluster, Job, Submit, on
 from mpirun import wait_until
 from resumable import assert_equal
 
+pytestmark = pytest.mark.long
+
 TRAIN = (SLURM / "train_cpu.sbatch", SMALL, "--quiet", "--epochs", "1")
 SLOW = ("--pause", "0.3")
 

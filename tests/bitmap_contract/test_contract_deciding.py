@@ -1,0 +1,156 @@
+"""mpisign.bitmap: majorities, counts and agreement."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+from contract import KEY, TIES, Device, Host, Memory, Votes, array, coins, random_words, some_votes, votes
+
+from mpisign.bitmap import host
+from mpisign.bitmap.host import words_for
+from mpisign.bitmap.kernels import BITMAP_CAPACITY
+
+# ------------------------------------------------------------------------------------------------- deciding
+
+
+def check_majority(
+    backend: Host | Device,
+    memory: Memory,
+    cast: Votes,
+    ties: str,
+    abstain: bool,
+    first_word: int = 0,
+    offsets: tuple[int, int] = (0, 0),
+) -> int:
+    """Compare with the oracle; returns the ties. ``offsets``: of the ballots and of what is written, in words."""
+    ballots = cast.ballots
+    n = len(ballots[0])
+    k, wants_moved = words_for(n), abstain or ties == "zero"
+    out, moved = (memory.words(k, offsets[1]) for _ in range(2))
+    tied = backend.majority(
+        [memory.put(words, offset=offsets[0]) for words in cast.signs],
+        out,
+        ties=ties,
+        key=KEY,
+        first_word=first_word,
+        nonzeros=[memory.put(words, offset=offsets[0]) for words in cast.nonzeros] if abstain else None,
+        out_nonzero=moved if wants_moved else None,
+    )
+    expected, expected_ties = oracle.majority(ballots, ties, coins(KEY, first_word, n))
+    decided = np.where(oracle.to_flags(array(out), n), 1, -1)
+    if wants_moved:
+        decided[~oracle.to_flags(array(moved), n)] = 0
+    assert (decided == expected).all(), f"{len(ballots)} ranks"
+    assert tied == expected_ties, f"{len(ballots)} ranks"
+    return tied
+
+
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize("abstaining", [0.0, 0.2, 0.9])
+def test_majority_of_1_to_70_ranks(abstaining: float, ties: str, backend: Host | Device, memory: Memory) -> None:
+    tied = 0
+    for ranks in range(1, 71):
+        cast = some_votes(ranks, 200, abstaining)
+        tied += check_majority(backend, memory, cast, ties, abstaining > 0, 2**32 - 3)
+    assert tied > 100
+
+
+@pytest.mark.parametrize("abstain", [False, True])
+@pytest.mark.parametrize("ties", TIES)
+def test_majority_of_sizes_and_alignments(ties: str, abstain: bool, backend: Host | Device, memory: Memory) -> None:
+    """Four words a thread and 256 threads a block; 16-byte accesses only where every bitmap is aligned."""
+    for words in (1, 3, 4, 5, 127, 1023, 1024, 1025, 1028):
+        for offsets in ((0, 0), (0, 1), (2, 0), (3, 3)):
+            n = 32 * words - words % 32
+            check_majority(backend, memory, some_votes(4, n, 0.3 * abstain), ties, abstain, words, offsets)
+
+
+@pytest.mark.parametrize("ranks", [BITMAP_CAPACITY // 2 + 1, BITMAP_CAPACITY, BITMAP_CAPACITY + 1, 700])
+def test_majority_of_hundreds(ranks: int, backend: Host | Device, memory: Memory) -> None:
+    """More than the parameters of a launch can list."""
+    for abstain in (False, True):
+        check_majority(backend, memory, some_votes(ranks, 100, 0.3 * abstain), "coin", abstain)
+
+
+def test_one_vote_more_decides_whatever_the_number(backend: Host | Device, memory: Memory) -> None:
+    """Counters of every number of planes, at their fullest."""
+    for ranks in (1, 2, 3, 4, 7, 8, 15, 16, 31, 32, 63, 64, 127, 128, 255, 256):
+        for ayes in {0, ranks // 2 - 1, ranks // 2, ranks // 2 + 1, ranks} - {-1}:
+            ballots = [np.full(40, 1 if rank < ayes else -1, np.int8) for rank in range(ranks)]
+            for abstain in (False, True):
+                check_majority(backend, memory, votes(ballots), "zero", abstain)
+
+
+def test_ballots_that_lie_about_abstaining_are_counted_alike(backend: Host | Device, memory: Memory) -> None:
+    """A sign where its rank does not vote breaks the format; every backend must still decide the same."""
+    ballots, nonzeros = random_words((2, 6, 50))
+    plain = [memory.put(words) for words in (*ballots, *nonzeros)]
+    out, moved = memory.words(50), memory.words(50)
+    tied = backend.majority(plain[:6], out, ties="coin", key=KEY, nonzeros=plain[6:], out_nonzero=moved)
+    expected = np.empty((2, 50), np.uint32)
+    reference = host.majority(
+        list(ballots), expected[0], ties="coin", key=KEY, nonzeros=list(nonzeros), out_nonzero=expected[1]
+    )
+    assert tied == reference
+    assert (np.stack([array(out), array(moved)]) == expected).all()
+
+
+@pytest.mark.parametrize("ties", TIES)
+def test_nobody_votes_is_no_tie_and_does_not_move(ties: str, backend: Host | Device, memory: Memory) -> None:
+    nothing = [memory.put(np.zeros(2, np.uint32)) for _ in range(2)]
+    out, moved = memory.words(2), memory.words(2)
+    assert backend.majority(nothing, out, ties=ties, key=KEY, nonzeros=nothing, out_nonzero=moved) == 0
+    assert not array(moved).any()
+
+
+def test_nothing_to_decide(backend: Host | Device, memory: Memory) -> None:
+    empty = memory.words(0)
+    assert backend.majority([empty, empty], empty) == 0
+    assert backend.agreement(empty, empty, 0) == (0, 0)
+    backend.count([empty, empty], empty.view(1, 0).expand(2, 0))
+
+
+@pytest.mark.parametrize("options", [{"ties": "zero"}, {"nonzeros": []}])
+def test_do_not_move_needs_a_plane_to_say_so(options: dict, backend: Host | Device, memory: Memory) -> None:
+    with pytest.raises(ValueError, match="out_nonzero"):
+        backend.majority([memory.words(1)], memory.words(1), **options)
+
+
+# ------------------------------------------------------------------------------------------------- counting
+
+
+def test_count(backend: Host | Device, memory: Memory) -> None:
+    """Also into rows that lie further apart than they are long."""
+    for ballots in (1, 2, 3, 4, 5, 7, 8, 16, 63, 64, 70, 256, BITMAP_CAPACITY + 1):
+        for k, offset, gap, spare in ((5, 1, 0, 0), (4, 0, 0, 1), (7, 0, 1, 0), (1027, 0, 5, 2)):
+            if k > 1000 and ballots > 8:
+                continue
+            words = random_words((ballots, k), ballots)
+            p = ballots.bit_length() + spare
+            planes = memory.put(np.full((p, k + gap), 0xA5A5A5A5, np.uint32), offset=offset)
+            backend.count([memory.put(row, offset=offset) for row in words], planes[:, :k])
+            bits = np.stack([oracle.to_flags(row, 32 * k) for row in words])
+            rows = array(planes)
+            counted = sum((1 << i) * oracle.to_flags(row[:k], 32 * k).astype(int) for i, row in enumerate(rows))
+            assert (counted == bits.sum(axis=0)).all()
+            assert (rows[:, k:] == 0xA5A5A5A5).all()
+
+
+def test_planes_too_few_to_count(backend: Host | Device, memory: Memory) -> None:
+    with pytest.raises(ValueError, match="2 planes cannot count 4 ballots"):
+        backend.count([memory.words(1)] * 4, memory.put(np.zeros((2, 1), np.uint32)))
+
+
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 200, 32 * 1024 + 1])
+def test_agreement(n: int, backend: Host | Device, memory: Memory) -> None:
+    for ranks in (1, 3):
+        ballots = some_votes(ranks, n, 0.3).ballots
+        decision, _ = oracle.majority(ballots, "zero")
+        signs, moved = (memory.put(oracle.to_words(flags)) for flags in (decision > 0, decision != 0))
+        for ballot in ballots:
+            mine, spoke = (memory.put(oracle.to_words(flags), offset=1) for flags in (ballot > 0, ballot != 0))
+            both = (ballot != 0) & (decision != 0)
+            together = int((both & (ballot == decision)).sum())
+            assert backend.agreement(mine, signs, n, spoke, moved) == (together, int(both.sum()))
+            assert backend.agreement(mine, signs, n) == (int(((ballot > 0) == (decision > 0)).sum()), n)
