@@ -77,8 +77,12 @@ def methods_for(size: int) -> dict[str, Method]:
     return table
 
 
-each_method = pytest.mark.parametrize("name", methods_for(1))
-"""For tests of every method: ``methods_for(size)[name]`` is it."""
+def each_method_that(fits: Callable[[Method], bool]) -> pytest.MarkDecorator:
+    """For tests of all methods that have a trait: ``methods_for(size)[name]`` is it."""
+    return pytest.mark.parametrize("name", [name for name, method in methods_for(1).items() if fits(method)])
+
+
+each_method = each_method_that(lambda method: True)
 
 
 def method_of(memory: Any = None, codec: Any = None, rule: Any = None) -> Method:
