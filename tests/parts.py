@@ -18,7 +18,7 @@ import oracle
 import pytest
 import torch
 
-from mpisign import methods
+from mpisign import OptionError, methods
 from mpisign.bitmap.ops import as_words
 from mpisign.exchange import header
 from mpisign.exchange.aggregator import Aggregator
@@ -83,6 +83,15 @@ def each_method_that(fits: Callable[[Method], bool]) -> pytest.MarkDecorator:
 
 
 each_method = each_method_that(lambda method: True)
+
+
+def runs_alone(method: Method) -> bool:
+    """Whether its rule can decide with one rank."""
+    try:
+        method.rule.check(1)
+    except OptionError:
+        return False
+    return True
 
 
 def method_of(memory: Any = None, codec: Any = None, rule: Any = None) -> Method:
