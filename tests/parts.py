@@ -85,13 +85,17 @@ def each_method_that(fits: Callable[[Method], bool]) -> pytest.MarkDecorator:
 each_method = each_method_that(lambda method: True)
 
 
-def runs_alone(method: Method) -> bool:
-    """Whether its rule can decide with one rank."""
+def runs_with(method: Method, size: int) -> bool:
+    """Whether its rule can decide with so many ranks."""
     try:
-        method.rule.check(1)
+        method.rule.check(size)
     except OptionError:
         return False
     return True
+
+
+def runs_alone(method: Method) -> bool:
+    return runs_with(method, 1)
 
 
 def method_of(memory: Any = None, codec: Any = None, rule: Any = None) -> Method:
