@@ -178,19 +178,20 @@ def test_the_mean_of_the_voters_messages(dtype: torch.dtype, cap: float) -> None
         torch.testing.assert_close(ours.double().flatten(), exact, rtol=tolerance, atol=tolerance)
 
 
-def test_sixteen_bits_are_rounded_once() -> None:
-    """1 + 3/2048 is no fp16 number, nor is a third of it; rounding in between would give other bits."""
-    ranks = sides(lambda: parts.parameters((1000,), dtypes=[torch.float16]), mpisign.ef_signsgd())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sixteen_bits_are_rounded_once(dtype: torch.dtype) -> None:
+    """Many parameters, so that many means of three scales come up, which rounding in between would make others."""
+    count = 50
+    ranks = sides(lambda: parts.parameters(*[(7,)] * count, dtypes=[dtype]), mpisign.ef_signsgd())
     drawn = [parts.draw_normal(ranks[0].tensors, rank) for rank in ALL]
     for rank, sender in enumerate(ranks):
         sender.send(drawn[rank])
-    (out,) = parts.draw(ranks[0].tensors, 9)
+    out = parts.draw(ranks[0].tensors, 9)
     ranks[0].hear(ranks)
-    ranks[0].receive([out], [ALL])
-    scales = [np.float32(np.abs(parts.flat(g[0])).mean()) for g in drawn]
-    signs = [np.sign(parts.flat(g[0])) for g in drawn]
-    exact = sum(float(scale) * sign for scale, sign in zip(scales, signs, strict=True)) / RANKS
-    assert torch.equal(out, torch.from_numpy(exact).to(torch.float16))
+    ranks[0].receive(out, [ALL] * count)
+    for place in range(count):
+        exact = np.mean([scaled_sign(parts.flat(its[place])) for its in drawn], axis=0)
+        assert torch.equal(out[place], torch.from_numpy(exact).float().to(dtype)), place
 
 
 def test_a_rule_without_weights_is_given_decoded_messages_side_by_side() -> None:
@@ -274,17 +275,20 @@ def test_who_only_follows_keeps_a_running_memory_like_the_others(name: str) -> N
             assert torch.equal(ranks[2].memory(place)[field], ranks[0].memory(place)[field]), (place, field)
 
 
-def test_a_running_memory_turns_the_decision_into_the_gradient() -> None:
-    """EF21: the gradient is the average estimate, which moves only where somebody voted."""
-    ranks = sides(lambda: parts.parameters((40,), (3,), dtypes=[torch.float64]), mpisign.ef21(ratio=1.0))
+@pytest.mark.parametrize("smoothness", [None, [1.0, 2.0, 5.0]], ids=["ef21", "ef21_w"])
+def test_a_running_memory_turns_the_decision_into_the_gradient(smoothness: list[float] | None) -> None:
+    """EF21: the gradient is the average estimate, equal or weighted, which moves only where somebody voted."""
+    method = mpisign.ef21(ratio=1.0) if smoothness is None else mpisign.ef21_w(smoothness, ratio=1.0)
+    shares = np.array(smoothness or [1.0] * RANKS) / sum(smoothness or [1.0] * RANKS)
+    ranks = sides(lambda: parts.parameters((40,), (3,), dtypes=[torch.float64]), method)
     averages = [np.zeros(40), np.zeros(3)]
     for step, voters in enumerate([[ALL, ALL], [(0, 2), ()], [(1,), ALL]]):
         estimates = [[parts.flat(s.memory(place)["estimate"]) for place in (0, 1)] for s in ranks]
         results = play(ranks, step, voters)
         for place, who in enumerate(voters):
             for rank in who:
-                g = parts.flat(parts.draw_normal(ranks[0].tensors, step, rank)[place])
-                averages[place] = averages[place] + (g - estimates[rank][place]) / RANKS
+                g = parts.flat(parts.draw_normal(ranks[0].tensors, step, rank)[place]) / (RANKS * shares[rank])
+                averages[place] = averages[place] + shares[rank] * (g - estimates[rank][place])
             if who:
                 np.testing.assert_allclose(parts.flat(results[0][place]), averages[place], rtol=0, atol=1e-6)
             np.testing.assert_allclose(parts.flat(ranks[1].memory(place)["average"]), averages[place], atol=1e-6)
@@ -305,7 +309,7 @@ def test_models_are_written_into_the_parameters_and_gradients_stay() -> None:
             tensor.data.fill_(float(rank))
         for place, tensor in enumerate(sender.tensors):
             sender.message(place)[0].copy_(tensor.flatten())
-    receiver = ranks[1]
+    receiver = ranks[0]
     parts.give(receiver.tensors, [torch.full((5,), 9.0), None])
     receiver.hear(ranks)
     voters = [ALL] * 2

@@ -189,6 +189,14 @@ def test_a_tiny_16_bit_gradient_keeps_its_sign_under_a_loss_scale(name: str) -> 
         assert sender.words(0).tolist() == [[0, 0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_sign_needs_no_scale_so_that_the_smallest_number_keeps_it(dtype: torch.dtype) -> None:
+    """Divided by the loss scale it would be 0."""
+    sender = parts.side(parts.parameters((64,), dtypes=[dtype]), policy=Policy(zeros="positive"))
+    assert sender.send([torch.full((64,), -torch.finfo(dtype).tiny, dtype=dtype)], 0, 2.0**-60)
+    assert sender.words(0).tolist() == [[0, 0]]
+
+
 @pytest.mark.parametrize("name", ["signsgd", "signum", "lion", "mean"])
 def test_a_large_parameter_is_encoded_in_pieces_that_nobody_sees(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, method = parts.parameters((1000,), (64,), (7,)), parts.methods_for(1)[name]
@@ -319,6 +327,19 @@ def test_each_piece_of_a_cut_parameter_has_a_scale_of_its_own() -> None:
         p = parts.flat(gradient)
         sent = np.concatenate([scaled_sign(p[lo:hi]) for lo, hi in cuts[place]])
         np.testing.assert_allclose(parts.flat(sender.memory(place)["error"]), p - sent, rtol=0, atol=1e-7)
+
+
+def test_zeros_of_each_piece_toss_the_coins_of_its_own_place() -> None:
+    """Its first item is the scale, so that the words of its signs begin one later."""
+    sender = parts.side(parts.parameters((200,)), mpisign.double_squeeze(), shards=3, rank=1, size=3)
+    assert sender.send([torch.zeros(200)], 6)
+    ((_, segment),) = sender.segments()
+    assert len(segment.pieces) == 3
+    for piece in segment.pieces:
+        coins = parts.zero_coins(piece.hi - piece.lo, piece.first_word + 1, step=6, rank=1)
+        words = sender.words(0)[0, piece.start - segment.start : piece.stop - segment.start]
+        assert words[0] == 0
+        assert np.array_equal(words[1:], parts.planes(coins, 1)[0])
 
 
 def test_a_memory_without_feedback_is_told_nothing() -> None:

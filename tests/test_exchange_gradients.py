@@ -175,6 +175,20 @@ def test_gradients_that_only_look_alike_in_part_are_looked_at_again() -> None:
     assert gradient.is_contiguous()
 
 
+def test_what_was_in_order_for_one_parameter_may_not_be_for_another() -> None:
+    """Of equal shape, but one lies turned; then one and then the other has a gradient that looks the same."""
+    plain, turned = nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(3, 4).t())
+    given = parts.gradients_of([plain, turned])
+    values = torch.arange(12.0).view(4, 3)
+    parts.give([plain, turned], [values, None])
+    read(given, [plain, turned])
+    plain.grad, turned.grad = None, values.clone()
+    _, gradient = read(given, [plain, turned])
+    assert gradient is not None
+    assert gradient.stride() == turned.stride()
+    assert torch.equal(gradient, values)
+
+
 # ---------------------------------------------------------------------------------------------- for launches, models
 
 

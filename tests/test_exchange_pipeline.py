@@ -245,6 +245,19 @@ def test_a_bad_gradient_applies_nothing_and_stays_as_it_is(name: str, bad: float
     assert made.run(2).voters == (0,), "the next step is fine again"
 
 
+def test_a_memory_that_overflows_costs_one_step() -> None:
+    """Without being cleared it would never be finite again."""
+    tensors = parts.parameters((40,), (5,))
+    made = parts.pipeline(tensors, mpisign.ef_signsgd())
+    huge = torch.ones(40)
+    huge[7] = 3e38
+    voters = []
+    for step in range(4):
+        parts.give(tensors, [huge if step < 2 else torch.ones(40), torch.ones(5)])
+        voters.append(made.run(step).voters)
+    assert voters == [(0,), (), (0,), (0,)]
+
+
 @each_that_decides
 @pytest.mark.parametrize("reason", [SCALER_INF, JOINED])
 def test_who_abstains_beforehand_changes_nothing(name: str, reason: int) -> None:
