@@ -350,7 +350,8 @@ class Pipeline:
         session = current("agreement()")
         if (session, session.group.generation) != self.made_for:
             raise MpisignError(
-                "this report is of a group of ranks that is no more: ask for agreement() before ranks leave"
+                f"the group that voted in step {step} is no more (ranks have left, or mpisign was shut down): ask for "
+                f"agreement() before"
             )
         agree: Count = 0
         spoken: Count = 0
