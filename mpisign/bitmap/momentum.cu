@@ -72,7 +72,7 @@ template <int GRADIENT> struct Momentum {
     }
 
     __device__ __forceinline__ void
-    take_in(Gradient value, Bits& momentum, u32& negative, u32& nonzero, u32& bad) const {
+    local_update(Gradient value, Bits& momentum, u32& negative, u32& nonzero, u32& bad) const {
         const Real gradient = multiply_add(widened<GRADIENT>(value), rates.unscale, (Real)-0.0);
         const Real before = real(momentum);
         const Bits sent = bits(lerp(before, gradient, rates.sent));  // NaN or Inf if the gradient is
@@ -104,7 +104,7 @@ template <int GRADIENT> struct Momentum {
                 split(news[k], gradient);
                 split(olds[k], momentum);
 #pragma unroll
-                for (int i = E - 1; i >= 0; --i) take_in(gradient[i], momentum[i], negative, nonzero, bad);
+                for (int i = E - 1; i >= 0; --i) local_update(gradient[i], momentum[i], negative, nonzero, bad);
                 __stcs(to + (batch * AT_ONCE + k) * 32, join(momentum));
             }
         }
@@ -119,7 +119,7 @@ template <int GRADIENT> struct Momentum {
             u32 votes_no = 0, votes = 0;
             if (place < elements) {
                 Bits momentum = __ldcs(momenta + at + place);
-                take_in(__ldcs(gradients + at + place), momentum, votes_no, votes, bad);
+                local_update(__ldcs(gradients + at + place), momentum, votes_no, votes, bad);
                 __stcs(momenta + at + place, momentum);
             }
             votes_no = __ballot_sync(ALL, votes_no);
