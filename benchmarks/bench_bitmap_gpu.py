@@ -17,7 +17,7 @@ from mpisign.bitmap import cuda, kernels
 from mpisign.bitmap.batch import Batch
 from mpisign.bitmap.coin import coin_key
 from mpisign.bitmap.host import words_for
-from mpisign.bitmap.ops import WORD
+from mpisign.backends import WORD
 
 Tensor = torch.Tensor
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from mpisign import session
-from mpisign.bitmap import ops
+from mpisign.backends import WORD, backend_for
 from mpisign.bitmap.host import words_for
 from mpisign.bitmap.kernels import import_cupy
 from mpisign.errors import GradientError, LaunchError, MpisignError
@@ -240,9 +240,10 @@ def _kernels(device: torch.device) -> Finding:
     try:
         cupy = import_cupy()
         values = torch.randn(elements).to(device)
-        words, signs = torch.zeros(words_for(elements), dtype=ops.WORD, device=device), torch.empty_like(values)
-        ops.pack(values, words)
-        ops.unpack(words, signs)
+        words, signs = torch.zeros(words_for(elements), dtype=WORD, device=device), torch.empty_like(values)
+        backend = backend_for(device)
+        backend.pack(values, words)
+        backend.unpack(words, signs)
         wrong = int((signs != torch.where(values >= 0, 1.0, -1.0)).sum())
     except GradientError as error:
         return Finding(WARN, "GPU kernels", str(error))

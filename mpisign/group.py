@@ -26,6 +26,8 @@ class Group:
         comm: between all, private to the library.
         node: between those on this rank's node.
         lane: between those with the same local rank, one a node, in the order of the nodes.
+        phases: for headers, and for the first and second phases of messages. Each is used strictly in the order of the
+            messages, so that a rank may be in one phase of a message while another is in another.
         rank, size: this rank's number, and how many there are.
         node_of: (size,) the number of each rank's node; nodes are numbered by their lowest rank.
         generation: how many groups this job has had before.
@@ -37,6 +39,7 @@ class Group:
     comm: MPI.Comm
     node: MPI.Comm
     lane: MPI.Comm
+    phases: tuple[MPI.Comm, MPI.Comm, MPI.Comm]
     rank: int
     size: int
     node_of: tuple[int, ...]
@@ -94,6 +97,7 @@ class Group:
                 comm=comm,
                 node=comm.Split(places[comm.rank], comm.rank),
                 lane=comm.Split(local, comm.rank),
+                phases=(comm.Dup(), comm.Dup(), comm.Dup()),
                 rank=comm.rank,
                 size=comm.size,
                 node_of=places,
@@ -105,7 +109,7 @@ class Group:
     @classmethod
     def alone(cls, comm: Any, *, gpus: bool = False) -> Group:
         """A group of this process, over anything that has the calls of a communicator."""
-        return cls(comm, comm, comm, 0, 1, (0,), 0, (0,), gpus)
+        return cls(comm, comm, comm, (comm,) * 3, 0, 1, (0,), 0, (0,), gpus)
 
     @property
     def identity(self) -> int:
@@ -135,7 +139,7 @@ class Group:
     def free(self, watchdog: Watchdog) -> None:
         """Give the communicators back. **Collective.**"""
         with watchdog.guard("MPI_Comm_free"):
-            for comm in (self.lane, self.node, self.comm):
+            for comm in (*self.phases, self.lane, self.node, self.comm):
                 comm.Free()
 
 

@@ -1,8 +1,10 @@
 """Where each parameter lies on the wire: segments in buckets, and a fingerprint that all ranks must share.
 
 Every parameter is one segment. Segments fill buckets in reverse registration order, the order in which
-backward produces gradients. A bucket is one message; it is cut when it reaches the cap, or where the type of
-the wire changes (fp64 among fp32 under a dense codec). Buckets are cut once, when the layout is made.
+backward produces gradients. A bucket is one message, of one method; it is cut when it reaches the cap, or where the
+type of the wire changes (fp64 among fp32 under a dense codec). Buckets are cut once, when the layout is made.
+
+Words are numbered method by method, so that neither the cap nor where other methods' parameters stand changes a coin.
 
 A message whose items mean something only together (a scale and its bits) cannot be cut into shards anywhere. Where
 such messages shall be decided shard by shard, the segments themselves are cut at the shards' borders, at multiples of
@@ -11,18 +13,21 @@ such messages shall be decided shard by shard, the segments themselves are cut a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from mpisign.backends import BACKENDS, backend_for
 from mpisign.bitmap.host import words_for
-from mpisign.bitmap.kernels import import_cupy
 from mpisign.bitmap.tensors import DTYPES, strides_of
 from mpisign.codecs import Codec
 from mpisign.errors import GradientError
+from mpisign.method import Method
+from mpisign.rules import VectorRule
 
 __all__ = ["FORMAT_VERSION", "Bucket", "Layout", "Segment"]
 
@@ -69,9 +74,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Bucket:
-    """One message: ``length`` items of ``dtype``; ``first_word`` is the global number of item 0."""
+    """One message of ``method``: ``length`` items of ``dtype``; ``first_word`` is the global number of item 0."""
 
     index: int
+    method: Method
     dtype: torch.dtype
     length: int
     first_word: int
@@ -79,17 +85,18 @@ class Bucket:
 
 
 class Layout:
-    """The wire layout of some parameters under a codec.
+    """The wire layout of some parameters under their methods.
 
     Args:
         parameters: (name, parameter) in registration order, the same on every rank.
-        codec: decides how many items of which type a parameter takes.
+        methods: by parameter. Their codecs decide how many items of which type a parameter takes; all parameters whose
+            rule needs whole vectors are one bucket.
         cap_bytes: a bucket is closed when one plane of its message reaches this size.
-        whole: put everything into one bucket, for rules that need whole vectors.
-        shards: lay every bucket out as so many parts of equal length, in none of which a piece ends early.
+        shards_of: into how many parts of equal length, in none of which a piece ends early, a method's buckets are cut.
 
     Attributes:
         parameters: the tensors, in registration order.
+        methods: the different ones, in the order in which backward reaches them.
         buckets: the messages, in the order in which they are sent.
 
     Raises:
@@ -99,11 +106,9 @@ class Layout:
     def __init__(
         self,
         parameters: Sequence[tuple[str, torch.Tensor]],
-        codec: Codec,
+        methods: Sequence[Method],
         cap_bytes: float,
-        *,
-        whole: bool = False,
-        shards: int = 1,
+        shards_of: Callable[[Method], int] = lambda method: 1,
     ) -> None:
         self.names = tuple(name for name, _ in parameters)
         self.parameters = tuple(parameter for _, parameter in parameters)
@@ -111,35 +116,50 @@ class Layout:
         for name, parameter in parameters:
             _check_supported(name, parameter)
         self.device = _common_device(parameters)
-        self._codecs, self._shards = [codec.of(parameter) for parameter in self.parameters], shards
-        self.buckets = tuple(self._cut(float("inf") if whole else cap_bytes, whole))
+        self._codecs = [method.codec.of(p) for method, p in zip(methods, self.parameters, strict=True)]
+        self._shards_of = shards_of
+        # Ranks tell methods by their text, and a user's own need not be hashable.
+        self._told = [str(method) for method in methods]
+        self.methods = tuple({text: methods[at] for at, text in reversed([*enumerate(self._told)])}.values())
+        self.buckets = self._cut(methods, cap_bytes)
 
-    def _cut(self, cap_bytes: float, whole: bool) -> Iterator[Bucket]:
+    def _cut(self, methods: Sequence[Method], cap_bytes: float) -> tuple[Bucket, ...]:
         """Fill buckets with whole parameters and close them where they are full or the type changes."""
-        types = [codec.wire_dtype(p.dtype) for codec, p in zip(self._codecs, self.parameters, strict=True)]
-        if whole and types:
-            types = [max(types, key=lambda dtype: dtype.itemsize)] * len(types)
-        index = first_word = length = 0
-        places: list[int] = []
-        for place in reversed(range(len(self.parameters))):
-            if places and (types[place] != types[places[0]] or length * types[place].itemsize >= cap_bytes):
-                bucket = self._fill(index, first_word, places, types[places[0]])
-                yield bucket
-                index, first_word, length, places = index + 1, first_word + bucket.length, 0, []
-            places.append(place)
-            length += self._codecs[place].length(self.parameters[place].numel())
-        if places:
-            yield self._fill(index, first_word, places, types[places[0]])
+        closed: list[tuple[Method, list[int], torch.dtype]] = []
+        for method in self.methods:
+            places = [place for place in reversed(range(len(methods))) if self._told[place] == str(method)]
+            types = {place: self._codecs[place].wire_dtype(self.parameters[place].dtype) for place in places}
+            whole = isinstance(method.rule, VectorRule)
+            if whole:
+                types = dict.fromkeys(places, max(types.values(), key=lambda dtype: dtype.itemsize))
+            filled: list[int] = []
+            length = 0
+            for place in places:
+                full = length * types[place].itemsize >= cap_bytes and not whole
+                if filled and (full or types[place] != types[filled[0]]):
+                    closed.append((method, filled, types[filled[0]]))
+                    filled, length = [], 0
+                filled.append(place)
+                length += self._codecs[place].length(self.parameters[place].numel())
+            closed.append((method, filled, types[filled[0]]))
+        buckets: list[Bucket] = []
+        first_word = 0
+        for method, places, dtype in closed:
+            buckets.append(self._fill(method, first_word, places, dtype))
+            first_word += buckets[-1].length
+        buckets.sort(key=lambda bucket: -bucket.segments[-1].index)  # as backward completes them
+        return tuple(dataclasses.replace(bucket, index=index) for index, bucket in enumerate(buckets))
 
-    def _fill(self, index: int, first_word: int, places: Sequence[int], dtype: torch.dtype) -> Bucket:
+    def _fill(self, method: Method, first_word: int, places: Sequence[int], dtype: torch.dtype) -> Bucket:
         """Lay the parameters at ``places`` one after the other, into each shard as many words as into the others."""
         sizes = {place: self.parameters[place].numel() for place in places}
-        quota = -(-sum(words_for(size) for size in sizes.values()) // self._shards)
+        shards = self._shards_of(method)
+        quota = -(-sum(words_for(size) for size in sizes.values()) // shards)
         spans: list[list[tuple[int, int, int]]] = [[]]  # (place, lo, hi) by shard
         room = quota
         for place, size in sizes.items():
             lo = 0
-            while self._shards > 1 and words_for(size - lo) > room:
+            while shards > 1 and words_for(size - lo) > room:
                 if room:
                     spans[-1].append((place, lo, lo + 32 * room))
                     lo += 32 * room
@@ -156,7 +176,7 @@ class Layout:
                 pieces[place].append(Piece(lo, hi, start, stop, first_word + start))
                 start = stop
         segments = tuple(Segment(at, self.names[at], sizes[at], self._codecs[at], tuple(pieces[at])) for at in places)
-        return Bucket(index, dtype, length * self._shards, first_word, segments)
+        return Bucket(0, method, dtype, length * shards, first_word, segments)
 
     @functools.cached_property
     def order(self) -> list[int]:
@@ -191,7 +211,7 @@ def _check_supported(name: str, parameter: torch.Tensor) -> None:
             f"parameter {name!r} is {parameter.dtype}: only float32, float64, float16 and bfloat16 can be voted "
             f"on; give it to an optimizer of its own"
         )
-    if parameter.device.type not in ("cpu", "cuda"):
+    if parameter.device.type not in BACKENDS:
         raise GradientError(
             f"parameter {name!r} is on {parameter.device}: only CPU and CUDA tensors can be voted on; move the model "
             f"with model.to(mpisign.device())"
@@ -210,6 +230,5 @@ def _common_device(parameters: Sequence[tuple[str, torch.Tensor]]) -> torch.devi
             f"the parameters lie on several devices ({told}): give those of each device an optimizer of their own"
         )
     device = next(iter(devices), torch.device("cpu"))
-    if device.type == "cuda":
-        import_cupy()  # now, rather than in the middle of the first step
+    backend_for(device).prepare()  # now, rather than in the middle of the first step
     return device

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from mpisign.codecs import Codec
 from mpisign.errors import OptionError
 from mpisign.memory import Memory
-from mpisign.rules import Rule
+from mpisign.rules import BallotRule, Rule, VectorRule
 
 __all__ = ["Method"]
 
@@ -50,30 +50,30 @@ class Method:
                     f"they run the same: make {type(part).__name__} a dataclass, or give it a __repr__"
                 )
 
-        if (self.rule.votes or self.rule.tallies) and not self.codec.ballots:
+        if isinstance(self.rule, BallotRule) and not self.codec.ballots:
             raise OptionError(
                 f"the rule {self.rule.name!r} counts votes, and {self.codec.name!r} messages are none: use SignBits() "
                 f"or Trits(), or another rule"
             )
 
-        if not (self.rule.shardable or self.codec.plain):
+        if isinstance(self.rule, VectorRule) and not self.codec.plain:
             raise OptionError(
                 f"the rule {self.rule.name!r} compares whole vectors, and {self.codec.name!r} messages are in pieces: "
                 f"use Dense()"
             )
 
-        if self.rule.personal and self.memory.needs_maximum:
+        if self.exchanges_models and self.memory.needs_maximum:
             raise OptionError(f"{self.memory!r} needs the ranks' gradients, and {self.rule.name!r} exchanges models")
 
     @property
     def exchanges_models(self) -> bool:
         """Whether parameters cross the wire instead of gradients, so that replicas differ."""
-        return self.rule.personal
+        return isinstance(self.rule, VectorRule) and self.rule.personal
 
     @property
-    def by_value(self) -> bool:
-        """Whether messages must be decoded before the rule can work on them."""
-        return not (self.rule.votes or self.rule.tallies or self.rule.reencodes or self.codec.plain)
+    def elects(self) -> bool:
+        """Whether ballots are cast of which one side wins: ties and agreement mean something."""
+        return isinstance(self.rule, BallotRule) and self.rule.elects
 
     def at(self, step: int, epoch: int) -> Method:
         """The method as it is at this exchange of this epoch: itself, unless it changes as training goes on."""

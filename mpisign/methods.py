@@ -39,6 +39,7 @@ from mpisign.rules import (
     MultiKrum,
     NearestNeighbourAveraging,
     NearestNeighbourMixing,
+    RecodedMean,
     TrimmedMean,
 )
 from mpisign.rules.coordinatewise import check_count
@@ -176,7 +177,7 @@ def double_squeeze() -> Method:
     Tang et al., "DoubleSqueeze: Parallel Stochastic Gradient Descent with Double-Pass Error-Compensated Compression",
     2019, Algorithm 1.
     """
-    return Method(ErrorFeedback(), ScaledBits(), Mean(reencodes=True), "double_squeeze")
+    return Method(ErrorFeedback(), ScaledBits(), RecodedMean(), "double_squeeze")
 
 
 def one_bit_adam(freeze_step: int, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> Method:
@@ -188,7 +189,7 @@ def one_bit_adam(freeze_step: int, beta1: float = 0.9, beta2: float = 0.999, eps
     Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence Speed", 2021, Alg. 1.
     """
     check_count("freeze_step", freeze_step, 1)
-    squeezed = Method(OneBitAdam(beta1, beta2, eps, frozen=True), ScaledBits(), Mean(reencodes=True), "one_bit_adam")
+    squeezed = Method(OneBitAdam(beta1, beta2, eps, frozen=True), ScaledBits(), RecodedMean(), "one_bit_adam")
     return Method(OneBitAdam(beta1, beta2, eps), Dense(), Mean(), "one_bit_adam", by_step=((freeze_step, squeezed),))
 
 

@@ -14,7 +14,10 @@ from mpisign import sync, wrapping
 from mpisign.errors import OptionError, SynchronizationError
 from mpisign.exchange import header
 from mpisign.exchange.choose import check_exchange
-from mpisign.exchange.pipeline import Pipeline
+from mpisign.exchange.plan import Plan, make_plan
+from mpisign.exchange.round import Round, local_update
+from mpisign.exchange.sink import GradientSink, ModelSink, NoSink
+from mpisign.memory import Memory
 from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
 from mpisign.methods import signum
@@ -45,9 +48,12 @@ class DistributedSignOptimizer(Optimizer):
         optimizer: any torch optimizer but LBFGS, SparseAdam.
         named_parameters: ``model.named_parameters()``, for messages; every trainable parameter in it must be
             in the optimizer and the other way round. Default: names made from groups and positions.
-        method: what is sent and how it is decided, e.g. :func:`mpisign.signum` (the default).
-        zeros: what an exactly zero value votes: ``"coin"`` a fair coin; ``"abstain"`` nothing, for one more
-            bit a coordinate; ``"positive"`` +1, as the paper's code did.
+        method: what is sent and how it is decided, e.g. :func:`mpisign.signum` (the default). A parameter group may
+            have one of its own: ``{"params": norms, "method": mpisign.mean()}``.
+        zeros: what an exactly zero value votes. ``"rows"``: where a whole row is zero (a parameter's first dimension;
+            one of less than 64 elements a row is one row), nothing, from the second step on that some rank has such a
+            row in that parameter; elsewhere a fair coin. ``"coin"``: always a fair coin. ``"abstain"``: nothing, for
+            one more bit a coordinate. ``"positive"``: +1, as the paper's code did.
         ties: who wins a tie: ``"coin"`` a fair coin, the same on all ranks; ``"zero"`` nobody: the coordinate
             stays; ``"positive"`` +1.
         exchange: ``"allgather"``, ``"two_phase"`` or ``"auto"``; all decide the same votes.
@@ -74,7 +80,7 @@ class DistributedSignOptimizer(Optimizer):
     method: Method
     policy: Policy
     report: StepReport | None
-    _pipeline: Pipeline | None
+    _plan: Plan | None
     _session: Session | None  # where it has its _number
 
     _step_supports_amp_scaling = True  # GradScaler hands us its findings instead of skipping step() on its own
@@ -85,7 +91,7 @@ class DistributedSignOptimizer(Optimizer):
         named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
         *,
         method: Method | None = None,
-        zeros: str = "coin",
+        zeros: str = "rows",
         ties: str = "coin",
         exchange: str = "auto",
         seed: int = 0,
@@ -97,7 +103,8 @@ class DistributedSignOptimizer(Optimizer):
             raise OptionError("this is a DistributedSignOptimizer already: wrap the torch optimizer once")
         if not isinstance(method, Method):
             raise OptionError(f"method={method!r} is not a Method: use one of mpisign's, e.g. mpisign.signum(0.9)")
-        check_exchange(exchange, method)
+        for one in [method, *wrapping.methods_of(optimizer)]:
+            check_exchange(exchange, one)
         if bucket_cap_mb is not None:
             check_positive("bucket_cap_mb", bucket_cap_mb)
         self.wrapped = optimizer
@@ -112,7 +119,7 @@ class DistributedSignOptimizer(Optimizer):
         self.__setstate__({})
         current("DistributedSignOptimizer()")
         self._prepare()
-        if method.rule.votes:
+        if any(one.elects for one in self._methods()):
             wrapping.warn_if_adaptive(optimizer)
 
     # ------------------------------------------------------------------------------- the wrapped optimizer
@@ -150,21 +157,33 @@ class DistributedSignOptimizer(Optimizer):
                 "`with optimizer.skip_synchronize(): optimizer.step()`, or drop them with optimizer.zero_grad(); "
                 "model.zero_grad() does not tell the optimizer"
             )
-        if self.method.exchanges_models:
+        plan = self._prepare()
+        if plan.exchanges_models:
             raise SynchronizationError(
                 f"{self.method.name} exchanges parameters after the step, so there are no gradients to synchronize: "
                 f"call optimizer.step()"
             )
-        if self._epoch is None and self.method.by_epoch:
-            wrapping.warn_of_epochs(self.method)
+        changing = [method for method in self._methods() if method.by_epoch]
+        if self._epoch is None and changing:
+            wrapping.warn_of_epochs(changing[0])
             self._epoch = 0
-        pipeline = self._prepare()
         abstention, unscale = wrapping.scaler_says(self)
-        self.report = pipeline.run(self._exchanges, abstention, unscale)
-        self._exchanges += 1
+        self._exchange(plan, plan.gradients.read(), abstention, unscale)
         self._synchronized = True
-        if len(pipeline.layout.parameters) < len(parameters := self._parameters()):
+        if len(plan.layout.parameters) < len(parameters := self._parameters()):
             wrapping.drop_frozen(parameters)
+
+    def _exchange(self, plan: Plan, values: list[torch.Tensor | None], abstention: int, unscale: float) -> None:
+        """A round from its beginning to its end: ``values`` by parameter become the decision, where they lie."""
+        a_round = Round(plan, self._exchanges, abstention=abstention, unscale=unscale)
+        a_round.open()
+        a_round.prepare(values)
+        for batch in plan.batches:
+            a_round.submit(batch, [values[place] for place in batch.places])
+        a_round.close()
+        sink = ModelSink(plan.layout) if plan.exchanges_models else GradientSink(plan.layout)
+        self.report = a_round.commit(sink)
+        self._exchanges += 1
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -197,7 +216,7 @@ class DistributedSignOptimizer(Optimizer):
         with torch.enable_grad():
             loss = None if closure is None else closure()
         try:
-            if self.method.exchanges_models and not self._skip:
+            if not self._skip and self._prepare().exchanges_models:
                 self._step_and_mix()
                 return loss
             self._synchronize_if_due()
@@ -212,12 +231,11 @@ class DistributedSignOptimizer(Optimizer):
 
     def _step_and_mix(self) -> None:
         """A step on this rank's own gradient, unless it is not finite, and then the exchange of models."""
-        pipeline = self._prepare()
+        plan = self._prepare()
         abstention, unscale = wrapping.scaler_says(self)
-        if abstention == header.VOTES and pipeline.local_update(self._exchanges, unscale):
+        if abstention == header.VOTES and local_update(plan, self._exchanges, plan.gradients.read(), unscale):
             self.wrapped.step()
-        self.report = pipeline.run(self._exchanges)
-        self._exchanges += 1
+        self._exchange(plan, plan.gradients.models(), header.VOTES, 1.0)
 
     def _synchronize_if_due(self) -> None:
         if not self._skip:
@@ -250,7 +268,7 @@ class DistributedSignOptimizer(Optimizer):
         """
         joined_for = 0
         while True:
-            handshake, report = self._prepare().sit_out(self._exchanges, joined_for)
+            handshake, report = self._sit_out(joined_for)
             if handshake.all_joined:
                 break
             self.report = report
@@ -261,30 +279,66 @@ class DistributedSignOptimizer(Optimizer):
         if max(waits) > min(waits):
             named = [(str(place), p) for place, p in enumerate(self._parameters())]
             sync.broadcast_parameters(named, root_rank=last)
-            sync.broadcast_optimizer_state(self.wrapped, root_rank=last)
+            with wrapping.without_methods(self.wrapped):
+                sync.broadcast_optimizer_state(self.wrapped, root_rank=last)
         return last
+
+    def _sit_out(self, joined_for: int) -> tuple[header.Handshake, StepReport]:
+        """Take part in a step without a gradient; no parameter changes here."""
+        plan = self._prepare()
+        if plan.exchanges_models:
+            raise SynchronizationError(
+                f"{self.method.name} exchanges models, which no rank can sit out: give all the same number of batches"
+            )
+        a_round = Round(plan, self._exchanges, abstention=header.JOINED, joined_for=joined_for)
+        handshake = a_round.open()
+        if not handshake.all_joined:
+            nothing: list[torch.Tensor | None] = [None] * len(plan.layout.parameters)
+            a_round.prepare(nothing)
+            for batch in plan.batches:
+                a_round.submit(batch, [None] * len(batch.places))
+            a_round.close()
+        running = (batch.places for batch in plan.batches if batch.method.memory.running)
+        return handshake, a_round.commit(NoSink(plan.layout, frozenset(place for its in running for place in its)))
 
     # ----------------------------------------------------------------------------------- layout and memory
 
-    def _prepare(self) -> Pipeline:
-        """The pipeline for the parameters and the group as they are now; made anew only if they changed."""
+    def _prepare(self) -> Plan:
+        """The plan for parameters, methods and the group as they are now; made anew only if they changed."""
         session = current("DistributedSignOptimizer.step()")
-        place = session, session.group.generation
-        active = [p for p in self._parameters() if p.requires_grad]
-        method = self.method.at(self._exchanges, self._epoch or 0)
-        pipeline = self._pipeline
-        if pipeline is None or not pipeline.fits(active) or pipeline.made_for != place or pipeline.method != method:
+        active: list[torch.Tensor] = []
+        methods: list[Method] = []
+        for group in self.param_groups:
+            method = group.get("method", self.method).at(self._exchanges, self._epoch or 0)
+            mine = [p for p in group["params"] if p.requires_grad]
+            active += mine
+            methods += [method] * len(mine)
+        plan = self._plan
+        if plan is None or not plan.fits(active, methods, session.group):
             names = {**wrapping.default_names(self.param_groups), **self._names}  # groups may have been added since
             named = [(names[p], p) for p in active]
             if session is not self._session:
                 self._session, self._number = session, session.next_number()
-            self._memory.memory = method.memory
-            self._memory.follow(self._parameters(), session.group)
-            pipeline = self._pipeline = Pipeline(
-                named, method, self.policy, self.exchange, self.bucket_cap_mb, self._memory, session, self._number
-            )
+            store, options = self._memory, (self.policy, self.exchange, self.bucket_cap_mb)
+            store.follow(self._parameters(), self._memories(), session.group)
+            plan = make_plan(named, methods, *options, store, session.group, self._number)
+            plan.fits(active, methods, session.group)
+        self._plan = plan.telling()
         self._memory.follow_rates(self.param_groups)
-        return pipeline
+        return self._plan
+
+    def _methods(self) -> list[Method]:
+        """The method of each parameter group."""
+        return [group.get("method", self.method) for group in self.param_groups]
+
+    def _memories(self) -> dict[torch.Tensor, Memory]:
+        """By parameter, the memory of its method as it is now."""
+        step, epoch = self._exchanges, self._epoch or 0
+        return {
+            parameter: method.at(step, epoch).memory
+            for group, method in zip(self.param_groups, self._methods(), strict=True)
+            for parameter in group["params"]
+        }
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -299,7 +353,8 @@ class DistributedSignOptimizer(Optimizer):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        state: dict[str, Any] = self.wrapped.state_dict()
+        with wrapping.without_methods(self.wrapped):
+            state: dict[str, Any] = self.wrapped.state_dict()
         state["mpisign"] = self._memory.state_dict(self._parameters(), self._exchanges, self._epoch, self.method.name)
         for after in self._optimizer_state_dict_post_hooks.values():
             state = after(self, state) or state
@@ -319,10 +374,12 @@ class DistributedSignOptimizer(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         saved = state_dict.pop("mpisign", None)
-        memory = self._memory.restored(saved, self._parameters(), current("load_state_dict()").group)
-        self.wrapped.load_state_dict(state_dict)
+        group = current("load_state_dict()").group
+        memory = self._memory.restored(saved, self._parameters(), self._memories(), group)
+        with wrapping.without_methods(self.wrapped):
+            self.wrapped.load_state_dict(state_dict)
         self._memory = memory
-        self._pipeline = None  # it holds views of the old memory
+        self._plan = None  # it holds the old memory
         if saved is not None:
             self._exchanges, self._epoch = int(saved["step"]), saved.get("epoch")
         self._synchronized = False
@@ -332,13 +389,13 @@ class DistributedSignOptimizer(Optimizer):
     # ------------------------------------------------------------------------------ pickle, deepcopy, print
 
     def __getstate__(self) -> dict[str, Any]:
-        lost = ("_pipeline", "_session", "report", "_synchronized", "_skip", "step", "found_inf", "grad_scale")
+        lost = ("_plan", "_session", "report", "_synchronized", "_skip", "step", "found_inf", "grad_scale")
         hooks = ("_optimizer_", "_zero_grad_profile", "_opt_called", "_warned_")
         return {k: v for k, v in self.__dict__.items() if k not in lost and not k.startswith(hooks)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._pipeline = self._session = None
+        self._plan = self._session = None
         self._synchronized = self._skip = False
         self.report = None
         super().__setstate__({})  # torch makes its hook tables

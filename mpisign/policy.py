@@ -14,7 +14,7 @@ from mpisign.errors import OptionError
 
 __all__ = ["Policy", "StepContext", "check_choice", "check_positive"]
 
-ZEROS = ("coin", "abstain", "positive")
+ZEROS = ("rows", "coin", "abstain", "positive")
 TIE_RULES = ("coin", "zero", "positive")
 
 
@@ -35,7 +35,7 @@ def check_positive(option: str, value: object, alternative: str = "") -> None:
 class Policy:
     """What an exact zero votes, who wins a tie, and the seed of the coins. The same on every rank."""
 
-    zeros: str = "coin"
+    zeros: str = "rows"
     ties: str = "coin"
     seed: int = 0
 
@@ -77,6 +77,8 @@ class StepContext:
         voters: the ranks whose messages a rule is given, in their order.
         prepared: what the memory's ``prepare`` made of all gradients of this step, or None.
         previous: (1, k) what the rule decided on these items the time before, for rules that ``remember``.
+        speakers: (n,) how many of the voters have voted on each coordinate, where some have abstained on rows; else
+            None.
         tied: on a GPU a 0-d int64 to which a rule may add its ties, instead of returning them.
     """
 
@@ -91,6 +93,7 @@ class StepContext:
     voters: tuple[int, ...] = ()
     prepared: Any = None
     previous: torch.Tensor | None = None
+    speakers: torch.Tensor | None = None
     tied: torch.Tensor | None = None
 
     def noise_key(self, first_word: int) -> int:

@@ -23,9 +23,11 @@ class StepReport:
         exchange: how each bucket crossed MPI, e.g. ``("two_phase", "allgather")``.
         bytes_sent: bytes this rank handed to MPI for other ranks: messages and headers.
         header_bytes: how many of them were headers.
-        voters: the ranks whose gradient was heard.
-        abstentions: rank -> why it did not vote: ``"non-finite gradient"``, ``"inf found by GradScaler"``,
+        voters: the ranks whose gradient was heard, be it of some parameters only.
+        abstentions: rank -> why it has voted on nothing: ``"non-finite gradient"``, ``"inf found by GradScaler"``,
             ``"joined"`` (out of batches), ``"no gradient"``.
+        ended_at: rank -> the parameter at which its ballot has ended, as there was a NaN or Inf: it has voted on those
+            before it, in the order in which backward reaches them, and abstained on it and all after it.
         skipped: nobody voted; parameters and optimizer state stay as they are, on every rank.
         ties: coordinates with as many votes for as against; None for a rule that has no ties.
         seconds: wall time of this rank in ``pack`` (memory and codec), ``exchange`` (MPI, with the wait for
@@ -39,6 +41,7 @@ class StepReport:
     header_bytes: int
     voters: tuple[int, ...]
     abstentions: Mapping[int, str]
+    ended_at: Mapping[int, str]
     skipped: bool
     ties: int | None
     seconds: Mapping[str, float]
@@ -66,9 +69,9 @@ class StepReport:
     def as_dict(self) -> dict[str, float]:
         """Flat numbers for TensorBoard, W&B or a CSV file.
 
-        ``step``, ``bytes_sent``, ``header_bytes``, ``voters`` and ``abstentions`` (how many), ``skipped`` (0 or 1),
-        ``ties`` (NaN for a rule that has none), and ``seconds_pack``, ``seconds_exchange``, ``seconds_decide``,
-        ``seconds_unpack``. The keys are the same in every step.
+        ``step``, ``bytes_sent``, ``header_bytes``, ``voters``, ``abstentions`` and ``ended_at`` (how many),
+        ``skipped`` (0 or 1), ``ties`` (NaN for a rule that has none), and ``seconds_pack``, ``seconds_exchange``,
+        ``seconds_decide``, ``seconds_unpack``. The keys are the same in every step.
 
         Example::
 
@@ -81,6 +84,7 @@ class StepReport:
             "header_bytes": self.header_bytes,
             "voters": len(self.voters),
             "abstentions": len(self.abstentions),
+            "ended_at": len(self.ended_at),
             "skipped": int(self.skipped),
             "ties": float("nan") if self.ties is None else self.ties,
             **{f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()},

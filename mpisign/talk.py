@@ -99,6 +99,10 @@ class Talk:
         """Wait for a collective operation; see :meth:`mpisign.watchdog.Watchdog.wait`."""
         self.watchdog.wait(pending, self._presence)
 
+    def test(self, pending: Pending) -> bool:
+        """Whether a collective operation is over; see :meth:`mpisign.watchdog.Watchdog.test`."""
+        return self.watchdog.test(pending)
+
     # ------------------------------------------------------------------------------------------- meetings
 
     def call(self, mine: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

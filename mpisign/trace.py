@@ -24,7 +24,7 @@ PHASE_OF = {
     "pack": "pack",
     "maximum": "exchange",
     "send": "exchange",
-    "participation": "exchange",
+    "header": "exchange",
     "phase 1": "exchange",
     "decide": "decide",
     "phase 2": "exchange",

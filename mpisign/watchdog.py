@@ -86,13 +86,28 @@ class Watchdog:
                 if not pending.request.Test():
                     self._wait(pending.request, presence)
             except Exception as error:
-                if type(error).__module__.partition(".")[0] != "mpi4py":
-                    raise
-                raise ConsistencyError(
-                    f"rank {self.rank} of {self.size}: MPI has failed in {self._where()}: {error}. A rank has sent "
-                    f"something else than the others expect, or has died"
-                ) from error
+                raise self._named(error) from error
         self._posted.discard(pending)
+
+    def test(self, pending: Pending) -> bool:
+        """Whether an operation is over, without waiting; each call also lets MPI go on with it."""
+        with self.unbroken():
+            try:
+                over = bool(pending.request.Test())
+            except Exception as error:
+                raise self._named(error) from error
+        if over:
+            self._posted.discard(pending)
+        return over
+
+    def _named(self, error: Exception) -> Exception:
+        """MPI's own errors as ours."""
+        if type(error).__module__.partition(".")[0] != "mpi4py":
+            return error
+        return ConsistencyError(
+            f"rank {self.rank} of {self.size}: MPI has failed in {self._where()}: {error}. A rank has sent something "
+            f"else than the others expect, or has died"
+        )
 
     def _wait(self, request: MPI.Request, presence: Presence) -> None:
         waited, last, warn_at = 0.0, time.monotonic(), self._warning

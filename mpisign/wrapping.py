@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ __all__ = [
     "default_names",
     "drop_frozen",
     "epoch_number",
+    "methods_of",
     "names_of",
     "scaler_says",
     "warn_if_adaptive",
     "warn_of_epochs",
+    "without_methods",
 ]
 
 # They divide by the gradient's running magnitude, which is 1 for every coordinate of a vote.
@@ -50,6 +53,27 @@ def check_wrappable(optimizer: Optimizer) -> None:
         )
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise OptionError("SparseAdam cannot be wrapped: a vote is dense; use SGD and sparse=False embeddings")
+
+
+def methods_of(optimizer: Optimizer) -> list[Method]:
+    """The methods that parameter groups have of their own. Raises :class:`OptionError` if one is no method."""
+    methods = [group["method"] for group in optimizer.param_groups if "method" in group]
+    for method in methods:
+        if not isinstance(method, Method):
+            raise OptionError(f"method={method!r} of a parameter group is not a Method: use one of mpisign's")
+    return methods
+
+
+@contextmanager
+def without_methods(optimizer: Optimizer) -> Iterator[None]:
+    """Inside, parameter groups have no methods: they are a part of the program, and not of its state."""
+    methods = [group.pop("method", None) for group in optimizer.param_groups]
+    try:
+        yield
+    finally:
+        for group, method in zip(optimizer.param_groups, methods, strict=True):
+            if method is not None:
+                group["method"] = method
 
 
 def warn_if_adaptive(optimizer: Optimizer) -> None:

@@ -10,7 +10,8 @@ import pytest
 import shim
 import torch
 
-from mpisign.bitmap import cuda, kernels, ops
+from mpisign import backends
+from mpisign.bitmap import kernels
 
 needs_compiler = pytest.mark.skipif(not shim.COMPILER, reason="needs a C++ compiler")
 
@@ -30,6 +31,6 @@ def gpu_branch(taken: bool = True) -> Iterator[list[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         if taken:
-            patch.setattr(ops, "kernels_for", lambda device: cuda)
+            patch.setitem(backends.BACKENDS, "cpu", backends.BACKENDS["cuda"])
             patch.setattr(kernels, "launch", launch)
         yield launches

@@ -20,7 +20,7 @@ import torch
 from methods_table import SOME, TABLE
 
 from mpisign import OptionError, methods
-from mpisign.bitmap.ops import as_words
+from mpisign.backends.host import as_words
 from mpisign.exchange import header
 from mpisign.exchange.aggregator import Aggregator
 from mpisign.exchange.choose import Exchange, choose

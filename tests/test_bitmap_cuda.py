@@ -46,7 +46,7 @@ def test_a_flag_given_stays_false(launches: list[tuple[str, int]]) -> None:
     for check in (
         lambda values, flag: cuda.pack(values, bitmap, finite=flag),
         lambda values, flag: cuda.all_finite(values, finite=flag),
-        lambda values, flag: cuda.all_finite_many([values], finite=flag),
+        lambda values, flag: cuda.first_bad([values], finite=flag),
         lambda values, flag: batch.pack([values], finite=flag),
     ):
         flag = torch.tensor(True)
@@ -91,7 +91,7 @@ def test_the_tensors_of_a_resnet50_take_one_launch(launches: list[tuple[str, int
     batch = Batch(sizes, [torch.zeros((n + 31) // 32, dtype=torch.int32) for n in sizes])
     batch.pack(values)
     batch.unpack(values)
-    cuda.all_finite_many(values)
+    cuda.first_bad(values)
     assert launches == [("pack_many", 161), ("unpack_many", 161), ("all_finite", 161)]
 
 

@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 
-from mpisign.bitmap.ops import as_words
+from mpisign.backends.host import as_words
 from mpisign.bitmap.tensors import DTYPES
 from mpisign.codecs import Dense, SignBits
 from mpisign.policy import Policy

@@ -9,7 +9,7 @@ import torch
 
 import mpisign
 from mpisign.bitmap import tensors
-from mpisign.bitmap.ops import as_words
+from mpisign.backends.host import as_words
 from mpisign.codecs import Codec, ScaledBits, TopK, Trits
 from mpisign.policy import Policy
 

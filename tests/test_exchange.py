@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mpisign import OptionError
-from mpisign.bitmap.ops import as_words
+from mpisign.backends.host import as_words
 from mpisign.codecs import Dense, SignBits
 from mpisign.exchange.choose import Exchange, cap_bytes, check_exchange, choose
 from mpisign.exchange.runs import decide_runs, runs_of

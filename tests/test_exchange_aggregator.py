@@ -12,7 +12,7 @@ import torch
 from parts import ONE_BUCKET, ONE_SEGMENT_A_BUCKET, Side, Voters
 
 import mpisign
-from mpisign.bitmap.ops import as_words
+from mpisign.backends.host import as_words
 from mpisign.exchange.aggregator import Aggregator
 from mpisign.layout import Piece
 from mpisign.policy import Policy

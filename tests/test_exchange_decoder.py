@@ -14,7 +14,7 @@ from parts import DTYPES, ONE_BUCKET, ONE_SEGMENT_A_BUCKET, SHAPES, Side, Voters
 
 import mpisign
 from mpisign import Method
-from mpisign.bitmap.ops import as_words
+from mpisign.backends.host import as_words
 from mpisign.exchange.decoder import Decoder
 from mpisign.memory import ErrorFeedback
 from mpisign.policy import Policy

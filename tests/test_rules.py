@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 
-from mpisign.bitmap.ops import as_words
+from mpisign.backends.host import as_words
 from mpisign.codecs import SignBits, Trits
 from mpisign.policy import Policy
 from mpisign.rules import MajorityVote, Mean, MeanOfSigns

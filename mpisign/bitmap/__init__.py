@@ -2,5 +2,5 @@
 
 ``coin`` defines the hash that settles zeros and ties, ``host`` is the NumPy code and the oracle, and the ``.cu`` files
 are the same for GPUs. ``kernels`` compiles them; ``cuda`` and, for many tensors in one launch, ``batch`` call them.
-``ops`` picks host or GPU by where a tensor lies, and ``tensors`` shows torch tensors to NumPy without a copy.
+``tensors`` shows torch tensors to NumPy without a copy. The library calls all of it through :mod:`mpisign.backends`.
 """

@@ -13,7 +13,7 @@ import torch
 
 from mpisign.bitmap import kernels
 from mpisign.bitmap.host import words_for
-from mpisign.bitmap.kernels import address, flag
+from mpisign.bitmap.kernels import address, first
 
 __all__ = ["Batch", "Located", "locate"]
 
@@ -97,7 +97,7 @@ class Batch:
     Args:
         elements: how many each tensor has.
         words: their bitmaps, (ceil(elements/32),) words each. They are kept, and must stay where they are.
-        nonzeros: their second planes, or None.
+        nonzeros: their second planes, or None; each may be None, too.
         first_words: the global numbers of their first words, from which the zeros' coins are drawn; default 0.
     """
 
@@ -106,7 +106,7 @@ class Batch:
         elements: Sequence[int],
         words: Sequence[Tensor],
         *,
-        nonzeros: Sequence[Tensor] | None = None,
+        nonzeros: Sequence[Tensor | None] | None = None,
         first_words: Sequence[int] | None = None,
     ) -> None:
         absent: list[None] = [None] * len(words)
@@ -114,7 +114,6 @@ class Batch:
         segments = list(zip(elements, words, nonzeros if nonzeros is not None else absent, starts, strict=True))
         self._segments = segments  # which keeps the bitmaps' memory
         self._device = words[0].device if words else torch.device("cpu")
-        self._finite = flag(self._device)
         jobs = [_jobs(place % kernels.TENSOR_CAPACITY, *segment) for place, segment in enumerate(segments)]
         self._ends = [0, *np.cumsum([some.size for some in jobs]).tolist()]  # of each tensor's jobs
         all_jobs = np.concatenate([np.zeros(0, kernels.JOB), *jobs])
@@ -129,7 +128,6 @@ class Batch:
         *,
         zeros: str = "coin",
         key: int = 0,
-        finite: Tensor | None = None,
     ) -> Tensor:
         """Pack each of ``values`` as :func:`mpisign.bitmap.cuda.pack` does.
 
@@ -138,12 +136,12 @@ class Batch:
                 they are dense is not checked.
 
         Returns:
-            ``finite``. If none was given it is one of this object's, and holds until its next packing.
+            The place of the first that has a NaN or Inf, or :data:`~mpisign.bitmap.kernels.NONE`.
         """
         self._values.write(values)
-        finite = self._finite.fill_(True) if finite is None else finite
-        self._launch("pack_many", [self._values], _packing(zeros, key, finite))
-        return finite
+        bad = first(self._device)
+        self._launch("pack_many", [self._values], _packing(zeros, key, bad), based=True)
+        return bad
 
     def pack_momentum(
         self,
@@ -154,7 +152,6 @@ class Batch:
         unscale: float = 1.0,
         zeros: str = "coin",
         key: int = 0,
-        finite: Tensor | None = None,
     ) -> Tensor:
         """Take each gradient g, times ``unscale``, into its momentum m, and pack the signs of what is sent of them.
 
@@ -177,27 +174,29 @@ class Batch:
         if news and not self._gradients.suit(self._momenta):
             raise ValueError("a gradient has no momentum, or one of another precision")
         self._suited = True
-        finite = self._finite.fill_(True) if finite is None else finite
+        bad = first(self._device)
         rates = [np.float64(unscale), *(np.float64(1.0 - beta) for beta in betas)]
-        self._launch("pack_momentum", tables, [*rates, *_packing(zeros, key, finite)])
-        return finite
+        self._launch("pack_momentum", tables, [*rates, *_packing(zeros, key, bad)], based=True)
+        return bad
 
     def unpack(self, outs: Sequence[Tensor | None] | Located) -> None:
         """Unpack into each of ``outs`` as :func:`mpisign.bitmap.cuda.unpack` does; those that are None are left out."""
         self._values.write(outs)
         self._launch("unpack_many", [self._values], [])
 
-    def _launch(self, name: str, tables: Sequence[_Table], arguments: Sequence[Any]) -> None:
+    def _launch(self, name: str, tables: Sequence[_Table], arguments: Sequence[Any], *, based: bool = False) -> None:
+        """``based``: the kernel is told the number of the launch's first tensor, too."""
         capacity, tensors = tables[0].capacity, len(self._ends) - 1
         for number, by_value in enumerate(zip(*(table.by_value for table in tables), strict=True)):
-            first, end = self._ends[number * capacity], self._ends[min((number + 1) * capacity, tensors)]
-            if first < end:
-                jobs = np.uint64(self._jobs.data_ptr() + first * kernels.JOB.itemsize)
-                kernels.launch(name, end - first, [*by_value, jobs, *arguments], self._device)
+            begin, end = self._ends[number * capacity], self._ends[min((number + 1) * capacity, tensors)]
+            if begin < end:
+                jobs = np.uint64(self._jobs.data_ptr() + begin * kernels.JOB.itemsize)
+                base = [np.uint32(number * capacity)] if based else []
+                kernels.launch(name, end - begin, [*by_value, jobs, *base, *arguments], self._device)
 
 
-def _packing(zeros: str, key: int, finite: Tensor) -> list[Any]:
-    return [np.uint64(key), np.uint32(kernels.ZEROS[zeros]), np.uint64(finite.data_ptr())]
+def _packing(zeros: str, key: int, bad: Tensor) -> list[Any]:
+    return [np.uint64(key), np.uint32(kernels.ZEROS[zeros]), np.uint64(bad.data_ptr())]
 
 
 def _jobs(tensor: int, n: int, words: Tensor, nonzero: Tensor | None, first_word: int) -> npt.NDArray[np.void]:

@@ -20,10 +20,10 @@ import torch
 
 from mpisign.bitmap import kernels
 from mpisign.bitmap.host import words_for
-from mpisign.bitmap.kernels import address, flag
+from mpisign.bitmap.kernels import NONE, address, first, flag
 from mpisign.bitmap.tensors import is_dense
 
-__all__ = ["agreement", "all_finite", "all_finite_many", "count", "majority", "pack", "unpack"]
+__all__ = ["agreement", "all_finite", "count", "first_bad", "majority", "pack", "unpack"]
 
 Tensor = torch.Tensor
 _WORDS_PER_BLOCK = 4 * kernels.THREADS  # of the kernels that count
@@ -92,42 +92,42 @@ def unpack(words: Tensor, out: Tensor, *, nonzero: Tensor | None = None) -> None
 # ------------------------------------------------------------------------------------------------- finite or not
 
 
-def all_finite(values: Tensor, *, finite: Tensor | None = None) -> Tensor:
-    """Whether no element of ``values`` is NaN or Inf; ``finite`` as for :func:`pack`."""
+def all_finite(values: Tensor) -> Tensor:
+    """Whether no element of ``values`` is NaN or Inf."""
     _elements(values)
-    return all_finite_many([values], finite=finite)
+    return first_bad([values]) == NONE
 
 
-def all_finite_many(values: Sequence[Tensor], *, finite: Tensor | None = None) -> Tensor:
-    """Whether no element of any of ``values`` is NaN or Inf; ``finite`` as for :func:`pack`.
+def first_bad(values: Sequence[Tensor]) -> Tensor:
+    """The place of the first of ``values`` that has a NaN or Inf, or :data:`~mpisign.bitmap.kernels.NONE`.
 
     One launch for every 192 tensors, which may be of any sizes and types. That they are dense is not checked.
     """
-    if finite is None:
-        finite = flag(values[0].device if values else torch.device("cpu"))
+    found = first(values[0].device if values else torch.device("cpu"))
     sizes, formats = tuple(map(Tensor.numel, values)), tuple([kernels.FORMATS[tensor.dtype] for tensor in values])
     addresses = list(map(Tensor.data_ptr, values))
-    for places, vectors, blocks in _vectors(sizes, formats):
+    for lo, vectors, blocks in _vectors(sizes, formats):
         by_value = vectors.copy()
-        by_value["at"][0, : len(places)] = [addresses[place] for place in places]
-        arguments = [kernels.opaque(by_value), np.uint32(len(places)), np.uint64(finite.data_ptr())]
-        kernels.launch("all_finite", blocks, arguments, values[0].device)
-    return finite
+        some = addresses[lo : lo + kernels.VECTOR_CAPACITY]
+        by_value["at"][0, : len(some)] = some
+        arguments = [kernels.opaque(by_value), np.uint32(len(some)), np.uint32(lo), np.uint64(found.data_ptr())]
+        if blocks:
+            kernels.launch("first_bad", blocks, arguments, values[0].device)
+    return found
 
 
 @functools.lru_cache(maxsize=16)
-def _vectors(sizes: tuple[int, ...], formats: tuple[int, ...]) -> list[tuple[list[int], npt.NDArray[np.void], int]]:
-    """The launches that look at vectors of these sizes: which, all but their addresses, and the number of blocks."""
+def _vectors(sizes: tuple[int, ...], formats: tuple[int, ...]) -> list[tuple[int, npt.NDArray[np.void], int]]:
+    """The launches that look at vectors of these sizes: the first, all but the addresses, the number of blocks."""
     launches = []
-    filled = [place for place, n in enumerate(sizes) if n]
-    for lo in range(0, len(filled), kernels.VECTOR_CAPACITY):
-        places = filled[lo : lo + kernels.VECTOR_CAPACITY]
+    for lo in range(0, len(sizes), kernels.VECTOR_CAPACITY):
+        some = slice(lo, lo + kernels.VECTOR_CAPACITY)
         vectors = np.zeros(1, kernels.VECTORS)
-        ends = np.cumsum([_blocks(sizes[place], kernels.JOB_ELEMENTS) for place in places])
-        vectors["elements"][0, : len(places)] = [sizes[place] for place in places]
-        vectors["first_block"][0, 1 : len(places)] = ends[:-1]
-        vectors["format"][0, : len(places)] = [formats[place] for place in places]
-        launches.append((places, vectors, int(ends[-1])))
+        ends = np.cumsum([_blocks(n, kernels.JOB_ELEMENTS) for n in sizes[some]])  # the empty have no block
+        vectors["elements"][0, : len(ends)] = sizes[some]
+        vectors["first_block"][0, 1 : len(ends)] = ends[:-1]
+        vectors["format"][0, : len(ends)] = formats[some]
+        launches.append((lo, vectors, int(ends[-1])))
     return launches
 
 

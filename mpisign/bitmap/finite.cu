@@ -32,7 +32,9 @@ __device__ __forceinline__ bool any_bad(const void* vector, u64 start, u32 eleme
     return is_bad<FORMAT>(bad);
 }
 
-extern "C" __global__ void STREAMING all_finite(const __grid_constant__ Vectors vectors, u32 count, u8* finite) {
+// `base`: the number of the first of `vectors`; `first`: the number of the first that has one.
+extern "C" __global__ void STREAMING
+first_bad(const __grid_constant__ Vectors vectors, u32 count, u32 base, u32* first) {
     u32 vector = 0, end = count;  // the last vector whose first block is not after this one
     while (end - vector > 1) {
         const u32 middle = (vector + end) / 2;
@@ -52,5 +54,5 @@ extern "C" __global__ void STREAMING all_finite(const __grid_constant__ Vectors 
     case FLOAT16: bad = any_bad<FLOAT16>(at, start, elements); break;
     case BFLOAT16: bad = any_bad<BFLOAT16>(at, start, elements); break;
     }
-    if (bad) *finite = 0;
+    if (bad) atomicMin(first, base + vector);
 }

@@ -112,15 +112,18 @@ def pack(
         values: (n,) raw bits of ``fmt``, contiguous.
         words: (ceil(n/32),) uint32, written; bits past element n - 1 become 0.
         zeros: what +0 and -0 vote: ``"coin"`` (the coin of ``key`` at their position), ``"positive"`` (+1),
-            ``"abstain"`` (sign bit 0, and 0 in ``nonzero``).
+            ``"abstain"`` (sign bit 0, and 0 in ``nonzero``), ``"rows"`` (the coin, and 0 in ``nonzero``).
         key: key of the zeros' coin, see :mod:`mpisign.bitmap.coin`.
         first_word: global number of ``words[0]``, the position of the coin.
-        nonzero: (ceil(n/32),) uint32, written if ``zeros="abstain"``: 1 where the element votes.
+        nonzero: (ceil(n/32),) uint32, written if ``zeros`` is ``"abstain"`` or ``"rows"``: 1 where the element is
+            not zero. Bits past element n - 1 become 0.
 
     Returns:
         False if an element is NaN or Inf; the words are then worth nothing.
     """
     finite = True
+    if zeros not in ("abstain", "rows"):
+        nonzero = None
     with np.errstate(all="ignore"):
         for lo in range(0, values.size, PACK_BLOCK):
             block = values[lo : lo + PACK_BLOCK]
@@ -153,12 +156,21 @@ def _pack_block(
         is_zero = np.empty_like(words)
         _pack_flags(flags, is_zero)
         words &= ~is_zero
-        if zeros == "coin":
+        if nonzero is not None:
+            _ones(nonzero, block.size)
+            nonzero ^= is_zero
+        if zeros != "abstain":
             is_zero &= coin_words(key, first_word, words.size)
             words |= is_zero
-    if nonzero is not None:
-        np.logical_not(flags, out=flags)
-        _pack_flags(flags, nonzero)
+    elif nonzero is not None:
+        _ones(nonzero, block.size)
+
+
+def _ones(words: Words, elements: int) -> None:
+    """A 1 for each element."""
+    words.fill(0xFFFFFFFF)
+    if elements % 32:
+        words[-1] = (1 << elements % 32) - 1
 
 
 def _pack_flags(flags: npt.NDArray[np.bool_], words: Words) -> None:

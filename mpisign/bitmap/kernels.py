@@ -26,6 +26,7 @@ __all__ = [
     "JOB",
     "JOB_ELEMENTS",
     "MOMENTUM_CAPACITY",
+    "NONE",
     "OPTIONS",
     "PLANES",
     "SOURCES",
@@ -38,6 +39,7 @@ __all__ = [
     "WORDS",
     "ZEROS",
     "address",
+    "first",
     "flag",
     "import_cupy",
     "launch",
@@ -61,9 +63,12 @@ MOMENTUM_CAPACITY = TENSOR_CAPACITY // 2  # tensors with their momenta
 VECTOR_CAPACITY = 192
 BITMAP_CAPACITY = 448
 
+NONE = 2**31 - 1
+"""The place of a tensor that there is not."""
+
 FORMATS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 WORDS = (torch.int32, torch.uint32)  # the types a word may have
-ZEROS = {"coin": 0, "positive": 1, "abstain": 2}
+ZEROS = {"coin": 0, "positive": 1, "abstain": 2, "rows": 3}
 TIES = {"coin": 0, "positive": 1, "zero": 2}
 
 OPTIONS = (
@@ -144,6 +149,11 @@ def opaque(structure: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
 def flag(device: torch.device) -> torch.Tensor:
     """A 0-d bool, True until a kernel finds a NaN or Inf."""
     return torch.ones((), dtype=torch.bool, device=device)
+
+
+def first(device: torch.device) -> torch.Tensor:
+    """A 0-d int32, :data:`NONE` until a kernel finds a NaN or Inf, then the place of the first tensor that has one."""
+    return torch.full((), NONE, dtype=torch.int32, device=device)
 
 
 def import_cupy() -> Any:

@@ -145,16 +145,17 @@ momentum_of(const Job& job, const void* gradients, void* momenta, double unscale
 // Twice the loads want more registers: three blocks share a multiprocessor.
 extern "C" __global__ void __launch_bounds__(THREADS, 3) pack_momentum(
     const __grid_constant__ HalfTensors gradients, const __grid_constant__ HalfTensors momenta, const Job* jobs,
-    double unscale, double sent, double kept, u64 key, u32 zeros, u8* finite) {
+    u32 base, double unscale, double sent, double kept, u64 key, u32 zeros, u32* bad) {
     const Job job = jobs[blockIdx.x];
     const u32 tensor = job.tensor % MOMENTUM_CAPACITY;
     const void* from = gradients.at[tensor];
     void* to = momenta.at[tensor];
     if (!from) return;
+    const First told{bad, base + tensor};
     switch (gradients.format[tensor]) {
-    case FLOAT32: return pack(job, momentum_of<FLOAT32>(job, from, to, unscale, sent, kept), key, zeros, finite);
-    case FLOAT64: return pack(job, momentum_of<FLOAT64>(job, from, to, unscale, sent, kept), key, zeros, finite);
-    case FLOAT16: return pack(job, momentum_of<FLOAT16>(job, from, to, unscale, sent, kept), key, zeros, finite);
-    case BFLOAT16: return pack(job, momentum_of<BFLOAT16>(job, from, to, unscale, sent, kept), key, zeros, finite);
+    case FLOAT32: return pack(job, momentum_of<FLOAT32>(job, from, to, unscale, sent, kept), key, zeros, told);
+    case FLOAT64: return pack(job, momentum_of<FLOAT64>(job, from, to, unscale, sent, kept), key, zeros, told);
+    case FLOAT16: return pack(job, momentum_of<FLOAT16>(job, from, to, unscale, sent, kept), key, zeros, told);
+    case BFLOAT16: return pack(job, momentum_of<BFLOAT16>(job, from, to, unscale, sent, kept), key, zeros, told);
     }
 }

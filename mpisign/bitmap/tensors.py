@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from mpisign.bitmap.host import FORMATS, FloatFormat
 
-__all__ = ["BLOCK", "DTYPES", "blocks", "flat", "format_of", "is_dense", "is_laid_as", "raw_bits", "strides_of"]
+__all__ = ["DTYPES", "flat", "format_of", "is_dense", "is_laid_as", "raw_bits", "strides_of"]
 
 DTYPES: dict[torch.dtype, FloatFormat] = {
     torch.float32: FORMATS["float32"],
@@ -18,9 +16,6 @@ DTYPES: dict[torch.dtype, FloatFormat] = {
     torch.float16: FORMATS["float16"],
     torch.bfloat16: FORMATS["bfloat16"],
 }
-BLOCK = 1 << 18
-"""Elements, a multiple of 32: few calls, and still near a core's cache."""
-
 _UNSIGNED: dict[int, type[np.unsignedinteger]] = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -74,13 +69,3 @@ def raw_bits(vector: torch.Tensor) -> npt.NDArray[np.unsignedinteger]:
     values: npt.NDArray[np.generic] = vector.numpy()
     bits: npt.NDArray[np.unsignedinteger] = values.view(_UNSIGNED[values.itemsize])
     return bits
-
-
-def blocks(elements: int, device: torch.device) -> Iterator[slice]:
-    """Slices that cover ``elements``, for several operations on each: what one has read, the next finds in the cache.
-
-    On a GPU it is one slice, as launches cost more there.
-    """
-    size = BLOCK if device.type == "cpu" else max(elements, 1)
-    for lo in range(0, elements, size):
-        yield slice(lo, min(lo + size, elements))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mpisign.codecs.codec import Codec
+from mpisign.codecs.counts import Counts
 from mpisign.codecs.dense import Dense
 from mpisign.codecs.scaled_bits import ScaledBits
 from mpisign.codecs.sign_bits import SignBits
 from mpisign.codecs.sparse import TopK
 from mpisign.codecs.trits import Trits
 
-__all__ = ["Codec", "Dense", "ScaledBits", "SignBits", "TopK", "Trits"]
+__all__ = ["Codec", "Counts", "Dense", "ScaledBits", "SignBits", "TopK", "Trits"]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 
-from mpisign.bitmap.ops import Flag
+from mpisign.backends import Flag
 from mpisign.policy import Policy, StepContext
 
-__all__ = ["Codec"]
+__all__ = ["Codec", "Planes"]
+
+
+Planes = torch.Tensor | Sequence[torch.Tensor]
+"""The rows of a message: (planes, k), or as many (k,)."""
 
 
 class Codec(ABC):
@@ -41,17 +46,13 @@ class Codec(ABC):
     def length(self, elements: int) -> int:
         """Items that carry so many elements."""
 
-    def planes_up(self, policy: Policy) -> int:
+    def planes(self, policy: Policy) -> int:
         """Rows of a message."""
         return 1
 
-    def planes_down(self, policy: Policy) -> int:
-        """Rows of a decision."""
-        return 1
-
     @abstractmethod
-    def encode(self, values: torch.Tensor, message: torch.Tensor, context: StepContext, first_word: int) -> Flag:
-        """Write flat ``values`` (n,) into ``message`` (planes_up, k). It allocates as little as it can.
+    def encode(self, values: torch.Tensor, message: Planes, context: StepContext, first_word: int) -> Flag:
+        """Write flat ``values`` (n,) into ``message`` (planes, k). It allocates as little as it can.
 
         Args:
             first_word: number of the message's first item in the layout, which tells places apart.
@@ -64,7 +65,11 @@ class Codec(ABC):
     def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
         """``out += alpha * decoded``, in place, for flat fp32 or fp64 ``out`` (n,): for error feedback and means."""
 
-    def decode(self, decision: torch.Tensor, out: torch.Tensor) -> None:
-        """Write ``decision`` (planes_down, k) into flat ``out`` (n,) of any supported float type."""
+    def decode(self, decision: torch.Tensor, out: torch.Tensor, context: StepContext) -> None:
+        """Write ``decision`` (planes, k) into flat ``out`` (n,) of any supported float type.
+
+        Args:
+            context: its ``voters`` are the ranks that voted.
+        """
         out.zero_()
         self.add(decision, out, 1.0)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mpisign.bitmap import ops
-from mpisign.bitmap.ops import Flag
-from mpisign.codecs.codec import Codec
+from mpisign.backends import Flag, backend_for
+from mpisign.codecs.codec import Codec, Planes
 from mpisign.policy import StepContext
 
 __all__ = ["Dense"]
@@ -28,12 +27,12 @@ class Dense(Codec):
     def length(self, elements: int) -> int:
         return elements
 
-    def encode(self, values: torch.Tensor, message: torch.Tensor, context: StepContext, first_word: int) -> Flag:
+    def encode(self, values: torch.Tensor, message: Planes, context: StepContext, first_word: int) -> Flag:
         message[0].copy_(values)
-        return ops.all_finite(values)
+        return backend_for(values.device).all_finite(values)
 
     def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
         out.add_(message[0], alpha=alpha)
 
-    def decode(self, decision: torch.Tensor, out: torch.Tensor) -> None:
+    def decode(self, decision: torch.Tensor, out: torch.Tensor, context: StepContext) -> None:
         out.copy_(decision[0])

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mpisign.bitmap import ops
+from mpisign.backends import Backend, Flag, backend_for
 from mpisign.bitmap.host import words_for
-from mpisign.bitmap.ops import Flag
-from mpisign.bitmap.tensors import blocks
-from mpisign.codecs.codec import Codec
+from mpisign.codecs.codec import Codec, Planes
 from mpisign.codecs.sign_bits import add_signs
 from mpisign.policy import StepContext
 
@@ -35,43 +33,36 @@ class ScaledBits(Codec):
     def length(self, elements: int) -> int:
         return 1 + words_for(elements)
 
-    def encode(self, values: torch.Tensor, message: torch.Tensor, context: StepContext, first_word: int) -> Flag:
+    def encode(self, values: torch.Tensor, message: Planes, context: StepContext, first_word: int) -> Flag:
         zeros = "positive" if context.policy.zeros == "positive" else "coin"
+        backend = backend_for(values.device)
         norm: float | torch.Tensor = 0.0
         finite: Flag = True
         scratch = values.new_empty(0)
-        for span in blocks(values.numel(), values.device):
+        for span in backend.blocks(values.numel()):
             part, at = values[span], 1 + span.start // 32
-            words = message[0, at : at + words_for(part.numel())]
-            finite = finite & ops.pack(part, words, zeros=zeros, key=context.zeros_key, first_word=first_word + at)
+            words = message[0][at : at + words_for(part.numel())]
+            finite = finite & backend.pack(part, words, zeros=zeros, key=context.zeros_key, first_word=first_word + at)
             torch.abs(part, out=scratch.resize_(part.numel()))
-            norm = norm + _sum(scratch)
-        item = message[0, :1].view(torch.float32)
+            norm = norm + backend.total(scratch)
+        item = message[0][:1].view(torch.float32)
         item.copy_(torch.as_tensor(norm / max(values.numel(), 1)))
-        scale = _scale_of(message)
+        scale = _scale_of(message, backend)
         # It overflows where fp64 values are too large for fp32.
         return finite & (math.isfinite(scale) if isinstance(scale, float) else scale.isfinite())
 
     def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
-        add_signs(message[0, 1:], out, _scale_of(message) * alpha)
+        add_signs(message[0, 1:], out, _scale_of(message, backend_for(out.device)) * alpha)
 
-    def decode(self, decision: torch.Tensor, out: torch.Tensor) -> None:
-        scale, words = _scale_of(decision), decision[0, 1:]
-        for span in blocks(out.numel(), out.device):
+    def decode(self, decision: torch.Tensor, out: torch.Tensor, context: StepContext) -> None:
+        backend = backend_for(out.device)
+        scale, words = _scale_of(decision, backend), decision[0, 1:]
+        for span in backend.blocks(out.numel()):
             part = out[span]
-            ops.unpack(words[span.start // 32 :][: words_for(part.numel())], part)
+            backend.unpack(words[span.start // 32 :][: words_for(part.numel())], part)
             part.mul_(scale)
 
 
-def _sum(magnitudes: torch.Tensor) -> float | torch.Tensor:
-    """The sum of (n,), of which no fp32 value is too large; torch's own L1 norm is several times slower."""
-    if magnitudes.is_cuda:
-        return magnitudes.sum(dtype=torch.float64)
-    quick = magnitudes.sum().item()
-    return quick if math.isfinite(quick) else magnitudes.sum(dtype=torch.float64).item()
-
-
-def _scale_of(message: torch.Tensor) -> float | torch.Tensor:
-    """The scale that item 0 holds; on a GPU a 0-d fp64 tensor, so that nobody waits."""
-    item = message[0, :1].view(torch.float32)
-    return item[0].double() if item.is_cuda else item.item()
+def _scale_of(message: Planes, backend: Backend) -> float | torch.Tensor:
+    """The scale that item 0 holds."""
+    return backend.number(message[0][:1].view(torch.float32)[0])

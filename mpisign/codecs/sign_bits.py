@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mpisign.bitmap import ops
+from mpisign.backends import Flag, backend_for
 from mpisign.bitmap.host import words_for
-from mpisign.bitmap.ops import Flag
-from mpisign.bitmap.tensors import blocks
-from mpisign.codecs.codec import Codec
+from mpisign.codecs.codec import Codec, Planes
 from mpisign.policy import Policy, StepContext
 
 __all__ = ["SignBits", "add_signs"]
@@ -20,8 +18,7 @@ __all__ = ["SignBits", "add_signs"]
 class SignBits(Codec):
     """Signs as uint32 words, 32 coordinates a word (the wire format of ``bitmap.host``).
 
-    Row 0 holds the signs. Row 1, "does it speak at all", goes up if ``zeros="abstain"``, and comes down if a
-    decision can be "do not move": then, and if ``ties="zero"``.
+    Row 0 holds the signs. Row 1, "does it speak at all", goes up if ``zeros="abstain"``.
     """
 
     name = "sign_bits"
@@ -35,14 +32,12 @@ class SignBits(Codec):
         """What an exact zero votes."""
         return policy.zeros
 
-    def planes_up(self, policy: Policy) -> int:
+    def planes(self, policy: Policy) -> int:
         return 2 if self.zeros(policy) == "abstain" else 1
 
-    def planes_down(self, policy: Policy) -> int:
-        return 2 if self.zeros(policy) == "abstain" or policy.ties == "zero" else 1
-
-    def encode(self, values: torch.Tensor, message: torch.Tensor, context: StepContext, first_word: int) -> Flag:
-        return ops.pack(
+    def encode(self, values: torch.Tensor, message: Planes, context: StepContext, first_word: int) -> Flag:
+        """Row 1 of ``message``, where there is one, says which values are not zero; also if only row 0 is sent."""
+        return backend_for(values.device).pack(
             values,
             message[0],
             zeros=self.zeros(context.policy),
@@ -54,8 +49,8 @@ class SignBits(Codec):
     def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
         add_signs(message[0], out, alpha, message[1] if len(message) > 1 else None)
 
-    def decode(self, decision: torch.Tensor, out: torch.Tensor) -> None:
-        ops.unpack(decision[0], out, nonzero=decision[1] if len(decision) > 1 else None)
+    def decode(self, decision: torch.Tensor, out: torch.Tensor, context: StepContext) -> None:
+        backend_for(out.device).unpack(decision[0], out, nonzero=decision[1] if len(decision) > 1 else None)
 
 
 def add_signs(
@@ -65,11 +60,12 @@ def add_signs(
     if isinstance(scale, torch.Tensor):
         scale = scale.to(out.dtype)
     signs = torch.empty(0, dtype=out.dtype, device=out.device)
-    for span in blocks(out.numel(), out.device):
+    backend = backend_for(out.device)
+    for span in backend.blocks(out.numel()):
         part = out[span]
         mine = signs.resize_(part.numel())
         bits = slice(span.start // 32, span.start // 32 + words_for(part.numel()))
-        ops.unpack(words[bits], mine, nonzero=None if nonzero is None else nonzero[bits])
+        backend.unpack(words[bits], mine, nonzero=None if nonzero is None else nonzero[bits])
         if isinstance(scale, torch.Tensor):
             part.addcmul_(mine, scale)
         else:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from mpisign.bitmap import ops
-from mpisign.bitmap.ops import Flag
-from mpisign.bitmap.tensors import BLOCK, blocks, format_of, raw_bits
-from mpisign.codecs.codec import Codec
+from mpisign.backends import Flag, backend_for
+from mpisign.codecs.codec import Codec, Planes
 from mpisign.errors import OptionError
 from mpisign.policy import StepContext
 
 __all__ = ["TopK", "top_k"]
-
-SAMPLE = 0.01
-"""Share of the coordinates that the threshold is guessed from on the host, if nobody says otherwise."""
 
 FEW = 4096
 """Entries that are looked through sooner than a sample of them."""
@@ -62,14 +56,14 @@ class TopK(Codec):
     def length(self, elements: int) -> int:
         return min(elements, 2 * self.count(elements))
 
-    def encode(self, values: torch.Tensor, message: torch.Tensor, context: StepContext, first_word: int) -> Flag:
-        if message.shape[1] == values.numel():
-            return ops.all_finite(message[0].view(torch.float32).copy_(values))
+    def encode(self, values: torch.Tensor, message: Planes, context: StepContext, first_word: int) -> Flag:
+        if message[0].numel() == values.numel():
+            return backend_for(values.device).all_finite(message[0].view(torch.float32).copy_(values))
         chosen = top_k(values, self.count(values.numel()), self.sample)
         indices, sent = _parts(message)
         indices.copy_(chosen)
         sent.copy_(values[chosen])
-        return ops.all_finite(sent)
+        return backend_for(values.device).all_finite(sent)
 
     def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
         if message.shape[1] == out.numel():
@@ -94,34 +88,20 @@ def top_k(values: torch.Tensor, count: int, sample: float | None = None) -> torc
 
     Source: Lin et al., "Deep Gradient Compression", 2018, section 5 (hierarchical selection).
     """
-    if sample is None and not values.is_cuda and values.numel() > FEW:
-        sample = SAMPLE
+    backend = backend_for(values.device)
+    if sample is None and values.numel() > FEW:
+        sample = backend.sample
     if sample is not None and count < values.numel():
         few = values[:: max(1, int(1.0 / sample))].abs()
         expected = count * few.numel() / values.numel()  # of the k largest; their number is a Poisson variable
         rank = min(few.numel(), int(expected + DEVIATIONS * (1 + expected**0.5)))
-        candidates = _at_least(values, few.topk(rank, sorted=False).values.min())
+        candidates = backend.at_least(values, few.topk(rank, sorted=False).values.min())
         if count <= candidates.numel() < values.numel():
             return candidates[values[candidates].abs().topk(count, sorted=False).indices]
     return values.abs().topk(count, sorted=False).indices
 
 
-def _at_least(values: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """Where ``values`` (n,) have the magnitude ``threshold`` or more, or are NaN, which must not be missed."""
-    if values.is_cuda:
-        return (~(values.abs() < threshold)).nonzero().view(-1)
-    # Without the sign, raw bits are in the order of the magnitudes, and those of NaN are above all.
-    fmt, bits = format_of(values.dtype), raw_bits(values)
-    least = raw_bits(threshold.view(1))[0]
-    magnitude = np.empty(min(BLOCK, bits.size), fmt.bits)
-    found = []
-    for span in blocks(values.numel(), values.device):
-        block = np.bitwise_and(bits[span], fmt.sign - 1, out=magnitude[: span.stop - span.start])
-        found.append(np.flatnonzero(block >= least) + span.start)
-    return torch.from_numpy(np.concatenate(found))
-
-
-def _parts(message: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _parts(message: Planes) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of a message: indices (k,) int32, values (k,) fp32."""
-    half = message.shape[1] // 2
-    return message[0, :half], message[0, half:].view(torch.float32)
+    half = message[0].numel() // 2
+    return message[0][:half], message[0][half:].view(torch.float32)

@@ -5,12 +5,14 @@ Bytes sent per rank: (M - 1) * message. One latency. Nobody is trusted to count.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from mpisign.exchange.runs import Decide
 from mpisign.exchange.staging import Buffer
 from mpisign.group import Group
 from mpisign.session import Session
+from mpisign.watchdog import Pending
 
 __all__ = ["AllGather"]
 
@@ -40,18 +42,19 @@ class AllGather:
     def push(self) -> None:
         self._message.push()
 
-    def start(self, session: Session) -> None:
+    def send(self, session: Session) -> Pending:
         self._message.ready()
-        self._pending = session.post(session.group.comm.Iallgather(self._message.mpi, self._received.mpi), self)
+        return session.post(session.group.phases[1].Iallgather(self._message.mpi, self._received.mpi), self)
 
-    def settle(self, decide: Decide, session: Session, index: int) -> None:
-        with session.tracer.span("phase 1", index):
-            session.wait(self._pending)
-            self._received.pull()
-        decide(self._messages, self.decision, 0)
+    def heard(self) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]:
+        self._received.pull()
+        return self._messages, self.decision, 0
 
-    def finish(self, session: Session, index: int) -> None:
+    def spread(self, session: Session) -> None:
         """The decision was made here."""
+
+    def landed(self) -> None:
+        """It is where it was made."""
 
     def counts_ties_for(self, rank: int) -> bool:
         """Whether ``rank``'s count of ties enters the job's: here all count the same ones, so one is enough."""

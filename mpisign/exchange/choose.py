@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from mpisign.errors import OptionError
 from mpisign.exchange.allgather import AllGather
-from mpisign.exchange.runs import Decide
 from mpisign.exchange.two_phase import TwoPhase
 from mpisign.group import Group
 from mpisign.method import Method
-from mpisign.policy import check_choice
+from mpisign.policy import Policy, check_choice
+from mpisign.rules import RecodedMean, VectorRule
 from mpisign.session import Session
+from mpisign.watchdog import Pending
 
 __all__ = ["CHOICES", "Exchange", "cap_bytes", "check_exchange", "choose", "shards_for"]
 
@@ -29,11 +31,12 @@ CAP_MB, CAP_MB_OF_GPUS = 1.0, 16.0
 class Exchange(Protocol):
     """One bucket's way across MPI, with its buffers, which live as long as it does.
 
-    ``push`` begins to bring ``message`` (planes_up, length) to where MPI reads it; ``start`` sends it; ``settle``
-    waits for the others' and decides what is this rank's to decide; after ``finish``, ``decision``
-    (planes_down, length) is valid until the next ``start``; and where every rank gets every message, ``received``
-    (M, planes_up, length). Each is called once a step, for all buckets in the same
-    order on all ranks; ``index`` is the bucket's number.
+    ``push`` begins to bring ``message`` (planes_up, length) to where MPI reads it; ``send`` starts the first phase.
+    When that is over, ``heard`` gives what this rank has to decide: the M messages, where the decision goes, and the
+    number of its first item. ``spread`` starts the second phase, if there is one; when that is over too, and
+    ``landed`` was called, ``decision`` (planes_down, length) is valid until the next ``send``; and where every rank
+    gets every message, ``received`` (M, planes_up, length). Each is called once a step, for all buckets in the same
+    order on all ranks.
     """
 
     name: str
@@ -43,21 +46,22 @@ class Exchange(Protocol):
     bytes_sent: int
 
     def push(self) -> None: ...
-    def start(self, session: Session) -> None: ...
-    def settle(self, decide: Decide, session: Session, index: int) -> None: ...
-    def finish(self, session: Session, index: int) -> None: ...
+    def send(self, session: Session) -> Pending: ...
+    def heard(self) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]: ...
+    def spread(self, session: Session) -> Pending | None: ...
+    def landed(self) -> None: ...
     def counts_ties_for(self, rank: int) -> bool: ...
 
 
 def check_exchange(option: str, method: Method) -> None:
     """Raise :class:`OptionError` if ``option`` is unknown or the method cannot be decided shard by shard."""
     check_choice("exchange", option, CHOICES)
-    if option == "two_phase" and not method.rule.shardable:
+    if option == "two_phase" and isinstance(method.rule, VectorRule):
         raise OptionError(
             f"exchange='two_phase' decides shards, but the rule {method.rule.name!r} needs whole vectors: "
             f"use exchange='allgather' (or 'auto', which takes it)"
         )
-    if option == "two_phase" and method.by_value:
+    if option == "two_phase" and method.rule.down(method.codec, Policy(), 2) is None:
         raise OptionError(
             f"exchange='two_phase' sends a decision in the form of a message, but the {method.rule.name} of "
             f"{method.codec.name} messages has another: use exchange='allgather' (or 'auto', which takes it)"
@@ -73,7 +77,7 @@ def cap_bytes(bucket_cap_mb: float | None, group: Group) -> float:
 def shards_for(option: str, method: Method, size: int) -> int:
     """Into how many parts the layout must cut parameters: M where a re-encoding rule decides shard by shard."""
     two_phase = option == "two_phase" or (option == "auto" and size > 2)
-    return size if method.rule.reencodes and two_phase else 1
+    return size if isinstance(method.rule, RecodedMean) and two_phase else 1
 
 
 def choose(
@@ -88,14 +92,17 @@ def choose(
 ) -> Exchange:
     """Make the exchange of one bucket of ``length`` items on ``device``.
 
+    Args:
+        planes_down: 0 where no decision comes down.
+
     ``"auto"`` takes all-gather unless it would send at least 64 KiB more than two-phase does, which is never
     so with one or two ranks; a rule that needs whole vectors always gets all-gather.
     """
     message = length * dtype.itemsize * planes_up
     decision = length * dtype.itemsize * planes_down
     saved = (group.size - 1) * message - (group.size - 1) / group.size * (message + decision)
-    pays = method.rule.shardable and not method.by_value and saved >= SECOND_PHASE_BYTES
-    if method.rule.reencodes:  # the layout was cut for it, so it is the same for every bucket
+    pays = planes_down > 0 and not isinstance(method.rule, VectorRule) and saved >= SECOND_PHASE_BYTES
+    if isinstance(method.rule, RecodedMean):  # the layout was cut for it, so it is the same for every bucket
         pays = shards_for(option, method, group.size) > 1
     kind = TwoPhase if option == "two_phase" or (option == "auto" and pays) else AllGather
     return kind(length, dtype, planes_up, planes_down, group, device)

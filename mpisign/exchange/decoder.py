@@ -1,142 +1,138 @@
-"""What comes back: decisions, or everybody's messages, into the gradients that the optimizer will apply."""
+"""What comes back: decisions, or everybody's messages, into what the optimizer will apply."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from mpisign.bitmap.batch import Batch, Located
+from mpisign.backends import Backend, Bitmaps
 from mpisign.bitmap.tensors import flat
-from mpisign.codecs import Codec
+from mpisign.codecs import Codec, SignBits
+from mpisign.exchange import rows
 from mpisign.exchange.choose import Exchange
-from mpisign.exchange.encoder import Encoder, one_launch
+from mpisign.exchange.encoder import Encoder, bitmaps_of
+from mpisign.exchange.header import Heard
+from mpisign.exchange.sink import Sink
 from mpisign.layout import Bucket, Layout, Segment
 from mpisign.memory.store import state_dtype
-from mpisign.method import Method
-from mpisign.policy import StepContext
+from mpisign.policy import Policy, StepContext
+from mpisign.rules import ValueRule
 
 __all__ = ["Decoder"]
 
 
 class Decoder:
-    """Writes into ``p.grad`` on one device, or into the parameters themselves if the method exchanges models.
+    """Decodes some buckets of one method.
 
     Args:
-        exchanges: one a bucket, which hold the decisions and, if all ranks have all messages, those.
+        exchanges: by bucket.
         encoder: whose memory may turn a decision into a gradient.
     """
 
-    def __init__(self, layout: Layout, method: Method, exchanges: Sequence[Exchange], encoder: Encoder) -> None:
-        self._layout, self._method, self._exchanges, self._encoder = layout, method, exchanges, encoder
-        self._direct = not (
-            method.by_value
-            or method.memory.running
-            or method.rule.tallies
-            or method.rule.reencodes
-            or method.exchanges_models
-        )
-        self._batch: Batch | None = (
-            one_launch(layout, method, [exchange.decision for exchange in exchanges]) if self._direct else None
-        )
-        self._order = layout.order
-
-    def decode(
+    def __init__(
         self,
+        layout: Layout,
         buckets: Sequence[Bucket],
-        gradients: Sequence[torch.Tensor | None],
-        voters: Sequence[tuple[int, ...]],
-        context: StepContext,
-        located: Located | None = None,
+        exchanges: Sequence[Exchange],
+        encoder: Encoder,
+        policy: Policy,
+        size: int,
+        backend: Backend,
     ) -> None:
-        """Replace the gradients of ``buckets``: by the decision; by None where nobody votes; new ones where needed.
+        self._layout, self._buckets, self._exchanges, self._encoder = layout, buckets, exchanges, encoder
+        self._backend, self._method = backend, encoder.method
+        self._codec_down = self._method.rule.down(self._method.codec, policy, size)
+        self._places = [
+            (bucket, exchange, place, segment)
+            for bucket, exchange in zip(buckets, exchanges, strict=True)
+            for place, segment in enumerate(bucket.segments)
+        ]
+        self._bitmaps: Bitmaps | None = None
+        if isinstance(self._codec_down, SignBits) and not self._method.memory.running:
+            planes = [tuple(exchange.decision) for _, exchange, _, _ in self._places]
+            self._bitmaps = bitmaps_of([segment for *_, segment in self._places], planes, backend)
+
+    def decode(self, heard: Sequence[Heard], sink: Sink, context: StepContext) -> None:
+        """Write all decisions.
 
         Args:
-            gradients: in wire order, by parameter; None where this rank has none.
-            voters: the ranks that vote, by parameter.
-            located: the gradients in wire order, if the encoder has looked at them in this step.
+            heard: by bucket.
         """
-        if self._batch is not None:
-            if located is not None and located.places is None and all(voters):
-                self._batch.unpack(located)
-                return
-            self._batch.unpack(
-                [
-                    out if (out := gradients[place]) is not None and voters[place] else self._target(place, voters)
-                    for place in self._order
-                ]
-            )
-            return
-        for bucket in buckets:
-            for segment in bucket.segments:
-                place = segment.index
-                out = gradients[place]
-                if out is None or not voters[place]:
-                    out = self._target(place, voters)
+        voted = [bool(any_votes) for its in heard for any_votes in np.any(its.votes, axis=0)]
+        outs = [sink.target(segment.index, its) for (*_, segment), its in zip(self._places, voted, strict=True)]
+        if self._bitmaps is not None and not any(its.spoken for its in heard):
+            self._bitmaps.unpack(outs)
+        else:
+            said = {bucket.index: its for bucket, its in zip(self._buckets, heard, strict=True)}
+            for (bucket, exchange, place, segment), out in zip(self._places, outs, strict=True):
                 if out is not None:
-                    self._decode(bucket, segment, flat(out), voters[place], context)
-
-    def follow(self, buckets: Sequence[Bucket], voters: Sequence[tuple[int, ...]], context: StepContext) -> None:
-        """Keep a running memory up to date on a rank that trains no more and has no use for the gradients."""
-        if not self._method.memory.running:
-            return
-        for bucket in buckets:
-            for segment in bucket.segments:
-                if voters[segment.index]:
-                    parameter = self._layout.parameters[segment.index]
-                    unused = torch.empty(segment.numel, dtype=parameter.dtype, device=parameter.device)
-                    self._decode(bucket, segment, unused, voters[segment.index], context)
-
-    def _target(self, place: int, voters: Sequence[tuple[int, ...]]) -> torch.Tensor | None:
-        """A new gradient for a parameter that has none here; None, also as its gradient, where nobody votes."""
-        parameter = self._layout.parameters[place]
-        if not voters[place]:
-            if not self._method.exchanges_models:
-                parameter.grad = None
-            return None
-        parameter.grad = torch.empty_strided(
-            parameter.shape, self._layout.strides[place], dtype=parameter.dtype, device=parameter.device
-        )
-        return parameter.grad
+                    self._decode(bucket, exchange, place, segment, flat(out), said[bucket.index], context)
+        for (*_, segment), out in zip(self._places, outs, strict=True):
+            if out is not None:
+                sink.written(segment.index, out)
 
     def _decode(
-        self, bucket: Bucket, segment: Segment, out: torch.Tensor, voters: tuple[int, ...], context: StepContext
+        self,
+        bucket: Bucket,
+        exchange: Exchange,
+        place: int,
+        segment: Segment,
+        out: torch.Tensor,
+        heard: Heard,
+        context: StepContext,
     ) -> None:
-        exchange, method = self._exchanges[bucket.index], self._method
-        if self._direct:
-            segment.codec.decode(exchange.decision[:, segment.start : segment.stop], out)
+        memory, rule = self._method.memory, self._method.rule
+        voters = heard.voters(place)
+        context = dataclasses.replace(context, voters=voters)
+        decision = exchange.decision[:, segment.start : segment.stop]
+        if place in heard.spoken:
+            shape, strides = self._layout.parameters[segment.index].shape, self._layout.strides[segment.index]
+            spoken = heard.spoken[place][list(voters)]
+            context = dataclasses.replace(context, speakers=rows.speakers(spoken, shape, strides, out.device))
+            if isinstance(self._codec_down, SignBits) and len(decision) == 1:  # it cannot say "do not move" itself
+                moved = rows.spoken_words(np.any(spoken, axis=0), shape, strides, self._backend, out.device)
+                self._backend.unpack(decision[0], out, nonzero=moved)
+                return
+        if isinstance(self._codec_down, SignBits) and not memory.running:
+            self._codec_down.decode(decision, out, context)
             return
         wide = out if out.dtype == state_dtype(out.dtype) else out.to(state_dtype(out.dtype))
         for piece in segment.pieces:
-            target, here = wide[piece.lo : piece.hi], dataclasses.replace(context, voters=voters)
-            if not method.by_value:
-                method.rule.decode(exchange.decision[:, piece.start : piece.stop], target, segment.codec, here)
+            target = wide[piece.lo : piece.hi]
+            if self._codec_down is not None:
+                codec = segment.codec if self._codec_down is self._method.codec else self._codec_down
+                codec.decode(exchange.decision[:, piece.start : piece.stop], target, context)
                 continue
             messages = [exchange.received[rank][:, piece.start : piece.stop] for rank in voters]
-            self._combine(segment.codec, messages, target, here, piece.first_word)
-        if method.memory.running:
-            method.memory.received(wide, self._encoder.state(segment.index))
+            assert isinstance(rule, ValueRule)
+            _combine(rule, segment.codec, messages, target, context, piece.first_word)
+        if memory.running:
+            memory.received(wide, self._encoder.state(segment))
         if wide is not out:
             out.copy_(wide)
-        parameter = self._layout.parameters[segment.index]
-        if method.exchanges_models and out.data_ptr() != parameter.data_ptr():
-            parameter.copy_(out.view(parameter.shape))
 
-    def _combine(
-        self, codec: Codec, messages: Sequence[torch.Tensor], out: torch.Tensor, context: StepContext, first_word: int
-    ) -> None:
-        """Apply the rule to messages that must be decoded first."""
-        rule = self._method.rule
-        weights = rule.weights(context)
-        if weights is not None:
-            codec.decode(messages[0], out)
-            if weights[0] != 1.0:
-                out.mul_(weights[0])
-            for message, weight in zip(messages[1:], weights[1:], strict=True):
-                codec.add(message, out, weight)
-            return
-        rows = out.new_zeros((len(messages), 1, out.numel()))
-        for message, row in zip(messages, rows, strict=True):
-            codec.add(message, row[0], 1.0)
-        rule.decide(list(rows), out[None], context, first_word)
+
+def _combine(
+    rule: ValueRule,
+    codec: Codec,
+    messages: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    context: StepContext,
+    first_word: int,
+) -> None:
+    """Apply a rule to messages that must be decoded first."""
+    weights = rule.weights(context)
+    if weights is not None:
+        codec.decode(messages[0], out, context)
+        if weights[0] != 1.0:
+            out.mul_(weights[0])
+        for message, weight in zip(messages[1:], weights[1:], strict=True):
+            codec.add(message, out, weight)
+        return
+    decoded = out.new_zeros((len(messages), 1, out.numel()))
+    for message, row in zip(messages, decoded, strict=True):
+        codec.add(message, row[0], 1.0)
+    rule.decide(list(decoded), out[None], context, first_word)

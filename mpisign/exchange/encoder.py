@@ -1,201 +1,185 @@
-"""What this rank sends: every gradient through the memory and the codec into the buckets' messages."""
+"""What this rank sends: gradients through the memory and the codec into messages."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from operator import is_
 
 import torch
 
-from mpisign.bitmap import ops
-from mpisign.bitmap.batch import Batch, Located, locate
-from mpisign.bitmap.ops import Flag
+from mpisign.backends import Backend, Bitmaps, First, Flag
 from mpisign.bitmap.tensors import flat
 from mpisign.codecs import SignBits
 from mpisign.layout import Bucket, Layout, Segment
 from mpisign.memory import Identity, Memory
-from mpisign.memory.store import state_dtype
+from mpisign.memory.memory import State
+from mpisign.memory.store import MemoryStore, state_dtype
 from mpisign.method import Method
 from mpisign.policy import StepContext
+from mpisign.rules import VectorRule
 
-__all__ = ["PIECE", "Encoder", "MemoryOf", "one_launch"]
+__all__ = ["PIECE", "Encoder", "bitmaps_of"]
 
 PIECE = 1 << 19  # elements given to memory and codec at once: few calls, and still near a core's cache
 
-Locate = Callable[[Sequence[torch.Tensor | None]], Located]
-MemoryOf = Callable[[torch.Tensor], dict[str, torch.Tensor]]
-"""The memory's state of a parameter: name -> tensor like the parameter."""
-
 
 class Encoder:
-    """Fills messages on one device, with scratch that is allocated once.
+    """Fills the messages of some buckets of one method, with scratch that is allocated once.
 
-    Where a gradient is NaN or Inf the rank will abstain, and its memory must not be spoilt. An elementwise memory
-    is kept as it was there and takes the rest in. For all others the gradients are checked before any is taken in,
-    and if one is not finite, none is.
+    A rank's ballot ends at the first parameter that is not finite. Its memory takes in what is finite of all others
+    all the same, and stays as it was where a gradient is NaN or Inf.
 
     Args:
-        messages: (planes_up, length) of each bucket.
-        memory_of: gives the memory's state of a parameter, changed in place.
-        locate: finds out, on a GPU, where gradients are, in wire order.
+        buckets: of one method, to be filled at once.
+        messages: by bucket, the (planes, length) that are sent.
+        spoken: by bucket, (length,) words that become 1 where a value is not zero, if rows of zeros matter.
+        store: where the memory's state is, changed in place.
 
     Attributes:
-        located: the gradients in wire order, as :meth:`encode` has found them; None if it looks at one by one.
+        segments: all that are encoded, in the order of the wire.
     """
 
     def __init__(
-        self, layout: Layout, method: Method, messages: Sequence[torch.Tensor], memory_of: MemoryOf, locate: Locate
+        self,
+        layout: Layout,
+        buckets: Sequence[Bucket],
+        messages: Sequence[torch.Tensor],
+        spoken: Sequence[torch.Tensor | None],
+        backend: Backend,
+        store: MemoryStore,
     ) -> None:
-        self._layout, self._method, self._messages = layout, method, messages
-        self._memory_of, self._locate = memory_of, locate
-        memory = method.memory
-        self._checks_first = memory.feedback or not memory.elementwise
-        self._piecewise = method.codec.elementwise and memory.elementwise and not memory.feedback
-        largest = max((p.numel() for p in layout.parameters), default=0)
-        self._scratch_size = min(PIECE, largest) if self._piecewise and layout.device.type == "cpu" else largest
+        self.method: Method = buckets[0].method
+        self._layout, self._backend, self._store = layout, backend, store
+        memory, codec = self.method.memory, self.method.codec
+        pairs = list(zip(buckets, messages, spoken, strict=True))
+        self.segments = [segment for bucket in buckets for segment in bucket.segments]
+        self.rows = [
+            (*message, its) if its is not None else tuple(message) for _, message, its in pairs
+        ]  # of each bucket: what is sent, and what is not zero
+        self._rows_of = [rows for (bucket, *_), rows in zip(pairs, self.rows, strict=True) for _ in bucket.segments]
+        self._parameters = [layout.parameters[segment.index] for segment in self.segments]
+        self._piecewise = codec.elementwise and memory.elementwise and not memory.feedback
+        largest = max((segment.numel for segment in self.segments), default=0)
+        self._scratch_size = largest if backend.together or not self._piecewise else min(PIECE, largest)
         self._scratches: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        self._states: dict[int, dict[str, torch.Tensor]] = {}  # flat views of the memory, by parameter
         self._unscale = 1.0
-        self._signs_alone = type(memory) is Identity and isinstance(method.codec, SignBits)
-        together = self._signs_alone or _is_average(memory)
-        self._batch = one_launch(layout, method, messages) if together else None
-        self._order = layout.order
-        self._momenta: Located | None = None  # of all parameters, in that order
-        self._fitting: tuple[object, ...] = ()
-        self.located: Located | None = None
+        self._signs_alone = type(memory) is Identity and isinstance(codec, SignBits)
+        together = self._signs_alone or (_is_average(memory) and isinstance(codec, SignBits))
+        self._bitmaps = bitmaps_of(self.segments, self._rows_of, backend) if together else None
+        self._averages: list[torch.Tensor | None] = []
+        self._fitting: list[torch.dtype | None] = []
 
-    def begin(
-        self, gradients: Sequence[torch.Tensor | None], context: StepContext, unscale: float
-    ) -> tuple[StepContext, bool]:
-        """Before the first bucket: the context for memory and codec, and whether this rank may go on."""
-        self._unscale = unscale
-        if not self._checks_first:
-            return context, True
-        present = [flat(gradient) for gradient in gradients if gradient is not None]
-        if not bool(ops.all_finite_many(present)):
-            return context, False
-        if unscale != 1.0:
-            present = [g.to(state_dtype(g.dtype), copy=True).mul_(unscale) for g in present]
-        prepared = self._method.memory.prepare(present, context)
-        return context if prepared is None else dataclasses.replace(context, prepared=prepared), True
+    def encode(self, gradients: Sequence[torch.Tensor | None], context: StepContext, unscale: float) -> First:
+        """Fill the messages.
 
-    def encode(
-        self, buckets: Sequence[Bucket], gradients: Sequence[torch.Tensor | None], context: StepContext
-    ) -> list[Flag]:
-        """Fill the messages of ``buckets``. Returns flags that are all true if all values were finite."""
-        if self._batch is not None:
-            self.located = self._locate(gradients)
-            if self._fits_kernels(self.located):
-                return [self._encode_together(self._batch, self.located, context)]
-        if self._signs_alone:
-            self._unscale = 1.0
+        Args:
+            gradients: in the order of ``segments``; None where this rank has none.
+            unscale: factor that takes this rank's loss scale out of its gradients.
+
+        Returns:
+            The place among ``segments`` of the first that is not finite.
+        """
+        self._unscale = 1.0 if self._signs_alone else unscale
+        if self._bitmaps is not None and self._fits(gradients):
+            return self._encode_together(self._bitmaps, gradients, context)
         flags: list[Flag] = []
-        for bucket in buckets:
-            message = self._messages[bucket.index]
-            for segment in bucket.segments:
-                gradient = gradients[segment.index]
-                if gradient is not None:
-                    flags.append(self._encode(segment, gradient, message, context))
-                elif not self._method.rule.shardable:  # it stands for a vector that is 0 here
-                    message[:, segment.start : segment.stop].zero_()
-        return flags
+        for segment, gradient, rows in zip(self.segments, gradients, self._rows_of, strict=True):
+            if gradient is not None:
+                flags.append(self._encode(segment, gradient, rows, context))
+                continue
+            flags.append(True)
+            if isinstance(self.method.rule, VectorRule):  # it stands for a vector that is 0 here
+                for row in rows:
+                    row[segment.start : segment.stop].zero_()
+        return _first_false(flags)
 
     def local_update(self, gradients: Sequence[torch.Tensor | None], context: StepContext, unscale: float) -> bool:
         """Replace each gradient by what the memory makes of it, and send nothing. Returns whether all was finite."""
-        context, finite = self.begin(gradients, context, unscale)
-        if not finite:
-            return False
-        for segment in (segment for bucket in self._layout.buckets for segment in bucket.segments):
-            gradient, state = gradients[segment.index], self.state(segment.index)
+        self._unscale = unscale
+        finite = True
+        for segment, gradient in zip(self.segments, gradients, strict=True):
             if gradient is None:
                 continue
+            state = self.state(segment)
             for lo in range(0, gradient.numel(), max(self._scratch_size, 1)):
                 g = flat(gradient)[lo : lo + self._scratch_size]
                 part = {key: value[lo : lo + self._scratch_size] for key, value in state.items()}
                 values, ok = self._remember(g, part, context, segment.first_word)
                 g.copy_(values)
-                finite &= bool(ok) and bool(ops.all_finite(g))
+                finite &= bool(ok) and bool(self._backend.all_finite(g))
         return finite
 
     def recover(self) -> None:
         """Clear the memory where it has overflowed: without this the rank would never vote again."""
-        for state in self._states.values():
-            for value in state.values():
+        for segment in self.segments:
+            for value in self.state(segment).values():
                 value[~torch.isfinite(value)] = 0
 
-    def sent(self, gradients: Sequence[torch.Tensor | None], voters: Sequence[tuple[int, ...]], rank: int) -> None:
-        """Tell the memory what has counted of what it gave: the messages of parameters on which ``rank`` votes."""
-        if not self._method.memory.feedback:
+    def sent(self, counted: Sequence[bool]) -> None:
+        """Tell the memory which messages have counted, in the order of ``segments``."""
+        if not self.method.memory.feedback:
             return
-        for bucket in self._layout.buckets:
-            for segment in bucket.segments:
-                if gradients[segment.index] is None or rank not in voters[segment.index]:
-                    continue
-                state = self.state(segment.index)
-                for piece in segment.pieces:
-                    message = self._messages[bucket.index][:, piece.start : piece.stop]
-                    part = {key: value[piece.lo : piece.hi] for key, value in state.items()}
-                    self._method.memory.sent(message, segment.codec, part)
+        for segment, rows, its in zip(self.segments, self._rows_of, counted, strict=True):
+            if not its:
+                continue
+            state = self.state(segment)
+            for piece in segment.pieces:
+                message = torch.stack([row[piece.start : piece.stop] for row in rows]) if len(rows) > 1 else None
+                message = rows[0][None, piece.start : piece.stop] if message is None else message
+                part = {key: value[piece.lo : piece.hi] for key, value in state.items()}
+                self.method.memory.sent(message, segment.codec, part)
 
-    def state(self, index: int) -> dict[str, torch.Tensor]:
+    def state(self, segment: Segment) -> State:
         """The memory's state of a parameter as flat views, by field."""
-        if index not in self._states:
-            tensors = self._memory_of(self._layout.parameters[index]) if self._method.memory.fields else {}
-            self._states[index] = {key: flat(value) for key, value in tensors.items()}
-        return self._states[index]
+        return self._store.of(self._layout.parameters[segment.index]) if self.method.memory.fields else {}
 
-    def _encode(self, segment: Segment, gradient: torch.Tensor, message: torch.Tensor, context: StepContext) -> Flag:
+    def _encode(
+        self, segment: Segment, gradient: torch.Tensor, rows: Sequence[torch.Tensor], context: StepContext
+    ) -> Flag:
         """One parameter: memory, then codec."""
-        g, state = flat(gradient), self.state(segment.index)
-        if segment.numel <= self._scratch_size and self._piecewise:
-            return self._encode_piece(g, state, message[:, segment.start : segment.stop], context, segment.first_word)
-        if self._piecewise:
-            return self._encode_piecewise(segment, g, state, message, context)
-        values, finite = self._remember(g, state, context, segment.first_word)
-        for piece in segment.pieces:
-            target = message[:, piece.start : piece.stop]
-            finite = finite & segment.codec.encode(values[piece.lo : piece.hi], target, context, piece.first_word)
+        g, state = flat(gradient), self.state(segment)
+        finite: Flag = True
+        if not self._piecewise:
+            values, finite = self._remember(g, state, context, segment.first_word)
+            for piece in segment.pieces:
+                its = values[piece.lo : piece.hi]
+                finite = finite & self._write(segment, its, rows, piece.start, piece.stop, context, piece.first_word)
+            return finite
+        length = segment.codec.length
+        for lo in range(0, segment.numel, max(self._scratch_size, 1)):
+            hi = min(lo + self._scratch_size, segment.numel)
+            part = {key: value[lo:hi] for key, value in state.items()}
+            values, ok = self._remember(g[lo:hi], part, context, segment.first_word + length(lo))
+            start, stop = segment.start + length(lo), segment.start + length(hi)
+            finite = finite & ok
+            finite = finite & self._write(segment, values, rows, start, stop, context, segment.first_word + length(lo))
         return finite
 
-    def _encode_piecewise(
+    def _write(
         self,
         segment: Segment,
-        g: torch.Tensor,
-        state: dict[str, torch.Tensor],
-        message: torch.Tensor,
-        context: StepContext,
-    ) -> Flag:
-        finite: Flag = True
-        length = self._method.codec.length
-        for lo in range(0, segment.numel, self._scratch_size):
-            hi = min(lo + self._scratch_size, segment.numel)
-            target = message[:, segment.start + length(lo) : segment.start + length(hi)]
-            part = {key: value[lo:hi] for key, value in state.items()}
-            finite = finite & self._encode_piece(g[lo:hi], part, target, context, segment.first_word + length(lo))
-        return finite
-
-    def _encode_piece(
-        self,
-        g: torch.Tensor,
-        state: dict[str, torch.Tensor],
-        target: torch.Tensor,
+        values: torch.Tensor,
+        rows: Sequence[torch.Tensor],
+        start: int,
+        stop: int,
         context: StepContext,
         first_word: int,
     ) -> Flag:
-        values, finite = self._remember(g, state, context, first_word)
-        return finite & self._method.codec.encode(values, target, context, first_word)
+        if len(rows) > 1:
+            message: Sequence[torch.Tensor] | torch.Tensor = [row[start:stop] for row in rows]
+        else:
+            message = rows[0][None, start:stop]
+        return segment.codec.encode(values, message, context, first_word)
 
     def _remember(
-        self, g: torch.Tensor, state: dict[str, torch.Tensor], context: StepContext, first_word: int
+        self, g: torch.Tensor, state: State, context: StepContext, first_word: int
     ) -> tuple[torch.Tensor, Flag]:
-        """Let the memory take a gradient in. Where it is NaN or Inf, an elementwise memory stays as it was."""
-        memory = self._method.memory
-        if self._checks_first:
-            return memory(self._widened(g, state), state, self._result(g, state), context, first_word), True
+        """Let the memory take a gradient in. Where that is NaN or Inf, the memory stays as it was."""
+        memory = self.method.memory
         if not state and self._unscale == 1.0:  # nothing to protect: the codec's own check is enough
             return memory(g, state, self._result(g, state), context, first_word), True
         wide = self._widened(g, state)
-        if not state or bool(ops.all_finite(wide)):
+        if not state or memory.needs_all or bool(self._backend.all_finite(wide)):
             return memory(wide, state, self._result(g, state), context, first_word), True
         bad = ~torch.isfinite(wide)
         kept = {key: value[bad] for key, value in state.items()}
@@ -204,36 +188,42 @@ class Encoder:
             value[bad] = kept[key]
         return wide, False
 
-    def _fits_kernels(self, located: Located) -> bool:
-        """Whether each gradient, in wire order, is of a type that its momentum can take in there."""
-        seen = (located.places, located.dtypes)
-        if self._method.memory.betas is not None and seen != self._fitting:
-            places = range(len(self._order)) if located.places is None else located.places
-            parameters = [self._layout.parameters[self._order[place]] for place in places]
-            if list(map(state_dtype, located.dtypes)) != [state_dtype(parameter.dtype) for parameter in parameters]:
+    # ------------------------------------------------------------------------------------ many at once
+
+    def _fits(self, gradients: Sequence[torch.Tensor | None]) -> bool:
+        """Whether each gradient is of a type that its average can take in."""
+        if self.method.memory.betas is None:
+            return True
+        dtypes = [None if gradient is None else gradient.dtype for gradient in gradients]
+        if dtypes != self._fitting:
+            pairs = zip(dtypes, self._parameters, strict=True)
+            if any(dtype is not None and state_dtype(dtype) != state_dtype(p.dtype) for dtype, p in pairs):
                 return False
-            self._fitting = seen
+            self._fitting = dtypes
         return True
 
-    def _encode_together(self, batch: Batch, located: Located, context: StepContext) -> Flag:
-        """All parameters in one launch, on a GPU."""
-        assert isinstance(self._method.codec, SignBits)
-        zeros, betas = self._method.codec.zeros(context.policy), self._method.memory.betas
+    def _encode_together(
+        self, bitmaps: Bitmaps, gradients: Sequence[torch.Tensor | None], context: StepContext
+    ) -> First:
+        assert isinstance(self.method.codec, SignBits)
+        zeros, betas = self.method.codec.zeros(context.policy), self.method.memory.betas
         if betas is None:
-            return batch.pack(located, zeros=zeros, key=context.zeros_key)
-        momenta = self._momenta
-        if momenta is None:
-            present = set(range(len(self._order)) if located.places is None else located.places)
-            (field,) = self._method.memory.fields
-            momenta = locate(
-                [self.state(index)[field] if place in present else None for place, index in enumerate(self._order)]
-            )
-            self._momenta = momenta if momenta.places is None else None
-        return batch.pack_momentum(located, momenta, betas, unscale=self._unscale, zeros=zeros, key=context.zeros_key)
+            return bitmaps.pack(gradients, zeros=zeros, key=context.zeros_key)
+        (field,) = self.method.memory.fields
+        averages: list[torch.Tensor | None] = [
+            None if gradient is None else self._store.of(parameter)[field]
+            for gradient, parameter in zip(gradients, self._parameters, strict=True)
+        ]
+        if len(averages) == len(self._averages) and all(map(is_, averages, self._averages)):
+            averages = self._averages  # the same list says that nothing has moved
+        self._averages = averages
+        return bitmaps.pack_average(
+            gradients, averages, betas, unscale=self._unscale, zeros=zeros, key=context.zeros_key
+        )
 
     # ------------------------------------------------------------------------------------------- precision
 
-    def _widened(self, g: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _widened(self, g: torch.Tensor, state: State) -> torch.Tensor:
         """The gradient in the memory's precision, without the loss scale: in 32 bits small ones do not underflow."""
         dtype = _precision(g, state)
         if g.dtype == dtype and self._unscale == 1.0:
@@ -241,7 +231,7 @@ class Encoder:
         wide = self._scratch("gradient", dtype)[: g.numel()].copy_(g)
         return wide.mul_(self._unscale) if self._unscale != 1.0 else wide
 
-    def _result(self, g: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _result(self, g: torch.Tensor, state: State) -> torch.Tensor:
         return self._scratch("result", _precision(g, state))
 
     def _scratch(self, purpose: str, dtype: torch.dtype) -> torch.Tensor:
@@ -250,7 +240,7 @@ class Encoder:
         return self._scratches[purpose, dtype]
 
 
-def _precision(g: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.dtype:
+def _precision(g: torch.Tensor, state: State) -> torch.dtype:
     """What a memory computes in: the type of its state, else 32 bits or more."""
     return next((value.dtype for value in state.values()), state_dtype(g.dtype))
 
@@ -261,22 +251,29 @@ def _is_average(memory: Memory) -> bool:
     return memory.betas is not None and len(owners) == 1
 
 
-def one_launch(layout: Layout, method: Method, buckets: Sequence[torch.Tensor]) -> Batch | None:
-    """What packs or unpacks all parameters in one launch, where there are kernels for that.
+def _first_false(flags: Sequence[Flag]) -> First:
+    """The place of the first that is not true; on a GPU it waits for nobody."""
+    tensors = [flag for flag in flags if isinstance(flag, torch.Tensor)]
+    if not tensors:
+        return next((place for place, flag in enumerate(flags) if not flag), len(flags))
+    told = torch.ones(len(flags) + 1, dtype=torch.bool, device=tensors[0].device)
+    told[-1] = False
+    for place, flag in enumerate(flags):
+        if flag is not True:
+            told[place] = flag
+    return told.to(torch.uint8).argmin()
+
+
+def bitmaps_of(segments: Sequence[Segment], rows: Sequence[Sequence[torch.Tensor]], backend: Backend) -> Bitmaps:
+    """What packs or unpacks the words of all of these together.
 
     Args:
-        buckets: (planes, length) of each bucket: its messages or its decisions.
+        rows: for each segment, its bucket's planes (length,): signs and, if there are two, what is not zero.
     """
-    if ops.kernels_for(layout.device) is None or not isinstance(method.codec, SignBits):
-        return None
-    rows = [
-        (buckets[bucket.index][:, segment.start : segment.stop], segment)
-        for bucket in layout.buckets
-        for segment in bucket.segments
-    ]
-    return Batch(
-        [segment.numel for _, segment in rows],
-        [row[0] for row, _ in rows],
-        nonzeros=[row[1] for row, _ in rows] if rows and len(rows[0][0]) > 1 else None,
-        first_words=[segment.first_word for _, segment in rows],
+    spans = [slice(segment.start, segment.stop) for segment in segments]
+    return backend.bitmaps(
+        [segment.numel for segment in segments],
+        [planes[0][span] for planes, span in zip(rows, spans, strict=True)],
+        [planes[1][span] if len(planes) > 1 else None for planes, span in zip(rows, spans, strict=True)],
+        [segment.first_word for segment in segments],
     )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter, is_
-from typing import cast
 
 import torch
 
-from mpisign.bitmap.batch import Located, locate
 from mpisign.bitmap.tensors import DTYPES, is_laid_as
 from mpisign.errors import GradientError
 from mpisign.layout import Layout
+from mpisign.method import Method
 
 __all__ = ["Gradients"]
 
@@ -45,11 +44,11 @@ class Gradients:
     gradients do not look like those of the step before.
     """
 
-    def __init__(self, layout: Layout, rank: int) -> None:
+    def __init__(self, layout: Layout, methods: Sequence[Method], rank: int) -> None:
         self._layout, self._rank = layout, rank
+        self.methods = methods
         self._signature: tuple[object, ...] | None = None  # of the latest gradients, which were fit
         self._alike = False  # fits() has just seen that the gradients look so
-        self._located: Located | None = None  # those, if there were all
         self._forms = list(map(_form, layout.parameters))
         self._held: tuple[list[int], list[tuple[int, ...]]] = [], []  # addresses and strides of parameters of that form
 
@@ -75,18 +74,8 @@ class Gradients:
         gradients = list(map(_gradient, self._layout.parameters))
         if not self._alike:
             gradients = [self._fit(place, gradient) for place, gradient in enumerate(gradients)]
-            self._signature, self._located = _signature_of(gradients), None
+            self._signature = _signature_of(gradients)
         return gradients
-
-    def locate(self, gradients: Sequence[torch.Tensor | None]) -> Located:
-        """What launches have to know of gradients just read, in the order of the wire."""
-        order, known = self._layout.order, self._located
-        if self._alike and known is not None:  # then only their addresses can have changed
-            addresses = list(map(torch.Tensor.data_ptr, cast(list[torch.Tensor], gradients)))
-            return Located(None, known.elements, [addresses[index] for index in order], known.dtypes)
-        located = locate([gradients[index] for index in order])
-        self._located = located if located.places is None else None
-        return located
 
     def models(self) -> list[torch.Tensor | None]:
         """The parameters themselves, in wire order."""

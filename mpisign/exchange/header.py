@@ -1,25 +1,38 @@
-"""What ranks tell each other besides the messages: the handshake before, the participation header after packing.
+"""What ranks tell each other besides the messages: the handshake before a step, and a header with each message.
 
-A header could ride in front of every message. It does not, for two reasons. Messages of different sizes must
-never meet in a collective (that is a hang or garbage, not an error), so the layout must be agreed on *before*
-the first of them: the handshake, one small all-gather of fixed size. And whether a rank votes is known only
-*after* its last gradient was looked at, while its first bucket is long on its way: the participation header,
-posted when packing ends and read before anything is decided. Messages stay pure words, cut and received in place.
+Messages of different sizes must never meet in a collective (that is a hang or garbage, not an error), so the layout is
+agreed on before the first of them: the handshake, one small all-gather of fixed size. Whether a rank votes is told with
+each message, on a communicator of its own, at the same time as the message's first phase: no latency is added, and in
+every exchange each rank knows all voters. Messages stay pure words, cut and received in place.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from mpisign.errors import ConsistencyError
-from mpisign.layout import FORMAT_VERSION, Layout
+from mpisign.layout import FORMAT_VERSION, Bucket, Layout
 from mpisign.session import Session
 from mpisign.talk import minority
+from mpisign.watchdog import Pending
 
-__all__ = ["REASONS", "Handshake", "Participation", "exchange_participation", "shake_hands"]
+__all__ = [
+    "JOINED",
+    "NON_FINITE",
+    "NO_GRADIENT",
+    "REASONS",
+    "SCALER_INF",
+    "VOTES",
+    "Handshake",
+    "Header",
+    "Heard",
+    "shake_hands",
+]
 
 VOTES, NON_FINITE, SCALER_INF, JOINED, NO_GRADIENT = range(5)
 REASONS = {
@@ -28,6 +41,8 @@ REASONS = {
     JOINED: "joined",
     NO_GRADIENT: "no gradient",
 }
+
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -42,33 +57,40 @@ class Handshake:
         return all(steps is not None for steps in self.joined_for)
 
 
-@dataclass(frozen=True)
-class Participation:
-    """Who votes: ``status[r]`` is VOTES or a key of REASONS; ``voters[i]`` the ranks that vote on parameter i."""
-
-    status: tuple[int, ...]
-    voters: tuple[tuple[int, ...], ...]
-    bytes_sent: int
-
-
 def shake_hands(
-    session: Session, layout: Layout, fingerprint: int, settings: Sequence[str], step: int, joined_for: int | None
+    session: Session,
+    layout: Layout,
+    fingerprint: int,
+    settings: Sequence[str],
+    rows: Sequence[str],
+    step: int,
+    joined_for: int | None,
 ) -> Handshake:
     """Make sure that all ranks mean the same bits by the same step. **Collective.**
+
+    Args:
+        fingerprint: of ``layout`` and ``settings``.
+        rows: the parameters whose headers tell of rows; they change from step to step.
 
     Raises:
         ConsistencyError: on every rank, naming those that differ and in what.
     """
-    mine = np.array([FORMAT_VERSION, step, fingerprint, 0 if joined_for is None else joined_for + 1], dtype=np.int64)
+    told = fingerprint ^ _digest(rows) if rows else fingerprint
+    mine = np.array([FORMAT_VERSION, step, told, 0 if joined_for is None else joined_for + 1], dtype=np.int64)
     with session.tracer.span("handshake"):
         heard = session.call(mine)
     if not (heard[:, :3] == mine[:3]).all():
-        _explain(session, layout, settings, heard)
+        _explain(session, layout, [*settings, *(f"rows of {name!r} are told" for name in rows)], heard)
     if (heard[:, 3] < 0).any():
         odd = np.flatnonzero(heard[:, 3] < 0).tolist()
         raise ConsistencyError(f"ranks {odd} say that they have sat out less than no steps (this is {session.rank})")
     joined = tuple(None if field == 0 else int(field) - 1 for field in heard[:, 3])
     return Handshake(joined, (session.size - 1) * mine.nbytes)
+
+
+def _digest(texts: Sequence[str]) -> int:
+    digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def _explain(session: Session, layout: Layout, settings: Sequence[str], heard: np.ndarray) -> None:
@@ -95,24 +117,106 @@ def _explain(session: Session, layout: Layout, settings: Sequence[str], heard: n
     )
 
 
-def exchange_participation(session: Session, status: int, present: Sequence[bool]) -> Participation:
-    """Tell the others whether this rank votes, and on which parameters it has a gradient. **Collective.**"""
-    bits = np.packbits(np.asarray(present, np.bool_), bitorder="little")
-    mine = np.concatenate([np.array([status], np.uint8), bits])
-    heard = np.empty((session.size, mine.size), np.uint8)
-    with session.tracer.span("participation"):
-        session.wait(session.post(session.group.comm.Iallgather(mine, heard), mine, heard))
-    statuses = tuple(int(code) for code in heard[:, 0])
-    unknown = [rank for rank, code in enumerate(statuses) if code != VOTES and code not in REASONS]
-    if unknown:
-        raise ConsistencyError(
-            f"ranks {unknown} abstain for a reason that this mpisign does not know ({statuses[unknown[0]]}; this is "
-            f"rank {session.rank}): run the same version on every rank"
-        )
-    voting = [rank for rank, code in enumerate(statuses) if code == VOTES]
-    has = np.unpackbits(heard[:, 1:], axis=1, count=len(present), bitorder="little")
-    if has[voting].all():
-        voters = (tuple(voting),) * len(present)
-    else:
-        voters = tuple(tuple(rank for rank in voting if has[rank, i]) for i in range(len(present)))
-    return Participation(statuses, voters, (session.size - 1) * mine.nbytes)
+@dataclass(frozen=True)
+class Heard:
+    """What all M ranks say of one bucket of S segments.
+
+    Attributes:
+        status: by rank: VOTES, or a key of REASONS.
+        votes: (M, S) who votes on which segment.
+        ended: by rank, the segment at which its ballot has ended, or -1.
+        zero_rows: (M, S) who has found a row of zeros where; all False where rows do not count.
+        spoken: by segment whose rows are told: (M, R) the rows on which each rank votes.
+    """
+
+    status: tuple[int, ...]
+    votes: Bools
+    ended: tuple[int, ...]
+    zero_rows: Bools
+    spoken: dict[int, Bools]
+
+    def voters(self, segment: int) -> tuple[int, ...]:
+        """The ranks that vote on the segment at this place."""
+        return tuple(np.flatnonzero(self.votes[:, segment]).tolist())
+
+
+class Header:
+    """What travels beside one bucket: one byte for the status, four for the end of a ballot, and bits.
+
+    Args:
+        rows: by the place of each segment whose rows are told, how many it has.
+        tells: whether a rank that has found a row of zeros says so.
+        ranks: how many there are.
+    """
+
+    def __init__(self, bucket: Bucket, rows: dict[int, int], tells: bool, ranks: int) -> None:
+        self._segments, self._rows, self._tells = len(bucket.segments), rows, tells
+        self._bits = self._segments * (2 if tells else 1) + sum(rows.values())
+        self._mine = np.zeros(5 + -(-self._bits // 8), np.uint8)
+        self._heard = np.zeros((ranks, self._mine.size), np.uint8)
+        self.bytes_sent = (ranks - 1) * self._mine.size
+        self._simple = np.concatenate([[VOTES, *b"\xff\xff\xff\xff"], self._pack([np.ones(self._segments, np.bool_)])])
+
+    def _pack(self, parts: Sequence[Bools]) -> npt.NDArray[np.uint8]:
+        bits = np.zeros(self._bits, np.bool_)
+        at = 0
+        for part in parts:
+            bits[at : at + part.size] = part
+            at += part.size
+        return np.packbits(bits, bitorder="little")
+
+    def send(
+        self,
+        session: Session,
+        status: int,
+        votes: Bools,
+        ended: int = -1,
+        zero_rows: Bools | None = None,
+        spoken: dict[int, Bools] | None = None,
+    ) -> Pending:
+        """Begin to tell the others; see :class:`Heard`. **Collective**, in the order of the buckets."""
+        if status == VOTES and not self._rows and (zero_rows is None or not zero_rows.any()) and votes.all():
+            self._mine[:] = self._simple
+        else:
+            parts = [votes]
+            if self._tells:
+                parts.append(np.zeros(self._segments, np.bool_) if zero_rows is None else zero_rows)
+            for segment, count in self._rows.items():
+                its = None if spoken is None else spoken.get(segment)
+                parts.append(np.ones(count, np.bool_) if its is None else its)
+            self._mine[0] = status
+            self._mine[1:5] = np.frombuffer(np.int32(ended).tobytes(), np.uint8)
+            self._mine[5:] = self._pack(parts)
+        request = session.group.phases[0].Iallgather(self._mine, self._heard)
+        return session.post(request, self)
+
+    def heard(self, session: Session) -> Heard:
+        """What all have said. Raises ConsistencyError on every rank if somebody's cannot be."""
+        heard = self._heard
+        if (heard == self._simple).all():  # all vote on everything, as nearly always
+            everything = np.ones((len(heard), self._segments), np.bool_)
+            return Heard((VOTES,) * len(heard), everything, (-1,) * len(heard), ~everything, {})
+        status = heard[:, 0].tolist()
+        ended = heard[:, 1:5].copy().view(np.int32)[:, 0].tolist()
+        unknown = [
+            rank
+            for rank, (code, end) in enumerate(zip(status, ended, strict=True))
+            if (code != VOTES and code not in REASONS) or not -1 <= end < self._segments
+        ]
+        if unknown:
+            raise ConsistencyError(
+                f"ranks {unknown} abstain for a reason that this mpisign does not know ({status[unknown[0]]}, "
+                f"{ended[unknown[0]]}; this is rank {session.rank}): run the same version on every rank"
+            )
+        bits = np.unpackbits(heard[:, 5:], axis=1, count=self._bits, bitorder="little").astype(np.bool_)
+        votes, at = bits[:, : self._segments], self._segments
+        votes &= np.isin(heard[:, :1], (VOTES, NON_FINITE))  # who abstains wholly has no vote whatever its bits say
+        zero_rows = np.zeros_like(votes)
+        if self._tells:
+            zero_rows = bits[:, at : at + self._segments] & votes
+            at += self._segments
+        spoken = {}
+        for segment, count in self._rows.items():
+            spoken[segment] = bits[:, at : at + count]
+            at += count
+        return Heard(tuple(status), votes, tuple(ended), zero_rows, spoken)

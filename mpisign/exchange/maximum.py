@@ -9,7 +9,7 @@ import torch
 from mpisign.bitmap.tensors import flat
 from mpisign.exchange.staging import Buffer
 from mpisign.group import Group
-from mpisign.layout import Layout
+from mpisign.layout import Bucket, Layout
 from mpisign.session import Session
 
 __all__ = ["Maximum"]
@@ -18,8 +18,8 @@ __all__ = ["Maximum"]
 class Maximum:
     """Its buffer, of one fp32 number a coordinate."""
 
-    def __init__(self, layout: Layout, group: Group) -> None:
-        self._segments = [segment for bucket in layout.buckets for segment in bucket.segments]
+    def __init__(self, layout: Layout, buckets: Sequence[Bucket], group: Group) -> None:
+        self._segments = [segment for bucket in buckets for segment in bucket.segments]
         # Staged, as Open MPI's nonblocking reductions crash on GPU memory even where its other collectives take it.
         length = sum(segment.numel for segment in self._segments)
         self._buffer = Buffer((length,), torch.float32, layout.device, staged=True)
@@ -32,13 +32,13 @@ class Maximum:
         """By a segment's first word: ``max_m |g_m|`` (n,) over the ranks that have a gradient. **Collective.**
 
         Args:
+            gradients: by segment, in the order of the wire; None where this rank has none.
             unscale: factor that takes this rank's loss scale out of its gradients.
         """
         from mpi4py import MPI
 
         parts = self._buffer.tensor.split([segment.numel for segment in self._segments])
-        for segment, part in zip(self._segments, parts, strict=True):
-            gradient = gradients[segment.index]
+        for gradient, part in zip(gradients, parts, strict=True):
             part.zero_() if gradient is None else part.copy_(flat(gradient)).abs_().mul_(unscale)
         self._buffer.push()
         self._buffer.ready()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mpisign.bitmap import ops
+from mpisign.backends import backend_for
 
 __all__ = ["Buffer", "gpu_aware"]
 
@@ -42,7 +42,7 @@ class Buffer:
         self._mirror: torch.Tensor | None = None
         self._written = torch.cuda.Event() if cuda else None
         self.mpi: Any = self.tensor.view(-1)
-        if ops.kernels_for(device) is None:
+        if not backend_for(device).staged:
             self.mpi = self.tensor.numpy()
         elif staged or not gpu_aware():
             self._mirror = torch.zeros(shape, dtype=dtype, pin_memory=cuda)

@@ -10,15 +10,16 @@ A message of several planes is cut across all of them, by an MPI datatype, so th
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from mpisign.exchange.runs import Decide
 from mpisign.exchange.staging import Buffer
 from mpisign.group import Group
 from mpisign.session import Session
+from mpisign.watchdog import Pending
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -61,26 +62,23 @@ class TwoPhase:
     def push(self) -> None:
         self._outgoing.push()
 
-    def start(self, session: Session) -> None:
+    def send(self, session: Session) -> Pending:
         self._outgoing.ready()
-        request = session.group.comm.Ialltoall([self._outgoing.mpi, 1, self._slice_up], self._incoming.mpi)
-        self._pending = session.post(request, self)
+        request = session.group.phases[1].Ialltoall([self._outgoing.mpi, 1, self._slice_up], self._incoming.mpi)
+        return session.post(request, self)
 
-    def settle(self, decide: Decide, session: Session, index: int) -> None:
-        with session.tracer.span("phase 1", index):
-            session.wait(self._pending)
-            self._incoming.pull()
-        decide(self._messages, self._decided, self._at)
-        with session.tracer.span("send", index):
-            self._verdict.push()
-            self._verdict.ready()
-            request = session.group.comm.Iallgather(self._verdict.mpi, [self._spread.mpi, 1, self._slice_down])
-            self._pending = session.post(request, self)
+    def heard(self) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]:
+        self._incoming.pull()
+        return self._messages, self._decided, self._at
 
-    def finish(self, session: Session, index: int) -> None:
-        with session.tracer.span("phase 2", index):
-            session.wait(self._pending)
-            self._spread.pull()
+    def spread(self, session: Session) -> Pending:
+        self._verdict.push()
+        self._verdict.ready()
+        request = session.group.phases[2].Iallgather(self._verdict.mpi, [self._spread.mpi, 1, self._slice_down])
+        return session.post(request, self)
+
+    def landed(self) -> None:
+        self._spread.pull()
 
     def counts_ties_for(self, rank: int) -> bool:
         """Whether ``rank``'s count of ties enters the job's: each counts those of its own shard."""

@@ -47,6 +47,10 @@ class DGC(Memory):
         if self.clip is not None:
             check_positive("clip", self.clip, ", or None for never")
 
+    @property
+    def needs_all(self) -> bool:
+        return self.clip is not None
+
     def prepare(self, gradients: Sequence[Tensor], context: StepContext) -> Any:
         if self.clip is None:
             return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpisign.bitmap.tensors import blocks
+from mpisign.backends import backend_for
 from mpisign.codecs.codec import Codec
 from mpisign.errors import OptionError
 from mpisign.memory.memory import Memory, State
@@ -57,7 +57,7 @@ class EF21(Memory):
         codec.add(message, state["estimate"], 1.0)
 
     def received(self, decision: Tensor, state: State) -> None:
-        for span in blocks(decision.numel(), decision.device):
+        for span in backend_for(decision.device).blocks(decision.numel()):
             decision[span].copy_(state["average"][span].add_(decision[span]))
 
 

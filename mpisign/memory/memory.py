@@ -28,6 +28,8 @@ class Memory:
         running: :meth:`received` turns the decision into the gradient.
         needs_maximum: ``context.prepared[first_word]`` shall be the largest magnitude (n,) any rank's gradient has,
             coordinate by coordinate. It costs a dense all-reduce.
+        needs_all: :meth:`prepare` must see all gradients of the method before any is taken in. If one of them is not
+            finite, the rank abstains on everything. Default: whether :meth:`prepare` is overridden.
         private: no other rank shall be able to repeat its random numbers: a secret of this rank's goes into them.
         follows_lr: fields in units of the gradient whose product with the learning rate is what counts (an
             error still owed to the parameters): they are rescaled by old rate / new rate when the rate changes.
@@ -41,6 +43,10 @@ class Memory:
     needs_maximum = False
     private: bool = False
     follows_lr: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def needs_all(self) -> bool:
+        return self.needs_maximum or type(self).prepare is not Memory.prepare
 
     @property
     def betas(self) -> tuple[float, float] | None:

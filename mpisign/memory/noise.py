@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mpisign.bitmap.coin import coin_words
-from mpisign.bitmap.tensors import blocks
+from mpisign.backends import RandomNumbers, backend_for
 from mpisign.errors import OptionError
 from mpisign.memory.memory import Memory, State
 from mpisign.policy import StepContext, check_positive
@@ -28,46 +25,6 @@ __all__ = [
 ]
 
 Scale = float | Tensor
-COINS = 1 << 16  # drawn at once: larger arrays would come fresh from the system each time
-
-
-class Random:
-    """Random numbers for one gradient, in the order of its elements: this rank's own, the same in every repetition."""
-
-    def __init__(self, context: StepContext, first_word: int, device: torch.device) -> None:
-        self._context, self._first_word, self._device = context, first_word, device
-        self._drawn = 0
-
-    @functools.cached_property
-    def _key(self) -> int:
-        return self._context.noise_key(self._first_word)
-
-    @functools.cached_property
-    def _generator(self) -> torch.Generator:
-        return self._context.generator(self._first_word, self._device)
-
-    @functools.cached_property
-    def _philox(self) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=self._key))
-
-    def normal(self, out: Tensor) -> Tensor:
-        """Fill ``out`` with standard normal numbers."""
-        if self._context.secret and not out.is_cuda:  # torch's generator is faster, and uses 32 bits of the key
-            values = out.numpy()
-            self._philox.standard_normal(out=values, dtype=values.dtype)
-            return out
-        return out.normal_(generator=self._generator)
-
-    def uniform(self, out: Tensor, bound: float) -> Tensor:
-        """Fill ``out`` with numbers from [-bound, bound]; on the host 32 coins each, at half of torch's price."""
-        if out.is_cuda:
-            return out.uniform_(-bound, bound, generator=self._generator)
-        for lo in range(0, out.numel(), COINS):
-            part = out[lo : lo + COINS]
-            coins = coin_words(self._key, self._drawn, part.numel()).view(np.int32)
-            self._drawn += part.numel()
-            part.copy_(torch.from_numpy(coins)).mul_(bound / 2**31)
-        return out
 
 
 class Noise(Memory, ABC):
@@ -78,9 +35,10 @@ class Noise(Memory, ABC):
     def __call__(
         self, gradient: Tensor, state: State, scratch: Tensor, context: StepContext, first_word: int
     ) -> Tensor:
-        random, scale = Random(context, first_word, gradient.device), self.scale_of(gradient, context, first_word)
+        backend, scale = backend_for(gradient.device), self.scale_of(gradient, context, first_word)
+        random = backend.random(context.noise_key(first_word), gradient.device, private=bool(context.secret))
         spare = gradient.new_empty(0)
-        for span in blocks(gradient.numel(), gradient.device):
+        for span in backend.blocks(gradient.numel()):
             here = scale[span] if isinstance(scale, Tensor) and scale.dim() else scale
             self.draw(gradient[span], here, scratch[span], spare.resize_(span.stop - span.start), random)
         return scratch[: gradient.numel()]
@@ -90,7 +48,7 @@ class Noise(Memory, ABC):
         return 1.0
 
     @abstractmethod
-    def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: Random) -> None:
+    def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: RandomNumbers) -> None:
         """Write what is sent for a part of the gradient (n,) into ``out`` (n,); ``spare`` (n,) is scratch."""
 
 
@@ -115,7 +73,7 @@ class GaussianNoise(Noise):
         smallest, largest = gradient.aminmax()
         return torch.maximum(-smallest, largest).mul_(self.scale)
 
-    def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: Random) -> None:
+    def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: RandomNumbers) -> None:
         random.normal(out).mul_(scale).add_(gradient)
 
 
@@ -146,7 +104,7 @@ class StochasticSign(Noise):
         bounds: Scale = context.prepared[first_word] if self.bound is None else self.bound
         return bounds
 
-    def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: Random) -> None:
+    def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: RandomNumbers) -> None:
         random.uniform(out, 1.0).mul_(scale).add_(gradient)
 
 
@@ -181,7 +139,7 @@ class ClippedNoise(Noise):
         factor: Tensor = context.prepared.to(gradient.dtype)
         return factor
 
-    def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: Random) -> None:
+    def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: RandomNumbers) -> None:
         random.normal(out).mul_(self.noise).add_(torch.mul(gradient, scale, out=spare))
 
 
@@ -229,7 +187,7 @@ class TernarySign(Noise):
         if self.b < self.a:
             raise OptionError(f"B={self.b!r} must be at least A={self.a!r}, as A/B is the probability to vote")
 
-    def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: Random) -> None:
+    def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: RandomNumbers) -> None:
         random.uniform(out, self.b)  # within A it is a vote: +1 up to g, else -1
         up = spare.copy_(gradient).ge_(out)
         out.abs_().le_(self.a).mul_(up.mul_(2.0).sub_(1.0))
@@ -249,6 +207,6 @@ class SparseSign(Noise):
     def __post_init__(self) -> None:
         check_positive("budget", self.budget)
 
-    def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: Random) -> None:
+    def draw(self, gradient: Tensor, scale: Scale, out: Tensor, spare: Tensor, random: RandomNumbers) -> None:
         speaks = random.uniform(out, 1.0 / self.budget).abs_().le_(torch.abs(gradient, out=spare))
         speaks.mul_(torch.sign(gradient, out=spare))

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mpisign.bitmap.tensors import blocks
+from mpisign.backends import backend_for
 from mpisign.codecs.codec import Codec
 from mpisign.memory.memory import Memory, State
 from mpisign.memory.momentum import check_decay
@@ -59,7 +59,7 @@ class OneBitAdam(Memory):
         codec.add(message, state["error"], -1.0)
 
     def received(self, decision: Tensor, state: State) -> None:
-        for span in blocks(decision.numel(), decision.device):
+        for span in backend_for(decision.device).blocks(decision.numel()):
             update, momentum, variance = decision[span], state["momentum"][span], state["variance"][span]
             if self.frozen:
                 torch.sign(variance, out=momentum).mul_(update)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import secrets
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from mpisign.bitmap.tensors import strides_of
+from mpisign.backends import backend_for
+from mpisign.bitmap.tensors import flat, strides_of
 from mpisign.errors import CheckpointError
 from mpisign.group import Group
-from mpisign.layout import Bucket, Layout
-from mpisign.memory import Memory
+from mpisign.memory.memory import Memory, State
 
 __all__ = ["MemoryStore", "state_dtype"]
 
 STATE_VERSION = 2
-NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -27,60 +25,145 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-class MemoryStore:
-    """The state of ``memory`` for every parameter that has had a gradient here, and of the deciding side.
+class Laid:
+    """A memory's tensors of one parameter, by field: in the parameter's shape, and the same memory flat."""
 
-    Each tensor of the memory has its parameter's shape and wire order, starts at zero, and is changed in place. What
-    a rule keeps (a server's error, a centre) belongs to the pieces of parameters that this rank decides.
+    __slots__ = ("flat", "shaped")
+
+    def __init__(self, shaped: State) -> None:
+        self.shaped = shaped
+        self.flat: State = {field: flat(value) for field, value in shaped.items()}
+
+
+Pieces = dict[torch.Tensor, dict[int, torch.Tensor]]
+"""By parameter, and by first element: what this rank keeps of what it decides."""
+
+
+class MemoryStore:
+    """The state of memories for every parameter that has had a gradient here, and of the deciding side.
+
+    Each tensor of a memory has its parameter's shape and wire order, and starts at zero. What a rule keeps (a server's
+    error, a centre) belongs to the pieces of parameters that this rank decides.
+
+    Between :meth:`draft` and :meth:`commit` everything is written to second buffers, so that :meth:`drop` can undo it.
+
+    Attributes:
+        rows: parameters in which some rank has had a row of zeros; the same on all ranks.
+        secret: what only this rank knows, in hexadecimal, if a memory's noise is private; else empty.
     """
 
     def __init__(self, memory: Memory) -> None:
-        self.memory = memory
+        self._usual = memory  # of parameters of which follow() has not said another
+        self._memories: dict[torch.Tensor, Memory] = {}
         self.secret = secrets.token_hex(32) if memory.private else ""
+        self.rows: set[torch.Tensor] = set()
         self._place = (0, 1)  # rank and size of the job it belongs to
-        self._states: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
-        self._pieces: dict[torch.Tensor, dict[int, torch.Tensor]] = {}  # by first element
-        self._former: dict[torch.Tensor, dict[int, torch.Tensor]] = {}  # of an earlier layout, or another job
+        self._states: dict[torch.Tensor, Laid] = {}
+        self._pieces: Pieces = {}
+        self._former: Pieces = {}  # of an earlier layout, or another job
         self._rates: dict[torch.Tensor, float] = {}
+        self._drafts: dict[torch.Tensor, Laid] | None = None  # what a round has written; None outside
+        self._piece_drafts: Pieces = {}
+        self._spares: dict[torch.Tensor, Laid] = {}  # second buffers that are free
+        self._piece_spares: Pieces = {}
 
-    def of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The state of one parameter by field, made on first use."""
+    def memory_of(self, parameter: torch.Tensor) -> Memory:
+        """The memory whose state it is."""
+        return self._memories.get(parameter, self._usual)
+
+    def of(self, parameter: torch.Tensor) -> State:
+        """The state of one parameter by field, flat, to be read and written; made on first use."""
+        if self._drafts is None:
+            return self._kept(parameter).flat
+        if parameter not in self._drafts:
+            kept = self._kept(parameter)
+            spare = self._spares.pop(parameter, None) or Laid({field: _lay(parameter, None) for field in kept.shaped})
+            for field, value in kept.flat.items():
+                spare.flat[field].copy_(value)
+            self._drafts[parameter] = spare
+        return self._drafts[parameter].flat
+
+    def _kept(self, parameter: torch.Tensor) -> Laid:
         if parameter not in self._states:
-            self._states[parameter] = {field: _lay(parameter, None) for field in self.memory.fields}
+            self._states[parameter] = Laid({field: _lay(parameter, None) for field in self.memory_of(parameter).fields})
         return self._states[parameter]
 
-    def follow(self, parameters: Sequence[torch.Tensor], group: Group) -> None:
+    # --------------------------------------------------------------------------------------- second buffers
+
+    def draft(self) -> None:
+        """From here on write to second buffers."""
+        self._drafts = {}
+
+    def commit(self) -> None:
+        """What was written since :meth:`draft` is the state from here on. Harmless without a draft."""
+        if self._drafts is None:
+            return
+        for parameter, draft in self._drafts.items():
+            self._spares[parameter] = self._states[parameter]
+            self._states[parameter] = draft
+        for parameter, drafts in self._piece_drafts.items():
+            for lo, piece in drafts.items():
+                self._piece_spares.setdefault(parameter, {})[lo] = self._pieces[parameter][lo]
+                self._pieces[parameter][lo] = piece
+        self._drafts, self._piece_drafts = None, {}
+
+    def drop(self) -> None:
+        """Forget what was written since :meth:`draft`."""
+        if self._drafts is None:
+            return
+        self._spares.update(self._drafts)
+        for parameter, drafts in self._piece_drafts.items():
+            self._piece_spares.setdefault(parameter, {}).update(drafts)
+        self._drafts, self._piece_drafts = None, {}
+
+    # ------------------------------------------------------------------------------------------- changes
+
+    def follow(self, parameters: Sequence[torch.Tensor], memories: Mapping[torch.Tensor, Memory], group: Group) -> None:
         """Take note of changes: forget parameters no longer held, and lay the state out anew where they differ."""
         self._place = (group.rank, group.size)
         held = set(parameters)
-        self._former = self._kept_pieces()
-        self._pieces = {}
-        self._states = {parameter: state for parameter, state in self._states.items() if parameter in held}
-        self._former = {parameter: pieces for parameter, pieces in self._former.items() if parameter in held}
+        self._memories = dict(memories)
+        if any(memory.private for memory in memories.values()) and not self.secret:
+            self.secret = secrets.token_hex(32)
+        self._former = {parameter: pieces for parameter, pieces in self._kept_pieces().items() if parameter in held}
+        self._pieces, self._spares, self._piece_spares = {}, {}, {}
+        self.rows &= held
         self._rates = {parameter: rate for parameter, rate in self._rates.items() if parameter in held}
-        for parameter, state in self._states.items():
-            for field, value in state.items():
-                if value.shape != parameter.shape:
-                    state[field] = _lay(parameter, None)
-                elif (value.dtype, value.device) != (state_dtype(parameter.dtype), parameter.device) or (
-                    value.stride() != strides_of(parameter)
-                ):
-                    state[field] = _lay(parameter, value)
+        states = {parameter: laid for parameter, laid in self._states.items() if parameter in held}
+        self._states = {parameter: self._followed(parameter, laid) for parameter, laid in states.items()}
+
+    def _followed(self, parameter: torch.Tensor, laid: Laid) -> Laid:
+        """The state as the parameter and its memory are now: the same one where they have not changed."""
+        strides, dtype = strides_of(parameter), state_dtype(parameter.dtype)
+        shaped: State = {}
+        for field in self.memory_of(parameter).fields:
+            value = laid.shaped.get(field)
+            if value is None or value.shape != parameter.shape:
+                shaped[field] = _lay(parameter, None)
+            elif (value.dtype, value.device, value.stride()) != (dtype, parameter.device, strides):
+                shaped[field] = _lay(parameter, value)
+            else:
+                shaped[field] = value
+        same = shaped.keys() == laid.shaped.keys() and all(shaped[field] is laid.shaped[field] for field in shaped)
+        return laid if same else Laid(shaped)
 
     def follow_rates(self, groups: Sequence[dict[str, Any]]) -> None:
         """Rescale the fields that follow the learning rate, so that rate times field stays what it was.
 
         A step at rate 0 leaves them alone, as there is no factor that could undo it.
         """
-        if not self.memory.follows_lr:
+        if not (self._usual.follows_lr or any(memory.follows_lr for memory in self._memories.values())):
             return
         for group in groups:
             rate = float(group.get("lr", 1.0))
             for parameter in group["params"]:
+                fields = self.memory_of(parameter).follows_lr
+                if not fields:
+                    continue
                 before = self._rates.get(parameter, rate)
                 if before != rate != 0.0:
-                    state = self._states.get(parameter, {})
-                    owed = [state[field] for field in self.memory.follows_lr if field in state]
+                    state = self._states[parameter].flat if parameter in self._states else {}
+                    owed = [state[field] for field in fields if field in state]
                     owed += self._pieces.get(parameter, {}).values()
                     for value in owed:
                         value.mul_(before / rate)
@@ -90,24 +173,27 @@ class MemoryStore:
                 if rate != 0.0:
                     self._rates[parameter] = rate
 
-    def piece(self, parameter: torch.Tensor, lo: int, hi: int) -> torch.Tensor:
-        """What is kept for elements ``lo .. hi`` of a flat parameter by whoever decides them: (hi - lo,), in place."""
+    # ------------------------------------------------------------------------------------- what rules keep
+
+    def piece(self, parameter: torch.Tensor, lo: int, hi: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """What is kept for elements ``lo .. hi`` of a flat parameter by whoever decides them: (hi - lo,).
+
+        Args:
+            dtype: default that of a memory's state.
+        """
         mine = self._pieces.setdefault(parameter, {})
         if lo not in mine:
-            kept = torch.zeros(hi - lo, dtype=state_dtype(parameter.dtype), device=parameter.device)
+            dtype = state_dtype(parameter.dtype) if dtype is None else dtype
+            kept = torch.zeros(hi - lo, dtype=dtype, device=parameter.device)
             self._recall(parameter, lo, kept)
             mine[lo] = kept
-        return mine[lo]
-
-    def remembered(self, layout: Layout, bucket: Bucket) -> torch.Tensor:
-        """A bucket's previous decision of plain values, (1, length), to be kept up to date by the caller."""
-        previous = torch.zeros((1, bucket.length), dtype=bucket.dtype, device=layout.device)
-        for segment in bucket.segments:
-            parameter = layout.parameters[segment.index]
-            part = previous[0, segment.start : segment.stop]
-            self._recall(parameter, 0, part)
-            self._pieces[parameter] = {0: part}
-        return previous
+        if self._drafts is None:
+            return mine[lo]
+        drafts = self._piece_drafts.setdefault(parameter, {})
+        if lo not in drafts:
+            spare = self._piece_spares.get(parameter, {}).pop(lo, None)
+            drafts[lo] = mine[lo].clone() if spare is None else spare.copy_(mine[lo])
+        return drafts[lo]
 
     def _recall(self, parameter: torch.Tensor, lo: int, kept: torch.Tensor) -> None:
         """Copy what earlier pieces hold of the elements from ``lo`` on."""
@@ -116,7 +202,7 @@ class MemoryStore:
             if begin < end:
                 kept[begin - lo : end - lo] = value[begin - start : end - start]
 
-    def _kept_pieces(self) -> dict[torch.Tensor, dict[int, torch.Tensor]]:
+    def _kept_pieces(self) -> Pieces:
         """All pieces, without the former ones that present ones have replaced."""
         kept = {parameter: dict(pieces) for parameter, pieces in self._pieces.items()}
         for parameter, former in self._former.items():
@@ -126,12 +212,15 @@ class MemoryStore:
                     present[lo] = value
         return kept
 
+    # ------------------------------------------------------------------------------------------ checkpoints
+
     def state_dict(
         self, parameters: Sequence[torch.Tensor], step: int, epoch: int | None, method: str
     ) -> dict[str, Any]:
         """This rank's memory, keyed by place in ``parameters``; plain types and tensors only."""
         rank, size = self._place
         pieces = self._kept_pieces()
+        others = {place: self.memory_of(p).name for place, p in enumerate(parameters)}
         return {
             "version": STATE_VERSION,
             "rank": rank,
@@ -139,28 +228,34 @@ class MemoryStore:
             "step": step,
             "epoch": epoch,
             "method": method,
-            "memory_of": self.memory.name,
+            "memory_of": self._usual.name,
+            "others": {place: name for place, name in others.items() if name != self._usual.name},
             "secret": self.secret,
-            "memory": {
-                place: dict(self._states[parameter])
-                for place, parameter in enumerate(parameters)
-                if parameter in self._states
-            },
+            "memory": {place: dict(self._states[p].shaped) for place, p in enumerate(parameters) if p in self._states},
             "pieces": {place: pieces[p] for place, p in enumerate(parameters) if p in pieces},
             "rates": {place: self._rates[p] for place, p in enumerate(parameters) if p in self._rates},
+            "rows": [place for place, p in enumerate(parameters) if p in self.rows],
         }
 
-    def restored(self, saved: dict[str, Any] | None, parameters: Sequence[torch.Tensor], group: Group) -> MemoryStore:
+    def restored(
+        self,
+        saved: dict[str, Any] | None,
+        parameters: Sequence[torch.Tensor],
+        memories: Mapping[torch.Tensor, Memory],
+        group: Group,
+    ) -> MemoryStore:
         """A new store with the state that :meth:`state_dict` saved, or a fresh one, with a warning why.
 
         Raises:
             CheckpointError: saved by a job of another size, by a newer version, or for other parameters.
         """
-        store = MemoryStore(self.memory)
-        store._place = (group.rank, group.size)
-        fresh = f"rank {group.rank}: the memory ({self.memory.name}) starts fresh: "
+        store = MemoryStore(self._usual)
+        store._memories, store._place = dict(memories), (group.rank, group.size)
+        names = [store.memory_of(parameter).name for parameter in parameters]
+        fields = any(store.memory_of(parameter).fields for parameter in parameters)
+        fresh = f"rank {group.rank}: the memory ({', '.join(dict.fromkeys(names))}) starts fresh: "
         if saved is None:
-            if self.memory.fields:
+            if fields:
                 warnings.warn(fresh + "this is the state of a plain optimizer, which has none", stacklevel=3)
             return store
         if saved["version"] > STATE_VERSION:
@@ -174,28 +269,30 @@ class MemoryStore:
                 f"{group.size}, so the ranks' memories do not fit: start with -n {saved['size']}, or give the memory "
                 f"up with state_dict.pop('mpisign')"
             )
-        if saved["rank"] != group.rank or saved["memory_of"] != self.memory.name:
-            if not self.memory.fields:
-                return store
-            warnings.warn(
-                fresh + f"this is the state of rank {saved['rank']} under method {saved['method']!r}; "
-                "to resume exactly, save and load one state a rank",
-                stacklevel=3,
-            )
+        # Of all ranks the same, so that it is taken from another rank's state, too.
+        store.rows = {parameters[place] for place in saved.get("rows", ()) if place < len(parameters)}
+        others = saved.get("others", {})
+        theirs = [others.get(place, saved["memory_of"]) for place in range(len(parameters))]
+        if saved["rank"] != group.rank or theirs != names:
+            if fields:
+                warnings.warn(
+                    fresh + f"this is the state of rank {saved['rank']} under method {saved['method']!r}; "
+                    "to resume exactly, save and load one state a rank",
+                    stacklevel=3,
+                )
             return store
-        for place, fields in saved["memory"].items():
-            for field, value in fields.items():
+        for place, state in saved["memory"].items():
+            for field, value in state.items():
                 if place >= len(parameters) or value.shape != parameters[place].shape:
                     raise CheckpointError(
                         f"rank {group.rank}: the saved {field} of parameter {place} has shape {tuple(value.shape)}, "
                         f"which is not this model's: load the state of the same model"
                     )
-            store._states[parameters[place]] = {
-                field: _lay(parameters[place], value) for field, value in fields.items()
-            }
+            parameter = parameters[place]
+            store._states[parameter] = Laid({field: _lay(parameter, value) for field, value in state.items()})
         for place, pieces in saved.get("pieces", {}).items():
             store._former[parameters[place]] = {lo: value.to(parameters[place].device) for lo, value in pieces.items()}
-        if self.memory.private:
+        if store.secret or any(memory.private for memory in memories.values()):
             store.secret = saved.get("secret") or store.secret
         store._rates = {parameters[place]: rate for place, rate in saved.get("rates", {}).items()}
         return store
@@ -204,10 +301,6 @@ class MemoryStore:
 def _lay(parameter: torch.Tensor, value: torch.Tensor | None) -> torch.Tensor:
     """A new tensor in the parameter's shape and wire order: a copy of ``value``, or zeros."""
     dtype = state_dtype(parameter.dtype)
-    if parameter.device.type == "cpu":
-        # NumPy asks the system for huge pages where torch does not, and a memory is read and written at every step.
-        zeros = torch.from_numpy(np.zeros(parameter.numel(), NUMPY_DTYPES[dtype]))
-    else:
-        zeros = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
+    zeros = backend_for(parameter.device).zeros(parameter.numel(), dtype, parameter.device)
     laid = zeros.as_strided(parameter.shape, strides_of(parameter))
     return laid if value is None else laid.copy_(value)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from mpisign.rules.coordinatewise import Median, TrimmedMean
 from mpisign.rules.distance import CenteredClipping, GeometricMedian, Krum, MultiKrum, NearestNeighbourAveraging
-from mpisign.rules.mean import Mean, MeanOfSigns
+from mpisign.rules.mean import Mean, MeanOfSigns, RecodedMean
 from mpisign.rules.mixing import NearestNeighbourMixing
-from mpisign.rules.rule import Rule
+from mpisign.rules.rule import BallotRule, Rule, ValueRule, VectorRule
 from mpisign.rules.vote import MajorityVote
 
 __all__ = [
+    "BallotRule",
     "CenteredClipping",
     "GeometricMedian",
     "Krum",
@@ -20,6 +21,9 @@ __all__ = [
     "MultiKrum",
     "NearestNeighbourAveraging",
     "NearestNeighbourMixing",
+    "RecodedMean",
     "Rule",
     "TrimmedMean",
+    "ValueRule",
+    "VectorRule",
 ]

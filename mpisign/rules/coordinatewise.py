@@ -13,13 +13,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from mpisign.backends import backend_for
 from mpisign.errors import OptionError
 from mpisign.policy import StepContext
-from mpisign.rules.rule import Rule
+from mpisign.rules.rule import ValueRule
 
-__all__ = ["BLOCK", "Median", "Rows", "TrimmedMean", "check_count", "check_enough", "median", "trimmed_mean"]
-
-BLOCK = {"cpu": 1 << 15, "cuda": 1 << 22}  # coordinates at a time: within a core's cache; enough to fill a GPU
+__all__ = ["Median", "Rows", "TrimmedMean", "check_count", "check_enough", "median", "trimmed_mean"]
 
 Rows = Sequence[Tensor] | Tensor
 """V vectors (n,) of one dtype and device, or the tensor (V, n) of them; V >= 1, all finite."""
@@ -59,9 +58,10 @@ def trimmed_mean(rows: Rows, f: int, out: Tensor | None = None) -> Tensor:
     trimmed = min(f, (len(rows) - 1) // 2)
     kept = len(rows) - 2 * trimmed
     scale = 2.0 ** -(kept - 1).bit_length()  # a power of two, which rounds nothing, against overflow
-    width = min(BLOCK[result.device.type], result.numel())
+    block = backend_for(result.device).rows  # coordinates at a time
+    width = min(block, result.numel())
     scratch = result.new_empty(len(rows) + 1, width)
-    for lo in range(0, result.numel(), BLOCK[result.device.type]):
+    for lo in range(0, result.numel(), block):
         total = result[lo : lo + width]
         *ordered, spare = scratch[:, : total.numel()].unbind()
         for mine, row in zip(ordered, rows, strict=True):
@@ -111,7 +111,7 @@ def _network(size: int) -> tuple[tuple[int, int], ...]:
 
 
 @dataclass(frozen=True)
-class Median(Rule):
+class Median(ValueRule):
     """The coordinatewise median of the ranks that vote (``median``).
 
     Take it when a minority may send anything at all and ranks hold data of the same kind. It ignores how far away
@@ -130,7 +130,7 @@ class Median(Rule):
 
 
 @dataclass(frozen=True)
-class TrimmedMean(Rule):
+class TrimmedMean(ValueRule):
     """The coordinatewise mean without the ``f`` smallest and ``f`` largest values (``trimmed_mean``).
 
     Of V ranks that vote, V - 2f values are averaged: less noise than the median, and as robust while at most f ranks

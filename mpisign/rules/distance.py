@@ -17,7 +17,7 @@ from mpisign.errors import OptionError
 from mpisign.policy import StepContext, check_positive
 from mpisign.rules.coordinatewise import Rows, check_count, check_enough
 from mpisign.rules.geometry import combine, distances_to, mean_of, squared_distances
-from mpisign.rules.rule import Rule
+from mpisign.rules.rule import VectorRule
 
 __all__ = [
     "CenteredClipping",
@@ -122,7 +122,7 @@ def nearest_neighbour_averaging(rows: Rows, f: int, pivot: int, out: Tensor | No
 
 
 @dataclass(frozen=True)
-class Krum(Rule):
+class Krum(VectorRule):
     """The vector of the one rank that is nearest to its neighbours (``krum``). Needs M >= 2f + 3 ranks.
 
     Take it to reproduce the literature. It uses one gradient of V, so it is as noisy as a job of one rank; on data that
@@ -134,7 +134,6 @@ class Krum(Rule):
 
     f: int
     name = "krum"
-    shardable = False
 
     def __post_init__(self) -> None:
         check_count("f", self.f)
@@ -148,7 +147,7 @@ class Krum(Rule):
 
 
 @dataclass(frozen=True)
-class MultiKrum(Rule):
+class MultiKrum(VectorRule):
     """The mean of the ``m`` best vectors by Krum's score (``multi_krum``). Needs M >= 2f + 3 ranks.
 
     Between Krum (m = 1) and the mean (m = V): less noise, and with m > V - f an adversary is averaged in for certain.
@@ -162,7 +161,6 @@ class MultiKrum(Rule):
     f: int
     m: int | None = None
     name = "multi_krum"
-    shardable = False
 
     def __post_init__(self) -> None:
         check_count("f", self.f)
@@ -182,7 +180,7 @@ class MultiKrum(Rule):
 
 
 @dataclass(frozen=True)
-class GeometricMedian(Rule):
+class GeometricMedian(VectorRule):
     """The point with the least sum of distances, nearly (``geometric_median``).
 
     Needs no ``f``: what a minority sends has a bounded effect, however long its vectors are. On data that differ from
@@ -196,7 +194,6 @@ class GeometricMedian(Rule):
     nu: float = 0.1
     steps: int = 3
     name = "geometric_median"
-    shardable = False
 
     def __post_init__(self) -> None:
         check_positive("nu", self.nu)
@@ -208,7 +205,7 @@ class GeometricMedian(Rule):
 
 
 @dataclass(frozen=True)
-class CenteredClipping(Rule):
+class CenteredClipping(VectorRule):
     """The previous decision, moved by the mean of clipped differences (``centered_clipping``).
 
     The previous decision, ``context.previous`` (1, k), is the state of this rule: the exchange keeps it, and it starts
@@ -222,7 +219,6 @@ class CenteredClipping(Rule):
     radius: float = 10.0
     steps: int = 1
     name = "centered_clipping"
-    shardable = False
     remembers = True
 
     def __post_init__(self) -> None:
@@ -236,7 +232,7 @@ class CenteredClipping(Rule):
 
 
 @dataclass(frozen=True)
-class NearestNeighbourAveraging(Rule):
+class NearestNeighbourAveraging(VectorRule):
     """The mean of the V - f vectors nearest to this rank's own (``nearest_neighbour_averaging``). Needs M > 2f.
 
     **Each rank decides something else**, so it belongs to methods that exchange parameters and let replicas differ, as
@@ -248,7 +244,6 @@ class NearestNeighbourAveraging(Rule):
 
     f: int
     name = "nearest_neighbour_averaging"
-    shardable = False
     personal = True
 
     def __post_init__(self) -> None:

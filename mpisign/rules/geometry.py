@@ -12,11 +12,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mpisign.backends import backend_for
 from mpisign.rules.coordinatewise import Rows
 
 __all__ = ["combine", "distances_to", "mean_of", "squared_distances"]
-
-BLOCK = {"cpu": 1 << 19, "cuda": 1 << 24}  # fp64 numbers at work: near a core's cache; enough to fill a GPU
 
 
 def _blocks(rows: Rows, width: int) -> Iterator[tuple[slice, Tensor]]:
@@ -33,7 +32,7 @@ def _blocks(rows: Rows, width: int) -> Iterator[tuple[slice, Tensor]]:
 
 def _width(rows: Rows, count: int) -> int:
     """How many coordinates of ``count`` vectors make a block on the rows' device."""
-    return max(1, BLOCK[rows[0].device.type] // count)
+    return max(1, backend_for(rows[0].device).work // count)
 
 
 def _fold(terms: Tensor) -> Tensor:

@@ -7,36 +7,27 @@ from dataclasses import dataclass
 
 import torch
 
-from mpisign.bitmap import ops
-from mpisign.bitmap.host import words_for
-from mpisign.bitmap.ops import Count
-from mpisign.bitmap.tensors import blocks
-from mpisign.codecs import Codec
-from mpisign.codecs.sign_bits import add_signs
+from mpisign.backends import Count, backend_for
+from mpisign.codecs import Codec, Counts
 from mpisign.errors import OptionError
 from mpisign.policy import Policy, StepContext
-from mpisign.rules.rule import Rule
+from mpisign.rules.rule import BallotRule, ValueRule
 
-__all__ = ["Mean", "MeanOfSigns"]
-
-BLOCK = 32768  # elements, so that the running sum stays in cache
+__all__ = ["Mean", "MeanOfSigns", "RecodedMean"]
 
 
 @dataclass(frozen=True)
-class Mean(Rule):
+class Mean(ValueRule):
     """``(1/V) sum_m u_m``, summed in the order of the ranks, so that every exchange rounds alike.
 
     Args:
         of_all: divide by the number M of all ranks instead of the V that vote: what running sums need (EF21),
             in which a rank that abstains has changed nothing.
         shares: M weights instead of ``1/M`` (with ``of_all``).
-        reencodes: send the mean down in the codec of the way up, what that loses being added the next time
-            (DoubleSqueeze).
     """
 
     of_all: bool = False
     shares: tuple[float, ...] | None = None
-    reencodes: bool = False
     name = "mean"
 
     def check(self, size: int) -> None:
@@ -52,8 +43,8 @@ class Mean(Rule):
         self, messages: Sequence[torch.Tensor], out: torch.Tensor, context: StepContext, first_word: int
     ) -> Count:
         count = context.size if self.of_all else len(messages)
-        block = out.shape[-1] if out.is_cuda else BLOCK
-        for lo in range(0, out.shape[-1], max(block, 1)):
+        block = backend_for(out.device).rows  # so that the running sum stays in a cache
+        for lo in range(0, out.shape[-1], block):
             total = out[:, lo : lo + block]
             parts = [message[:, lo : lo + block] for message in messages]
             if self.shares is not None:
@@ -69,7 +60,42 @@ class Mean(Rule):
 
 
 @dataclass(frozen=True)
-class MeanOfSigns(Rule):
+class RecodedMean(Mean):
+    """The mean goes down in the codec of the way up, and what that loses is added the next time.
+
+    Whoever decides keeps the error: ``q = mean + e``, ``C(q)`` goes down, ``e <- q - C(q)`` stays.
+
+    Source: Tang et al., "DoubleSqueeze: Parallel Stochastic Gradient Descent with Double-Pass Error-Compensated
+    Compression", 2019, Algorithm 1.
+    """
+
+    name = "recoded_mean"
+
+    def down(self, codec: Codec, policy: Policy, size: int) -> Codec:
+        return codec
+
+    def recode(
+        self,
+        messages: Sequence[torch.Tensor],
+        error: torch.Tensor,
+        out: torch.Tensor,
+        codec: Codec,
+        context: StepContext,
+        first_word: int,
+    ) -> None:
+        """Decide one piece of a parameter: messages (planes, k) of ``codec`` into ``out`` (planes, k).
+
+        Args:
+            error: (n,) what is kept of it; changed in place.
+        """
+        for message, weight in zip(messages, self.weights(context), strict=True):
+            codec.add(message, error, weight)
+        codec.encode(error, out, context, first_word)
+        codec.add(out, error, -1.0)
+
+
+@dataclass(frozen=True)
+class MeanOfSigns(BallotRule):
     """``(1/V) sum_m sign(u_m)``: counted, not added up, so that what comes down is ``ceil(log2(M + 1))`` bits.
 
     Row i of a decision has bit i of how many vote +1. Where messages can say nothing, too (two planes), +1 is two
@@ -79,10 +105,11 @@ class MeanOfSigns(Rule):
     """
 
     name = "mean_of_signs"
-    tallies = True
+    elects = False
 
-    def planes_down(self, codec: Codec, policy: Policy, size: int) -> int:
-        return (codec.planes_up(policy) * size).bit_length()
+    def down(self, codec: Codec, policy: Policy, size: int) -> Codec:
+        marks = codec.planes(policy)
+        return Counts(marks, (marks * size).bit_length())
 
     def decide(
         self, messages: Sequence[torch.Tensor], out: torch.Tensor, context: StepContext, first_word: int
@@ -90,15 +117,16 @@ class MeanOfSigns(Rule):
         marks = [message[0] for message in messages]
         if len(messages[0]) > 1:
             marks += [~(message[0] ^ message[1]) for message in messages]
-        ops.count(marks, out)
+        backend_for(out.device).count(marks, out)
         return 0
 
-    def decode(self, decision: torch.Tensor, out: torch.Tensor, codec: Codec, context: StepContext) -> None:
-        marks = codec.planes_up(context.policy) * len(context.voters)
-        # Where c marks were made, 2c is 2^rows - 1 plus the sum of 2^i times bit i as a sign; 2c / marks - 1 is sought.
-        for span in blocks(out.numel(), out.device):
-            part = out[span].fill_(2 ** len(decision) - 1 - marks)
-            first = span.start // 32
-            for bit, plane in enumerate(decision[:, first : first + words_for(part.numel())]):
-                add_signs(plane, part, 2.0**bit)
-            part.div_(marks)
+    def decide_spoken(
+        self,
+        messages: Sequence[torch.Tensor],
+        spoken: Sequence[torch.Tensor],
+        out: torch.Tensor,
+        moved: torch.Tensor,
+        context: StepContext,
+        first_word: int,
+    ) -> Count:
+        return self.decide(messages, out, context, first_word)  # whoever decodes knows who has spoken

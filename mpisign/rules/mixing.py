@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpisign.backends import backend_for
 from mpisign.errors import OptionError
 from mpisign.policy import StepContext
-from mpisign.rules.coordinatewise import BLOCK, Rows, check_count, check_enough
+from mpisign.rules.coordinatewise import Rows, check_count, check_enough
 from mpisign.rules.geometry import mean_of, squared_distances
-from mpisign.rules.rule import Rule
+from mpisign.rules.mean import RecodedMean
+from mpisign.rules.rule import BallotRule, Rule, ValueRule, VectorRule
 
 __all__ = ["NearestNeighbourMixing", "nearest_neighbour_mixing"]
 
@@ -36,7 +38,7 @@ def nearest_neighbour_mixing(rows: Rows, f: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class NearestNeighbourMixing(Rule):
+class NearestNeighbourMixing(VectorRule):
     """Another rule, applied to mixed vectors (``nearest_neighbour_mixing``). Needs M > 2f ranks.
 
     Take it in front of a robust rule where ranks hold data of different kinds: mixing brings the honest vectors nearer
@@ -58,14 +60,14 @@ class NearestNeighbourMixing(Rule):
     rule: Rule
     f: int
     name = "nearest_neighbour_mixing"
-    shardable = False
 
     def __post_init__(self) -> None:
         check_count("f", self.f)
-        if self.rule.votes or self.rule.tallies or self.rule.reencodes:
+        if isinstance(self.rule, (BallotRule, RecodedMean)):
             raise OptionError(f"{self.rule!r} decides on signs, which cannot be averaged: mix in front of a dense rule")
-        for trait in ("remembers", "personal"):
-            object.__setattr__(self, trait, getattr(self.rule, trait))
+        if isinstance(self.rule, VectorRule):
+            for trait in ("remembers", "personal"):
+                object.__setattr__(self, trait, getattr(self.rule, trait))
 
     def check(self, size: int) -> None:
         check_enough(self.name, self.f, 1, size)
@@ -75,7 +77,7 @@ class NearestNeighbourMixing(Rule):
         rows = [message[0] for message in messages]
         near = _neighbourhoods(rows, self.f)
         length = out.shape[-1]
-        width = min(length, BLOCK[out.device.type]) if self.rule.shardable else length
+        width = min(length, backend_for(out.device).rows) if isinstance(self.rule, ValueRule) else length
         mixed = out.new_empty(len(rows), 1, width)
         for lo in range(0, length, max(1, width)):
             block = mixed[..., : min(width, length - lo)]

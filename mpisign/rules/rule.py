@@ -1,41 +1,32 @@
-"""The shape of a rule, to be subclassed."""
+"""The three kinds of rules, to be subclassed: on ballots, on values, on vectors."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from mpisign.bitmap.ops import Count
-from mpisign.codecs import Codec
+from mpisign.backends import Count
 from mpisign.policy import Policy, StepContext
 
-__all__ = ["Rule"]
+if TYPE_CHECKING:
+    from mpisign.codecs import Codec
+
+__all__ = ["BallotRule", "Rule", "ValueRule", "VectorRule"]
 
 
 class Rule(ABC):
     """How the messages of the ranks that vote become one decision. Make it a frozen dataclass.
 
+    Subclass one of the three kinds: :class:`BallotRule`, :class:`ValueRule`, :class:`VectorRule`.
+
     Attributes:
         name: for errors.
-        shardable: whether it can decide a slice of the coordinates from that slice alone (vote, mean, median),
-            as the two-phase exchange needs, or must see whole vectors (Krum).
-        votes: messages are ballots of signs, and ties and agreement mean something.
-        tallies: messages are ballots, and a decision is how many there are, bit by bit: see :meth:`planes_down`,
-            :meth:`decode`.
-        reencodes: the decision goes down in the codec again, with an error feedback of its own.
-        remembers: :meth:`decide` is given its previous decision as ``context.previous``.
-        personal: each rank decides for itself, so replicas differ.
     """
 
     name = "rule"
-    shardable = True
-    votes = False
-    tallies = False
-    reencodes = False
-    remembers = False
-    personal = False
 
     def check(self, size: int) -> None:  # noqa: B027 - most rules work with any number
         """Raise :class:`mpisign.OptionError` if it cannot work with ``size`` ranks, saying what would."""
@@ -44,26 +35,61 @@ class Rule(ABC):
     def decide(
         self, messages: Sequence[torch.Tensor], out: torch.Tensor, context: StepContext, first_word: int
     ) -> Count:
-        """Turn V >= 1 messages, each (planes_up, k), into ``out`` (planes_down, k). Returns the number of ties.
+        """Turn V >= 1 messages, each (planes, k), into ``out`` (planes of ``down``, k). Returns the number of ties.
 
-        The same messages must give the same bits on every rank, however a shardable rule's items are sliced.
+        The same messages must give the same bits on every rank, however the items of a rule on ballots or values are
+        sliced.
 
         Args:
             messages: of the ranks ``context.voters``, in that order, on the parameter's device.
             first_word: number of the first item in the layout, the position of the ties' coin.
         """
 
-    def planes_down(self, codec: Codec, policy: Policy, size: int) -> int:
-        """Rows of a decision among ``size`` ranks."""
-        return codec.planes_down(policy)
+    def down(self, codec: Codec, policy: Policy, size: int) -> Codec | None:
+        """The codec in which the decision on messages of ``codec`` comes down among ``size`` ranks.
 
-    def decode(self, decision: torch.Tensor, out: torch.Tensor, codec: Codec, context: StepContext) -> None:
-        """Write a decision (planes_down, k) on messages of ``codec`` into flat fp32 or fp64 ``out`` (n,).
+        None: it comes down in none, so that every rank has to decide for itself, from all messages.
+        """
+        return codec
+
+
+class BallotRule(Rule):
+    """Counts ballots of signs. Any slice of the words can be decided by itself.
+
+    Attributes:
+        elects: one side wins, so that ties and agreement mean something.
+    """
+
+    elects = True
+
+    def decide_spoken(
+        self,
+        messages: Sequence[torch.Tensor],
+        spoken: Sequence[torch.Tensor],
+        out: torch.Tensor,
+        moved: torch.Tensor,
+        context: StepContext,
+        first_word: int,
+    ) -> Count:
+        """The same where ranks abstain on some coordinates of what they vote on.
 
         Args:
-            context: its ``voters`` are the ranks that voted.
+            spoken: a bitmap (k,) for each message, 1 where its rank votes; its ballot is 0 elsewhere.
+            moved: (k,) scratch; ``out[1]`` where a decision can be "do not move", and may say so.
         """
-        codec.decode(decision, out)
+        pairs = [torch.stack([message[0], its]) for message, its in zip(messages, spoken, strict=True)]
+        decided = torch.stack([out[0], moved])
+        ties = self.decide(pairs, decided, context, first_word)
+        out[0].copy_(decided[0])
+        moved.copy_(decided[1])
+        return ties
+
+
+class ValueRule(Rule):
+    """Works on numbers. Any slice of the coordinates can be decided by itself."""
+
+    def down(self, codec: Codec, policy: Policy, size: int) -> Codec | None:
+        return codec if codec.plain else None
 
     def weights(self, context: StepContext) -> Sequence[float] | None:
         """The V weights of a rule that is a weighted sum, whatever the messages; None for all others.
@@ -71,3 +97,15 @@ class Rule(ABC):
         With them, messages that are not plain values are added up one after the other, never side by side.
         """
         return None
+
+
+class VectorRule(Rule):
+    """Must see whole vectors, and their distances. It is given one slice that is everything.
+
+    Attributes:
+        remembers: :meth:`decide` is given its previous decision as ``context.previous``.
+        personal: each rank decides for itself on what the ranks' parameters become, so replicas differ.
+    """
+
+    remembers = False
+    personal = False

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from mpisign.bitmap import ops
-from mpisign.bitmap.ops import Count
-from mpisign.policy import StepContext
-from mpisign.rules.rule import Rule
+from mpisign.backends import Count, backend_for
+from mpisign.codecs import Codec, Trits
+from mpisign.policy import Policy, StepContext
+from mpisign.rules.rule import BallotRule
 
 __all__ = ["MajorityVote"]
 
 
 @dataclass(frozen=True)
-class MajorityVote(Rule):
+class MajorityVote(BallotRule):
     """``sign(sum_m sign(u_m))``, coordinate by coordinate, each rank one vote.
 
     Votes are counted bit-sliced on whole words (``bitmap.host.majority``). For +-1 messages the
@@ -27,12 +27,15 @@ class MajorityVote(Rule):
     """
 
     name = "vote"
-    votes = True
+
+    def down(self, codec: Codec, policy: Policy, size: int) -> Codec:
+        """Signs, and where a decision can be "do not move", a plane that says so."""
+        return Trits() if codec.planes(policy) > 1 or policy.ties == "zero" else codec
 
     def decide(
         self, messages: Sequence[torch.Tensor], out: torch.Tensor, context: StepContext, first_word: int
     ) -> Count:
-        return ops.majority(
+        return backend_for(out.device).majority(
             [message[0] for message in messages],
             out[0],
             ties=context.policy.ties,
@@ -40,5 +43,25 @@ class MajorityVote(Rule):
             first_word=first_word,
             nonzeros=[message[1] for message in messages] if len(messages[0]) > 1 else None,
             out_nonzero=out[1] if len(out) > 1 else None,
+            tied=context.tied,
+        )
+
+    def decide_spoken(
+        self,
+        messages: Sequence[torch.Tensor],
+        spoken: Sequence[torch.Tensor],
+        out: torch.Tensor,
+        moved: torch.Tensor,
+        context: StepContext,
+        first_word: int,
+    ) -> Count:
+        return backend_for(out.device).majority(
+            [message[0] for message in messages],
+            out[0],
+            ties=context.policy.ties,
+            key=context.ties_key,
+            first_word=first_word,
+            nonzeros=spoken,
+            out_nonzero=moved,
             tied=context.tied,
         )

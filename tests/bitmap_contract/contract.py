@@ -16,7 +16,7 @@ import torch
 from mpisign.bitmap import cuda, host, kernels
 from mpisign.bitmap.host import FORMATS, FloatFormat
 from mpisign.bitmap.kernels import JOB_ELEMENTS
-from mpisign.bitmap.ops import WORD
+from mpisign.backends import WORD
 from mpisign.bitmap.tensors import format_of, raw_bits
 
 Tensor = torch.Tensor

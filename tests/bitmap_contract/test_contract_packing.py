@@ -128,14 +128,14 @@ def test_one_bad_value_among_many_tensors(device: torch.device, memory: Memory) 
     sizes += [2 * JOB_ELEMENTS + 5, JOB_ELEMENTS]
     some = [(n, every[i % 4], i % 3) for i, n in enumerate(sizes)]
     tensors = [memory.put(some_values(n, fmt), dtype_of(fmt), offset) for n, fmt, offset in some]
-    assert cuda.all_finite_many(tensors)
-    assert cuda.all_finite_many([])
+    assert cuda.first_bad(tensors)
+    assert cuda.first_bad([])
     for place in [place for place, n in enumerate(sizes) if n]:
         kept = tensors[place][-1].item()
         tensors[place][-1] = torch.inf
-        assert not cuda.all_finite_many(tensors), f"tensor {place}"
+        assert not cuda.first_bad(tensors), f"tensor {place}"
         tensors[place][-1] = kept
-    assert cuda.all_finite_many(tensors)
+    assert cuda.first_bad(tensors)
 
 
 # ------------------------------------------------------------------------------------------------ unpacking

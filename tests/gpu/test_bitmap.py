@@ -9,7 +9,7 @@ import torch
 from mpisign.bitmap import cuda, host
 from mpisign.bitmap.batch import Batch
 from mpisign.bitmap.host import words_for
-from mpisign.bitmap.ops import WORD
+from mpisign.backends import WORD
 from mpisign.bitmap.tensors import format_of, raw_bits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -56,7 +56,7 @@ def test_nothing_waits_for_the_gpu() -> None:
         batch.pack([values])
         batch.pack_momentum([values], [momentum], (0.9, 0.99))
         cuda.pack(values, words)
-        cuda.all_finite_many([values])
+        cuda.first_bad([values])
         cuda.majority([words, words], out)
         cuda.agreement(words, out, N)
         batch.unpack([values])
@@ -80,7 +80,7 @@ def test_a_steady_step_allocates_nothing() -> None:
     def step() -> None:
         batch.pack(values)
         batch.pack_momentum(values, momenta, (0.9, 0.9))
-        cuda.all_finite_many(values, finite=finite)
+        cuda.first_bad(values, finite=finite)
         cuda.majority(ballots, out, tied=tied)
         batch.unpack(values)
 

@@ -92,6 +92,12 @@ inline unsigned long long atomicAdd(unsigned long long* address, unsigned long l
     return before;
 }
 
+inline unsigned atomicMin(unsigned* address, unsigned value) {
+    const unsigned before = *address;
+    if (value < before) *address = value;
+    return before;
+}
+
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
     shim::meet(shim::Meeting::ballot, mask, predicate != 0);
     unsigned votes = 0;

@@ -1,0 +1,275 @@
+"""What all ranks have agreed on once, so that a step allocates nothing that grows with the model: the plan.
+
+It holds until parameters, methods or the group change; then another is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mpisign.backends import Backend, backend_for
+from mpisign.codecs import SignBits
+from mpisign.errors import OptionError
+from mpisign.exchange import rows
+from mpisign.exchange.choose import Exchange, cap_bytes, choose, shards_for
+from mpisign.exchange.decider import Decider
+from mpisign.exchange.decoder import Decoder
+from mpisign.exchange.encoder import Encoder
+from mpisign.exchange.gradients import Gradients
+from mpisign.exchange.header import Header
+from mpisign.exchange.maximum import Maximum
+from mpisign.group import Group
+from mpisign.layout import Bucket, Layout
+from mpisign.memory import Identity
+from mpisign.memory.store import MemoryStore
+from mpisign.method import Method
+from mpisign.policy import Policy
+from mpisign.rules import BallotRule
+
+__all__ = ["Batch", "Plan", "Use", "make_plan"]
+
+
+class Use:
+    """Who has a plan's buffers.
+
+    Attributes:
+        step: number of the latest exchange, whose bits they hold.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.step = -1
+        self._device = device
+        self._ended: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._ended = torch.cuda.Event()
+            self._ended.record(torch.cuda.current_stream(device))  # the buffers are zero from here on
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Select the device; what was done inside the last time, maybe on another stream, comes first."""
+        if self._ended is None:
+            yield
+            return
+        with torch.cuda.device(self._device):
+            torch.cuda.current_stream().wait_event(self._ended)
+            yield
+            self._ended.record()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Buckets of one method that are encoded and decoded together: one, or on a GPU all of the method's."""
+
+    buckets: tuple[Bucket, ...]
+    places: tuple[int, ...]
+    encoder: Encoder
+    decoder: Decoder
+
+    @property
+    def method(self) -> Method:
+        """Theirs."""
+        return self.buckets[0].method
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a step needs but the gradients. Nobody changes it; rounds write into its buffers.
+
+    Attributes:
+        layout: which parameter is where in which message.
+        settings: what else must be the same on all ranks, as text.
+        fingerprint: of both.
+        group: the ranks it was made for.
+        policy: zeros, ties and the seed.
+        backend: who does the bit arithmetic.
+        store: where memories are kept; the optimizer's.
+        exchanges, deciders, headers: by bucket.
+        spoken: by bucket, (length,) words that say which values are not zero, or None where rows do not count.
+        told: the names of the parameters whose rows headers tell.
+        batches: all buckets, in the order in which they are sent.
+        gradients: reads them.
+        maxima: by method, for those that need one.
+        local: by batch, who makes an update of this rank alone; where models are exchanged, of their gradients.
+        counts: (2,) int64 on the device, where ties are added up; None where they are returned.
+        use: who has the buffers.
+    """
+
+    layout: Layout
+    settings: tuple[str, ...]
+    fingerprint: int
+    group: Group
+    policy: Policy
+    backend: Backend
+    store: MemoryStore
+    exchanges: tuple[Exchange, ...]
+    deciders: tuple[Decider, ...]
+    headers: tuple[Header, ...]
+    spoken: tuple[torch.Tensor | None, ...]
+    told: tuple[str, ...]
+    batches: tuple[Batch, ...]
+    gradients: Gradients
+    maxima: dict[int, Maximum]
+    local: tuple[Encoder, ...]
+    counts: torch.Tensor | None
+    use: Use
+
+    @property
+    def exchanges_models(self) -> bool:
+        """Whether parameters cross the wire instead of gradients."""
+        return any(method.exchanges_models for method in self.layout.methods)
+
+    @property
+    def elects(self) -> bool:
+        """Whether there are votes, so that ties and agreement mean something."""
+        return any(method.elects for method in self.layout.methods)
+
+    def fits(self, parameters: Sequence[torch.Tensor], methods: Sequence[Method], group: Group) -> bool:
+        """Whether it was made for these, as they are now."""
+        if group is not self.group or self.gradients.methods != methods:
+            return False
+        return self.gradients.fits(parameters)
+
+    def telling(self) -> Plan:
+        """The same plan, with headers that tell rows of all parameters in which somebody has had a row of zeros."""
+        told = _told(self.layout, self.spoken, self.store)
+        if told == self.told:
+            return self
+        headers = _headers(self.layout, self.spoken, told, self.group.size)
+        return dataclasses.replace(self, told=told, headers=headers)
+
+
+def make_plan(
+    named: Sequence[tuple[str, torch.Tensor]],
+    methods: Sequence[Method],
+    policy: Policy,
+    exchange: str,
+    bucket_cap_mb: float | None,
+    store: MemoryStore,
+    group: Group,
+    number: int,
+) -> Plan:
+    """Cut the messages and allocate what they need.
+
+    Args:
+        named: (name, parameter) in registration order; all ranks must have the same.
+        methods: by parameter.
+        exchange: ``"auto"``, ``"allgather"`` or ``"two_phase"``.
+        bucket_cap_mb: a message leaves when it has grown to so many MiB; None for the default.
+        number: which of the job's optimizers this is, so that two alike are not mistaken for each other.
+
+    Raises:
+        OptionError: a rule cannot work with so many ranks, or models are exchanged beside gradients.
+        GradientError: parameters that cannot be voted on.
+    """
+    size = group.size
+    layout = Layout(named, methods, cap_bytes(bucket_cap_mb, group), lambda method: shards_for(exchange, method, size))
+    for method in layout.methods:
+        method.rule.check(size)
+        if method.exchanges_models and len(layout.methods) > 1:
+            raise OptionError(f"{method.name} exchanges models, so it must be the method of all parameters")
+    backend = backend_for(layout.device)
+    spoken = tuple(_spoken(bucket, policy, layout.device) for bucket in layout.buckets)
+    exchanges = tuple(_exchange(exchange, bucket, policy, group, layout.device) for bucket in layout.buckets)
+    listed = [f"method {method}" for method in layout.methods]
+    if len(layout.methods) > 1:
+        listed += [f"{name!r} by {method.name}" for (name, _), method in zip(named, methods, strict=True)]
+    settings = (f"optimizer {number} of the job", *listed, repr(policy), f"exchange {exchange!r}")
+    told = _told(layout, spoken, store)
+    batches: list[tuple[Batch, Encoder]] = []
+    for method in layout.methods:
+        mine = [bucket for bucket in layout.buckets if bucket.method is method]
+        for some in [mine] if backend.together else [[bucket] for bucket in mine]:
+            batches.append(_batch(layout, some, exchanges, spoken, policy, size, backend, store))
+    batches.sort(key=lambda pair: pair[0].buckets[0].index)
+    return Plan(
+        layout=layout,
+        settings=settings,
+        fingerprint=layout.fingerprint(settings),
+        group=group,
+        policy=policy,
+        backend=backend,
+        store=store,
+        exchanges=exchanges,
+        deciders=tuple(Decider(layout, bucket, backend, store) for bucket in layout.buckets),
+        headers=_headers(layout, spoken, told, size),
+        spoken=spoken,
+        told=told,
+        batches=tuple(batch for batch, _ in batches),
+        gradients=Gradients(layout, methods, group.rank),
+        maxima={
+            number: Maximum(layout, [bucket for bucket in layout.buckets if bucket.method is method], group)
+            for number, method in enumerate(layout.methods)
+            if method.memory.needs_maximum
+        },
+        local=tuple(local for _, local in batches),
+        counts=torch.zeros(2, dtype=torch.int64, device=layout.device) if backend.together else None,
+        use=Use(layout.device),
+    )
+
+
+def _batch(
+    layout: Layout,
+    buckets: Sequence[Bucket],
+    exchanges: Sequence[Exchange],
+    spoken: Sequence[torch.Tensor | None],
+    policy: Policy,
+    size: int,
+    backend: Backend,
+    store: MemoryStore,
+) -> tuple[Batch, Encoder]:
+    """The batch, and who makes a local update of it: its encoder, unless models are exchanged."""
+    mine = [exchanges[bucket.index] for bucket in buckets]
+    messages, words = [one.message for one in mine], [spoken[bucket.index] for bucket in buckets]
+    local = encoder = Encoder(layout, buckets, messages, words, backend, store)
+    if local.method.exchanges_models:  # their memory is for the gradients, and models are sent as they are
+        plain = dataclasses.replace(local.method, memory=Identity())
+        models = [dataclasses.replace(bucket, method=plain) for bucket in buckets]
+        encoder = Encoder(layout, models, messages, words, backend, store)
+    decoder = Decoder(layout, buckets, mine, encoder, policy, size, backend)
+    places = tuple(segment.index for segment in encoder.segments)
+    return Batch(tuple(buckets), places, encoder, decoder), local
+
+
+def _exchange(option: str, bucket: Bucket, policy: Policy, group: Group, device: torch.device) -> Exchange:
+    method = bucket.method
+    down = method.rule.down(method.codec, policy, group.size)
+    planes_down = 0 if down is None else down.planes(policy)
+    planes_up = method.codec.planes(policy)
+    return choose(option, method, bucket.length, bucket.dtype, planes_up, planes_down, group, device)
+
+
+def _spoken(bucket: Bucket, policy: Policy, device: torch.device) -> torch.Tensor | None:
+    method = bucket.method
+    counts = isinstance(method.rule, BallotRule) and isinstance(method.codec, SignBits)
+    if not (policy.zeros == "rows" and counts and method.codec.planes(policy) == 1):
+        return None
+    return torch.zeros(bucket.length, dtype=bucket.dtype, device=device)
+
+
+def _told(layout: Layout, spoken: Sequence[torch.Tensor | None], store: MemoryStore) -> tuple[str, ...]:
+    return tuple(
+        segment.name
+        for bucket in layout.buckets
+        if spoken[bucket.index] is not None
+        for segment in bucket.segments
+        if layout.parameters[segment.index] in store.rows
+    )
+
+
+def _headers(
+    layout: Layout, spoken: Sequence[torch.Tensor | None], told: Sequence[str], size: int
+) -> tuple[Header, ...]:
+    headers = []
+    for bucket in layout.buckets:
+        counts = {
+            place: rows.count_rows(tuple(layout.parameters[segment.index].shape))
+            for place, segment in enumerate(bucket.segments)
+            if segment.name in told
+        }
+        headers.append(Header(bucket, counts, spoken[bucket.index] is not None, size))
+    return tuple(headers)

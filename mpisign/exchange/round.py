@@ -1,0 +1,504 @@
+"""One step's exchange: open, submit each batch, close, commit.
+
+A message travels while the next is packed: its first phase starts as soon as it is filled, and its header with it. All
+that a round writes until it commits are its plan's buffers, and, if it is ``reversible``, second buffers of the memory:
+it can be dropped and run again, with the same coins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpisign.backends import Count
+from mpisign.bitmap.tensors import flat
+from mpisign.errors import ConsistencyError, MpisignError
+from mpisign.exchange import header, rows
+from mpisign.exchange.choose import Exchange
+from mpisign.exchange.header import Bools, Handshake, Heard
+from mpisign.exchange.plan import Batch, Plan
+from mpisign.exchange.sink import Sink
+from mpisign.layout import Bucket, Segment
+from mpisign.memory.store import state_dtype
+from mpisign.method import Method
+from mpisign.policy import StepContext
+from mpisign.report import StepReport
+from mpisign.rules import VectorRule
+from mpisign.session import current
+from mpisign.watchdog import Pending
+
+__all__ = ["Round", "agreement", "local_update"]
+
+Grads = Sequence[torch.Tensor | None]
+
+
+@dataclass
+class Flight:
+    """A message on its way.
+
+    Attributes:
+        header, message: its first phase; None when they are over.
+        heard: what the headers say, when they are here.
+        spread: its second phase, if there is one and it has begun.
+        decided, landed: how far it has come.
+    """
+
+    bucket: Bucket
+    header: Pending | None
+    message: Pending | None
+    heard: Heard | None = None
+    spread: Pending | None = None
+    decided: bool = False
+    landed: bool = False
+
+
+class Round:
+    """One exchange over a plan. All calls are **collective**; every rank makes the same, in the same order.
+
+    Args:
+        step: number of this exchange, equal on all ranks.
+        abstention: ``header.VOTES``, or why this rank abstains whatever its gradients are.
+        unscale: factor that takes a loss scale out of the gradients.
+        joined_for: the exchanges this rank has sat out since ``join()``, or None if it trains.
+        reversible: write the memory to second buffers, so that the round can be dropped.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        step: int,
+        *,
+        abstention: int = header.VOTES,
+        unscale: float = 1.0,
+        joined_for: int | None = None,
+        reversible: bool = False,
+    ) -> None:
+        self._plan, self._step, self._abstention, self._unscale = plan, step, abstention, unscale
+        self._joined_for, self._reversible = joined_for, reversible
+        self._session = current()
+        self._began = self._session.tracer.mark()
+        group = self._session.group
+        self._context = plan.policy.context(step, group.rank, group.size, plan.store.secret, group.identity)
+        self._flights: list[Flight] = []
+        self._ended: dict[str, int] = {}  # by method: the parameter at which this rank's ballot has ended
+        self._contexts: dict[str, StepContext] = {}  # by method, after what it had to see first
+        self._ties: Count = 0
+        self._reached = 0, 0  # how many flights are decided, and how many have landed
+        self.handshake: Handshake | None = None
+
+    # ---------------------------------------------------------------------------------------------- phases
+
+    def open(self) -> Handshake:
+        """Make sure that all ranks mean the same bits by the same step.
+
+        Raises:
+            ConsistencyError: on every rank, naming those that differ and in what. Nothing has been changed.
+        """
+        plan = self._plan
+        with self._session.tracer.stepping(self._step):
+            self.handshake = header.shake_hands(
+                self._session, plan.layout, plan.fingerprint, plan.settings, plan.told, self._step, self._joined_for
+            )
+        if not self.handshake.all_joined:
+            plan.use.step = self._step
+            if self._reversible:
+                plan.store.draft()
+            if plan.counts is not None:
+                plan.counts.zero_()
+        return self.handshake
+
+    @torch.no_grad()
+    def prepare(self, gradients: Grads) -> None:
+        """Show all gradients to the methods that must see them before any is taken in.
+
+        Args:
+            gradients: by parameter.
+        """
+        for number, method in enumerate(self._plan.layout.methods):
+            if method.memory.needs_all and not method.exchanges_models:
+                with self._inside():
+                    self._prepare(number, method, gradients)
+
+    @torch.no_grad()
+    def submit(self, batch: Batch, gradients: Grads) -> None:
+        """Encode a batch's buckets and send them. All batches are submitted once, in the order of the plan.
+
+        Args:
+            gradients: in the order of ``batch.places``; None where this rank has none.
+        """
+        with self._inside():
+            self._submit(batch, gradients)
+
+    @torch.no_grad()
+    def advance(self) -> bool:
+        """Go on with what has arrived, without waiting. Returns whether all that was submitted has been decided."""
+        with self._inside():
+            while self._go_on(wait=False):
+                pass
+        return self._reached[1] == len(self._flights)
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """Wait until every message is decided here."""
+        with self._inside():
+            while self._go_on(wait=True):
+                pass
+
+    def drop(self) -> None:
+        """Wait for what was submitted, the same on all ranks, and forget the round.
+
+        Raises:
+            MpisignError: the round is not reversible.
+        """
+        if not self._reversible:
+            raise MpisignError("this round has changed the memory: only one that is reversible can be dropped")
+        self.close()
+        self._plan.store.drop()
+
+    @torch.no_grad()
+    def commit(self, sink: Sink) -> StepReport:
+        """Write all decisions to where they belong; memories hear what has counted. Returns the report."""
+        plan, session = self._plan, self._session
+        if self.handshake is not None and self.handshake.all_joined:
+            return self._report([], True, None)
+        with self._inside():
+            said = [self._heard(flight) for flight in self._flights]
+            skipped = not any(bool(heard.votes.any()) for heard in said)
+            tally = self._count_ties()
+            for batch in plan.batches:
+                heard = [said[bucket.index] for bucket in batch.buckets]
+                with session.tracer.span("unpack", batch.buckets[0].index):
+                    if batch.method.memory.feedback:
+                        batch.encoder.sent([vote for its in heard for vote in its.votes[session.rank].tolist()])
+                    if not skipped:  # else nothing is applied, and a CUDA graph may own the gradients
+                        batch.decoder.decode(heard, sink, self._context_of(batch.method))
+                    for bucket in batch.buckets:
+                        plan.deciders[bucket.index].remember(plan.exchanges[bucket.index].decision)
+            plan.store.commit()
+            for bucket, its in zip(plan.layout.buckets, said, strict=True):
+                for place in np.flatnonzero(np.any(its.zero_rows, axis=0)).tolist():
+                    plan.store.rows.add(plan.layout.parameters[bucket.segments[place].index])
+            ties = None
+            if tally is not None:
+                pending, counted = tally
+                with session.tracer.span("count of ties"):
+                    session.wait(pending)
+                ties = self._checked(int(counted[0]))
+        return self._report(said, skipped, ties)
+
+    # --------------------------------------------------------------------------------------------- inside
+
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        """In the step, on the device: an interruption leaves the others in the middle of something."""
+        session = self._session
+        with (
+            session.tracer.stepping(self._step),
+            session.watchdog.unbroken(f"step {self._step}"),
+            self._plan.use(),
+        ):
+            yield
+
+    def _context_of(self, method: Method) -> StepContext:
+        return self._contexts.get(str(method), self._context)
+
+    def _prepare(self, number: int, method: Method, gradients: Grads) -> None:
+        plan, session = self._plan, self._session
+        segments = [s for batch in plan.batches if batch.method is method for s in batch.encoder.segments]
+        its = [gradients[segment.index] for segment in segments]
+        prepared: Any = None
+        votes = self._abstention == header.VOTES
+        if votes:
+            with session.tracer.span("pack"):
+                first = int(plan.backend.first_bad(its))
+                if first < len(its):
+                    self._ended[str(method)], votes = segments[first].index, False
+                else:
+                    prepared = method.memory.prepare(_unscaled(its, self._unscale), self._context)
+        if number in plan.maxima:
+            heard: Grads = its if votes else [None] * len(its)
+            prepared = plan.maxima[number].over_ranks(heard, self._unscale, session)
+        if prepared is not None:
+            self._contexts[str(method)] = dataclasses.replace(self._context, prepared=prepared)
+
+    def _submit(self, batch: Batch, gradients: Grads) -> None:
+        plan, tracer = self._plan, self._session.tracer
+        method, segments, key = batch.method, batch.encoder.segments, str(batch.method)
+        abstains = self._abstention != header.VOTES
+        wholly = isinstance(method.rule, VectorRule) or method.memory.needs_all
+        end = len(segments)  # the place at which this rank's ballot ends
+        if not abstains and not (key in self._ended and method.memory.needs_all):
+            with tracer.span("pack", batch.buckets[0].index):
+                end = int(batch.encoder.encode(gradients, self._context_of(method), self._unscale))
+                if end < len(segments):
+                    batch.encoder.recover()
+        votes = np.array([gradient is not None for gradient in gradients], np.bool_)
+        if end < len(segments) and key not in self._ended:
+            self._ended[key] = segments[end].index
+            votes[0 if wholly else end :] = False
+        elif abstains or key in self._ended:
+            votes[:] = False
+        zero_rows, spoken = self._zero_rows(batch, votes)
+        with tracer.span("send", batch.buckets[0].index):
+            for bucket in batch.buckets:
+                plan.exchanges[bucket.index].push()
+            at = 0
+            for bucket in batch.buckets:
+                span = slice(at, at + len(bucket.segments))
+                at = span.stop
+                self._send(bucket, votes[span], zero_rows[span], spoken.get(bucket.index))
+
+    def _send(self, bucket: Bucket, votes: Bools, zero_rows: Bools, spoken: dict[int, Bools] | None) -> None:
+        session = self._session
+        ended = self._ended.get(str(bucket.method))
+        status, place = self._abstention, -1
+        if status == header.VOTES and ended is not None:
+            status = header.NON_FINITE
+            place = next((at for at, segment in enumerate(bucket.segments) if segment.index == ended), -1)
+        told = self._plan.headers[bucket.index].send(session, status, votes, place, zero_rows, spoken)
+        self._flights.append(Flight(bucket, told, self._plan.exchanges[bucket.index].send(session)))
+
+    def _zero_rows(self, batch: Batch, votes: Bools) -> tuple[Bools, dict[int, dict[int, Bools]]]:
+        """Which segments have rows of zeros, and, by bucket, on which rows of those that are told this rank votes."""
+        plan = self._plan
+        found = np.zeros(len(votes), np.bool_)
+        spoken: dict[int, dict[int, Bools]] = {}
+        end = 0
+        for bucket, planes in zip(batch.buckets, batch.encoder.rows, strict=True):
+            words, start, end = plan.spoken[bucket.index], end, end + len(bucket.segments)
+            if words is None or (bool(words.all()) and not plan.told):
+                continue
+            for place, segment in enumerate(bucket.segments):
+                at = start + place
+                if not votes[at]:
+                    continue
+                shape, strides = tuple(plan.layout.parameters[segment.index].shape), plan.layout.strides[segment.index]
+                mine = slice(segment.start, segment.stop)
+                zero = rows.zero_rows(words[mine], shape, strides, plan.backend)
+                found[at] = zero is not None
+                if segment.name in plan.told:
+                    speaks = np.ones(rows.count_rows(shape), np.bool_) if zero is None else ~zero
+                    spoken.setdefault(bucket.index, {})[place] = speaks
+                    if zero is not None:  # an abstention's bits are 0
+                        planes[0][mine] &= rows.spoken_words(speaks, shape, strides, plan.backend, words.device)
+        return found, spoken
+
+    # ------------------------------------------------------------------------------------------- progress
+
+    def _go_on(self, *, wait: bool) -> bool:
+        """Bring one message one phase further, in the order of the messages. Returns whether one was."""
+        decided, landed = self._reached
+        if decided < len(self._flights):
+            flight = self._flights[decided]
+            if self._arrived(flight, wait):
+                self._decide(flight)
+                self._reached = decided + 1, landed
+                return True
+            if wait:
+                return False
+        if landed < decided:
+            flight = self._flights[landed]
+            index = flight.bucket.index
+            if flight.spread is not None:
+                with self._session.tracer.span("phase 2", index):
+                    if not self._over(flight.spread, wait):
+                        return False
+                    self._plan.exchanges[index].landed()
+            flight.landed = True
+            self._reached = decided, landed + 1
+            return True
+        return False
+
+    def _arrived(self, flight: Flight, wait: bool) -> bool:
+        """Whether headers and messages are here."""
+        session, index = self._session, flight.bucket.index
+        if flight.header is not None:
+            with session.tracer.span("header", index):
+                if not self._over(flight.header, wait):
+                    return False
+                flight.header = None
+                flight.heard = self._plan.headers[index].heard(session)
+        if flight.message is not None:
+            with session.tracer.span("phase 1", index):
+                if not self._over(flight.message, wait):
+                    return False
+                flight.message = None
+        return True
+
+    def _over(self, pending: Pending, wait: bool) -> bool:
+        if wait:
+            self._session.wait(pending)
+            return True
+        return self._session.test(pending)
+
+    def _decide(self, flight: Flight) -> None:
+        plan, session, bucket = self._plan, self._session, flight.bucket
+        exchange, method = plan.exchanges[bucket.index], bucket.method
+        messages, out, start = exchange.heard()
+        if len(out):
+            counts = exchange.counts_ties_for(session.rank)
+            tied = None if plan.counts is None else plan.counts[0 if counts else 1]
+            with session.tracer.span("decide", bucket.index):
+                decider = plan.deciders[bucket.index]
+                ties = decider.decide(self._heard(flight), self._context_of(method), messages, out, start, tied)
+            if counts and method.elects:
+                self._ties = self._ties + ties
+        with session.tracer.span("send", bucket.index):
+            flight.spread = exchange.spread(session)
+        flight.decided = True
+
+    def _heard(self, flight: Flight) -> Heard:
+        assert flight.heard is not None
+        return flight.heard
+
+    # --------------------------------------------------------------------------------------------- the end
+
+    def _count_ties(self) -> tuple[Pending, np.ndarray] | None:
+        """Begin to add up the ranks' ties."""
+        plan, session = self._plan, self._session
+        if not plan.elects:
+            return None
+        ties = self._ties
+        if plan.counts is not None:
+            with session.tracer.span("decide"):
+                ties = int(ties) + int(plan.counts[0])
+        counting, counted = np.array([[int(ties)], [0]], np.int64)
+        return session.post(session.group.comm.Iallreduce(counting, counted), counting, counted), counted
+
+    def _checked(self, ties: int) -> int:
+        """The ties of all ranks, if there can be so many."""
+        if not 0 <= ties <= self._plan.layout.elements:
+            raise ConsistencyError(
+                f"step {self._step}: the ranks have counted {ties} ties together, which cannot be: run the same "
+                f"version of mpisign on every rank, and only processes that you trust"
+            )
+        return ties
+
+    def _report(self, said: Sequence[Heard], skipped: bool, ties: int | None) -> StepReport:
+        plan, session = self._plan, self._session
+        assert self.handshake is not None
+        others = session.size - 1
+        headers = self.handshake.bytes_sent
+        messages = 0
+        if not self.handshake.all_joined:
+            headers += sum(told.bytes_sent for told in plan.headers) + (0 if ties is None else 8 * others)
+            messages = sum(exchange.bytes_sent for exchange in plan.exchanges)
+            messages += sum(maximum.bytes_sent for maximum in plan.maxima.values())
+        return StepReport(
+            step=self._step,
+            method=", ".join(dict.fromkeys(method.name for method in plan.layout.methods)),
+            exchange=tuple(exchange.name for exchange in plan.exchanges),
+            bytes_sent=messages + headers,
+            header_bytes=headers,
+            **self._who(said),
+            skipped=skipped,
+            ties=ties,
+            seconds=session.tracer.seconds(self._began),
+            _agreement=functools.partial(agreement, plan, self._step, said) if plan.elects else None,
+        )
+
+    def _who(self, said: Sequence[Heard]) -> dict[str, Any]:
+        """Who has voted, who has not and why, and whose ballot has ended where."""
+        size, buckets = self._session.size, self._plan.layout.buckets
+        voters, abstentions, ended = [], {}, {}
+        for rank in range(size):
+            reasons = [heard.status[rank] for heard in said if heard.status[rank] != header.VOTES]
+            if self.handshake is not None and self.handshake.all_joined:
+                abstentions[rank] = header.REASONS[header.JOINED]
+            elif any(bool(heard.votes[rank].any()) for heard in said):
+                voters.append(rank)
+            else:
+                abstentions[rank] = header.REASONS[reasons[0] if reasons else header.NO_GRADIENT]
+            for bucket, heard in zip(buckets, said, strict=True):
+                if heard.ended[rank] >= 0 and rank not in ended:
+                    ended[rank] = bucket.segments[heard.ended[rank]].name
+        return {"voters": tuple(voters), "abstentions": abstentions, "ended_at": ended}
+
+
+def local_update(plan: Plan, step: int, gradients: Grads, unscale: float) -> bool:
+    """Turn every gradient into what the memory makes of it, for a step of this rank alone.
+
+    Args:
+        gradients: by parameter; changed in place.
+
+    Returns:
+        Whether all of it was finite. If not, the gradients are worth nothing.
+    """
+    group = current().group
+    context = plan.policy.context(step, group.rank, group.size, plan.store.secret, group.identity)
+    finite = True
+    with plan.use(), torch.no_grad():
+        for encoder in plan.local:
+            its = [gradients[segment.index] for segment in encoder.segments]
+            if encoder.method.memory.needs_all:
+                if int(plan.backend.first_bad(its)) < len(its):
+                    return False
+                prepared = encoder.method.memory.prepare(_unscaled(its, unscale), context)
+                context = dataclasses.replace(context, prepared=prepared)
+            finite &= encoder.local_update(its, context, unscale)
+            if not finite:
+                encoder.recover()
+    return finite
+
+
+def _unscaled(gradients: Grads, unscale: float) -> list[torch.Tensor]:
+    """Those that there are, flat, without the loss scale."""
+    present = [flat(gradient) for gradient in gradients if gradient is not None]
+    return present if unscale == 1.0 else [g.to(state_dtype(g.dtype), copy=True).mul_(unscale) for g in present]
+
+
+def agreement(plan: Plan, step: int, said: Sequence[Heard]) -> list[float]:
+    """By rank, the share of coordinates on which its ballot was that of the decision. **Collective.**
+
+    Args:
+        said: by bucket, who has voted.
+
+    Raises:
+        MpisignError: another step, or group, has the buffers.
+    """
+    if step != plan.use.step:
+        raise MpisignError(
+            f"the bitmaps of step {step} are gone (the latest is {plan.use.step}): ask for agreement() "
+            f"before the next step"
+        )
+    session = current("agreement()")
+    if session.group is not plan.group:
+        raise MpisignError(
+            f"the group that voted in step {step} is no more (ranks have left, or mpisign was shut down): ask for "
+            f"agreement() before"
+        )
+    agree: Count = 0
+    spoken: Count = 0
+    with plan.use(), torch.no_grad():
+        for bucket, exchange, heard in zip(plan.layout.buckets, plan.exchanges, said, strict=True):
+            if not bucket.method.elects:
+                continue
+            for place, segment in enumerate(bucket.segments):
+                if heard.votes[session.rank, place]:
+                    same, both = _agreement(plan, exchange, segment, place, heard, session.rank)
+                    agree, spoken = agree + same, spoken + both
+    share = int(agree) / int(spoken) if int(spoken) else float("nan")
+    heard_shares = session.gather_bytes(np.float64(share).tobytes(), "agreement()", limit=8)
+    if any(len(message) != 8 for message in heard_shares):
+        raise ConsistencyError("agreement(): a rank has sent no share: run one version of mpisign on every rank")
+    return [float(np.frombuffer(message, np.float64)[0]) for message in heard_shares]
+
+
+def _agreement(
+    plan: Plan, exchange: Exchange, segment: Segment, place: int, heard: Heard, rank: int
+) -> tuple[Count, Count]:
+    span = slice(segment.start, segment.stop)
+    nonzero = exchange.message[1, span] if len(exchange.message) > 1 else None
+    moved = exchange.decision[1, span] if len(exchange.decision) > 1 else None
+    if place in heard.spoken:
+        shape, strides = tuple(plan.layout.parameters[segment.index].shape), plan.layout.strides[segment.index]
+        device = exchange.message.device
+        nonzero = rows.spoken_words(heard.spoken[place][rank], shape, strides, plan.backend, device)
+    return plan.backend.agreement(exchange.message[0, span], exchange.decision[0, span], segment.numel, nonzero, moved)

@@ -1,0 +1,68 @@
+"""Rows of zeros: an embedding that was not looked up, a dead unit, an expert that got nothing. They abstain.
+
+A row is what has one index in a parameter's first dimension; a parameter of less than 64 elements a row is one row.
+Packing leaves a bitmap of what is not zero, from which this finds rows that are zero throughout. Since 64 elements in
+a row hold a whole word of 32, only parameters with a word of zeros need a closer look.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mpisign.backends import WORD, Backend
+from mpisign.bitmap.host import words_for
+
+__all__ = ["LEAST", "count_rows", "speakers", "spoken_words", "zero_rows"]
+
+LEAST = 64  # elements
+
+Bools = npt.NDArray[np.bool_]
+
+
+def count_rows(shape: tuple[int, ...]) -> int:
+    """How many rows a parameter of this shape has."""
+    elements = int(np.prod(shape))
+    return shape[0] if len(shape) > 1 and shape[0] and elements // shape[0] >= LEAST else 1
+
+
+def zero_rows(spoken: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], backend: Backend) -> Bools | None:
+    """Which rows are zero throughout: (R,), or None if none is.
+
+    Args:
+        spoken: (ceil(n/32),) words, 1 where an element is not zero, 0 past the last.
+        strides: of the parameter on the wire.
+    """
+    elements = int(np.prod(shape))
+    if not elements or bool((spoken != 0).all()):
+        return None
+    bits = torch.empty(elements, dtype=torch.float32, device=spoken.device)
+    backend.unpack(spoken, bits)
+    rows = torch.as_strided(bits > 0, shape, strides).reshape(count_rows(shape), -1)
+    zero: Bools = (~rows.any(1)).cpu().numpy()
+    return zero if zero.any() else None
+
+
+def spoken_words(
+    rows: Bools, shape: tuple[int, ...], strides: tuple[int, ...], backend: Backend, device: torch.device
+) -> Tensor:
+    """A bitmap (ceil(n/32),) that is 1 on the elements of the rows (R,) that speak."""
+    words = torch.empty(words_for(int(np.prod(shape))), dtype=WORD, device=device)
+    backend.pack(_spread(torch.from_numpy(rows * 2.0 - 1.0), shape, strides, device), words, zeros="positive")
+    return words
+
+
+def speakers(spoken: Bools, shape: tuple[int, ...], strides: tuple[int, ...], device: torch.device) -> Tensor:
+    """How many ranks have voted on each element, flat in the wire's order: (n,) fp32, of ``spoken`` (V, R)."""
+    return _spread(torch.from_numpy(spoken.sum(0)), shape, strides, device)
+
+
+def _spread(by_row: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], device: torch.device) -> Tensor:
+    flat = torch.empty(int(np.prod(shape)), dtype=torch.float32, device=device)
+    ones = (1,) * (len(shape) - 1)
+    torch.as_strided(flat, shape, strides).copy_(
+        by_row.to(device, torch.float32).view((-1, *ones)) if shape else by_row[0]
+    )
+    return flat
