@@ -148,7 +148,7 @@ class Work:
         method = case.method.at(1, 0)
         named = [(str(place), parameter) for place, parameter in enumerate(model.parameters)]
         self._layout = Layout(named, method.codec, BUCKET)
-        exchanges = [Loopback(bucket, method.codec.planes_up(Policy())) for bucket in self._layout.buckets]
+        exchanges = [Loopback(bucket, method.codec.planes(Policy())) for bucket in self._layout.buckets]
         messages = [exchange.message for exchange in exchanges]
         store = MemoryStore(method.memory)
         for parameter in model.parameters:

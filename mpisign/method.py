@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from mpisign.codecs import Codec
 from mpisign.errors import OptionError
 from mpisign.memory import Memory
-from mpisign.rules import BallotRule, Rule, VectorRule
+from mpisign.rules import BallotRule, Rule, ValueRule, VectorRule
 
 __all__ = ["Method"]
 
@@ -49,6 +49,12 @@ class Method:
                     f"{part!r} of method {self.name!r} is told from others by its address, so ranks cannot see that "
                     f"they run the same: make {type(part).__name__} a dataclass, or give it a __repr__"
                 )
+
+        if not isinstance(self.rule, (BallotRule, ValueRule, VectorRule)):
+            raise OptionError(
+                f"{self.rule!r} of method {self.name!r} is of no kind: make BallotRule, ValueRule or VectorRule its "
+                f"base class, for what it decides on"
+            )
 
         if isinstance(self.rule, BallotRule) and not self.codec.ballots:
             raise OptionError(

@@ -15,6 +15,8 @@ import mpisign
 from mpisign import Method, methods
 from mpisign.codecs import SignBits
 from mpisign.memory.noise import Noise
+from mpisign.policy import Policy
+from mpisign.rules import BallotRule, VectorRule
 
 Make = Callable[[int], Method]  # for a job of so many ranks; skips the test where the method needs more
 
@@ -129,7 +131,8 @@ def walk_exchanges(wanted: Callable[[Method], bool] = lambda method: True, size:
 
 def exchanges(method: Method) -> tuple[str, ...]:
     """The ways in which its messages may cross MPI."""
-    return ("allgather", "two_phase") if method.rule.shardable and not method.by_value else ("allgather",)
+    comes_down = method.rule.down(method.codec, Policy(), SOME) is not None
+    return ("allgather", "two_phase") if comes_down and not isinstance(method.rule, VectorRule) else ("allgather",)
 
 
 def is_random(method: Method) -> bool:
@@ -139,5 +142,5 @@ def is_random(method: Method) -> bool:
 
 def packs_signs(method: Method) -> bool:
     """Whether a kernel can turn gradients into its ballots at once."""
-    signs = isinstance(method.codec, SignBits) and method.rule.votes and not is_random(method)
+    signs = isinstance(method.codec, SignBits) and isinstance(method.rule, BallotRule) and not is_random(method)
     return signs and (not method.memory.fields or method.memory.betas is not None)

@@ -18,18 +18,18 @@ import oracle
 import pytest
 import torch
 from methods_table import SOME, TABLE
+from mpisign.exchange.aggregator import Aggregator
+from mpisign.exchange.pipeline import Pipeline
+from mpisign.exchange.runs import decide_runs, runs_of
 
 from mpisign import OptionError, methods
 from mpisign.backends.host import as_words
 from mpisign.exchange import header
-from mpisign.exchange.aggregator import Aggregator
 from mpisign.exchange.choose import Exchange, choose
 from mpisign.exchange.decoder import Decoder
 from mpisign.exchange.encoder import Encoder
 from mpisign.exchange.gradients import Gradients
 from mpisign.exchange.maximum import Maximum
-from mpisign.exchange.pipeline import Pipeline
-from mpisign.exchange.runs import decide_runs, runs_of
 from mpisign.group import Group
 from mpisign.layout import Layout, Segment
 from mpisign.memory.store import MemoryStore
@@ -170,7 +170,7 @@ def context_of(policy: Policy, step: int = 0, rank: int = 0, size: int = 1) -> S
 
 
 def layout_of(tensors: Sequence[Tensor], method: Method, cap: float = ONE_BUCKET, shards: int = 1) -> Layout:
-    return Layout(named(tensors), method.codec, cap, whole=not method.rule.shardable, shards=shards)
+    return Layout(named(tensors), method.codec, cap, whole=isinstance(method.rule, VectorRule), shards=shards)
 
 
 def gradients_of(tensors: Sequence[Tensor], method: Method | None = None, rank: int = 0) -> Gradients:
@@ -293,7 +293,7 @@ def side(
 ) -> Side:
     method, policy = method or method_of(), policy or Policy()
     layout, store = layout_of(tensors, method, cap, shards), MemoryStore(method.memory)
-    up, down = method.codec.planes_up(policy), method.rule.planes_down(method.codec, policy, size)
+    up, down = method.codec.planes(policy), method.rule.planes_down(method.codec, policy, size)
     exchanges = [
         choose("allgather", method, b.length, b.dtype, up, down, group_of(size, rank), HOST) for b in layout.buckets
     ]

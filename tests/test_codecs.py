@@ -29,8 +29,7 @@ def some_values(n: int, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_sign_bits_planes(policy: Policy) -> None:
-    assert SignBits().planes_up(policy) == (2 if policy.zeros == "abstain" else 1)
-    assert SignBits().planes_down(policy) == (2 if policy.zeros == "abstain" or policy.ties == "zero" else 1)
+    assert SignBits().planes(policy) == (2 if policy.zeros == "abstain" else 1)
 
 
 @sizes
@@ -39,7 +38,7 @@ def test_sign_bits_planes(policy: Policy) -> None:
 def test_sign_bits_encode_the_ballot_of_this_rank(policy: Policy, dtype: torch.dtype, n: int) -> None:
     codec = SignBits()
     values = some_values(n, dtype)
-    message = torch.full((codec.planes_up(policy), codec.length(n)), 0x25A5A5A5, dtype=codec.wire_dtype(dtype))
+    message = torch.full((codec.planes(policy), codec.length(n)), 0x25A5A5A5, dtype=codec.wire_dtype(dtype))
     assert codec.encode(values, message, policy.context(STEP, RANK), FIRST_WORD)
     key = oracle.coin_key(policy.seed, STEP, oracle.zeros_stream(RANK))
     ballot = oracle.ballot(values.double().numpy(), policy.zeros, oracle.coins(key, FIRST_WORD, n))
@@ -66,7 +65,7 @@ def test_sign_bits_decode(planes: int, dtype: torch.dtype, n: int) -> None:
 def test_dense_loses_nothing(dtype: torch.dtype, n: int) -> None:
     codec, policy = Dense(), Policy()
     values = some_values(n, dtype)
-    assert codec.planes_up(policy) == codec.planes_down(policy) == 1
+    assert codec.planes(policy) == 1
     message = torch.full((1, codec.length(n)), torch.nan, dtype=codec.wire_dtype(dtype))
     assert message.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert codec.encode(values, message, policy.context(STEP, RANK), FIRST_WORD)
@@ -94,7 +93,7 @@ def test_pieces_give_what_the_whole_gives(codec: SignBits | Dense, policy: Polic
     assert codec.elementwise
     n = 1000
     values, context = some_values(n, dtype), policy.context(STEP, RANK)
-    whole, pieces = torch.zeros((2, codec.planes_up(policy), codec.length(n)), dtype=codec.wire_dtype(dtype))
+    whole, pieces = torch.zeros((2, codec.planes(policy), codec.length(n)), dtype=codec.wire_dtype(dtype))
     codec.encode(values, whole, context, FIRST_WORD)
     for lo, hi in ((0, 32), (32, 640), (640, n)):
         span = slice(codec.length(lo), codec.length(hi))

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import mpisign
-from mpisign.bitmap import tensors
-from mpisign.backends.host import as_words
+from mpisign.backends.host import Host, as_words
 from mpisign.codecs import Codec, ScaledBits, TopK, Trits
 from mpisign.policy import Policy
 
@@ -23,7 +22,7 @@ floats = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=st
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work that is done block by block is done in one here, and once more in several."""
     if request.param:
-        monkeypatch.setattr(tensors, "BLOCK", request.param)
+        monkeypatch.setattr(Host, "cache", request.param)
 
 
 def some_values(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -32,7 +31,7 @@ def some_values(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def encoded(codec: Codec, values: torch.Tensor, policy: Policy | None = None) -> torch.Tensor:
     policy = policy or Policy()
-    message = torch.full((codec.planes_up(policy), codec.length(values.numel())), 0x25A5A5A5, dtype=torch.int32)
+    message = torch.full((codec.planes(policy), codec.length(values.numel())), 0x25A5A5A5, dtype=torch.int32)
     assert codec.encode(values, message, policy.context(17, 3), FIRST_WORD)
     return message
 
@@ -185,7 +184,7 @@ def test_impossible_shares(options: dict[str, float]) -> None:
 def test_trits_keep_zeros_whatever_the_policy(zeros: str, n: int) -> None:
     policy, values = Policy(zeros), some_values(n)
     values[::3] = 0
-    assert (Trits().planes_up(policy), Trits().planes_down(policy)) == (2, 2)
+    assert Trits().planes(policy) == 2
     message = encoded(Trits(), values, policy)
     assert message.shape == (2, -(-n // 32))
     assert torch.equal(decoded(Trits(), message, values), values.sign())

@@ -10,12 +10,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from mpisign.exchange.runs import decide_runs, runs_of
 
 from mpisign import OptionError
 from mpisign.backends.host import as_words
 from mpisign.codecs import Dense, SignBits
 from mpisign.exchange.choose import Exchange, cap_bytes, check_exchange, choose
-from mpisign.exchange.runs import decide_runs, runs_of
 from mpisign.layout import Bucket, Layout
 from mpisign.memory import Identity
 from mpisign.methods import Method

@@ -9,11 +9,11 @@ import numpy as np
 import parts
 import pytest
 import torch
+from mpisign.exchange.aggregator import Aggregator
 from parts import ONE_BUCKET, ONE_SEGMENT_A_BUCKET, Side, Voters
 
 import mpisign
 from mpisign.backends.host import as_words
-from mpisign.exchange.aggregator import Aggregator
 from mpisign.layout import Piece
 from mpisign.policy import Policy
 

@@ -12,13 +12,13 @@ import oracle
 import parts
 import pytest
 import torch
+from mpisign.exchange.pipeline import Pipeline
 from parts import DTYPES, ONE_SEGMENT_A_BUCKET, SHAPES
 
 import mpisign
 from mpisign import ConsistencyError, GradientError, Method, MpisignError, OptionError, SynchronizationError
 from mpisign.codecs import SignBits
 from mpisign.exchange.header import JOINED, NON_FINITE, REASONS, SCALER_INF
-from mpisign.exchange.pipeline import Pipeline
 from mpisign.memory import Memory, Momentum
 from mpisign.memory.memory import State
 from mpisign.policy import Policy, StepContext
@@ -52,7 +52,7 @@ def test_every_method_takes_a_step_and_reports_it(name: str, cap: float | None) 
         assert (report.step, report.method, report.voters, dict(report.abstentions)) == (step, method.name, (0,), {})
         assert report.exchange == ("allgather",) * len(made.layout.buckets)
         assert (report.bytes_sent, report.header_bytes, report.skipped) == (0, 0, False)
-        assert isinstance(report.ties, int) if method.rule.votes else report.ties is None
+        assert isinstance(report.ties, int) if method.elects else report.ties is None
         assert set(report.seconds) == set(PHASES)
         assert all(tensor.grad is gradient for tensor, gradient in zip(tensors, given, strict=True))
         assert all(bool(t.grad.isfinite().all()) for t in tensors)
@@ -399,7 +399,7 @@ def test_agreement_is_asked_for_in_time() -> None:
         new.agreement()
 
 
-@parts.each_method_that(lambda method: parts.runs_alone(method) and not method.rule.votes)
+@parts.each_method_that(lambda method: parts.runs_alone(method) and not method.elects)
 def test_where_nobody_votes_with_signs_there_is_no_agreement(name: str) -> None:
     tensors = parts.parameters((40,))
     parts.give(tensors, [torch.ones(40)])

@@ -9,7 +9,7 @@ import torch
 
 import mpisign
 from mpisign import DistributedSignOptimizer, Method
-from mpisign.bitmap import tensors
+from mpisign.backends.host import Host
 from mpisign.memory import ef21_step_size
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -22,7 +22,7 @@ Gradient = Callable[[torch.Tensor, int], torch.Tensor]
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work that is done block by block is done in one here, and once more in several."""
     if request.param:
-        monkeypatch.setattr(tensors, "BLOCK", request.param)
+        monkeypatch.setattr(Host, "cache", request.param)
 
 
 def wrap(x: torch.nn.Parameter, method: Method, lr: float = 0.1) -> DistributedSignOptimizer:

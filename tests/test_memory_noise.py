@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mpisign
-from mpisign.bitmap import tensors
+from mpisign.backends.host import Host
 from mpisign.memory import (
     ClippedNoise,
     GaussianNoise,
@@ -74,7 +74,7 @@ def test_randomness_is_told_by_seed_step_rank_and_place(memory: Memory) -> None:
 @each
 def test_no_number_is_drawn_twice(memory: Memory) -> None:
     """Neither in one block of the work nor in the next."""
-    same = torch.full((3 * tensors.BLOCK,), 0.3, dtype=torch.float64)
+    same = torch.full((3 * Host.cache,), 0.3, dtype=torch.float64)
     parts = sent(memory, same).view(-1, 256)
     assert parts.unique(dim=0).shape == parts.shape
 
@@ -82,7 +82,7 @@ def test_no_number_is_drawn_twice(memory: Memory) -> None:
 @pytest.mark.parametrize("memory", [StochasticSign(2.0), TernarySign(1.0, 2.0), SparseSign(0.5)], ids=str)
 def test_coins_do_not_depend_on_the_blocks(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sent(memory)
-    monkeypatch.setattr(tensors, "BLOCK", 96_000)
+    monkeypatch.setattr(Host, "cache", 96_000)
     assert torch.equal(sent(memory), whole)
 
 

@@ -12,11 +12,11 @@ import torch
 
 import mpisign
 from mpisign import DistributedSignOptimizer, Method
-from mpisign.bitmap.ops import Flag
+from mpisign.backends import Flag
 from mpisign.codecs import Codec, Dense, SignBits
 from mpisign.memory import Identity, LionMomentum, Memory, Momentum
 from mpisign.policy import StepContext
-from mpisign.rules import MajorityVote, Mean, Rule
+from mpisign.rules import MajorityVote, Mean, ValueRule, VectorRule
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_a_method_names_a_memory_a_codec_and_a_rule(
     method: Method, memory: object, codec: object, rule: object, name: str
 ) -> None:
     assert (method.memory, method.codec, method.rule, method.name) == (memory, codec, rule, name)
-    assert method.rule.votes == (name != "mean")
+    assert method.elects == (name != "mean")
 
 
 def test_the_text_of_a_method_tells_its_options() -> None:
@@ -97,7 +97,7 @@ class ScaledBits(Codec):
 
 
 @dataclass(frozen=True)
-class FirstVoter(Rule):
+class FirstVoter(ValueRule):
     """A dictatorship."""
 
     name = "first voter"
@@ -132,8 +132,11 @@ def test_a_method_of_one_s_own() -> None:
 @pytest.mark.usefixtures("world")
 def test_a_rule_that_needs_whole_vectors_refuses_shards() -> None:
     @dataclass(frozen=True)
-    class WholeVectors(FirstVoter):
-        shardable = False
+    class WholeVectors(VectorRule):
+        name = "first voter"
+
+        def decide(self, messages: Any, out: torch.Tensor, context: StepContext, first_word: int) -> int:
+            return FirstVoter().decide(messages, out, context, first_word)
 
     method = Method(Identity(), Dense(), WholeVectors())
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=1.0)

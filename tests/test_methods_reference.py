@@ -163,7 +163,7 @@ def test_what_arrives_is_unbiased(memory: Memory, codec: Codec, factor: float, z
     many, policy = G.repeat_interleave(DRAWS), Policy(zeros, seed=3)
     context = policy.context(5, 2, 3)
     values = memory(many, {}, torch.empty_like(many), context, 11)
-    message = torch.zeros((codec.planes_up(policy), codec.length(many.numel())), dtype=torch.int32)
+    message = torch.zeros((codec.planes(policy), codec.length(many.numel())), dtype=torch.int32)
     assert codec.encode(values, message, context, 11)
     arrived = torch.empty_like(many)
     codec.decode(message, arrived)

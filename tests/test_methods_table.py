@@ -42,7 +42,7 @@ def test_every_name_is_of_a_method_of_its_own() -> None:
 
 def test_there_are_four_kinds() -> None:
     assert [bool(method.memory.fields) for method in FOUR] == [False, True, True, False]
-    assert [method.rule.votes for method in FOUR] == [True, True, True, False]
+    assert [method.elects for method in FOUR] == [True, True, True, False]
 
 
 @pytest.mark.usefixtures("world")

@@ -129,7 +129,7 @@ def test_gradients_of_another_dtype(method: Method, of_parameter: torch.dtype, o
     for _ in range(2):
         parameter.grad = gradient.clone()
         optimizer.step()
-    assert parameter.tolist() == (-2 * (gradient.sign() if method.rule.votes else gradient)).tolist()
+    assert parameter.tolist() == (-2 * (gradient.sign() if method.elects else gradient)).tolist()
 
 
 @pytest.mark.parametrize("cap", [1e-6, 1e-3, 1.0])
@@ -189,7 +189,7 @@ def test_layouts_in_memory(method: Method, of_parameter: str, of_gradient: str) 
         gradient = random_gradient(1, shape, torch.float32)
         parameter.grad = LAYOUTS[of_gradient](gradient)
         optimizer.step()
-    expected = gradient.sign() if method.rule.votes else gradient
+    expected = gradient.sign() if method.elects else gradient
     torch.testing.assert_close(parameter.detach(), -2 * expected, rtol=0, atol=0)
 
 
@@ -365,8 +365,8 @@ def test_grad_scaler(method: Method, unscale: bool) -> None:
         weights = weights.clamp(-3.0, 3.0)
     scaler.step(optimizer)
     scaler.update()
-    assert parameter.tolist() == (-weights.sign() if method.rule.votes else -weights).tolist()
-    if method.rule.votes:
+    assert parameter.tolist() == (-weights.sign() if method.elects else -weights).tolist()
+    if method.elects:
         assert momentum_of(optimizer) == [(weights / 2).tolist()], "the memory must not hold scaled gradients"
 
 

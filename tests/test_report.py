@@ -141,7 +141,7 @@ def test_flat_numbers() -> None:
     optimizer, parameter = stepped()
     flat = report_of(optimizer).as_dict()
     assert list(flat) == [
-        *("step", "bytes_sent", "header_bytes", "voters", "abstentions", "skipped", "ties"),
+        *("step", "bytes_sent", "header_bytes", "voters", "abstentions", "ended_at", "skipped", "ties"),
         *(f"seconds_{phase}" for phase in PHASES),
     ]
     assert all(type(value) in (int, float) for value in flat.values())

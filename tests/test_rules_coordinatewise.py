@@ -9,9 +9,11 @@ import oracle
 import pytest
 import torch
 
+from mpisign.backends.host import Host
 from mpisign.errors import OptionError
 from mpisign.policy import Policy
-from mpisign.rules.coordinatewise import BLOCK, Median, TrimmedMean, median, trimmed_mean
+from mpisign.rules import ValueRule
+from mpisign.rules.coordinatewise import Median, TrimmedMean, median, trimmed_mean
 
 VOTERS = [1, 2, 3, 4, 5, 8, 15, 33]
 EXAMPLE = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
@@ -60,16 +62,15 @@ def test_every_order_is_put_in_order(voters: int) -> None:
 @pytest.mark.parametrize("voters", [3, 4, 15])
 def test_coordinates_can_be_decided_in_slices(voters: int) -> None:
     """Also across blocks, and down to the sign of a zero, whatever zeros it was the median of."""
-    n = BLOCK["cpu"] + 1001
+    n = Host.rows + 1001
     rows = some_rows(voters, n)
     rows[torch.rand(rows.shape, generator=torch.Generator().manual_seed(1)) < 0.2] = -0.0
     context = Policy().context(3, 0)
     for rule in (Median(), TrimmedMean(1)):
-        assert rule.shardable
-        assert not rule.votes
+        assert isinstance(rule, ValueRule)
         whole, sliced = torch.full((2, 1, n), torch.nan)
         assert rule.decide([row[None] for row in rows], whole, context, 0) == 0
-        for lo, hi in itertools.pairwise([0, 1, 8, 1000, BLOCK["cpu"] + 3, n]):
+        for lo, hi in itertools.pairwise([0, 1, 8, 1000, Host.rows + 3, n]):
             rule.decide([row[None, lo:hi] for row in rows], sliced[:, lo:hi], context, lo)
         assert torch.equal(bits(whole), bits(sliced))
         assert torch.equal(whole[0], median(rows) if rule == Median() else trimmed_mean(rows, 1))

@@ -11,8 +11,9 @@ import oracle
 import pytest
 import torch
 
+from mpisign.backends.host import Host
 from mpisign.errors import OptionError
-from mpisign.rules import geometry
+from mpisign.rules import VectorRule
 from mpisign.rules.distance import (
     CenteredClipping,
     GeometricMedian,
@@ -47,7 +48,7 @@ class StepContext:
 
 @pytest.fixture(params=[64, 1 << 19], ids=["many blocks", "one block"], autouse=True)
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(geometry, "BLOCK", {"cpu": request.param})
+    monkeypatch.setattr(Host, "work", request.param)
 
 
 def some_rows(count: int, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -97,7 +98,7 @@ def test_distances_do_not_cancel() -> None:
 
 
 def test_the_bits_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(geometry, "BLOCK", {"cpu": 1 << 22})  # enough for torch to share it out
+    monkeypatch.setattr(Host, "work", 1 << 22)  # enough for torch to share it out
     rows = some_rows(5, 200_000)
     threads = torch.get_num_threads()
     try:
@@ -131,8 +132,7 @@ def test_the_rows_of_the_literature() -> None:
 
 @rules
 def test_they_decide_on_whole_vectors(rule: Krum) -> None:
-    assert not rule.shardable
-    assert not rule.votes
+    assert isinstance(rule, VectorRule)
 
 
 @dtypes

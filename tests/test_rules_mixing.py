@@ -11,9 +11,10 @@ import oracle
 import pytest
 import torch
 
+from mpisign.backends.host import Host
 from mpisign.errors import OptionError
-from mpisign.rules import MajorityVote
-from mpisign.rules.coordinatewise import BLOCK, Median, TrimmedMean, median
+from mpisign.rules import MajorityVote, ValueRule, VectorRule
+from mpisign.rules.coordinatewise import Median, TrimmedMean, median
 from mpisign.rules.distance import CenteredClipping, Krum, NearestNeighbourAveraging, centered_clipping, krum
 from mpisign.rules.mixing import NearestNeighbourMixing, nearest_neighbour_mixing
 
@@ -28,12 +29,10 @@ class StepContext:
 
 
 @dataclass(frozen=True)
-class Recorder:
+class Recorder(ValueRule):
     """Decides on nothing, but remembers where it was asked to."""
 
-    shardable: bool
     name = "recorder"
-    votes = tallies = reencodes = remembers = personal = False
     places: list[tuple[int, int]] = field(default_factory=list, compare=False)
 
     def decide(self, messages: Sequence[torch.Tensor], out: torch.Tensor, context: Any, first_word: int) -> int:
@@ -83,7 +82,7 @@ def test_honest_rows_come_closer_and_far_ones_stay_out() -> None:
     assert (mixed - honest.mean(0)).norm() < 0.5 * (honest - honest.mean(0)).norm()
 
 
-@pytest.mark.parametrize("n", [0, 1, BLOCK["cpu"], 2 * BLOCK["cpu"] + 77])
+@pytest.mark.parametrize("n", [0, 1, Host.rows, 2 * Host.rows + 77])
 def test_a_coordinatewise_rule_behind_it(n: int) -> None:
     rows = some_rows(5, n)
     assert torch.equal(decide(NearestNeighbourMixing(Median(), 1), rows), median(nearest_neighbour_mixing(rows, 1)))
@@ -97,17 +96,27 @@ def test_a_rule_of_whole_vectors_behind_it() -> None:
     assert torch.equal(clipped, centered_clipping(mixed, 2.0, center[0]))
 
 
+class WholeRecorder(VectorRule):
+    """The same on whole vectors."""
+
+    def __init__(self) -> None:
+        self.places: list[tuple[int, int]] = []
+
+    decide = Recorder.decide  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize("shardable", [True, False])
 def test_the_rule_behind_gets_blocks_if_it_can(shardable: bool) -> None:
-    n, width = BLOCK["cpu"] + 5, BLOCK["cpu"]
-    rule = NearestNeighbourMixing(Recorder(shardable), 1)
+    n, width = Host.rows + 5, Host.rows
+    rule = NearestNeighbourMixing(Recorder() if shardable else WholeRecorder(), 1)
     rule.decide([row[None] for row in some_rows(3, n)], torch.empty(1, n), StepContext(), 1000)
     assert rule.rule.places == ([(1000, width), (1000 + width, 5)] if shardable else [(1000, n)])
 
 
 def test_what_it_says_about_itself() -> None:
     plain = NearestNeighbourMixing(TrimmedMean(1), 1)
-    assert (plain.shardable, plain.votes, plain.remembers, plain.personal) == (False, False, False, False)
+    assert isinstance(plain, VectorRule)
+    assert (plain.remembers, plain.personal) == (False, False)
     assert NearestNeighbourMixing(CenteredClipping(), 1).remembers
     assert NearestNeighbourMixing(NearestNeighbourAveraging(1), 1).personal
     assert repr(plain) == "NearestNeighbourMixing(rule=TrimmedMean(f=1), f=1)"

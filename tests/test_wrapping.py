@@ -68,7 +68,7 @@ def test_so_are_kinds_of_them_and_no_others(recwarn: pytest.WarningsRecorder) ->
 def test_only_votes_are_too_small_for_adam(name: str, recwarn: pytest.WarningsRecorder) -> None:
     method = parts.methods_for(1)[name]
     DistributedSignOptimizer(optim.Adam(parts.parameters((3,))), method=method)
-    assert [str(w.message).split()[0] for w in recwarn.list] == ["Adam"] * method.rule.votes
+    assert [str(w.message).split()[0] for w in recwarn.list] == ["Adam"] * method.elects
 
 
 @pytest.mark.usefixtures("world")

@@ -165,6 +165,10 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def no_zero(self, words: Tensor) -> bool:
+        """Whether every word has a 1."""
+
+    @abstractmethod
     def count(self, ballots: Sequence[Tensor], planes: Tensor) -> None:
         """:func:`mpisign.bitmap.host.count`: how many of ``ballots`` have a 1, bit-sliced, into ``planes`` (p, k)."""
 

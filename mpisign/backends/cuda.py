@@ -128,6 +128,9 @@ class Cuda(Backend):
         )
         return found if tied is None else 0
 
+    def no_zero(self, words: Tensor) -> bool:
+        return bool((words != 0).all())
+
     def count(self, ballots: Sequence[Tensor], planes: Tensor) -> None:
         cuda.count(ballots, planes)
 

@@ -225,6 +225,9 @@ class Host(Backend):
             out_nonzero=None if out_nonzero is None else as_words(out_nonzero),
         )
 
+    def no_zero(self, words: Tensor) -> bool:
+        return bool(as_words(words).all())
+
     def count(self, ballots: Sequence[Tensor], planes: Tensor) -> None:
         host.count([as_words(ballot) for ballot in ballots], as_words(planes))
 

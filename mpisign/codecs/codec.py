@@ -65,11 +65,11 @@ class Codec(ABC):
     def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
         """``out += alpha * decoded``, in place, for flat fp32 or fp64 ``out`` (n,): for error feedback and means."""
 
-    def decode(self, decision: torch.Tensor, out: torch.Tensor, context: StepContext) -> None:
+    def decode(self, decision: torch.Tensor, out: torch.Tensor, context: StepContext | None = None) -> None:
         """Write ``decision`` (planes, k) into flat ``out`` (n,) of any supported float type.
 
         Args:
-            context: its ``voters`` are the ranks that voted.
+            context: its ``voters`` are the ranks that voted, on which the worth of counts depends.
         """
         out.zero_()
         self.add(decision, out, 1.0)

@@ -41,13 +41,14 @@ class Counts(Codec):
     def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
         raise NotImplementedError("what counts are worth depends on who has voted: see decode()")
 
-    def decode(self, decision: torch.Tensor, out: torch.Tensor, context: StepContext) -> None:
+    def decode(self, decision: torch.Tensor, out: torch.Tensor, context: StepContext | None = None) -> None:
         # Of c marks out of m, 2c is 2^rows - 1 plus the sum of 2^i times bit i as a sign; 2c / m - 1 is sought.
         for span in backend_for(out.device).blocks(out.numel()):
             part = out[span].fill_(2 ** len(decision) - 1)
             first = span.start // 32
             for bit, plane in enumerate(decision[:, first : first + words_for(part.numel())]):
                 add_signs(plane, part, 2.0**bit)
+            assert context is not None
             if context.speakers is None:
                 made = self.marks * len(context.voters)
                 part.sub_(made).div_(made)

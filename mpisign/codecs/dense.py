@@ -34,5 +34,5 @@ class Dense(Codec):
     def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
         out.add_(message[0], alpha=alpha)
 
-    def decode(self, decision: torch.Tensor, out: torch.Tensor, context: StepContext) -> None:
+    def decode(self, decision: torch.Tensor, out: torch.Tensor, context: StepContext | None = None) -> None:
         out.copy_(decision[0])

@@ -54,7 +54,7 @@ class ScaledBits(Codec):
     def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
         add_signs(message[0, 1:], out, _scale_of(message, backend_for(out.device)) * alpha)
 
-    def decode(self, decision: torch.Tensor, out: torch.Tensor, context: StepContext) -> None:
+    def decode(self, decision: torch.Tensor, out: torch.Tensor, context: StepContext | None = None) -> None:
         backend = backend_for(out.device)
         scale, words = _scale_of(decision, backend), decision[0, 1:]
         for span in backend.blocks(out.numel()):

@@ -49,7 +49,7 @@ class SignBits(Codec):
     def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
         add_signs(message[0], out, alpha, message[1] if len(message) > 1 else None)
 
-    def decode(self, decision: torch.Tensor, out: torch.Tensor, context: StepContext) -> None:
+    def decode(self, decision: torch.Tensor, out: torch.Tensor, context: StepContext | None = None) -> None:
         backend_for(out.device).unpack(decision[0], out, nonzero=decision[1] if len(decision) > 1 else None)
 
 

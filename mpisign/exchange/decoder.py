@@ -50,8 +50,11 @@ class Decoder:
             for bucket, exchange in zip(buckets, exchanges, strict=True)
             for place, segment in enumerate(bucket.segments)
         ]
+        # Whether what comes down is what is applied, in whatever type.
+        down = self._codec_down
+        self._direct = down is not None and (down.plain or down.ballots) and not self._method.memory.running
         self._bitmaps: Bitmaps | None = None
-        if isinstance(self._codec_down, SignBits) and not self._method.memory.running:
+        if self._direct and isinstance(down, SignBits):
             planes = [tuple(exchange.decision) for _, exchange, _, _ in self._places]
             self._bitmaps = bitmaps_of([segment for *_, segment in self._places], planes, backend)
 
@@ -96,7 +99,7 @@ class Decoder:
                 moved = rows.spoken_words(np.any(spoken, axis=0), shape, strides, self._backend, out.device)
                 self._backend.unpack(decision[0], out, nonzero=moved)
                 return
-        if isinstance(self._codec_down, SignBits) and not memory.running:
+        if self._direct and self._codec_down is not None:
             self._codec_down.decode(decision, out, context)
             return
         wide = out if out.dtype == state_dtype(out.dtype) else out.to(state_dtype(out.dtype))

@@ -273,7 +273,7 @@ class Round:
         end = 0
         for bucket, planes in zip(batch.buckets, batch.encoder.rows, strict=True):
             words, start, end = plan.spoken[bucket.index], end, end + len(bucket.segments)
-            if words is None or (bool(words.all()) and not plan.told):
+            if words is None or (not plan.told and plan.backend.no_zero(words)):
                 continue
             for place, segment in enumerate(bucket.segments):
                 at = start + place
@@ -397,28 +397,29 @@ class Round:
             exchange=tuple(exchange.name for exchange in plan.exchanges),
             bytes_sent=messages + headers,
             header_bytes=headers,
-            **self._who(said),
+            **self._who(said, self.handshake),
             skipped=skipped,
             ties=ties,
             seconds=session.tracer.seconds(self._began),
             _agreement=functools.partial(agreement, plan, self._step, said) if plan.elects else None,
         )
 
-    def _who(self, said: Sequence[Heard]) -> dict[str, Any]:
+    def _who(self, said: Sequence[Heard], handshake: Handshake) -> dict[str, Any]:
         """Who has voted, who has not and why, and whose ballot has ended where."""
-        size, buckets = self._session.size, self._plan.layout.buckets
-        voters, abstentions, ended = [], {}, {}
-        for rank in range(size):
+        voters: list[int] = []
+        abstentions: dict[int, str] = {}
+        ended: dict[int, str] = {}
+        for rank in range(self._session.size):
             reasons = [heard.status[rank] for heard in said if heard.status[rank] != header.VOTES]
-            if self.handshake is not None and self.handshake.all_joined:
+            if handshake.all_joined:
                 abstentions[rank] = header.REASONS[header.JOINED]
             elif any(bool(heard.votes[rank].any()) for heard in said):
                 voters.append(rank)
             else:
                 abstentions[rank] = header.REASONS[reasons[0] if reasons else header.NO_GRADIENT]
-            for bucket, heard in zip(buckets, said, strict=True):
+            for flight, heard in zip(self._flights, said, strict=True):
                 if heard.ended[rank] >= 0 and rank not in ended:
-                    ended[rank] = bucket.segments[heard.ended[rank]].name
+                    ended[rank] = flight.bucket.segments[heard.ended[rank]].name
         return {"voters": tuple(voters), "abstentions": abstentions, "ended_at": ended}
 
 

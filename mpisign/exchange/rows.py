@@ -36,7 +36,7 @@ def zero_rows(spoken: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], 
         strides: of the parameter on the wire.
     """
     elements = int(np.prod(shape))
-    if not elements or bool((spoken != 0).all()):
+    if not elements or backend.no_zero(spoken):
         return None
     bits = torch.empty(elements, dtype=torch.float32, device=spoken.device)
     backend.unpack(spoken, bits)

@@ -34,6 +34,9 @@ class Laid:
         self.shaped = shaped
         self.flat: State = {field: flat(value) for field, value in shaped.items()}
 
+    def __reduce__(self) -> tuple[type[Laid], tuple[State]]:
+        return Laid, (self.shaped,)  # a copy's flat views are of its own tensors
+
 
 Pieces = dict[torch.Tensor, dict[int, torch.Tensor]]
 """By parameter, and by first element: what this rank keeps of what it decides."""

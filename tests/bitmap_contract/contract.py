@@ -13,10 +13,10 @@ import pytest
 import shim
 import torch
 
+from mpisign.backends import WORD
 from mpisign.bitmap import cuda, host, kernels
 from mpisign.bitmap.host import FORMATS, FloatFormat
 from mpisign.bitmap.kernels import JOB_ELEMENTS
-from mpisign.backends import WORD
 from mpisign.bitmap.tensors import format_of, raw_bits
 
 Tensor = torch.Tensor

@@ -23,11 +23,11 @@ from contract import (
     some_values,
 )
 
+from mpisign.backends import WORD
 from mpisign.bitmap import cuda
 from mpisign.bitmap.batch import Batch
 from mpisign.bitmap.host import FORMATS, FloatFormat, words_for
 from mpisign.bitmap.kernels import JOB_ELEMENTS, MOMENTUM_CAPACITY, TENSOR_CAPACITY
-from mpisign.backends import WORD
 from mpisign.bitmap.tensors import format_of, raw_bits
 from mpisign.memory.store import state_dtype
 

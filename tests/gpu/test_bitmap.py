@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from mpisign.backends import WORD
 from mpisign.bitmap import cuda, host
 from mpisign.bitmap.batch import Batch
 from mpisign.bitmap.host import words_for
-from mpisign.backends import WORD
 from mpisign.bitmap.tensors import format_of, raw_bits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

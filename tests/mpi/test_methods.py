@@ -81,7 +81,7 @@ def test_too_many_adversaries_for_the_job(comm: MPI.Comm, make: Callable[[int], 
         wrap(model(), make(most))
 
 
-@walk(lambda method: not method.rule.shardable)
+@walk(lambda method: isinstance(method.rule, VectorRule))
 def test_whole_vectors_cannot_be_decided_in_shards(comm: MPI.Comm, make: Make) -> None:
     with pytest.raises(mpisign.OptionError, match=r"exchange='two_phase' decides shards.* needs whole vectors"):
         wrap(model(), make(comm.size), exchange="two_phase")
