@@ -13,7 +13,7 @@ import torch
 
 from mpisign.bitmap import kernels
 from mpisign.bitmap.host import words_for
-from mpisign.bitmap.kernels import address, first
+from mpisign.bitmap.kernels import NONE, address, first
 
 __all__ = ["Batch", "Located", "locate"]
 
@@ -114,6 +114,7 @@ class Batch:
         segments = list(zip(elements, words, nonzeros if nonzeros is not None else absent, starts, strict=True))
         self._segments = segments  # which keeps the bitmaps' memory
         self._device = words[0].device if words else torch.device("cpu")
+        self._bad = first(self._device)
         jobs = [_jobs(place % kernels.TENSOR_CAPACITY, *segment) for place, segment in enumerate(segments)]
         self._ends = [0, *np.cumsum([some.size for some in jobs]).tolist()]  # of each tensor's jobs
         all_jobs = np.concatenate([np.zeros(0, kernels.JOB), *jobs])
@@ -136,10 +137,11 @@ class Batch:
                 they are dense is not checked.
 
         Returns:
-            The place of the first that has a NaN or Inf, or :data:`~mpisign.bitmap.kernels.NONE`.
+            The place of the first that has a NaN or Inf, or :data:`~mpisign.bitmap.kernels.NONE`. It is one of this
+            object's, and holds until its next packing.
         """
         self._values.write(values)
-        bad = first(self._device)
+        bad = self._bad.fill_(NONE)
         self._launch("pack_many", [self._values], _packing(zeros, key, bad), based=True)
         return bad
 
@@ -174,7 +176,7 @@ class Batch:
         if news and not self._gradients.suit(self._momenta):
             raise ValueError("a gradient has no momentum, or one of another precision")
         self._suited = True
-        bad = first(self._device)
+        bad = self._bad.fill_(NONE)
         rates = [np.float64(unscale), *(np.float64(1.0 - beta) for beta in betas)]
         self._launch("pack_momentum", tables, [*rates, *_packing(zeros, key, bad)], based=True)
         return bad
