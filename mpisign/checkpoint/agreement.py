@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 from typing import Any
 
-from mpisign.encoding import Optional, printable
-from mpisign.errors import CheckpointError
+from mpisign.encoding import Optional, fits, printable
+from mpisign.errors import CheckpointError, ConsistencyError
 from mpisign.session import Session
 
 __all__ = ["agree"]
@@ -35,4 +35,10 @@ def agree(
     if problems:
         more = f"; and {len(problems) - NAMED} ranks more" if len(problems) > NAMED else ""
         raise CheckpointError(f"{act}: {failed}: {'; '.join(problems[:NAMED])}{more}") from error
+    for rank, (_, theirs) in enumerate(everyone):
+        if not fits(theirs, schema):
+            raise ConsistencyError(
+                f"{act}: rank {rank} has said nothing, and no problem either (this is rank {session.rank}): run the "
+                f"same version of mpisign on every rank"
+            )
     return [theirs for _, theirs in everyone]
