@@ -328,10 +328,10 @@ def _vote(device: str | torch.device = "cpu", subject: str = "a real vote") -> I
     here = session.current().group
     elements = 10_007
     mine = np.random.default_rng(here.rank).standard_normal(elements).astype(np.float32)
-    everyone = np.empty((here.size, elements), np.float32)
+    votes = np.empty((here.size, elements), np.int8)
     with session.current().watchdog.guard("the doctor's vote"):
-        here.comm.Allgather(mine, everyone)
-    expected = -np.sign(np.sign(everyone).sum(axis=0))
+        here.comm.Allgather(np.sign(mine).astype(np.int8), votes)
+    expected = -np.sign(votes.sum(axis=0))
     for exchange in ("allgather", "two_phase"):
         parameter = torch.nn.Parameter(torch.zeros(elements, device=device))
         parameter.grad = torch.from_numpy(mine).to(device, copy=True)

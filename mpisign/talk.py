@@ -256,19 +256,20 @@ class Talk:
                         comm.Send(told, rank, CLOCK_TAG)
                 self.clocks.append((perf_counter_ns(), 0))
                 return
-            best: tuple[int, int, int] | None = None
+            tries: list[tuple[int, int, int]] = []  # how long it took, when, the answer
             for _ in range(CLOCK_TRIES):
                 began = perf_counter_ns()
                 comm.Sendrecv(asked, 0, CLOCK_TAG, told, 0, CLOCK_TAG)
                 ended = perf_counter_ns()
-                if not 0 <= told[0] < CLOCK_LIMIT:
-                    raise ConsistencyError(
-                        f"rank 0 has told the time {told[0]}, which no clock shows (this is {self.rank})"
-                    )
-                middle = (began + ended) // 2
-                best = min(best or (ended - began, middle, 0), (ended - began, middle, int(told[0]) - middle))
-            assert best is not None
-            self.clocks.append(best[1:])
+                tries.append((ended - began, (began + ended) // 2, int(told[0])))
+            # Not before: rank 0 waits for every question, and the ranks behind this one for rank 0.
+            wrong = [answer for _, _, answer in tries if not 0 <= answer < CLOCK_LIMIT]
+            if wrong:
+                raise ConsistencyError(
+                    f"rank 0 has told the time {wrong[0]}, which no clock shows (this is {self.rank})"
+                )
+            _, middle, answer = min(tries)
+            self.clocks.append((middle, answer - middle))
 
     # ------------------------------------------------------------------------------------------------ end
 

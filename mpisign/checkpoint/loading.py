@@ -186,8 +186,9 @@ def _find_damage(session: Session, folder: Path, manifest: Manifest) -> str:
     """What is wrong with a checkpoint's files, each read by one rank, or "". **Collective.**"""
     mine = [name for at, name in enumerate(sorted(manifest.files)) if at % session.size == session.rank]
     problem = next(filter(None, (damage(folder / name, manifest.files[name]) for name in mine)), "")
-    problems = session.gather_values(problem and f"{problem} (rank {session.rank} on {platform.node()})", str, ACT)
-    return printable(next(filter(None, problems), ""))
+    problems = session.gather_values([problem, platform.node()], (str, str), ACT)
+    said = (f"{problem} (rank {rank} on {node})" for rank, (problem, node) in enumerate(problems) if problem)
+    return printable(next(said, ""))
 
 
 def _read(folder: Path, manifest: Manifest, session: Session) -> tuple[State, State]:
