@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpisign.errors import ConsistencyError
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
@@ -51,12 +53,21 @@ class Presence:
             self._tell(rank, where)
 
     def listen(self, where: str) -> None:
-        """Take in what others have told, and answer them that this rank waits."""
+        """Take in what others have told, and answer them that this rank waits.
+
+        Raises:
+            ConsistencyError: what a rank has sent is no notice.
+        """
         from mpi4py import MPI
 
         status = MPI.Status()
         while self._comm.Iprobe(MPI.ANY_SOURCE, TAG, status):
             rank, notice = status.Get_source(), np.zeros(1, NOTICE)
+            if status.Get_count(MPI.BYTE) != NOTICE.itemsize:
+                raise ConsistencyError(
+                    f"rank {rank} has sent {status.Get_count(MPI.BYTE)} bytes that are no notice of mpisign's (this is "
+                    f"rank {self._comm.rank}): run the same version on every rank"
+                )
             self._comm.Recv(notice.view(np.uint8), rank, TAG)
             self._heard[rank] = int(notice["number"][0]), _printable(notice["where"][0])
             self._tell(rank, where)

@@ -22,6 +22,7 @@ ACT = "timeline()"
 VARIABLE = "MPISIGN_TIMELINE"
 RECORDED = 500_000  # spans that are kept where the variable is set; about 80 MB
 LIMIT_BYTES = 512 << 20
+NAME_LENGTH = 200
 COLUMNS = 5  # name, step, message, begin, end
 ROWS = (*PHASES, OTHER)
 
@@ -71,6 +72,8 @@ def _aligned(spans: Sequence[Span], names: Sequence[str], clocks: Sequence[tuple
 def _events(rank: int, told: bytes, table: bytes) -> Iterator[dict[str, Any]]:
     """A rank's rows and spans, in the format of Chrome's trace events; checked, as another rank has sent them."""
     names = encoding.decode(told, [str], rank)
+    if any(len(name) > NAME_LENGTH for name in names):  # each is written once a span
+        raise MpisignError(f"rank {rank} has sent the name of a span that is longer than {NAME_LENGTH}")
     if len(table) % (8 * COLUMNS):
         raise MpisignError(f"rank {rank} has sent {len(table)} bytes, which are no spans")
     rows = np.frombuffer(table, np.int64).reshape(-1, COLUMNS)

@@ -81,17 +81,9 @@ class Watchdog:
             ConsistencyError: MPI says that the ranks' messages do not fit each other.
         """
         presence.begin()
-        with self.unbroken():
-            try:
-                if not pending.request.Test():
-                    self._wait(pending.request, presence)
-            except Exception as error:
-                if type(error).__module__.partition(".")[0] != "mpi4py":
-                    raise
-                raise ConsistencyError(
-                    f"rank {self.rank} of {self.size}: MPI has failed in {self._where()}: {error}. A rank has sent "
-                    f"something else than the others expect, or has died"
-                ) from error
+        with self.unbroken(), self._naming():
+            if not pending.request.Test():
+                self._wait(pending.request, presence)
         self._posted.discard(pending)
 
     def _wait(self, request: MPI.Request, presence: Presence) -> None:
@@ -113,17 +105,32 @@ class Watchdog:
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:
-        """Watch a call of MPI's that blocks, from a thread."""
+        """Watch a call of MPI's that blocks, from a thread. Raises as :meth:`wait` does."""
         if self._warning is None and self.stall_timeout is None:
-            yield
+            with self.unbroken(what), self._naming(what):
+                yield
             return
         done = threading.Event()
         watching = threading.Thread(target=self._watch, args=(what, done), name="mpisign watchdog", daemon=True)
         watching.start()
         try:
-            yield
+            with self.unbroken(what), self._naming(what):
+                yield
         finally:
             done.set()
+
+    @contextmanager
+    def _naming(self, what: str = "") -> Iterator[None]:
+        """Turn MPI's own errors into ConsistencyError."""
+        try:
+            yield
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] != "mpi4py":
+                raise
+            raise ConsistencyError(
+                f"rank {self.rank} of {self.size}: MPI has failed in {what or self._where()}: {error}. A rank has sent "
+                f"something else than the others expect, or has died"
+            ) from error
 
     def _watch(self, what: str, done: threading.Event) -> None:
         waited, last, warn_at = 0.0, time.monotonic(), self._warning

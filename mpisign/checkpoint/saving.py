@@ -186,13 +186,13 @@ class _Save:
             if self.session.rank != 0:
                 directory.say_done(self.written, self.session.rank, self._stamps)
                 return
-            stamps = dict(self._stamps)
+            told = [directory.as_json(self._stamps)]
             for rank in range(1, self.session.size):
                 while (theirs := directory.done(self.written, rank)) is None:
                     if self._waited_for.wait(POLL_SECONDS):
                         return  # then finish() does it
-                stamps |= theirs
-            self._commit(stamps)
+                told.append(theirs)
+            self._commit(directory.stamps_of_ranks(told))
         except Exception as caught:
             self._error = caught
 
@@ -210,7 +210,7 @@ class _Save:
                 except Exception as caught:
                     self._error = caught
             agree(self.session, act, failed, self._error)
-        except CheckpointError:
+        except MpisignError:
             if self.session.rank == 0:
                 shutil.rmtree(self.written, ignore_errors=True)
             raise
