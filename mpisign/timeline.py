@@ -14,13 +14,13 @@ import numpy.typing as npt
 from mpisign import encoding
 from mpisign.errors import MpisignError
 from mpisign.talk import Talk
-from mpisign.trace import CAPACITY, OTHER, PHASE_OF, PHASES, Span
+from mpisign.trace import OTHER, PHASE_OF, PHASES, Span
 
-__all__ = ["VARIABLE", "capacity", "write"]
+__all__ = ["RECORDED", "VARIABLE", "write"]
 
 ACT = "timeline()"
 VARIABLE = "MPISIGN_TIMELINE"
-RECORDED = 500_000  # spans that are kept where the variable is set; about 80 MB
+RECORDED = 500_000  # spans that each rank keeps where rank 0 has the variable; about 80 MB
 LIMIT_BYTES = 512 << 20
 NAME_LENGTH = 200
 COLUMNS = 5  # name, step, message, begin, end
@@ -35,7 +35,9 @@ def write(talk: Talk, path: str | os.PathLike[str]) -> None:
 
     Raises:
         MpisignError: on every rank, if rank 0 cannot write.
+        TypeError: ``path`` is none.
     """
+    path = os.fsdecode(path)
     talk.meet(ACT)
     talk.align_clocks()
     spans = talk.tracer.spans()
@@ -46,16 +48,11 @@ def write(talk: Talk, path: str | os.PathLike[str]) -> None:
     if talk.rank == 0:
         try:
             _write(Path(path), [_events(rank, *both) for rank, both in enumerate(zip(told, tables, strict=True))])
-        except (OSError, MpisignError) as error:
+        except Exception as error:  # whatever it is, the others must hear of it
             problem = f"{type(error).__name__}: {error}"
     problem = talk.spread_value(problem, str, 0, ACT)
     if problem:
-        raise MpisignError(f"timeline({os.fspath(path)!r}): rank 0 cannot write it: {encoding.printable(problem)}")
-
-
-def capacity() -> int:
-    """How many spans a rank shall keep."""
-    return RECORDED if os.environ.get(VARIABLE) else CAPACITY
+        raise MpisignError(f"timeline({path!r}): rank 0 cannot write it: {encoding.printable(problem)}")
 
 
 def _aligned(spans: Sequence[Span], names: Sequence[str], clocks: Sequence[tuple[int, int]]) -> npt.NDArray[np.int64]:

@@ -155,7 +155,7 @@ class Watchdog:
             return
         try:
             faulthandler.dump_traceback_later(seconds, exit=self.stall_timeout is not None, file=sys.__stderr__)  # type: ignore[arg-type]
-        except (ValueError, AttributeError, OSError, RuntimeError):  # stderr is closed, or no file
+        except (ValueError, AttributeError, OSError, RuntimeError, OverflowError):  # no stderr, or for ever
             yield
             return
         try:
