@@ -75,10 +75,14 @@ class Session(Talk):
     def replace(self, group: Group) -> Group | None:
         """Go on with another group, between two steps. **Collective** over its ranks.
 
+        A rank that the others leave out goes on with a group of its own, so that it, and they, can leave the job alone.
+
         Returns:
             The former group, whose communicators now are the caller's to free.
         """
         before, self.group = getattr(self, "group", None), group
+        if before is not None and before.identities[0] != group.identities[0]:
+            self.clocks.clear()  # they tell how far a rank 0 is ahead that is no more
         self._presence = Presence(group.comm)
         self.watchdog.comm, self.watchdog.rank, self.watchdog.size = group.comm, group.rank, group.size
         return before
@@ -229,11 +233,22 @@ def _write_timeline(session: Session, path: str) -> None:
 
 
 def _shutdown_at_exit() -> None:
-    """And then MPI_Finalize, where Python stands still and only the system can look at the time."""
-    seconds = _session.watchdog.stall_timeout if _session is not None and _session.process == os.getpid() else None
+    """And then MPI_Finalize, where Python stands still and only the system can look at the time.
+
+    It waits for every process that mpirun has started. If some are no ranks of this group, they may train for long yet.
+    """
+    seconds = None
+    if _session is not None and _session.process == os.getpid() and _is_everybody(_session.group):
+        seconds = _session.watchdog.stall_timeout
     shutdown()
     if seconds is not None and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL:
         signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _is_everybody(group: Group) -> bool:
+    from mpi4py import MPI
+
+    return not MPI.Is_finalized() and group.size == MPI.COMM_WORLD.Get_size()
 
 
 def _abort_on_exception(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
