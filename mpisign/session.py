@@ -76,6 +76,7 @@ class Session(Talk):
         """Go on with another group, between two steps. **Collective** over its ranks.
 
         A rank that the others leave out goes on with a group of its own, so that it, and they, can leave the job alone.
+        Call :func:`mpisign.checkpoint.wait` before; a save in the background may miss its part else.
 
         Returns:
             The former group, whose communicators now are the caller's to free.
