@@ -220,7 +220,8 @@ class _Save:
                 self._error = caught
             agree(self.session, act, failed, self._error)
         except CheckpointError:
-            if self.rank == 0:
+            # Where ranks have parted, others may still write; the next save removes it.
+            if self.rank == 0 and self.session.group.identities == self.identities:
                 shutil.rmtree(self.written, ignore_errors=True)
             raise
 
