@@ -76,10 +76,15 @@ class Session(Talk):
     def replace(self, group: Group) -> Group | None:
         """Go on with another group, between two steps. **Collective** over its ranks.
 
+        A rank that the others leave out goes on with a group of its own, so that it, and they, can leave the job alone.
+        Call :func:`mpisign.checkpoint.wait` before; a save in the background may miss its part else.
+
         Returns:
             The former group, whose communicators now are the caller's to free.
         """
         before, self.group = getattr(self, "group", None), group
+        if before is not None and before.identities[0] != group.identities[0]:
+            self.clocks.clear()  # they tell how far a rank 0 is ahead that is no more
         self._presence = Presence(group.comm)
         self.watchdog.comm, self.watchdog.rank, self.watchdog.size = group.comm, group.rank, group.size
         return before
@@ -211,7 +216,7 @@ def shutdown() -> None:
     Called at exit if you do not. MPI itself stays up (mpi4py finalizes it when Python exits), so :func:`init`
     may be called again. A rank that leaves while others are in a step is an error to them, not a hang.
     """
-    global _session
+    global _session, _finalize_timeout
     if _session is None:
         return
     from mpi4py import MPI
@@ -221,6 +226,8 @@ def shutdown() -> None:
         sys.excepthook = leaving._previous_hook
     if leaving.process != os.getpid() or MPI.Is_finalized():
         return  # a forked child is not a rank, and after MPI.Finalize() there is nobody to tell
+    if leaving.group.size != MPI.COMM_WORLD.Get_size():
+        _finalize_timeout = -1, None
     if leaving.say_goodbye(leaving.farewells):
         leaving.group.free(leaving.watchdog)
 
@@ -233,7 +240,10 @@ def _write_timeline(session: Session, path: str) -> None:
 
 
 def _shutdown_at_exit() -> None:
-    """And then MPI_Finalize, where Python stands still and only the system can look at the time."""
+    """And then MPI_Finalize, where Python stands still and only the system can look at the time.
+
+    It waits for every process that mpirun has started. If some are no ranks of this group, they may train for long yet.
+    """
     shutdown()
     process, seconds = _finalize_timeout
     if process != os.getpid() or seconds is None:

@@ -27,6 +27,7 @@ from mpisign.exchange.encoder import Encoder
 from mpisign.exchange.gradients import Gradients
 from mpisign.exchange.maximum import Maximum
 from mpisign.exchange.runs import decide_runs, runs_of
+from mpisign.exchange.sums import sum_over_ranks
 from mpisign.layout import Bucket, Layout
 from mpisign.memory import Identity
 from mpisign.memory.store import MemoryStore
@@ -64,13 +65,13 @@ class Pipeline:
         number: int,
     ) -> None:
         group = session.group
-        method.rule.check(group.size)
+        if group.generation:
+            method.rule.check_left(group.identities)
+        else:
+            method.rule.check(group.size)
+        shards = shards_for(exchange, method, group.size)
         layout = Layout(
-            named,
-            method.codec,
-            cap_bytes(bucket_cap_mb, group),
-            whole=not method.rule.shardable,
-            shards=shards_for(exchange, method, group.size),
+            named, method.codec, cap_bytes(bucket_cap_mb, group), whole=not method.rule.shardable, shards=shards
         )
         self.layout, self.method, self.policy = layout, method, policy
         self.made_for = session, group.generation
@@ -91,7 +92,8 @@ class Pipeline:
         self._decoder = Decoder(layout, method, self.exchanges, self._encoder)
         self._maximum = Maximum(layout, group) if method.memory.needs_maximum else None
         self._aggregator = Aggregator(layout, method, store.piece)
-        self._secret = store.secret
+        store.sharded = shards > 1
+        self._store = store
         self._previous = [
             store.remembered(layout, bucket) if method.rule.remembers else None for bucket in layout.buckets
         ]
@@ -142,7 +144,7 @@ class Pipeline:
 
     def _context(self, step: int) -> StepContext:
         group = current().group
-        return self.policy.context(step, group.rank, group.size, self._secret, group.identity)
+        return self.policy.context(step, group.rank, group.size, self._store.secret, group.identities)
 
     @torch.no_grad()
     def sit_out(self, step: int, joined_for: int) -> tuple[header.Handshake, StepReport]:
@@ -170,6 +172,8 @@ class Pipeline:
                 return handshake, self._report(step, session, began, handshake, None, None)
             self._latest = step
             with session.watchdog.unbroken(f"step {step}"), self._on_device():
+                if self._store.unsummed:
+                    sum_over_ranks(self.layout, self._store, self._context(step), session)
                 participation, ties = self._exchange(step, session, gradients, abstention, unscale)
         return handshake, self._report(step, session, began, handshake, participation, ties)
 

@@ -29,6 +29,8 @@ class Memory:
         needs_maximum: ``context.prepared[first_word]`` shall be the largest magnitude (n,) any rank's gradient has,
             coordinate by coordinate. It costs a dense all-reduce.
         private: no other rank shall be able to repeat its random numbers: a secret of this rank's goes into them.
+        summed: a field that holds the sum over all ranks of their :meth:`share`, or "". It is summed anew when ranks
+            have come or gone.
         follows_lr: fields in units of the gradient whose product with the learning rate is what counts (an
             error still owed to the parameters): they are rescaled by old rate / new rate when the rate changes.
     """
@@ -40,6 +42,7 @@ class Memory:
     running = False
     needs_maximum = False
     private: bool = False
+    summed = ""
     follows_lr: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -79,3 +82,7 @@ class Memory:
 
     def received(self, decision: Tensor, state: State) -> None:
         """Turn the decision (n,), flat and in the state's precision, into what the optimizer shall apply, in place."""
+
+    def share(self, state: State, context: StepContext) -> Tensor:
+        """What this rank has in the field ``summed``: (n,), new."""
+        raise NotImplementedError

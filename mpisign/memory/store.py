@@ -32,12 +32,21 @@ class MemoryStore:
 
     Each tensor of the memory has its parameter's shape and wire order, starts at zero, and is changed in place. What
     a rule keeps (a server's error, a centre) belongs to the pieces of parameters that this rank decides.
+
+    When ranks come or go, every rank keeps its memory. What shard owners keep starts anew, as the shards are others
+    now and some have left with their owner; what all ranks keep alike stays.
+
+    Attributes:
+        sharded: what a rule keeps is another piece on every rank, not the same on all.
+        unsummed: ranks have come or gone since ``memory.summed`` was the sum over them.
     """
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self.secret = secrets.token_hex(32) if memory.private else ""
-        self._place = (0, 1)  # rank and size of the job it belongs to
+        self.sharded = self.unsummed = False
+        self._place = (0, 1)  # rank and size when it was last used, for a state that is asked for after shutdown()
+        self._members: tuple[int, ...] | None = None  # the identities of the ranks it has been kept among
         self._states: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
         self._pieces: dict[torch.Tensor, dict[int, torch.Tensor]] = {}  # by first element
         self._former: dict[torch.Tensor, dict[int, torch.Tensor]] = {}  # of an earlier layout, or another job
@@ -51,9 +60,11 @@ class MemoryStore:
 
     def follow(self, parameters: Sequence[torch.Tensor], group: Group) -> None:
         """Take note of changes: forget parameters no longer held, and lay the state out anew where they differ."""
-        self._place = (group.rank, group.size)
-        held = set(parameters)
-        self._former = self._kept_pieces()
+        regrouped = self._is_regrouped(group)
+        self._place, self._members = (group.rank, group.size), group.identities
+        self.unsummed = self._is_unsummed(regrouped)
+        held = {p for p in parameters if p.requires_grad} if regrouped and self.memory.summed else set(parameters)
+        self._former = self._kept_pieces(regrouped)
         self._pieces = {}
         self._states = {parameter: state for parameter, state in self._states.items() if parameter in held}
         self._former = {parameter: pieces for parameter, pieces in self._former.items() if parameter in held}
@@ -116,8 +127,17 @@ class MemoryStore:
             if begin < end:
                 kept[begin - lo : end - lo] = value[begin - start : end - start]
 
-    def _kept_pieces(self) -> dict[torch.Tensor, dict[int, torch.Tensor]]:
-        """All pieces, without the former ones that present ones have replaced."""
+    def _is_regrouped(self, group: Group) -> bool:
+        """Whether it was kept among other ranks than these."""
+        return self._members is not None and self._members != group.identities
+
+    def _is_unsummed(self, regrouped: bool) -> bool:
+        return bool(self.memory.summed) and (self.unsummed or regrouped)
+
+    def _kept_pieces(self, regrouped: bool = False) -> dict[torch.Tensor, dict[int, torch.Tensor]]:
+        """All pieces that are still good, without the former ones that present ones have replaced."""
+        if regrouped and self.sharded:
+            return {}
         kept = {parameter: dict(pieces) for parameter, pieces in self._pieces.items()}
         for parameter, former in self._former.items():
             present = kept.setdefault(parameter, {})
@@ -127,11 +147,16 @@ class MemoryStore:
         return kept
 
     def state_dict(
-        self, parameters: Sequence[torch.Tensor], step: int, epoch: int | None, method: str
+        self, parameters: Sequence[torch.Tensor], step: int, epoch: int | None, method: str, group: Group | None = None
     ) -> dict[str, Any]:
-        """This rank's memory, keyed by place in ``parameters``; plain types and tensors only."""
-        rank, size = self._place
-        pieces = self._kept_pieces()
+        """This rank's memory, keyed by place in ``parameters``; plain types and tensors only.
+
+        Args:
+            group: the ranks as they are now; None for those it was last used among.
+        """
+        rank, size = self._place if group is None else (group.rank, group.size)
+        regrouped = group is not None and self._is_regrouped(group)
+        pieces = self._kept_pieces(regrouped)
         return {
             "version": STATE_VERSION,
             "rank": rank,
@@ -141,6 +166,7 @@ class MemoryStore:
             "method": method,
             "memory_of": self.memory.name,
             "secret": self.secret,
+            "unsummed": self._is_unsummed(regrouped),
             "memory": {
                 place: dict(self._states[parameter])
                 for place, parameter in enumerate(parameters)
@@ -195,6 +221,7 @@ class MemoryStore:
             }
         for place, pieces in saved.get("pieces", {}).items():
             store._former[parameters[place]] = {lo: value.to(parameters[place].device) for lo, value in pieces.items()}
+        store.unsummed = saved.get("unsummed", False)
         if self.memory.private:
             store.secret = saved.get("secret") or store.secret
         store._rates = {parameters[place]: rate for place, rate in saved.get("rates", {}).items()}
