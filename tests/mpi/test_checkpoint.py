@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 import warnings
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import MODES, full_disk, names
 from methods_table import FOUR
 from resumable import Job, assert_equal
 
@@ -23,15 +23,6 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 pytestmark = pytest.mark.mpi
-
-MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["at once", "in the background"])
-
-
-@pytest.fixture
-def folder(comm: MPI.Comm, tmp_path: Path) -> Path:
-    """The same on all ranks."""
-    shared: Path = comm.bcast(tmp_path)
-    return shared
 
 
 @contextmanager
@@ -45,10 +36,6 @@ def job_of(comm: MPI.Comm, ranks: int) -> Iterator[bool]:
     mpisign.shutdown()
     part.Free()
     comm.Barrier()
-
-
-def names(path: Path) -> list[str]:
-    return sorted(entry.name for entry in path.iterdir())
 
 
 def test_each_rank_gets_its_own_loss_scale(comm: MPI.Comm, folder: Path) -> None:
@@ -117,17 +104,6 @@ def rates(job: Job) -> list[float]:
 
 
 # ---------------------------------------------------------------------------------------------- trouble on a rank
-
-
-@contextmanager
-def full_disk(full: bool) -> Iterator[None]:
-    """If ``full``, no file of this process may grow beyond 1000 bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if full else soft, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @MODES

@@ -18,13 +18,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.mpi
 
 
-@pytest.fixture
-def folder(comm: MPI.Comm, tmp_path: Path) -> Path:
-    """The same on all ranks."""
-    shared: Path = comm.bcast(tmp_path)
-    return shared
-
-
 @walk_exchanges(lambda method: not method.exchanges_models)  # a checkpoint has one model, rank 0's
 def test_resuming_is_exact(comm: MPI.Comm, folder: Path, make: Make, exchange: str) -> None:
     """Also of what a rule remembers and of what the deciding ranks keep."""
