@@ -84,7 +84,7 @@ def test_on_another_number_of_ranks(comm: MPI.Comm, folder: Path, method: Method
             after = [fields["momentum"].numpy() for _, fields in memory(job)]
             for ours, theirs in zip(after, zip(*momenta, strict=True), strict=True):
                 mean = np.mean(np.stack(theirs).astype(np.float64), axis=0)
-                assert np.array_equal(ours, mean.astype(np.float32))
+                assert np.array_equal(ours, mean.astype(ours.dtype))
             assert_equal(job.model.state_dict(), shared["model"])  # also the buffers: rank 0's
             assert_equal(job.scheduler.state_dict(), shared["scheduler"])
             assert rates(job) == shared["lr"]
