@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import MODES, full_disk, names
-from methods_table import FOUR
+from methods_table import ALONE, FOUR
 from resumable import Job, assert_equal
 
 import mpisign
@@ -51,7 +51,7 @@ def test_each_rank_gets_its_own_loss_scale(comm: MPI.Comm, folder: Path) -> None
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("method", [*FOUR[:3], mpisign.dp_sign(1.0, 0.5)], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [*FOUR[:3], ALONE["dp_sign private"]], ids=lambda method: method.name)
 @pytest.mark.parametrize("change", ["all to one", "one to all", "one less", "one more"])
 def test_on_another_number_of_ranks(comm: MPI.Comm, folder: Path, method: Method, change: str) -> None:
     old, new = {

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from methods_table import FOUR, among, packs_signs
 
 import mpisign
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 pytestmark = pytest.mark.mpi
+
+AVERAGING = among(1, lambda method: packs_signs(method) and bool(method.memory.fields))
 
 # ------------------------------------------------------------------------------------------- who does not vote
 
@@ -65,9 +68,7 @@ def test_no_gradient_anywhere_skips_the_step(comm: MPI.Comm) -> None:
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-@pytest.mark.parametrize(
-    "method", [mpisign.signsgd(), mpisign.signum(0.5), mpisign.lion(0.5, 0.75), mpisign.mean()], ids=attrgetter("name")
-)
+@pytest.mark.parametrize("method", FOUR, ids=attrgetter("name"))
 def test_a_rank_with_a_non_finite_gradient_abstains(comm: MPI.Comm, method: mpisign.Method, bad: float) -> None:
     """From the whole step, although its first buckets were on their way; the others decide as if it were not there."""
     sick = comm.size - 1
@@ -99,7 +100,7 @@ def test_a_rank_with_a_non_finite_gradient_abstains(comm: MPI.Comm, method: mpis
     others.Free()
 
 
-@pytest.mark.parametrize("method", [mpisign.signum(0.5), mpisign.lion(0.5, 0.75)], ids=attrgetter("name"))
+@pytest.mark.parametrize("method", AVERAGING.values(), ids=AVERAGING)
 @pytest.mark.parametrize("dtype", ballots.DTYPES, ids=str)
 def test_a_non_finite_gradient_does_not_poison_the_memory(
     comm: MPI.Comm, method: mpisign.Method, dtype: torch.dtype
@@ -222,7 +223,7 @@ def test_a_rank_without_a_gradient_under_a_scaler(comm: MPI.Comm) -> None:
 # ------------------------------------------------------------------------------------------- join
 
 
-@pytest.mark.parametrize("method", [mpisign.signum(0.5), mpisign.mean()], ids=attrgetter("name"))
+@pytest.mark.parametrize("method", FOUR, ids=attrgetter("name"))
 def test_join_with_uneven_batches(comm: MPI.Comm, method: mpisign.Method) -> None:
     """Rank r has 2 + r batches: the last rank ends alone, and the others get what it then has."""
     tensors = ballots.parameters(*SHAPES)
