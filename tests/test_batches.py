@@ -66,6 +66,7 @@ def test_loading_draws_nothing_from_the_models_generator(batches: ModuleType) ->
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("end, code", [("pass", 0), ("os.kill(os.getpid(), 9)", -9)], ids=["at its end", "killed"])
 def test_a_process_that_ends_within_an_epoch_takes_its_workers_along(tmp_path: Path, end: str, code: int) -> None:
     """They do not hear SIGTERM, by which Python ends them, and their parent is Python's forkserver."""
