@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gpu_branch import gpu_branch, needs_compiler
+from methods_table import ALONE, among, exchanges, packs_signs
 
 import mpisign
 from mpisign.exchange import staging
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.mpi, needs_compiler]
 
 SHAPES = ((3, 5, 7), (64,), (), (0,), (1,), (33, 2), (127,))
-METHODS = (mpisign.signsgd(), mpisign.signum(0.5), mpisign.lion(0.5, 0.75))
+METHODS = among(1, packs_signs)
 POLICIES = [(zeros, ties) for zeros in ("coin", "abstain", "positive") for ties in ("coin", "zero", "positive")]
 SMALL = 64 / (1 << 20)  # MiB of a bucket: several buckets
 
@@ -79,7 +80,7 @@ def assert_same(
 
 
 @pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
-@pytest.mark.parametrize("method", [*METHODS, mpisign.lion(vote=False)], ids=str)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_gpu_decides_the_bits_of_the_host(comm: MPI.Comm, method: mpisign.Method, exchange: str) -> None:
     assert_same(comm, rounds(comm.rank), method=method, exchange=exchange, bucket_cap_mb=SMALL)
 
@@ -94,7 +95,7 @@ def test_every_policy(comm: MPI.Comm, zeros: str, ties: str, exchange: str) -> N
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_rank_with_a_nan_abstains_and_keeps_its_memory(comm: MPI.Comm, method: mpisign.Method, scale: float) -> None:
     """Also where a loss scale must be taken out first."""
     steps, spoilt = rounds(comm.rank, 3), comm.size - 1
@@ -138,9 +139,10 @@ def test_a_maximum_over_ranks_is_staged_even_then(comm: MPI.Comm, monkeypatch: p
     assert buffer.tensor.tolist() == [7] * 3
 
 
-def test_methods_with_other_messages(comm: MPI.Comm) -> None:
-    for method in (mpisign.mean(), mpisign.ef_signsgd()):
-        assert_same(comm, rounds(comm.rank, 2), method=method)
+@pytest.mark.parametrize("name", ["lion mean", "mean", "ef_signsgd"])
+def test_methods_with_other_messages(comm: MPI.Comm, name: str) -> None:
+    for exchange in exchanges(ALONE[name]):
+        assert_same(comm, rounds(comm.rank, 2), method=ALONE[name], exchange=exchange, bucket_cap_mb=SMALL)
 
 
 def test_ranks_out_of_batches_follow(comm: MPI.Comm) -> None:
