@@ -17,10 +17,10 @@ ROOT = Path(mpisign.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 FOLDERS = ("mpisign", "tests", "scripts", "benchmarks", "docs")
 LAYERS = [
-    {"errors", "launch", "bitmap", "policy", "trace", "report", "encoding", "trees", "presence"},
+    {"errors", "launch", "bitmap", "backends", "policy", "trace", "report", "encoding", "trees", "presence"},
     {"watchdog", "group", "talk", "timeline", "session"},
-    {"layout", "preemption", "codecs", "rules", "memory"},
-    {"attacks", "exchange", "method", "methods", "sync", "wrapping", "checkpoint"},
+    {"preemption", "codecs", "rules", "memory", "method", "layout"},
+    {"attacks", "exchange", "methods", "sync", "wrapping", "checkpoint"},
     {"optimizer", "doctor"},
     {"__init__", "__main__"},
 ]
