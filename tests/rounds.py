@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from parts import ONE_BUCKET, Grads, Tensor, layout_of, method_of, named, parameters
 
 from mpisign.exchange import header
@@ -130,11 +131,21 @@ class Job:
         return handshake, a_round.commit(NoSink(self.plan.layout, frozenset(running)))
 
     def memories(self) -> list[Tensor]:
-        """A copy of all that this rank keeps: memories, and what rules keep of what this rank decides."""
+        """A copy of all that this rank keeps: memories, and what rules keep of what this rank decides.
+
+        What is not there yet is zero, as it is when it is asked for.
+        """
         state = self.store.state_dict(list(self.tensors), 0, None, "")
-        kept = [value for fields in state["memory"].values() for value in fields.values()]
-        kept += [value for pieces in state["pieces"].values() for _, value in sorted(pieces.items())]
-        return [value.detach().clone() for value in kept]
+        kept: list[Tensor] = []
+        for place, tensor in enumerate(self.tensors):
+            fields = state["memory"].get(place, {})
+            for field in self.store.memory_of(tensor).fields:
+                kept.append(fields[field].detach().clone() if field in fields else torch.zeros_like(tensor).detach())
+            whole = torch.zeros(tensor.numel(), dtype=torch.float64)
+            for lo, piece in state["pieces"].get(place, {}).items():
+                whole[lo : lo + piece.numel()] = piece
+            kept.append(whole)
+        return kept
 
 
 def job(
