@@ -63,10 +63,13 @@ def same_kept(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
     return ours["rows"] == theirs["rows"] and parts.same(ours["memory"], theirs["memory"])
 
 
-def check_that_drops_leave_no_trace(method: Method, exchange: str, cap: float | None, **steps: Any) -> None:
+def check_that_drops_leave_no_trace(
+    method: Method, exchange: str, cap: float | None, shares: Sequence[float] = (0.0, 0.3, 0.5, 1.0), **steps: Any
+) -> None:
     """Run the same steps with and without rounds that are dropped after some batches. **Collective.**
 
     Args:
+        shares: of the batches that have been submitted when a round is dropped.
         steps: how the steps that count are run.
     """
     group = rounds.session().group
@@ -79,7 +82,7 @@ def check_that_drops_leave_no_trace(method: Method, exchange: str, cap: float | 
     everything = len(ours.plan.batches)
     for step in range(STEPS):
         before = kept(ours)
-        for attempt, count in enumerate((0, 1, everything // 2, everything), 1):
+        for attempt, count in enumerate((int(share * everything) for share in shares), 1):
             drawn = draw(ours.tensors, step, group.rank, group.size, attempt)
             put(ours, drawn)
             given = found(ours)
