@@ -63,8 +63,9 @@ class Encoder:
         self._scratch_size = largest if backend.together or not self._piecewise else min(PIECE, largest)
         self._scratches: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._unscale = 1.0
-        self._signs_alone = type(memory) is Identity and isinstance(codec, SignBits)
-        together = self._signs_alone or (_is_average(memory) and isinstance(codec, SignBits))
+        packs = isinstance(codec, SignBits) and type(codec).encode is SignBits.encode  # a subclass may do more
+        self._signs_alone = packs and type(memory) is Identity
+        together = self._signs_alone or (packs and _is_average(memory))
         self._bitmaps = bitmaps_of(self.segments, self._rows_of, backend) if together else None
         self._averages: list[torch.Tensor | None] = []
         self._fitting: list[torch.dtype | None] = []
