@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from parts import DTYPES, ONE_BUCKET, ONE_SEGMENT_A_BUCKET, SHAPES, Side, Voters
 import mpisign
 from mpisign import Method
 from mpisign.backends.host import as_words
+from mpisign.codecs import SignBits
 from mpisign.memory import ErrorFeedback
 from mpisign.policy import Policy
 from mpisign.rules import Median
@@ -90,6 +92,21 @@ def test_a_parameter_without_gradient_here_gets_one_as_the_parameter_lies(name: 
         assert torch.equal(weight.grad, gradient)
     else:
         assert torch.equal(weight.grad.sign(), gradient.sign())
+
+
+@dataclass(frozen=True)
+class Doubled(SignBits):
+    def decode(self, decision: torch.Tensor, out: torch.Tensor, context: Any = None) -> None:
+        super().decode(decision, out, context)
+        out.mul_(2.0)
+
+
+def test_a_codec_that_decodes_in_its_own_way_is_asked() -> None:
+    tensors = parts.parameters((40,))
+    receiver = parts.side(tensors, parts.method_of(codec=Doubled()), size=RANKS)
+    tell(receiver, 0, np.ones(40, np.int8))
+    receiver.receive([ALL])
+    assert (tensors[0].grad == 2.0).all()
 
 
 def test_one_batch_after_the_other() -> None:

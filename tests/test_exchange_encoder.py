@@ -420,6 +420,15 @@ class NotedBits(SignBits):
         return super().encode(values, message, context, first_word)
 
 
+@pytest.mark.parametrize("method", [mpisign.signsgd(), mpisign.signum()], ids=["signs", "average"])
+def test_a_codec_that_encodes_in_its_own_way_is_asked(method: Any) -> None:
+    """Plain signs are packed past it, of many parameters at once."""
+    log: list[Any] = []
+    sender = parts.side(parts.parameters((2,)), parts.method_of(method.memory, NotedBits(log)))
+    assert sender.send([torch.ones(2)])
+    assert [entry[0] for entry in log] == ["codec"]
+
+
 def noted(*shapes: tuple[int, ...]) -> tuple[Side, list[Any]]:
     log: list[Any] = []
     codec: Codec = NotedBits(log)
