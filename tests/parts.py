@@ -1,7 +1,7 @@
 """The parts of a step, put together as the tests of single parts need them. The only place that calls constructors.
 
-A :class:`Side` is one rank's memory, encoder, exchanges and decoder. It needs no other rank, and no MPI: tests carry
-messages from one side to the other by hand.
+A :class:`Side` is one rank's plan: its memory, encoders, exchanges, deciders and decoders. It needs no other rank, and
+sends nothing: tests carry messages from one side to the other by hand. ``rounds.py`` has what needs all ranks.
 """
 
 from __future__ import annotations
@@ -18,31 +18,25 @@ import oracle
 import pytest
 import torch
 from methods_table import SOME, TABLE
-from mpisign.exchange.aggregator import Aggregator
-from mpisign.exchange.pipeline import Pipeline
-from mpisign.exchange.runs import decide_runs, runs_of
 
 from mpisign import OptionError, methods
 from mpisign.backends.host import as_words
 from mpisign.exchange import header
-from mpisign.exchange.choose import Exchange, choose
-from mpisign.exchange.decoder import Decoder
-from mpisign.exchange.encoder import Encoder
+from mpisign.exchange.choose import Exchange, shards_for
 from mpisign.exchange.gradients import Gradients
-from mpisign.exchange.maximum import Maximum
+from mpisign.exchange.header import Bools, Heard
+from mpisign.exchange.plan import Plan, make_plan
+from mpisign.exchange.sink import GradientSink, ModelSink, NoSink, Sink
 from mpisign.group import Group
-from mpisign.layout import Layout, Segment
+from mpisign.layout import Bucket, Layout, Segment
 from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
 from mpisign.policy import Policy, StepContext
-from mpisign.session import Session, current
-from mpisign.watchdog import Pending
 
 Tensor = torch.Tensor
 Grads = Sequence[Tensor | None]
 Voters = Sequence[tuple[int, ...]]
 
-HOST = torch.device("cpu")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHAPES = ((3, 5, 7), (31,), (), (0,), (32,), (33, 2), (1,), (127,))
 """Below, at and above a word's 32 elements, nothing at all, and no dimensions at all."""
@@ -169,40 +163,63 @@ def context_of(policy: Policy, step: int = 0, rank: int = 0, size: int = 1) -> S
     return policy.context(step, rank, size)
 
 
-def layout_of(tensors: Sequence[Tensor], method: Method, cap: float = ONE_BUCKET, shards: int = 1) -> Layout:
-    return Layout(named(tensors), method.codec, cap, whole=isinstance(method.rule, VectorRule), shards=shards)
+def layout_of(
+    tensors: Sequence[Tensor], method: Method, cap: float = ONE_BUCKET, exchange: str = "allgather", size: int = 1
+) -> Layout:
+    return Layout(named(tensors), [method] * len(tensors), cap, lambda its: shards_for(exchange, its, size))
 
 
 def gradients_of(tensors: Sequence[Tensor], method: Method | None = None, rank: int = 0) -> Gradients:
-    return Gradients(layout_of(tensors, method or method_of()), rank)
-
-
-def session() -> Session:
-    """The job that the test is in."""
-    return current()
+    method = method or method_of()
+    return Gradients(layout_of(tensors, method), [method] * len(tensors), rank)
 
 
 def group_of(size: int, rank: int = 0) -> Group:
     """A rank's place among so many, with which buffers can be made and nothing sent."""
-    nobody: Any = None
-    return Group(nobody, nobody, nobody, rank, size, (0,) * size, 0, tuple(range(size)))
+    return dataclasses.replace(Group.alone(None), rank=rank, size=size, identities=tuple(range(size)))
+
+
+def heard_of(bucket: Bucket, voters: Voters, size: int, spoken: dict[int, Bools] | None = None) -> Heard:
+    """What headers say of a bucket.
+
+    Args:
+        voters: by parameter.
+        spoken: by parameter, the rows (M, R) on which each rank votes.
+    """
+    votes = np.array([[rank in voters[s.index] for s in bucket.segments] for rank in range(size)], np.bool_)
+    votes = votes.reshape(size, len(bucket.segments))
+    rows = {at: spoken[s.index] for at, s in enumerate(bucket.segments) if spoken and s.index in spoken}
+    return Heard((header.VOTES,) * size, votes, (-1,) * size, np.zeros_like(votes), rows)
 
 
 @dataclasses.dataclass
 class Side:
-    """One rank of ``size``: what it sends, and what it makes of what comes back."""
+    """One rank of ``size``: what it sends, and what it makes of what comes back.
+
+    Attributes:
+        ended: the parameter at which the ballot of the latest :meth:`send` has ended, or None.
+    """
 
     tensors: Sequence[Tensor]
     method: Method
     policy: Policy
     rank: int
     size: int
-    layout: Layout
-    store: MemoryStore
-    exchanges: list[Exchange]
-    encoder: Encoder
-    decoder: Decoder
-    aggregator: Aggregator
+    plan: Plan
+    ended: int | None = None
+    _heard: list[list[Tensor]] = dataclasses.field(default_factory=list)
+
+    @property
+    def layout(self) -> Layout:
+        return self.plan.layout
+
+    @property
+    def store(self) -> MemoryStore:
+        return self.plan.store
+
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        return self.plan.exchanges
 
     def context(self, step: int = 0) -> StepContext:
         return context_of(self.policy, step, self.rank, self.size)
@@ -217,19 +234,47 @@ class Side:
 
     @torch.no_grad()
     def send(self, gradients: Grads, step: int = 0, unscale: float = 1.0) -> bool:
-        """Encode all buckets in their order, if the encoder lets us go on. Returns whether all was finite."""
-        context, finite = self.encoder.begin(gradients, self.context(step), unscale)
-        if not finite:
-            return False
-        if self.method.memory.needs_maximum:  # as if this rank's were the largest
-            bounds = {
-                segment.first_word: torch.zeros(segment.numel) if g is None else g.float().reshape(-1).abs() * unscale
-                for _, segment in reversed(self.segments())  # an empty one begins where the next on the wire does
-                for g in [gradients[segment.index]]
-            }
-            context = dataclasses.replace(context, prepared=bounds)
-        flags = [self.encoder.encode([bucket], gradients, context) for bucket in self.layout.buckets]
-        return all(bool(flag) for some in flags for flag in some)
+        """Encode all buckets in their order, as a round does. Returns whether all was finite."""
+        context, self.ended = self.context(step), None
+        if self.method.memory.needs_all:
+            its = [gradients[place] for place in self.layout.order]
+            first = int(self.plan.backend.first_bad(its))
+            if first < len(its):
+                self.ended = self.layout.order[first]
+                return False
+            flats = [g.reshape(-1) * unscale for g in its if g is not None]
+            prepared: Any = self.method.memory.prepare(flats, context)
+            if self.method.memory.needs_maximum:  # as if this rank's were the largest
+                prepared = {
+                    segment.first_word: torch.zeros(segment.numel)
+                    if g is None
+                    else g.float().reshape(-1).abs() * unscale
+                    for _, segment in reversed(self.segments())  # an empty one begins where the next on the wire does
+                    for g in [gradients[segment.index]]
+                }
+            context = dataclasses.replace(context, prepared=prepared)
+        for batch in self.plan.batches:
+            first = int(batch.encoder.encode([gradients[place] for place in batch.places], context, unscale))
+            if first < len(batch.places) and self.ended is None:
+                self.ended = batch.places[first]
+        return self.ended is None
+
+    def recover(self) -> None:
+        for batch in self.plan.batches:
+            batch.encoder.recover()
+
+    @torch.no_grad()
+    def sent(self, voters: Voters) -> None:
+        """Tell the memory on which parameters this rank has voted."""
+        for batch in self.plan.batches:
+            batch.encoder.sent([self.rank in voters[place] for place in batch.places])
+
+    @torch.no_grad()
+    def local_update(self, gradients: Grads, unscale: float = 1.0) -> bool:
+        orders = [(local, [s.index for s in local.segments]) for local in self.plan.local]
+        return all(
+            [local.local_update([gradients[at] for at in its], self.context(), unscale) for local, its in orders]
+        )
 
     def message(self, place: int) -> Tensor:
         """What has been encoded of a parameter: (planes_up, k), a view."""
@@ -245,7 +290,7 @@ class Side:
         return self.exchanges[bucket].decision[:, segment.start : segment.stop]
 
     def memory(self, place: int) -> dict[str, Tensor]:
-        """A copy of the memory's state of a parameter, by field."""
+        """A copy of the memory's state of a parameter, by field, flat."""
         return {field: value.clone() for field, value in self.store.of(self.tensors[place]).items()}
 
     def memories(self) -> list[Tensor]:
@@ -253,32 +298,49 @@ class Side:
 
     def hear(self, senders: Sequence[Side]) -> None:
         """Receive every rank's messages, as the all-gather does."""
+        self._heard = []
         for bucket, exchange in enumerate(self.exchanges):
-            for rank, sender in enumerate(senders):
-                exchange.received[rank].copy_(sender.exchanges[bucket].message)
+            messages = [sender.exchanges[bucket].message.clone() for sender in senders]
+            if exchange.name == "allgather":
+                for mine, message in zip(exchange.received, messages, strict=True):
+                    mine.copy_(message)
+            self._heard.append(messages)
+
+    def heard(self, voters: Voters, spoken: dict[int, Bools] | None = None) -> list[Heard]:
+        """What headers say, by bucket."""
+        return [heard_of(bucket, voters, self.size, spoken) for bucket in self.layout.buckets]
 
     @torch.no_grad()
-    def decide(self, voters: Voters, step: int = 0) -> int:
+    def decide(self, voters: Voters, step: int = 0, spoken: dict[int, Bools] | None = None) -> int:
         """Decide all buckets from what was heard. Returns the ties."""
-        ties = 0
-        for bucket, exchange in zip(self.layout.buckets, self.exchanges, strict=True):
-            messages = list(exchange.received)
-            if self.method.rule.reencodes:
-                self.aggregator.decide(bucket, voters, self.context(step), messages, exchange.decision, 0)
-            elif not self.method.by_value:
-                runs, context = runs_of(bucket, voters), self.context(step)
-                ties += int(decide_runs(self.method.rule, context, bucket, runs, messages, exchange.decision, 0))
+        ties, context = 0, self.context(step)
+        pairs = zip(self.heard(voters, spoken), self.exchanges, self._heard, self.plan.deciders, strict=True)
+        for heard, exchange, messages, decider in pairs:
+            if len(exchange.decision):
+                ties += int(decider.decide(heard, context, messages, exchange.decision, 0, None))
         return ties
 
     @torch.no_grad()
-    def receive(self, gradients: Grads, voters: Voters, step: int = 0, buckets: Sequence[int] | None = None) -> None:
-        """Decode all buckets, or those of these numbers."""
-        chosen = self.layout.buckets if buckets is None else [self.layout.buckets[number] for number in buckets]
-        self.decoder.decode(chosen, gradients, voters, self.context(step))
+    def receive(
+        self,
+        voters: Voters,
+        step: int = 0,
+        batches: Sequence[int] | None = None,
+        spoken: dict[int, Bools] | None = None,
+        sink: Sink | None = None,
+    ) -> list[Tensor | None]:
+        """Decode all batches, or those of these numbers. Returns what the parameters' gradients are then."""
+        sink = sink or (ModelSink if self.plan.exchanges_models else GradientSink)(self.layout)
+        heard = self.heard(voters, spoken)
+        for number, batch in enumerate(self.plan.batches):
+            if batches is None or number in batches:
+                batch.decoder.decode([heard[bucket.index] for bucket in batch.buckets], sink, self.context(step))
+        return [tensor.grad for tensor in self.tensors]
 
-    @torch.no_grad()
     def follow(self, voters: Voters, step: int = 0) -> None:
-        self.decoder.follow(self.layout.buckets, voters, self.context(step))
+        """Receive as a rank does that has joined."""
+        running = range(len(self.tensors)) if self.method.memory.running else ()
+        self.receive(voters, step, sink=NoSink(self.layout, frozenset(running)))
 
 
 def side(
@@ -287,119 +349,32 @@ def side(
     *,
     policy: Policy | None = None,
     cap: float = ONE_BUCKET,
-    shards: int = 1,
+    exchange: str = "allgather",
     rank: int = 0,
     size: int = 1,
 ) -> Side:
-    method, policy = method or method_of(), policy or Policy()
-    layout, store = layout_of(tensors, method, cap, shards), MemoryStore(method.memory)
-    up, down = method.codec.planes(policy), method.rule.planes_down(method.codec, policy, size)
-    exchanges = [
-        choose("allgather", method, b.length, b.dtype, up, down, group_of(size, rank), HOST) for b in layout.buckets
-    ]
-    messages = [exchange.message for exchange in exchanges]
-    encoder = Encoder(layout, method, messages, store.of, Gradients(layout, rank).locate)
-    return Side(
-        tensors,
-        method,
-        policy,
-        rank,
-        size,
-        layout,
-        store,
-        exchanges,
-        encoder,
-        Decoder(layout, method, exchanges, encoder),
-        Aggregator(layout, method, store.piece),
-    )
-
-
-# ---------------------------------------------------------------------------------------------- what needs a session
-
-
-def shake_hands(
-    tensors: Sequence[Tensor],
-    step: int = 0,
-    joined_for: int | None = None,
-    settings: Sequence[str] = ("a setting",),
-    method: Method | None = None,
-) -> header.Handshake:
-    """**Collective.**"""
-    layout = layout_of(tensors, method or method_of())
-    return header.shake_hands(session(), layout, layout.fingerprint(settings), settings, step, joined_for)
-
-
-def participation(status: int, present: Sequence[bool], step: int = 0) -> header.Participation:
-    """**Collective.**"""
-    return header.exchange_participation(session(), status, present)
-
-
-def maximum_of(tensors: Sequence[Tensor], cap: float = ONE_BUCKET) -> tuple[Maximum, Callable[..., dict[int, Tensor]]]:
-    """It, and ``over_ranks(gradients, unscale)``, which is **collective**."""
-    its = Maximum(layout_of(tensors, method_of(), cap), session().group)
-    return its, lambda gradients, unscale=1.0: its.over_ranks(gradients, unscale, session())
-
-
-def pipeline(
-    tensors: Sequence[Tensor],
-    method: Method | None = None,
-    *,
-    policy: Policy | None = None,
-    exchange: str = "auto",
-    cap: float | None = None,
-    store: MemoryStore | None = None,
-    session: Session | None = None,
-    number: int = 1,
-) -> Pipeline:
-    """``cap``: in bytes, None for the default."""
-    method = method or method_of()
-    return Pipeline(
-        named(tensors),
-        method,
-        policy or Policy(),
-        exchange,
-        None if cap is None else cap / (1 << 20),
-        store or MemoryStore(method.memory),
-        session or current(),
-        number,
-    )
-
-
-def store_for(method: Method) -> MemoryStore:
-    return MemoryStore(method.memory)
-
-
-class Recorder:
-    """Stands before an exchange and notes the order in which its methods are called."""
-
-    def __init__(self, exchange: Exchange, number: int, log: list[str]) -> None:
-        self._exchange, self._number, self._log = exchange, number, log
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._exchange, name)
-        if name in ("push", "start", "settle", "finish"):
-            self._log.append(f"{name} {self._number}")
-        return found
+    """``policy``: default one in which zeros toss coins."""
+    method, policy = method or method_of(), policy or Policy("coin")
+    with check_off(method, size):
+        plan = make_plan(
+            named(tensors),
+            [method] * len(tensors),
+            policy,
+            exchange,
+            cap / (1 << 20),
+            MemoryStore(method.memory),
+            group_of(size, rank),
+            1,
+        )
+    return Side(tensors, method, policy, rank, size, plan)
 
 
 @contextmanager
-def waits_recorded(log: list[str]) -> Iterator[None]:
-    """The session of the test notes for what it waits."""
-    its = current()
-    wait = its.wait
-
-    def noted(pending: Pending) -> None:
-        log.append(f"wait: {its.tracer.where()}")
-        wait(pending)
-
-    its.wait = noted  # type: ignore[method-assign]
-    try:
+def check_off(method: Method, size: int) -> Iterator[None]:
+    """A side sends and receives by any method, also by one that cannot decide with so few ranks."""
+    if runs_with(method, size):
         yield
-    finally:
-        del its.wait
-
-
-def record(made: Pipeline, log: list[str]) -> Pipeline:
-    """Let a pipeline's exchanges note what is called."""
-    made.exchanges[:] = [Recorder(exchange, number, log) for number, exchange in enumerate(made.exchanges)]
-    return made
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(method.rule), "check", lambda self, size: None)
+        yield

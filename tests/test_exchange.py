@@ -1,34 +1,22 @@
-"""mpisign.exchange without other ranks: which exchange is taken, what it costs, who votes on what."""
+"""mpisign.exchange without other ranks: which exchange is taken, and what it costs."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 
-import numpy as np
-import oracle
 import pytest
 import torch
-from mpisign.exchange.runs import decide_runs, runs_of
 
 from mpisign import OptionError
-from mpisign.backends.host import as_words
 from mpisign.codecs import Dense, SignBits
 from mpisign.exchange.choose import Exchange, cap_bytes, check_exchange, choose
-from mpisign.layout import Bucket, Layout
 from mpisign.memory import Identity
 from mpisign.methods import Method
-from mpisign.policy import Policy
-from mpisign.rules import MajorityVote, Mean, Rule
+from mpisign.rules import GeometricMedian, MajorityVote, Rule
 from mpisign.session import current
 
 HOST = torch.device("cpu")
-
-
-@dataclasses.dataclass(frozen=True)
-class WholeVectors(Mean):
-    shardable = False
 
 
 def method_of(rule: Rule | None = None) -> Method:
@@ -74,66 +62,13 @@ def test_messages_grow_to_a_mebibyte_or_to_16_among_gpus() -> None:
 
 @pytest.mark.usefixtures("world")
 def test_a_rule_that_needs_whole_vectors_gets_all_gather() -> None:
-    assert chosen("auto", 8, 1 << 18, rule=WholeVectors()).name == "allgather"
-    check_exchange("allgather", method_of(WholeVectors()))
+    assert chosen("auto", 8, 1 << 18, rule=GeometricMedian()).name == "allgather"
+    check_exchange("allgather", method_of(GeometricMedian()))
     with pytest.raises(OptionError, match="needs whole vectors"):
-        check_exchange("two_phase", method_of(WholeVectors()))
+        check_exchange("two_phase", method_of(GeometricMedian()))
 
 
 @pytest.mark.parametrize("option", ["ring", "", None])
 def test_unknown_exchanges(option: str) -> None:
     with pytest.raises(OptionError, match="'auto', 'allgather', 'two_phase'"):
         check_exchange(option, method_of())
-
-
-# ------------------------------------------------------------------------------------- who votes on what
-
-SIZES = [40, 32, 0, 100, 5]
-
-
-def one_bucket() -> Bucket:
-    layout = Layout([(f"p{i}", torch.zeros(size)) for i, size in enumerate(SIZES)], SignBits(), 1 << 20)
-    return layout.buckets[0]
-
-
-def test_the_usual_bucket_is_one_run() -> None:
-    everybody = (0, 1, 2)
-    assert runs_of(one_bucket(), [everybody] * len(SIZES)) == [(0, 8, everybody)]
-
-
-def test_runs_end_where_the_voters_change() -> None:
-    voters = [(0, 1), (0, 1), (2,), (), (0, 2)]  # the bucket holds them from the last to the first
-    assert [run for run in runs_of(one_bucket(), voters) if run[0] < run[1]] == [
-        (0, 1, (0, 2)),
-        (1, 5, ()),
-        (5, 8, (0, 1)),
-    ]
-
-
-@pytest.mark.parametrize("cuts", [[0, 8], [0, 1, 8], [0, 3, 6, 8], [0, 2, 4, 5, 7, 8]])
-def test_shards_decide_what_the_voters_of_each_parameter_decide(cuts: list[int]) -> None:
-    bucket, ranks = one_bucket(), 3
-    voters = [(0, 1), (0, 1, 2), (2,), (), (0, 2)]
-    rng = np.random.default_rng(0)
-    values = [[rng.standard_normal(size) for size in SIZES] for _ in range(ranks)]
-    starts = oracle.first_words(SIZES)
-    messages = torch.zeros((ranks, 1, bucket.length), dtype=torch.int32)
-    for rank, (i, start) in itertools.product(range(ranks), enumerate(starts)):
-        words = oracle.to_words(values[rank][i] > 0)
-        as_words(messages)[rank, 0, start : start + len(words)] = words
-
-    out, ties = torch.zeros((1, bucket.length), dtype=torch.int32), 0
-    context = Policy(seed=1).context(7, 0)
-    for lo, hi in itertools.pairwise(cuts):
-        runs = runs_of(bucket, voters)
-        shards = [message[:, lo:hi] for message in messages]
-        ties += decide_runs(MajorityVote(), context, bucket, runs, shards, out[:, lo:hi], lo)
-
-    expected_ties = 0
-    for i, (size, start) in enumerate(zip(SIZES, starts, strict=True)):
-        if voters[i] and size:
-            coin = oracle.coins(oracle.coin_key(1, 7, oracle.TIES), start, size)
-            decision, tied = oracle.majority([oracle.ballot(values[r][i], "positive") for r in voters[i]], "coin", coin)
-            assert (oracle.to_flags(as_words(out[0, start:]), size) == (decision > 0)).all()
-            expected_ties += tied
-    assert ties == expected_ties > 0

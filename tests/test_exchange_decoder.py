@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from parts import DTYPES, ONE_BUCKET, ONE_SEGMENT_A_BUCKET, SHAPES, Side, Voters
 import mpisign
 from mpisign import Method
 from mpisign.backends.host import as_words
-from mpisign.exchange.decoder import Decoder
+from mpisign.codecs import SignBits
 from mpisign.memory import ErrorFeedback
 from mpisign.policy import Policy
 from mpisign.rules import Median
@@ -48,15 +49,14 @@ def ballot_for(tensor: torch.Tensor, *seeds: int, least: int = -1) -> oracle.Bal
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_words_become_gradients(dtype: torch.dtype, ties: str, cap: float) -> None:
     tensors = parts.parameters(*SHAPES, dtypes=[dtype])
-    receiver = parts.side(tensors, policy=Policy(ties=ties), cap=cap, size=RANKS)
-    assert isinstance(receiver.decoder, Decoder)
+    receiver = parts.side(tensors, policy=Policy("coin", ties), cap=cap, size=RANKS)
     gradients = parts.draw(tensors, 0)
     parts.give(tensors, gradients)
     given = [t.grad for t in tensors]
     ballots = [ballot_for(t, i, least=0 if ties == "zero" else 1) for i, t in enumerate(tensors)]
     for place, ballot in enumerate(ballots):
         tell(receiver, place, ballot)
-    receiver.receive(given, [ALL] * len(tensors))
+    receiver.receive([ALL] * len(tensors))
     for tensor, gradient, ballot in zip(tensors, given, ballots, strict=True):
         assert tensor.grad is gradient, "decisions are written in place"
         assert tensor.grad.dtype == dtype
@@ -69,7 +69,7 @@ def test_nobody_votes_on_a_parameter() -> None:
     parts.give(tensors, [torch.ones(40), torch.ones(3), None])
     for place, tensor in enumerate(tensors):
         tell(receiver, place, -np.ones(tensor.numel(), np.int8))
-    receiver.receive([t.grad for t in tensors], [(0, 1), (), ()])
+    receiver.receive([(0, 1), (), ()])
     assert (tensors[0].grad == -1).all()
     assert tensors[1].grad is None
     assert tensors[2].grad is None
@@ -84,7 +84,7 @@ def test_a_parameter_without_gradient_here_gets_one_as_the_parameter_lies(name: 
     sender.send([gradient.to(memory_format=torch.channels_last)])
     receiver.hear([sender] * RANKS)
     receiver.decide([(1,)])
-    receiver.receive([None], [(1,)])
+    receiver.receive([(1,)])
     assert weight.grad is not None
     assert weight.grad.stride() == weight.stride()
     assert weight.grad.dtype == torch.float16
@@ -94,18 +94,32 @@ def test_a_parameter_without_gradient_here_gets_one_as_the_parameter_lies(name: 
         assert torch.equal(weight.grad.sign(), gradient.sign())
 
 
-def test_one_bucket_after_the_other() -> None:
-    """Decisions arrive message by message, and what has not arrived must not be touched."""
+@dataclass(frozen=True)
+class Doubled(SignBits):
+    def decode(self, decision: torch.Tensor, out: torch.Tensor, context: Any = None) -> None:
+        super().decode(decision, out, context)
+        out.mul_(2.0)
+
+
+def test_a_codec_that_decodes_in_its_own_way_is_asked() -> None:
+    tensors = parts.parameters((40,))
+    receiver = parts.side(tensors, parts.method_of(codec=Doubled()), size=RANKS)
+    tell(receiver, 0, np.ones(40, np.int8))
+    receiver.receive([ALL])
+    assert (tensors[0].grad == 2.0).all()
+
+
+def test_one_batch_after_the_other() -> None:
+    """A decision is written where its batch belongs, and nowhere else."""
     tensors = parts.parameters((40,), (3,))
     receiver = parts.side(tensors, cap=ONE_SEGMENT_A_BUCKET, size=RANKS)
     parts.give(tensors, [torch.full((40,), 7.0), torch.full((3,), 7.0)])
-    given = [t.grad for t in tensors]
     for place, tensor in enumerate(tensors):
         tell(receiver, place, np.ones(tensor.numel(), np.int8))
-    receiver.receive(given, [ALL] * 2, buckets=[0])
+    receiver.receive([ALL] * 2, batches=[0])
     assert (tensors[1].grad == 1.0).all()
     assert (tensors[0].grad == 7.0).all()
-    receiver.receive(given, [ALL] * 2, buckets=[1])
+    receiver.receive([ALL] * 2, batches=[1])
     assert (tensors[0].grad == 1.0).all()
 
 
@@ -118,11 +132,11 @@ def test_the_mean_is_written_in_the_gradients_type() -> None:
     receiver = ranks[0]
     receiver.hear(ranks)
     receiver.decide([(0, 2)] * 4)
-    receiver.receive(drawn[0], [(0, 2)] * 4)
+    out: list[Any] = receiver.receive([(0, 2)] * 4)
     for place, dtype in enumerate(DTYPES):
         wire = np.float64 if dtype == torch.float64 else np.float32
         expected = oracle.mean([parts.flat(parts.draw_normal(tensors, rank)[place]).astype(wire) for rank in (0, 2)])
-        assert torch.equal(drawn[0][place], torch.from_numpy(expected).to(dtype)), dtype
+        assert torch.equal(out[place], torch.from_numpy(expected).to(dtype)), dtype
 
 
 @pytest.mark.parametrize("zeros", ["coin", "abstain"])
@@ -134,10 +148,9 @@ def test_counted_signs_become_their_mean(zeros: str) -> None:
     drawn = [parts.draw(ranks[0].tensors, rank) for rank in ALL]
     for rank, sender in enumerate(ranks):
         assert sender.send(drawn[rank])
-    out = parts.draw(ranks[0].tensors, 9)
     ranks[0].hear(ranks)
     ranks[0].decide(voters)
-    ranks[0].receive(out, voters)
+    out: list[Any] = ranks[0].receive(voters)
     for place, start in enumerate(ranks[0].first_words()):
         ballots = [
             oracle.ballot(
@@ -146,6 +159,71 @@ def test_counted_signs_become_their_mean(zeros: str) -> None:
             for rank in voters[place]
         ]
         np.testing.assert_allclose(parts.flat(out[place]), np.mean(ballots, axis=0), rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- rows of zeros
+
+
+def spoken_by(drawn: Sequence[torch.Tensor]) -> np.ndarray:
+    """On which rows each rank votes: (M, R)."""
+    return np.stack([(g != 0).flatten(1).any(1).numpy() for g in drawn])
+
+
+def with_rows_of_zeros(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """By rank: each has another row of zeros in the first parameter; row 4 is zero on all."""
+    drawn = [parts.draw(tensors, rank) for rank in ALL]
+    for rank, its in enumerate(drawn):
+        its[0][rank] = its[0][4] = 0
+    return drawn
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ties", ["coin", "zero", "positive"])
+def test_where_a_row_is_told_its_zeros_are_no_votes(ties: str, dtype: torch.dtype) -> None:
+    shapes, policy = ((5, 65), (40,)), Policy("rows", ties, seed=2)
+    ranks = sides(lambda: parts.parameters(*shapes, dtypes=[dtype]), parts.method_of(), policy=policy)
+    drawn = with_rows_of_zeros(ranks[0].tensors)
+    for rank, sender in enumerate(ranks):
+        assert sender.send(drawn[rank], 3)
+    spoken = {0: spoken_by([its[0] for its in drawn])}
+    ranks[1].hear(ranks)
+    tied = ranks[1].decide([ALL] * 2, 3, spoken)
+    out: list[Any] = ranks[1].receive([ALL] * 2, 3, spoken=spoken)
+    expected_ties = 0
+    for place, start in enumerate(ranks[1].first_words()):
+        size = ranks[1].tensors[place].numel()
+        votes = [
+            oracle.ballot(parts.flat(its[place]), "coin", parts.zero_coins(size, start, step=3, rank=rank, seed=2))
+            for rank, its in enumerate(drawn)
+        ]
+        if place in spoken:
+            votes = [vote * np.repeat(spoken[0][rank], 65) for rank, vote in enumerate(votes)]
+        decision, here = oracle.majority(votes, ties, parts.tie_coins(size, start, step=3, seed=2))
+        expected_ties += here
+        assert parts.flat(out[place]).tolist() == decision.tolist()
+    assert (out[0][4] == 0).all(), "nobody has voted on it"
+    assert tied == expected_ties > 0
+
+
+def test_the_mean_of_signs_is_of_those_who_have_voted_on_the_row() -> None:
+    ranks = sides(
+        lambda: parts.parameters((5, 65), (40,)), mpisign.lion(0.0, 0.0, vote=False), policy=Policy("rows", seed=2)
+    )
+    drawn = with_rows_of_zeros(ranks[0].tensors)
+    for rank, sender in enumerate(ranks):
+        assert sender.send(drawn[rank], 3)
+    spoken = {0: spoken_by([its[0] for its in drawn])}
+    ranks[0].hear(ranks)
+    ranks[0].decide([ALL] * 2, 3, spoken)
+    out: list[Any] = ranks[0].receive([ALL] * 2, 3, spoken=spoken)
+    start = ranks[0].first_words()[0]
+    votes = [
+        oracle.ballot(parts.flat(its[0]), "coin", parts.zero_coins(325, start, step=3, rank=rank, seed=2))
+        * np.repeat(spoken[0][rank], 65)
+        for rank, its in enumerate(drawn)
+    ]
+    count = np.maximum(np.repeat(spoken[0].sum(0), 65), 1)
+    np.testing.assert_allclose(parts.flat(out[0]), np.sum(votes, 0, dtype=int) / count, rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------ messages
@@ -164,10 +242,9 @@ def test_the_mean_of_the_voters_messages(dtype: torch.dtype, cap: float) -> None
     for rank, sender in enumerate(ranks):
         assert sender.send(drawn[rank])
     receiver = ranks[0]
-    out = parts.draw(receiver.tensors, 9)
-    parts.give(receiver.tensors, out)
+    parts.give(receiver.tensors, parts.draw(receiver.tensors, 9))
     receiver.hear(ranks)
-    receiver.receive(out, voters)
+    out: list[Any] = receiver.receive(voters)
     for place, who in enumerate(voters):
         if not who:
             assert receiver.tensors[place].grad is None
@@ -186,9 +263,8 @@ def test_sixteen_bits_are_rounded_once(dtype: torch.dtype) -> None:
     drawn = [parts.draw_normal(ranks[0].tensors, rank) for rank in ALL]
     for rank, sender in enumerate(ranks):
         sender.send(drawn[rank])
-    out = parts.draw(ranks[0].tensors, 9)
     ranks[0].hear(ranks)
-    ranks[0].receive(out, [ALL] * count)
+    out: list[Any] = ranks[0].receive([ALL] * count)
     for place in range(count):
         exact = np.mean([scaled_sign(parts.flat(its[place])) for its in drawn], axis=0)
         assert torch.equal(out[place], torch.from_numpy(exact).float().to(dtype)), place
@@ -200,9 +276,8 @@ def test_a_rule_without_weights_is_given_decoded_messages_side_by_side() -> None
     drawn = [parts.draw_normal(ranks[0].tensors, rank) for rank in ALL]
     for rank, sender in enumerate(ranks):
         sender.send(drawn[rank])
-    out = parts.draw(ranks[0].tensors, 9)
     ranks[0].hear(ranks)
-    ranks[0].receive(out, [ALL, (2,)])
+    out: list[Any] = ranks[0].receive([ALL, (2,)])
     columns = [scaled_sign(parts.flat(g[0])) for g in drawn]
     np.testing.assert_allclose(parts.flat(out[0]), np.median(columns, axis=0), rtol=1e-6)
     np.testing.assert_allclose(parts.flat(out[1]), scaled_sign(parts.flat(drawn[2][1])), rtol=1e-6)
@@ -235,14 +310,14 @@ def play(ranks: Sequence[Side], step: int, voters: Voters, absent: Sequence[int]
             assert sender.send(drawn[rank], step)
     for rank, receiver in enumerate(ranks):
         if rank not in absent:
-            receiver.encoder.sent(drawn[rank], voters, rank)
+            receiver.sent(voters)
         receiver.hear(ranks)
         receiver.decide(voters, step)
     for rank, receiver in enumerate(ranks):
         if rank in absent:
             receiver.follow(voters, step)
         else:
-            receiver.receive(drawn[rank], voters, step)
+            receiver.receive(voters, step)
     return [[t.grad for t in receiver.tensors] for receiver in ranks]
 
 
@@ -308,13 +383,13 @@ def test_models_are_written_into_the_parameters_and_gradients_stay() -> None:
         for tensor in sender.tensors:
             tensor.data.fill_(float(rank))
         for place, tensor in enumerate(sender.tensors):
-            sender.message(place)[0].copy_(tensor.flatten())
+            sender.message(place)[0].copy_(tensor.detach().flatten())
     receiver = ranks[0]
     parts.give(receiver.tensors, [torch.full((5,), 9.0), None])
     receiver.hear(ranks)
     voters = [ALL] * 2
     receiver.decide(voters)
-    receiver.receive([t.detach().contiguous() for t in receiver.tensors], voters)
+    receiver.receive(voters)
     assert all((t == 1.0).all() for t in receiver.tensors), "the mean of 0, 1 and 2"
     assert (receiver.tensors[0].grad == 9.0).all()
     assert receiver.tensors[1].grad is None
@@ -324,6 +399,6 @@ def test_models_stay_where_nobody_votes() -> None:
     receiver = parts.side(parts.parameters((5,)), mpisign.monna(0), size=RANKS)
     receiver.tensors[0].data.fill_(3.0)
     receiver.tensors[0].grad = torch.ones(5)
-    receiver.receive([receiver.tensors[0].detach()], [()])
+    receiver.receive([()])
     assert (receiver.tensors[0] == 3.0).all()
     assert (receiver.tensors[0].grad == 1.0).all()

@@ -189,22 +189,7 @@ def test_what_was_in_order_for_one_parameter_may_not_be_for_another() -> None:
     assert torch.equal(gradient, values)
 
 
-# ---------------------------------------------------------------------------------------------- for launches, models
-
-
-@pytest.mark.parametrize("absent", [None, 0, 2])
-def test_located_are_the_gradients_in_the_order_of_the_wire(absent: int | None) -> None:
-    tensors = parts.parameters((4, 3), (40,), (5,), dtypes=DTYPES)
-    given = parts.gradients_of(tensors)
-    for step in range(3):  # from the second on they look alike
-        parts.give(tensors, [g if i != absent else None for i, g in enumerate(parts.draw(tensors, step))])
-        gradients = read(given, tensors)
-        located = given.locate(gradients)
-        on_the_wire = [g for g in reversed(gradients) if g is not None]
-        assert located.places == (None if absent is None else [i for i in range(3) if i != 2 - absent])
-        assert located.addresses == [g.data_ptr() for g in on_the_wire]
-        assert located.elements == [g.numel() for g in on_the_wire]
-        assert located.dtypes == [g.dtype for g in on_the_wire]
+# ------------------------------------------------------------------------------------------------------- models
 
 
 def test_models_are_the_parameters_themselves_where_they_are_dense() -> None:

@@ -54,7 +54,7 @@ class Decoder:
         down = self._codec_down
         self._direct = down is not None and (down.plain or down.ballots) and not self._method.memory.running
         self._bitmaps: Bitmaps | None = None
-        if self._direct and isinstance(down, SignBits):
+        if self._direct and isinstance(down, SignBits) and type(down).decode is SignBits.decode:
             planes = [tuple(exchange.decision) for _, exchange, _, _ in self._places]
             self._bitmaps = bitmaps_of([segment for *_, segment in self._places], planes, backend)
 

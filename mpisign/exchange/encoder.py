@@ -63,8 +63,9 @@ class Encoder:
         self._scratch_size = largest if backend.together or not self._piecewise else min(PIECE, largest)
         self._scratches: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._unscale = 1.0
-        self._signs_alone = type(memory) is Identity and isinstance(codec, SignBits)
-        together = self._signs_alone or (_is_average(memory) and isinstance(codec, SignBits))
+        packs = isinstance(codec, SignBits) and type(codec).encode is SignBits.encode  # a subclass may do more
+        self._signs_alone = packs and type(memory) is Identity
+        together = self._signs_alone or (packs and _is_average(memory))
         self._bitmaps = bitmaps_of(self.segments, self._rows_of, backend) if together else None
         self._averages: list[torch.Tensor | None] = []
         self._fitting: list[torch.dtype | None] = []
@@ -175,12 +176,15 @@ class Encoder:
         self, g: torch.Tensor, state: State, context: StepContext, first_word: int
     ) -> tuple[torch.Tensor, Flag]:
         """Let the memory take a gradient in. Where that is NaN or Inf, the memory stays as it was."""
-        memory = self.method.memory
-        if not state and self._unscale == 1.0:  # nothing to protect: the codec's own check is enough
-            return memory(g, state, self._result(g, state), context, first_word), True
+        memory, plain = self.method.memory, type(self.method.memory) is Identity
+        if plain and self._unscale == 1.0:  # what is sent is the gradient: the codec's own check is enough
+            return g, True
         wide = self._widened(g, state)
-        if not state or memory.needs_all or bool(self._backend.all_finite(wide)):
+        if plain or memory.needs_all:  # or all gradients have been looked at before
             return memory(wide, state, self._result(g, state), context, first_word), True
+        finite = self._backend.all_finite(wide)  # what a memory makes of a NaN need not be one
+        if not state or bool(finite):
+            return memory(wide, state, self._result(g, state), context, first_word), finite
         bad = ~torch.isfinite(wide)
         kept = {key: value[bad] for key, value in state.items()}
         memory(wide, state, self._result(g, state), context, first_word)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import parts
 import pytest
+import rounds
 import torch
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.mpi
 def test_the_largest_of_all_ranks_on_every_rank(comm: MPI.Comm, cap: float) -> None:
     """Each with a loss scale of its own, and rank 0 without some gradients, in the last step without any."""
     tensors = parts.parameters((3, 5, 7), (31,), (), (127,), dtypes=parts.DTYPES)
-    its, over_ranks = parts.maximum_of(tensors, cap)
+    its, over_ranks = rounds.maximum_of(tensors, cap)
     starts = parts.side(tensors, cap=cap).first_words()
     elements = sum(t.numel() for t in tensors)
     assert its.bytes_sent == 2 * (comm.size - 1) * 4 * elements // comm.size

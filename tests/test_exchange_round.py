@@ -1,9 +1,10 @@
-"""mpisign.exchange.pipeline on a rank alone: the order of a step's parts, its report, and what errors leave."""
+"""mpisign.exchange.round on a rank alone: the order of a step's parts, its report, and what errors leave."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,18 +12,19 @@ import numpy as np
 import oracle
 import parts
 import pytest
+import rounds
 import torch
-from mpisign.exchange.pipeline import Pipeline
 from parts import DTYPES, ONE_SEGMENT_A_BUCKET, SHAPES
 
 import mpisign
-from mpisign import ConsistencyError, GradientError, Method, MpisignError, OptionError, SynchronizationError
+from mpisign import ConsistencyError, GradientError, Method, MpisignError
 from mpisign.codecs import SignBits
 from mpisign.exchange.header import JOINED, NON_FINITE, REASONS, SCALER_INF
-from mpisign.memory import Memory, Momentum
+from mpisign.exchange.round import local_update
+from mpisign.memory import Memory
 from mpisign.memory.memory import State
 from mpisign.policy import Policy, StepContext
-from mpisign.rules import MajorityVote
+from mpisign.rules import MajorityVote, VectorRule
 from mpisign.trace import PHASES
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -43,14 +45,13 @@ def memories(store: Any, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 def test_every_method_takes_a_step_and_reports_it(name: str, cap: float | None) -> None:
     tensors = parts.parameters(*SHAPES)
     method = parts.methods_for(1)[name]
-    made = parts.pipeline(tensors, method, cap=cap)
-    assert isinstance(made, Pipeline)
+    made = rounds.job(tensors, method, cap=cap)
     for step in range(3):
         parts.give(tensors, parts.draw_normal(tensors, step))
         given, before = [t.grad for t in tensors], parts.copies(tensors)
         report = made.run(step)
         assert (report.step, report.method, report.voters, dict(report.abstentions)) == (step, method.name, (0,), {})
-        assert report.exchange == ("allgather",) * len(made.layout.buckets)
+        assert report.exchange == ("allgather",) * len(made.plan.layout.buckets)
         assert (report.bytes_sent, report.header_bytes, report.skipped) == (0, 0, False)
         assert isinstance(report.ties, int) if method.elects else report.ties is None
         assert set(report.seconds) == set(PHASES)
@@ -63,7 +64,7 @@ def test_every_method_takes_a_step_and_reports_it(name: str, cap: float | None) 
 @pytest.mark.parametrize("zeros", ["coin", "abstain", "positive"])
 def test_alone_the_ballot_is_the_decision(dtype: torch.dtype, zeros: str) -> None:
     tensors = parts.parameters(*SHAPES, dtypes=[dtype])
-    made = parts.pipeline(tensors, policy=Policy(zeros, seed=4), cap=ONE_SEGMENT_A_BUCKET)
+    made = rounds.job(tensors, policy=Policy(zeros, seed=4), cap=ONE_SEGMENT_A_BUCKET)
     starts = oracle.first_words([t.numel() for t in tensors])
     for step in range(2):
         gradients = parts.draw(tensors, step)
@@ -79,7 +80,7 @@ def test_the_same_step_run_again_decides_the_same_and_another_does_not() -> None
     decisions = []
     for step in (3, 3, 4):
         parts.give(tensors, [torch.zeros(1000)])
-        parts.pipeline(tensors).run(step)
+        rounds.job(tensors).run(step)
         decisions.append(parts.flat(tensors[0].grad).tolist())
     assert decisions[0] == decisions[1] != decisions[2]
 
@@ -88,22 +89,22 @@ def test_a_loss_scale_is_taken_out() -> None:
     (tensor,) = tensors = parts.parameters((40,))
     (gradient,) = parts.draw_normal(tensors, 0)
     parts.give(tensors, [gradient * 2.0**10])
-    parts.pipeline(tensors, mpisign.mean()).run(0, unscale=2.0**-10)
+    rounds.job(tensors, mpisign.mean()).run(0, unscale=2.0**-10)
     assert torch.equal(tensor.grad, gradient)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_a_rule_that_remembers_is_given_its_last_decision(momentum: float) -> None:
-    """Also by a pipeline that is made anew for the same memory, as it is when a parameter is frozen."""
+    """Also by a plan that is made anew for the same memory, as it is when a parameter is frozen."""
     tensors = parts.parameters((40,), (3,), dtypes=[torch.float64])
     method = mpisign.centered_clipping(radius=0.5, momentum=momentum)
-    store = parts.store_for(method)
-    made = parts.pipeline(tensors, method, store=store)
+    store = rounds.store_for(method)
+    made = rounds.job(tensors, method, store=store)
     center, kept = np.zeros(43), np.zeros(43)
     for step in range(4):
         if step == 2:
-            store.follow(tensors, parts.session().group)
-            made = parts.pipeline(tensors, method, store=store)
+            store.follow(tensors, {t: method.memory for t in tensors}, rounds.session().group)
+            made = rounds.job(tensors, method, store=store)
         gradients = parts.draw_normal(tensors, step)
         parts.give(tensors, gradients)
         made.run(step)
@@ -116,13 +117,13 @@ def test_a_rule_that_remembers_is_given_its_last_decision(momentum: float) -> No
 
 def test_a_local_update_leaves_the_momentum_in_the_gradients() -> None:
     tensors = parts.parameters((40,), (3,))
-    made = parts.pipeline(tensors, mpisign.monna(0, momentum=0.5))
+    made = rounds.job(tensors, mpisign.monna(0, momentum=0.5))
     parts.give(tensors, [torch.full((40,), 8.0), None])
-    assert made.local_update(0, unscale=0.5)
+    assert local_update(made.plan, 0, [t.grad for t in tensors], 0.5)
     assert (tensors[0].grad == 2.0).all()
     assert tensors[1].grad is None
     tensors[0].grad[3] = torch.nan
-    assert not made.local_update(1, unscale=1.0)
+    assert not local_update(made.plan, 1, [t.grad for t in tensors], 1.0)
 
 
 # ----------------------------------------------------------------------------------------------- the order of calls
@@ -175,48 +176,69 @@ def noted(log: list[str], **fails: Any) -> Method:
     return parts.method_of(Told(log), NotedBits(log, fails_at=fails.get("codec", -1)), rule)
 
 
-def test_a_message_leaves_before_the_next_is_encoded_and_nothing_is_decided_before_all_headers_are_in() -> None:
+def started(log: list[str], tensors: Any, gradients: Sequence[torch.Tensor], **options: Any) -> rounds.Job:
+    method = noted(log, **options)
+    made = rounds.record(rounds.job(tensors, method, cap=ONE_SEGMENT_A_BUCKET), log)
+    parts.give(tensors, gradients)
+    return made
+
+
+def test_a_message_leaves_before_the_next_is_encoded_and_each_is_decided_when_it_is_here() -> None:
     log: list[str] = []
     tensors = parts.parameters((96,), (33,), (5,))  # 3, 2 and 1 words, the last first
-    made = parts.record(parts.pipeline(tensors, noted(log), cap=ONE_SEGMENT_A_BUCKET), log)
-    parts.give(tensors, parts.draw_normal(tensors, 0))
-    with parts.waits_recorded(log):
+    made = started(log, tensors, parts.draw_normal(tensors, 0))
+    with rounds.waits_recorded(log):
         made.run(8)
-    waits = [entry for entry in log if entry.startswith("wait")]
-    assert [w.split(", ")[1] for w in waits] == [
-        "handshake",
-        "participation",
-        "bucket 0",
-        "bucket 1",
-        "bucket 2",
-        "count of ties",
-    ]
-    assert all(w.startswith("wait: step 8, ") for w in waits)
-    assert [entry for entry in log if "bucket" not in entry] == [
+    assert log == [
         "wait: step 8, handshake",
-        *("encode 0", "push 0", "start 0"),
-        *("encode 1", "push 1", "start 1"),
-        *("encode 3", "push 2", "start 2"),
-        "wait: step 8, participation",
+        *("encode 0", "push 0", "send 0"),
+        *("encode 1", "push 1", "send 1"),
+        *("encode 3", "push 2", "send 2"),
+        *("wait: step 8, bucket 0, header", "wait: step 8, bucket 0, phase 1", "heard 0", "decide 0", "spread 0"),
+        *("wait: step 8, bucket 1, header", "wait: step 8, bucket 1, phase 1", "heard 1", "decide 1", "spread 1"),
+        *("wait: step 8, bucket 2, header", "wait: step 8, bucket 2, phase 1", "heard 2", "decide 3", "spread 2"),
         *("sent 1", "sent 2", "sent 3"),
-        *("settle 0", "decide 0", "settle 1", "decide 1", "settle 2", "decide 3"),
-        *("finish 0", "finish 1", "finish 2"),
         "wait: step 8, count of ties",
     ]
 
 
-def test_a_bad_last_gradient_is_found_after_all_messages_have_left_and_nothing_is_decided() -> None:
+def test_to_advance_waits_for_nothing_and_decides_what_is_here() -> None:
+    """Alone, every message arrives in the end without anybody waiting; nothing is written before the commit."""
     log: list[str] = []
     tensors = parts.parameters((96,), (33,), (5,))
-    method = dataclasses.replace(noted(log), memory=Momentum(0.5))
-    made = parts.record(parts.pipeline(tensors, method, cap=ONE_SEGMENT_A_BUCKET), log)
-    parts.give(tensors, parts.draw_normal(tensors, 0))
-    tensors[0].grad[95] = torch.nan
-    report = made.run(0)
-    assert report.abstentions == {0: "non-finite gradient"}
-    assert [entry for entry in log if entry.startswith(("encode", "start", "decide"))] == [
-        *("encode 0", "start 0", "encode 1", "start 1", "encode 3", "start 2")
+    gradients = parts.draw_normal(tensors, 0)
+    made = started(log, tensors, gradients)
+    values = made.values()
+    a_round, _ = made.begin(8, values)
+    deadline = time.monotonic() + 60
+    with rounds.waits_recorded(log):
+        log.clear()
+        for batch in made.plan.batches:
+            a_round.submit(batch, [values[place] for place in batch.places])
+            while not a_round.advance():
+                assert time.monotonic() < deadline
+        assert [entry for entry in log if entry.startswith(("encode", "decide", "wait"))] == [
+            *("encode 0", "decide 0", "encode 1", "decide 1", "encode 3", "decide 3")
+        ]
+        a_round.close()
+        assert not any(entry.startswith("wait") for entry in log), "all was here"
+    assert parts.same([t.grad for t in tensors], gradients)
+    assert a_round.commit(made.sink).voters == (0,)
+    assert parts.same([t.grad for t in tensors], [g.sign() for g in gradients])
+
+
+def test_where_a_ballot_has_ended_all_messages_leave_and_what_came_before_is_decided() -> None:
+    log: list[str] = []
+    tensors = parts.parameters((96,), (33,), (5,))
+    gradients = parts.draw_normal(tensors, 0)
+    gradients[1][32] = torch.nan
+    report = started(log, tensors, gradients).run(0)
+    assert (report.voters, dict(report.abstentions), report.ended_at) == ((0,), {}, {0: "p1"})
+    assert [entry for entry in log if entry.startswith(("encode", "send", "decide", "sent"))] == [
+        *("encode 0", "send 0", "encode 1", "send 1", "encode 3", "send 2", "decide 0", "sent 1")
     ]
+    assert torch.equal(tensors[2].grad, gradients[2].sign())
+    assert [tensors[place].grad for place in (0, 1)] == [None, None], "on which nobody has voted"
 
 
 # --------------------------------------------------------------------------------------------------- nobody votes
@@ -224,38 +246,61 @@ def test_a_bad_last_gradient_is_found_after_all_messages_have_left_and_nothing_i
 
 @each_that_decides
 @pytest.mark.parametrize("bad", BAD)
-def test_a_bad_gradient_applies_nothing_and_stays_as_it_is(name: str, bad: float) -> None:
-    tensors = parts.parameters((40,), (100,), (5,))
+@pytest.mark.parametrize("cap", [None, ONE_SEGMENT_A_BUCKET])
+def test_a_bad_gradient_ends_the_ballot_where_it_is(name: str, bad: float, cap: float | None) -> None:
+    """Parameters before it on the wire are decided as if nothing were; on it and those after it nobody votes.
+
+    With a rule on whole vectors, or a memory that must see all gradients, on nothing: all stays as it is.
+    """
     method = parts.methods_for(1)[name]
-    store = parts.store_for(method)
-    made = parts.pipeline(tensors, method, store=store)
-    parts.give(tensors, parts.draw_normal(tensors, 0))
-    made.run(0)
-    kept, gradients = memories(store, tensors), parts.draw_normal(tensors, 1)
+    ours, whole = ([*parts.parameters((40,), (100,), (5,))] for _ in range(2))
+    made, fine = (rounds.job(tensors, method, cap=cap) for tensors in (ours, whole))
+    for tensors, one in ((ours, made), (whole, fine)):
+        parts.give(tensors, parts.draw_normal(tensors, 0))
+        one.run(0)
+    kept, gradients = made.memories(), parts.draw_normal(ours, 1)
+    parts.give(whole, gradients)
+    fine.run(1)
     gradients[1][50] = bad
-    parts.give(tensors, gradients)
+    parts.give(ours, gradients)
     report = made.run(1)
-    assert (report.voters, report.skipped, report.abstentions) == ((), True, {0: REASONS[NON_FINITE]})
-    assert parts.same([t.grad for t in tensors], gradients)
-    now = memories(store, tensors)
-    assert all(bool(value.isfinite().all()) for value in now)
-    if method.memory.feedback or not method.memory.elementwise:
-        assert parts.same(now, kept)
-    parts.give(tensors, parts.draw_normal(tensors, 2))
-    assert made.run(2).voters == (0,), "the next step is fine again"
+    assert report.ended_at == {0: "p1"}
+    if isinstance(method.rule, VectorRule) or method.memory.needs_all:
+        assert (report.voters, report.skipped, report.abstentions) == ((), True, {0: REASONS[NON_FINITE]})
+        assert parts.same([t.grad for t in ours], gradients)
+        assert parts.same(made.memories(), kept) or not method.memory.needs_all
+    else:
+        assert (report.voters, report.skipped, report.abstentions) == ((0,), False, {})
+        assert parts.same([t.grad for t in ours], [None, None, whole[2].grad])
+        assert parts.same(list(made.store.of(ours[2]).values()), list(fine.store.of(whole[2]).values()))
+    assert all(bool(value.isfinite().all()) for value in made.memories())
+    parts.give(ours, parts.draw_normal(ours, 2))
+    report = made.run(2)
+    assert (report.voters, report.ended_at) == ((0,), {}), "the next step is fine again"
+
+
+def test_only_the_method_of_a_bad_gradient_abstains() -> None:
+    tensors = parts.parameters((40,), (41,), (42,), (43,))
+    made = rounds.job(tensors, [mpisign.signsgd(), mpisign.mean()] * 2)
+    gradients = parts.draw_normal(tensors, 0)
+    gradients[2][7] = torch.nan  # the first of signsgd on the wire
+    parts.give(tensors, gradients)
+    report = made.run(0)
+    assert (report.voters, report.ended_at) == ((0,), {0: "p2"})
+    assert parts.same([t.grad for t in tensors], [None, gradients[1], None, gradients[3]])
 
 
 def test_a_memory_that_overflows_costs_one_step() -> None:
     """Without being cleared it would never be finite again."""
     tensors = parts.parameters((40,), (5,))
-    made = parts.pipeline(tensors, mpisign.ef_signsgd())
+    made = rounds.job(tensors, mpisign.ef_signsgd())
     huge = torch.ones(40)
     huge[7] = 3e38
-    voters = []
+    ended = []
     for step in range(4):
         parts.give(tensors, [huge if step < 2 else torch.ones(40), torch.ones(5)])
-        voters.append(made.run(step).voters)
-    assert voters == [(0,), (), (0,), (0,)]
+        ended.append(dict(made.run(step).ended_at))
+    assert ended == [{}, {0: "p0"}, {}, {}]
 
 
 @each_that_decides
@@ -263,8 +308,8 @@ def test_a_memory_that_overflows_costs_one_step() -> None:
 def test_who_abstains_beforehand_changes_nothing(name: str, reason: int) -> None:
     tensors = parts.parameters((40,), (100,), (5,))
     method = parts.methods_for(1)[name]
-    store = parts.store_for(method)
-    made = parts.pipeline(tensors, method, store=store)
+    store = rounds.store_for(method)
+    made = rounds.job(tensors, method, store=store)
     parts.give(tensors, parts.draw_normal(tensors, 0))
     made.run(0)
     kept, gradients = memories(store, tensors), parts.draw_normal(tensors, 1)
@@ -278,7 +323,7 @@ def test_who_abstains_beforehand_changes_nothing(name: str, reason: int) -> None
 @each_that_decides
 def test_without_any_gradient_nothing_happens(name: str) -> None:
     tensors = parts.parameters((40,), (5,))
-    report = parts.pipeline(tensors, parts.methods_for(1)[name]).run(0)
+    report = rounds.job(tensors, parts.methods_for(1)[name]).run(0)
     assert (report.skipped, report.abstentions) == (True, {0: "no gradient"})
     assert [t.grad for t in tensors] == [None, None]
 
@@ -287,14 +332,14 @@ def test_without_any_gradient_nothing_happens(name: str) -> None:
 def test_a_parameter_without_gradient_is_left_alone(name: str) -> None:
     tensors = parts.parameters((40,), (5,), (7,))
     parts.give(tensors, [torch.ones(40), None, torch.ones(7)])
-    report = parts.pipeline(tensors, parts.methods_for(1)[name]).run(0)
+    report = rounds.job(tensors, parts.methods_for(1)[name]).run(0)
     assert (report.skipped, report.voters) == (False, (0,))
     assert tensors[1].grad is None
     assert (tensors[0].grad == 1.0).all()
 
 
 def test_no_parameters_at_all() -> None:
-    report = parts.pipeline([]).run(0)
+    report = rounds.job([]).run(0)
     assert (report.skipped, report.exchange, report.bytes_sent) == (True, (), 0)
 
 
@@ -305,12 +350,12 @@ def test_a_sparse_gradient_is_refused_before_anybody_hears_of_the_step() -> None
     log: list[str] = []
     tensors = parts.parameters((40,), (5,))
     method = mpisign.signum()
-    store = parts.store_for(method)
-    made = parts.pipeline(tensors, method, store=store)
+    store = rounds.store_for(method)
+    made = rounds.job(tensors, method, store=store)
     parts.give(tensors, parts.draw_normal(tensors, 0))
     tensors[0].grad = torch.zeros(40).to_sparse()
     before = parts.copies([tensors[1].grad])
-    with parts.waits_recorded(log), pytest.raises(GradientError, match=r"rank 0: the gradient of 'p0' is .*sparse"):
+    with rounds.waits_recorded(log), pytest.raises(GradientError, match=r"rank 0: the gradient of 'p0' is .*sparse"):
         made.run(0)
     assert log == []
     assert parts.same([tensors[1].grad], before)
@@ -323,26 +368,15 @@ def test_a_sparse_gradient_is_refused_before_anybody_hears_of_the_step() -> None
 def test_what_breaks_in_the_middle_breaks_the_session(where: dict[str, Any]) -> None:
     """The other ranks wait there, so that nothing this rank sends afterwards may be taken for it."""
     tensors = parts.parameters((96,), (33,), (5,))
-    made = parts.pipeline(tensors, noted([], **where), cap=ONE_SEGMENT_A_BUCKET)
+    made = rounds.job(tensors, noted([], **where), cap=ONE_SEGMENT_A_BUCKET)
     gradients = parts.draw_normal(tensors, 0)
     parts.give(tensors, gradients)
     with pytest.raises(RuntimeError, match="broke"):
         made.run(6)
-    assert parts.session().watchdog.broken == "step 6"
+    assert rounds.session().watchdog.broken == "step 6"
     assert parts.same([t.grad for t in tensors], gradients)
     with pytest.raises(ConsistencyError, match="rank 0 was interrupted in step 6"):
         made.run(7)
-
-
-def test_ranks_too_few_for_a_rule_are_told_at_once() -> None:
-    with pytest.raises(OptionError, match=r"krum with f=1 needs at least .* 5 ranks, and this job has 1"):
-        parts.pipeline(parts.parameters((3,)), mpisign.krum(1))
-
-
-def test_parameters_that_cannot_be_voted_on_are_told_at_once() -> None:
-    whole = torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(GradientError, match=r"parameter 'p0' is torch\.int64"):
-        parts.pipeline([whole])
 
 
 # --------------------------------------------------------------------------------------------------- sitting out
@@ -351,7 +385,7 @@ def test_parameters_that_cannot_be_voted_on_are_told_at_once() -> None:
 @each_that_decides
 def test_alone_to_sit_out_is_the_end(name: str) -> None:
     tensors = parts.parameters((40,))
-    made = parts.pipeline(tensors, parts.methods_for(1)[name])
+    made = rounds.job(tensors, parts.methods_for(1)[name])
     parts.give(tensors, [torch.ones(40)])
     handshake, report = made.sit_out(3, 5)
     assert handshake.all_joined
@@ -361,13 +395,6 @@ def test_alone_to_sit_out_is_the_end(name: str) -> None:
     assert (tensors[0].grad == 1.0).all()
 
 
-@parts.each_method_that(lambda method: parts.runs_alone(method) and method.exchanges_models)
-def test_nobody_can_sit_out_of_an_exchange_of_models(name: str) -> None:
-    method = parts.methods_for(1)[name]
-    with pytest.raises(SynchronizationError, match=f"{method.name} exchanges models"):
-        parts.pipeline(parts.parameters((40,)), method).sit_out(0, 0)
-
-
 # ------------------------------------------------------------------------------------------------------ agreement
 
 
@@ -375,19 +402,19 @@ def test_alone_one_agrees_with_oneself() -> None:
     tensors = parts.parameters((40,), (5,))
     for zeros in ("coin", "abstain"):
         parts.give(tensors, parts.draw(tensors, 0))
-        assert parts.pipeline(tensors, policy=Policy(zeros)).run(0).agreement() == [1.0]
+        assert rounds.job(tensors, policy=Policy(zeros)).run(0).agreement() == [1.0]
 
 
 def test_who_did_not_vote_agrees_with_nobody() -> None:
     tensors = parts.parameters((40,))
     parts.give(tensors, [torch.full((40,), torch.nan)])
-    (share,) = parts.pipeline(tensors).run(0).agreement()
+    (share,) = rounds.job(tensors).run(0).agreement()
     assert math.isnan(share)
 
 
 def test_agreement_is_asked_for_in_time() -> None:
     tensors = parts.parameters((40,))
-    made = parts.pipeline(tensors)
+    made = rounds.job(tensors)
     parts.give(tensors, [torch.ones(40)])
     old, new = made.run(4), made.run(5)
     with pytest.raises(MpisignError, match=r"step 4 are gone \(the latest is 5\)"):
@@ -404,33 +431,4 @@ def test_where_nobody_votes_with_signs_there_is_no_agreement(name: str) -> None:
     tensors = parts.parameters((40,))
     parts.give(tensors, [torch.ones(40)])
     with pytest.raises(MpisignError, match="casts no votes"):
-        parts.pipeline(tensors, parts.methods_for(1)[name]).run(0).agreement()
-
-
-# ----------------------------------------------------------------------------------------------------- fingerprint
-
-
-def test_the_fingerprint_stands_for_all_that_ranks_must_share() -> None:
-    tensors = parts.parameters((40,), (5,))
-    same = [parts.pipeline(parts.parameters((40,), (5,))).fingerprint for _ in range(2)]
-    others = [
-        parts.pipeline(tensors, number=2),
-        parts.pipeline(tensors, mpisign.signum()),
-        parts.pipeline(tensors, mpisign.signum(0.8)),
-        parts.pipeline(tensors, policy=Policy(seed=1)),
-        parts.pipeline(tensors, policy=Policy(zeros="abstain")),
-        parts.pipeline(tensors, policy=Policy(ties="zero")),
-        parts.pipeline(tensors, exchange="allgather"),
-        parts.pipeline(tensors, cap=ONE_SEGMENT_A_BUCKET),
-        parts.pipeline(tensors[::-1]),
-        parts.pipeline(tensors[:1]),
-    ]
-    assert same[0] == same[1]
-    assert len({same[0], *(made.fingerprint for made in others)}) == 1 + len(others)
-
-
-def test_it_fits_the_parameters_it_was_made_for() -> None:
-    tensors = parts.parameters((40,), (5,))
-    made = parts.pipeline(tensors)
-    assert made.fits(tensors)
-    assert not made.fits(tensors[:1])
+        rounds.job(tensors, parts.methods_for(1)[name]).run(0).agreement()
