@@ -13,11 +13,11 @@ import torch
 from bench_step import resnet50_shapes
 from harness import Contender, Report, Table, Target, Times, compare, count, measure, parser
 
+from mpisign.backends import WORD
 from mpisign.bitmap import cuda, kernels
 from mpisign.bitmap.batch import Batch
 from mpisign.bitmap.coin import coin_key
 from mpisign.bitmap.host import words_for
-from mpisign.backends import WORD
 
 Tensor = torch.Tensor
 

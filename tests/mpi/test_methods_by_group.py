@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from methods_table import TABLE, among, is_random
+from methods_table import TABLE, among, exchanges, is_random
 
 import mpisign
 
