@@ -149,9 +149,9 @@ def test_a_checkpoint_of_such_a_job(comm: MPI.Comm, tmp_path: Any) -> None:
     for tensor, gradient in zip(tensors, drawn(tensors, 0, comm.rank), strict=True):
         tensor.grad = gradient.clone()
     optimizer.step()
-    mpisign.checkpoint.save(folder, model, optimizer, step=1)
+    mpisign.checkpoint.save(folder, model=model, optimizer=optimizer, step=1)
     again, other = grouped(mpisign.signum(), mpisign.ef_signsgd())
-    mpisign.checkpoint.load(folder, torch.nn.ParameterList(again), other)
+    mpisign.checkpoint.load(folder, model=torch.nn.ParameterList(again), optimizer=other)
     mpisign.check_consistency(torch.nn.ParameterList(again), other)
     for place, fields in optimizer.state_dict()["mpisign"]["memory"].items():
         for field, value in fields.items():
