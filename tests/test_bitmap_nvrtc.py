@@ -70,7 +70,7 @@ def expected_kernels() -> set[str]:
         "pack_momentum",
         "unpack_one",
         "unpack_many",
-        "all_finite",
+        "first_bad",
         "agreement",
     }
 

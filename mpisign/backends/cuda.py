@@ -10,7 +10,7 @@ from torch import Tensor
 from mpisign.backends.backend import Backend, Bitmaps, Count, RandomNumbers
 from mpisign.bitmap import cuda
 from mpisign.bitmap.batch import Batch, Located, locate
-from mpisign.bitmap.kernels import NONE, import_cupy
+from mpisign.bitmap.kernels import import_cupy
 
 __all__ = ["BACKEND", "Cuda"]
 
@@ -97,12 +97,7 @@ class Cuda(Backend):
         return cuda.all_finite(values)
 
     def first_bad(self, values: Sequence[Tensor | None]) -> Tensor:
-        places = [place for place, value in enumerate(values) if value is not None]
-        found = cuda.first_bad([value for value in values if value is not None])
-        if len(places) == len(values):
-            return found
-        numbers = torch.tensor([*places, NONE], dtype=torch.int32, device=found.device)
-        return numbers[found.clamp(max=len(places))]
+        return cuda.first_bad(values)
 
     def majority(
         self,

@@ -98,21 +98,23 @@ def all_finite(values: Tensor) -> Tensor:
     return first_bad([values]) == NONE
 
 
-def first_bad(values: Sequence[Tensor]) -> Tensor:
+def first_bad(values: Sequence[Tensor | None]) -> Tensor:
     """The place of the first of ``values`` that has a NaN or Inf, or :data:`~mpisign.bitmap.kernels.NONE`.
 
     One launch for every 192 tensors, which may be of any sizes and types. That they are dense is not checked.
     """
-    found = first(values[0].device if values else torch.device("cpu"))
-    sizes, formats = tuple(map(Tensor.numel, values)), tuple([kernels.FORMATS[tensor.dtype] for tensor in values])
-    addresses = list(map(Tensor.data_ptr, values))
+    device = next((tensor.device for tensor in values if tensor is not None), torch.device("cpu"))
+    found = first(device)
+    sizes = tuple([0 if tensor is None else tensor.numel() for tensor in values])  # whose blocks are none
+    formats = tuple([0 if tensor is None else kernels.FORMATS[tensor.dtype] for tensor in values])
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in values]
     for lo, vectors, blocks in _vectors(sizes, formats):
         by_value = vectors.copy()
         some = addresses[lo : lo + kernels.VECTOR_CAPACITY]
         by_value["at"][0, : len(some)] = some
         arguments = [kernels.opaque(by_value), np.uint32(len(some)), np.uint32(lo), np.uint64(found.data_ptr())]
         if blocks:
-            kernels.launch("first_bad", blocks, arguments, values[0].device)
+            kernels.launch("first_bad", blocks, arguments, device)
     return found
 
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.mpi, needs_compiler]
 
-SHAPES = ((3, 5, 7), (64,), (), (0,), (1,), (33, 2), (127,))
+SHAPES = ((3, 5, 7), (64,), (), (0,), (1,), (33, 65), (127,))
 METHODS = (mpisign.signsgd(), mpisign.signum(0.5), mpisign.lion(0.5, 0.75))
-POLICIES = [(zeros, ties) for zeros in ("coin", "abstain", "positive") for ties in ("coin", "zero", "positive")]
+POLICIES = [(zeros, ties) for zeros in ("coin", "abstain", "positive", "rows") for ties in ("coin", "zero", "positive")]
 SMALL = 64 / (1 << 20)  # MiB of a bucket: several buckets
 
 
@@ -61,7 +61,7 @@ def train(
                     [None if t.grad is None else str(ballots.flat(t.grad).tolist()) for t in tensors],
                     [ballots.flat(t).tolist() for t in tensors],
                     {(i, key): ballots.flat(v).tolist() for i, state in memory.items() for key, v in state.items()},
-                    (report.voters, report.abstentions, report.ties, report.exchange, report.bytes_sent),
+                    (report.voters, report.abstentions, report.ties, report.exchange, report.bytes_sent, report.ended_at),
                     [] if report.ties is None else [str(share) for share in report.agreement()],  # NaN equals NaN then
                 )
             )
@@ -106,6 +106,37 @@ def test_a_rank_with_a_nan_abstains_and_keeps_its_memory(comm: MPI.Comm, method:
     assert voters == [everybody, everybody[:-1], everybody]
     if comm.rank == spoilt:
         assert seen[1][2].items() >= seen[0][2].items(), "what the memory held it still holds"
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_ballot_ends_at_the_first_bad_value(comm: MPI.Comm, method: mpisign.Method, exchange: str) -> None:
+    """On each rank elsewhere, in the middle of a batch; those that come later in backward are the others' affair."""
+    steps, places = rounds(comm.rank, 3), (5, 1, 4, 0, 6)
+    steps[1] = [torch.ones(shape) for shape in SHAPES]
+    spoilt = steps[1][places[comm.rank % 5]]
+    assert spoilt is not None
+    spoilt.view(-1)[-1] = float("-inf")
+    seen = assert_same(comm, steps, method=method, exchange=exchange, bucket_cap_mb=SMALL)
+    assert dict(seen[1][3][5]) == {rank: f"tensor{places[rank % 5]}" for rank in range(comm.size)}
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
+@pytest.mark.parametrize("method", [*METHODS, mpisign.lion(vote=False)], ids=str)
+def test_rows_of_zeros_abstain(comm: MPI.Comm, method: mpisign.Method, exchange: str) -> None:
+    """Of a matrix whose rows are long enough, other rows on each rank; and of a parameter that is one row."""
+    steps = rounds(comm.rank, 3)
+    for step, gradients in enumerate(steps):
+        for place in (5, 6):
+            gradients[place] = ballots.draw(ballots.parameters(*SHAPES), ballots.generator(step, 7 + comm.rank))[place]
+        rows = gradients[5]
+        assert rows is not None
+        rows[comm.rank :: comm.size + 1] = 0.0
+        if comm.rank == 0:
+            gradients[6] = torch.zeros(127)
+    options: dict[str, Any] = {"method": method, "exchange": exchange, "bucket_cap_mb": SMALL, "zeros": "rows"}
+    by_rows = assert_same(comm, steps, **options)
+    assert by_rows != train(False, steps, **{**options, "zeros": "coin"}) or comm.size == 1
 
 
 @pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
