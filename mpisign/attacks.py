@@ -9,12 +9,14 @@ do (:class:`ColludingSigns`) do far more damage: measure both.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -254,11 +256,14 @@ class Adversary:
             raise OptionError(f"{attack!r} needs an honest rank to look at, and all {comm.size} are adversaries")
         if isinstance(attack, Mimic) and not 0 <= attack.target < len(self.honest):
             raise OptionError(f"{attack!r} is not among the {len(self.honest)} honest ranks, which count from 0")
-        odd, usual = minority(comm.allgather(f"{attack!r} on ranks {self.ranks} with seed {seed}"))
+        mine = f"{attack!r} on ranks {self.ranks} with seed {seed}"
+        digests = np.zeros((comm.size, 2), np.int64)  # bytes, not objects, as those would be pickled
+        comm.Allgather(np.frombuffer(hashlib.blake2b(mine.encode(), digest_size=16).digest(), np.int64), digests)
+        odd, _ = minority(digests.tolist())
         if odd:
             raise ConsistencyError(
-                f"rank {comm.rank}: ranks {odd} play another attack than the others, who play {usual}: build the same "
-                f"Adversary on every rank"
+                f"rank {comm.rank}: ranks {odd} play another attack than the others; this one plays {mine}: build the "
+                f"same Adversary on every rank"
             )
         self._generator = torch.Generator().manual_seed(seed * comm.size + comm.rank)
         if comm.rank in self.ranks:

@@ -22,6 +22,7 @@ from mpisign import session
 from mpisign.backends import WORD, backend_for
 from mpisign.bitmap.host import words_for
 from mpisign.bitmap.kernels import import_cupy
+from mpisign.encoding import printable
 from mpisign.errors import GradientError, LaunchError, MpisignError
 from mpisign.exchange.staging import gpu_aware
 from mpisign.launch import find_launcher
@@ -73,8 +74,8 @@ def _of_all_ranks(mine: list[Finding]) -> list[Finding]:
     subjects: dict[str, dict[Finding, list[int]]] = {}
     lines = [[it.status, it.subject, it.seen, it.advice] for it in mine]
     for rank, findings in enumerate(session.current().gather_values(lines, [(str, str, str, str)], ACT)):
-        for said in findings:
-            finding = Finding(*said)
+        for status, *said in findings:
+            finding = Finding(status if status in (OK, WARN, FAIL) else FAIL, *map(printable, said))
             subjects.setdefault(finding.subject, {}).setdefault(finding, []).append(rank)
     told = []
     for found in subjects.values():
@@ -328,9 +329,10 @@ def _vote(device: str | torch.device = "cpu", subject: str = "a real vote") -> I
     here = session.current().group
     elements = 10_007
     mine = np.random.default_rng(here.rank).standard_normal(elements).astype(np.float32)
-    everyone = np.empty((here.size, elements), np.float32)
-    here.comm.Allgather(mine, everyone)
-    expected = -np.sign(np.sign(everyone).sum(axis=0))
+    votes = np.empty((here.size, elements), np.int8)
+    with session.current().watchdog.guard("the doctor's vote"):
+        here.comm.Allgather(np.sign(mine).astype(np.int8), votes)
+    expected = -np.sign(votes.sum(axis=0))
     for exchange in ("allgather", "two_phase"):
         parameter = torch.nn.Parameter(torch.zeros(elements, device=device))
         parameter.grad = torch.from_numpy(mine).to(device, copy=True)

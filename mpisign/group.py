@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,45 +66,35 @@ class Group:
             gpu: whether this rank has one.
 
         Raises:
-            ConsistencyError: on every rank, if they have been told different maps.
+            ConsistencyError: on every rank, if they have been told different maps, or some of them none.
         """
-        from mpi4py import MPI
-
-        with watchdog.guard("MPI's split into nodes"):
-            if node_of is None:
-                shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
-                lowest = np.array([comm.rank], np.int64)
-                shared.Bcast(lowest, root=0)
-                label = int(lowest[0])
-                shared.Free()
-                claims = [-1] * comm.size
-            else:
-                label, claims = node_of[comm.rank], list(node_of)
-            mine = np.array([identity, label, gpu, *claims], np.int64)
+        with watchdog.guard("MPI's all-gather of maps"):
+            mine = np.array([identity, gpu, *([-1] * comm.size if node_of is None else node_of)], np.int64)
             heard = np.empty((comm.size, mine.size), np.int64)
             comm.Allgather(mine, heard)
-        if not (heard[:, 3:] == heard[0, 3:]).all():
+        rank = comm.rank
+        if not (heard[:, 2:] == heard[0, 2:]).all():
             comm.Free()
             raise ConsistencyError(
-                f"ranks were given different maps of ranks to nodes (this is rank {mine[0]}): pass the same node_of= "
-                f"on every rank"
+                f"ranks were given different maps of ranks to nodes (this is rank {rank}): pass the same node_of= on "
+                f"every rank"
             )
-        labels = heard[:, 1].tolist()
+        labels = _labels(comm, watchdog) if node_of is None else list(node_of)
         order = {label: number for number, label in enumerate(dict.fromkeys(labels))}
         places = tuple(order[label] for label in labels)
-        local = places[: comm.rank].count(places[comm.rank])
+        local = places[:rank].count(places[rank])
         with watchdog.guard("MPI's split into nodes and lanes"):
             return cls(
                 comm=comm,
-                node=comm.Split(places[comm.rank], comm.rank),
-                lane=comm.Split(local, comm.rank),
+                node=comm.Split(places[rank], rank),
+                lane=comm.Split(local, rank),
                 phases=(comm.Dup(), comm.Dup(), comm.Dup()),
-                rank=comm.rank,
+                rank=rank,
                 size=comm.size,
                 node_of=places,
                 generation=generation,
                 identities=tuple(heard[:, 0].tolist()),
-                gpus=bool(heard[:, 2].all()),
+                gpus=bool(heard[:, 1].all()),
             )
 
     @classmethod
@@ -143,13 +134,26 @@ class Group:
                 comm.Free()
 
 
+def _labels(comm: MPI.Comm, watchdog: Watchdog) -> list[int]:
+    """By rank, the lowest rank with which it shares memory. **Collective.**"""
+    from mpi4py import MPI
+
+    with watchdog.guard("MPI's split into nodes"):
+        shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        lowest, labels = np.array([comm.rank], np.int64), np.empty(comm.size, np.int64)
+        shared.Bcast(lowest, root=0)
+        shared.Free()
+        comm.Allgather(lowest, labels)
+    return [int(label) for label in labels]
+
+
 def check_node_map(node_of: Sequence[int] | None, size: int) -> tuple[int, ...] | None:
     """A map of ranks to nodes as plain numbers. Raises :class:`OptionError` unless it has ``size`` of them."""
     if node_of is None:
         return None
     try:
-        places = tuple(int(place) for place in node_of)
-    except (TypeError, ValueError):
+        places = tuple(index(place) for place in node_of)
+    except TypeError:
         places = ()
     if len(places) != size or any(not 0 <= place < 2**31 for place in places):
         raise OptionError(

@@ -31,7 +31,7 @@ from mpisign.rules import VectorRule
 
 __all__ = ["FORMAT_VERSION", "Bucket", "Layout", "Segment"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the wire format; ranks that run different ones refuse each other."""
 
 

@@ -23,7 +23,7 @@ from mpisign.method import Method
 from mpisign.methods import signum
 from mpisign.policy import Policy, check_positive
 from mpisign.report import StepReport
-from mpisign.session import Session, current
+from mpisign.session import Session, current, is_initialized
 
 __all__ = ["DistributedSignOptimizer"]
 
@@ -355,7 +355,10 @@ class DistributedSignOptimizer(Optimizer):
             before(self)
         with wrapping.without_methods(self.wrapped):
             state: dict[str, Any] = self.wrapped.state_dict()
-        state["mpisign"] = self._memory.state_dict(self._parameters(), self._exchanges, self._epoch, self.method.name)
+        group = current().group if is_initialized() else None
+        state["mpisign"] = self._memory.state_dict(
+            self._parameters(), self._exchanges, self._epoch, self.method.name, group
+        )
         for after in self._optimizer_state_dict_post_hooks.values():
             state = after(self, state) or state
         return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +48,14 @@ class Policy:
         object.__setattr__(self, "seed", int(self.seed))  # ranks compare the repr, and np.int64(3) has another
 
     def context(
-        self, step: int, rank: int, size: int = 1, secret: str = "", identity: int | None = None
+        self, step: int, rank: int, size: int = 1, secret: str = "", identities: Sequence[int] | None = None
     ) -> StepContext:
         """This step on this rank of ``size``, with its coins; ``secret`` is mixed into its noise.
 
-        Coins and noise are keyed by ``identity``, which outlives a change of numbers; None: it is the rank.
+        Coins and noise are keyed by the rank's identity, which outlives a change of numbers; None: they are the ranks.
         """
-        identity = rank if identity is None else identity
+        identities = tuple(range(max(size, rank + 1)) if identities is None else identities)
+        identity = identities[rank]
         return StepContext(
             self,
             step,
@@ -63,6 +65,7 @@ class Policy:
             ties_key=coin_key(self.seed, step, TIES),
             secret=secret,
             identity=identity,
+            identities=identities,
         )
 
 
@@ -72,6 +75,7 @@ class StepContext:
 
     Attributes:
         step: number of the exchange; ``rank`` of ``size``: who we are now; ``identity``: who we are for good.
+        identities: the same of all ranks, or () if they are the ranks' numbers.
         zeros_key, ties_key: keys of the coins; the first is this rank's own, the second everybody's.
         secret: what only this rank knows, in hexadecimal, if its noise shall be private; else empty.
         voters: the ranks whose messages a rule is given, in their order.
@@ -90,11 +94,16 @@ class StepContext:
     ties_key: int
     secret: str = ""
     identity: int = 0
+    identities: tuple[int, ...] = ()
     voters: tuple[int, ...] = ()
     prepared: Any = None
     previous: torch.Tensor | None = None
     speakers: torch.Tensor | None = None
     tied: torch.Tensor | None = None
+
+    def identity_of(self, rank: int) -> int:
+        """Who a rank is for good."""
+        return self.identities[rank] if self.identities else rank
 
     def noise_key(self, first_word: int) -> int:
         """Key of this rank's own random numbers for the values that start at ``first_word``.

@@ -3,13 +3,18 @@
 What has arrived of a collective says little: MPI may send one rank's data through another. So a rank that has waited
 for long sends a short notice to every other, and a rank that waits, wherever it is, answers. Whoever neither waits nor
 answers is missing. In a step where nobody waits for long nothing is sent.
+
+A rank that was late finds notices of waits that are long over, and whoever sent them may be anywhere by now. So a
+notice says which one of the other's it answers, and only an answer tells where a rank is that has not come here.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from mpisign.errors import ConsistencyError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -17,8 +22,16 @@ if TYPE_CHECKING:
 __all__ = ["Presence"]
 
 TAG = 0x6D73
-NOTICE = np.dtype([("number", "<i8"), ("where", "S80")])
+NOTICE = np.dtype([("number", "<i8"), ("answered", "<i8"), ("where", "S80")])
 MANY = 8  # ranks whose places are told one by one
+
+
+class _Heard(NamedTuple):
+    """The latest notice of a rank: the number of its wait, that of ours which it answers (0: none), and its place."""
+
+    number: int
+    answered: int
+    where: str
 
 
 class Presence:
@@ -33,50 +46,59 @@ class Presence:
     def __init__(self, comm: MPI.Comm) -> None:
         self._comm = comm
         self._number = 0
-        self._told: set[int] = set()  # ranks that know that this one waits here
-        self._heard: dict[int, tuple[int, str]] = {}
+        self._told: dict[int, int] = {}  # ranks that know that this one waits here: the number that was answered
+        self._heard: dict[int, _Heard] = {}
         self._sent: list[tuple[MPI.Request, np.ndarray]] = []
 
     def begin(self) -> None:
         """This rank begins its next wait."""
         self._number += 1
         if self._told:
-            self._told = set()
-        if self._heard:  # who was seen in an earlier wait may be anywhere by now
-            self._heard = {rank: seen for rank, seen in self._heard.items() if seen[0] >= self._number}
+            self._told = {}
 
     def announce(self, where: str) -> None:
         """Tell every other rank that this one waits; once a wait."""
         for rank in range(self._comm.size):
-            self._tell(rank, where)
+            if rank != self._comm.rank and rank not in self._told:
+                self._tell(rank, where)
 
     def listen(self, where: str) -> None:
-        """Take in what others have told, and answer them that this rank waits."""
+        """Take in what others have told, and answer them that this rank waits.
+
+        Raises:
+            ConsistencyError: what a rank has sent is no notice.
+        """
         from mpi4py import MPI
 
         status = MPI.Status()
         while self._comm.Iprobe(MPI.ANY_SOURCE, TAG, status):
             rank, notice = status.Get_source(), np.zeros(1, NOTICE)
+            if status.Get_count(MPI.BYTE) != NOTICE.itemsize:
+                raise ConsistencyError(
+                    f"rank {rank} has sent {status.Get_count(MPI.BYTE)} bytes that are no notice of mpisign's (this is "
+                    f"rank {self._comm.rank}): run the same version on every rank"
+                )
             self._comm.Recv(notice.view(np.uint8), rank, TAG)
-            self._heard[rank] = int(notice["number"][0]), _printable(notice["where"][0])
-            self._tell(rank, where)
+            heard = _Heard(int(notice["number"][0]), int(notice["answered"][0]), _printable(notice["where"][0]))
+            self._heard[rank] = heard
+            if self._told.get(rank, -1) < heard.number:
+                self._tell(rank, where)
         self._sent = [sent for sent in self._sent if not sent[0].Test()]
 
     def missing(self) -> str:
         """Who has not come to this wait, for a message."""
-        others = [rank for rank in range(self._comm.size) if rank != self._comm.rank]
-        silent = [rank for rank in others if rank not in self._heard]
-        earlier = [(rank, *self._heard[rank]) for rank in others if rank in self._heard]
-        behind = [f"rank {rank} waits in {place}" for rank, number, place in earlier if number < self._number]
+        heard = {rank: self._heard.get(rank, _Heard(-1, 0, "")) for rank in range(self._comm.size)}
+        absent = {rank: it for rank, it in heard.items() if rank != self._comm.rank and it.number < self._number}
+        silent = [rank for rank, it in absent.items() if it.answered < self._number]
+        behind = [f"rank {rank} waits in {it.where}" for rank, it in absent.items() if it.answered >= self._number]
         told = [f"not heard from yet: ranks {silent}"] if silent else []
         told += [*behind[:MANY], *([f"{len(behind) - MANY} more wait elsewhere"] if len(behind) > MANY else [])]
         return "; ".join(told) or "all ranks wait here, so the network or MPI does not deliver"
 
     def _tell(self, rank: int, where: str) -> None:
-        if rank == self._comm.rank or rank in self._told:
-            return
-        self._told.add(rank)
-        notice: np.ndarray = np.array([(self._number, where.encode(errors="replace")[:80])], NOTICE).view(np.uint8)
+        answered = self._told[rank] = self._heard[rank].number if rank in self._heard else 0
+        fields = self._number, answered, where.encode(errors="replace")[:80]
+        notice: np.ndarray = np.array([fields], NOTICE).view(np.uint8)
         self._sent.append((self._comm.Isend(notice, rank, TAG), notice))
 
 

@@ -8,6 +8,7 @@ keeps no group of its own: a group can be replaced between two steps.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import signal
@@ -75,10 +76,15 @@ class Session(Talk):
     def replace(self, group: Group) -> Group | None:
         """Go on with another group, between two steps. **Collective** over its ranks.
 
+        A rank that the others leave out goes on with a group of its own, so that it, and they, can leave the job alone.
+        Call :func:`mpisign.checkpoint.wait` before; a save in the background may miss its part else.
+
         Returns:
             The former group, whose communicators now are the caller's to free.
         """
         before, self.group = getattr(self, "group", None), group
+        if before is not None and before.identities[0] != group.identities[0]:
+            self.clocks.clear()  # they tell how far a rank 0 is ahead that is no more
         self._presence = Presence(group.comm)
         self.watchdog.comm, self.watchdog.rank, self.watchdog.size = group.comm, group.rank, group.size
         return before
@@ -90,6 +96,7 @@ class Session(Talk):
 
 
 _session: Session | None = None
+_finalize_timeout: tuple[int, float | None] = -1, None  # process and stall_timeout of the latest session
 
 
 def current(caller: str = "this function") -> Session:
@@ -129,7 +136,7 @@ def init(
         OptionError: a time that is not positive, or a map of ranks to nodes that does not fit.
         ConsistencyError: on every rank, if they pass different maps.
     """
-    global _session
+    global _session, _finalize_timeout
     if _session is not None:
         raise AlreadyInitializedError(
             f"rank {_session.rank}: mpisign.init() was called before; call it once, or mpisign.shutdown() first "
@@ -138,7 +145,7 @@ def init(
     for name, seconds in (("stall_warning", stall_warning), ("stall_timeout", stall_timeout)):
         if seconds is not None:
             check_positive(name, seconds, " of seconds, or None for never")
-    tracer = Tracer(timelines.capacity())
+    tracer = Tracer()
     watchdog = Watchdog(tracer, stall_warning, stall_timeout)
     with watchdog.guard_start():
         from mpi4py import MPI  # not at import: a spawned DataLoader worker that starts MPI hangs the job
@@ -164,13 +171,16 @@ def init(
         )
     session.align_clocks()
     _session = session
+    _finalize_timeout = session.process, stall_timeout
     if abort_on_exception:
         session._previous_hook = sys.excepthook
         sys.excepthook = _abort_on_exception
     # One rank's variable counts, so that all do the same.
     path = session.spread_value(os.environ.get(timelines.VARIABLE, ""), str, 0, "init()")
     if path:
+        tracer.keep(timelines.RECORDED)
         session.farewells.callback(_write_timeline, session, path)
+    atexit.unregister(_shutdown_at_exit)  # of an earlier session
     atexit.register(_shutdown_at_exit)
 
 
@@ -206,17 +216,18 @@ def shutdown() -> None:
     Called at exit if you do not. MPI itself stays up (mpi4py finalizes it when Python exits), so :func:`init`
     may be called again. A rank that leaves while others are in a step is an error to them, not a hang.
     """
-    global _session
+    global _session, _finalize_timeout
     if _session is None:
         return
     from mpi4py import MPI
 
     leaving, _session = _session, None
-    atexit.unregister(_shutdown_at_exit)
     if leaving._previous_hook is not None and sys.excepthook is _abort_on_exception:
         sys.excepthook = leaving._previous_hook
     if leaving.process != os.getpid() or MPI.Is_finalized():
         return  # a forked child is not a rank, and after MPI.Finalize() there is nobody to tell
+    if leaving.group.size != MPI.COMM_WORLD.Get_size():
+        _finalize_timeout = -1, None
     if leaving.say_goodbye(leaving.farewells):
         leaving.group.free(leaving.watchdog)
 
@@ -229,11 +240,19 @@ def _write_timeline(session: Session, path: str) -> None:
 
 
 def _shutdown_at_exit() -> None:
-    """And then MPI_Finalize, where Python stands still and only the system can look at the time."""
-    seconds = _session.watchdog.stall_timeout if _session is not None and _session.process == os.getpid() else None
+    """And then MPI_Finalize, where Python stands still and only the system can look at the time.
+
+    It waits for every process that mpirun has started. If some are no ranks of this group, they may train for long yet.
+    """
     shutdown()
-    if seconds is not None and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+    process, seconds = _finalize_timeout
+    if process != os.getpid() or seconds is None:
+        return
+    from mpi4py import MPI
+
+    if not MPI.Is_finalized() and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL:
+        with contextlib.suppress(OverflowError):  # so long that it is for ever
+            signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _abort_on_exception(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:

@@ -134,27 +134,49 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
             f"{act}: the optimizer's state on rank {root_rank} cannot be sent: {printable(told['problem'])}; send it "
             f"with broadcast_object() and load it with load_state_dict()"
         )
+    for key in ("step", "epoch"):
+        if not 0 <= (told[key] or 0) < 2**62:
+            raise ConsistencyError(f"{act}: rank {root_rank} says that it is at {key} {told[key]}, which cannot be")
     if session.rank != root_rank:
         tensors = _new_tensors(told["shapes"], root_rank)
     _broadcast_tensors(tensors, root_rank, session)
     if session.rank != root_rank:
         try:
-            own.update(trees.unflatten(told["state"], tensors))
+            theirs = trees.unflatten(told["state"], tensors)
+            _check_options(own["param_groups"], theirs["param_groups"], getattr(optimizer, "defaults", {}))
+            own.update(theirs)
             if "mpisign" in own:
                 own["mpisign"] = {**own["mpisign"], "step": told["step"], "epoch": told["epoch"]}
             optimizer.load_state_dict(own)
-        except (AttributeError, IndexError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever torch makes of it
             raise ConsistencyError(
                 f"rank {session.rank}: the optimizer's state of rank {root_rank} does not fit this rank's "
                 f"({type(error).__name__}: {error}): build the same optimizer on every rank"
             ) from error
 
 
+def _check_options(own: Sequence[Any], theirs: Sequence[Any], needed: Iterable[str]) -> None:
+    """Raise ValueError or KeyError if options would load, and fail in a step: one is missing, or of another kind."""
+    for mine, other in zip(own, theirs, strict=True):
+        for key in needed:
+            here, there = mine.get(key), other[key]
+            if None not in (here, there) and _kind(here) != _kind(there):
+                raise ValueError(f"{key!r} is {there!r:.80}, and here {here!r:.80}")
+
+
+def _kind(option: Any) -> object:
+    if isinstance(option, (list, tuple)):
+        return [_kind(item) for item in option]
+    return "number" if isinstance(option, (int, float, torch.Tensor)) else type(option)
+
+
 def _new_tensors(shapes: Sequence[Any], root_rank: int) -> list[torch.Tensor]:
     """Empty tensors of the shapes and types that another rank has told."""
     try:
+        if any(size >= 2**40 for shape, _ in shapes for size in shape):
+            raise ValueError("one is too large")
         return [torch.empty(shape, dtype=trees.dtype_of(name), device="cpu") for shape, name in shapes]
-    except (KeyError, MemoryError, RuntimeError, TypeError) as error:
+    except (KeyError, MemoryError, RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise ConsistencyError(f"rank {root_rank} has sent tensors that cannot be made here: {error}") from error
 
 

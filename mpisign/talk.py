@@ -61,6 +61,7 @@ ACTS = (
 OBJECTS_LIMIT_BYTES = 2**31 - 1  # what MPI counts of all ranks' objects together
 CLOCK_TRIES = 5
 CLOCK_TAG = 0x6D74
+CLOCK_LIMIT = 2**61  # nanoseconds, 73 years: differences of two times fit into 64 bits
 
 
 class Talk:
@@ -101,7 +102,7 @@ class Talk:
 
     def test(self, pending: Pending) -> bool:
         """Whether a collective operation is over; see :meth:`mpisign.watchdog.Watchdog.test`."""
-        return self.watchdog.test(pending)
+        return self.watchdog.test(pending, self._presence)
 
     # ------------------------------------------------------------------------------------------- meetings
 
@@ -245,6 +246,9 @@ class Talk:
 
         Each rank asks rank 0 for the time in turn, a few times; the answer that took the shortest is right within half
         of what it took.
+
+        Raises:
+            ConsistencyError: what rank 0 has told is no time.
         """
         comm, asked, told = self.group.comm, np.zeros(1, np.int64), np.zeros(1, np.int64)
         with self.watchdog.guard("the alignment of clocks"):
@@ -256,15 +260,20 @@ class Talk:
                         comm.Send(told, rank, CLOCK_TAG)
                 self.clocks.append((perf_counter_ns(), 0))
                 return
-            best: tuple[int, int, int] | None = None
+            tries: list[tuple[int, int, int]] = []  # how long it took, when, the answer
             for _ in range(CLOCK_TRIES):
                 began = perf_counter_ns()
                 comm.Sendrecv(asked, 0, CLOCK_TAG, told, 0, CLOCK_TAG)
                 ended = perf_counter_ns()
-                middle = (began + ended) // 2
-                best = min(best or (ended - began, middle, 0), (ended - began, middle, int(told[0]) - middle))
-            assert best is not None
-            self.clocks.append(best[1:])
+                tries.append((ended - began, (began + ended) // 2, int(told[0])))
+            # Not before: rank 0 waits for every question, and the ranks behind this one for rank 0.
+            wrong = [answer for _, _, answer in tries if not 0 <= answer < CLOCK_LIMIT]
+            if wrong:
+                raise ConsistencyError(
+                    f"rank 0 has told the time {wrong[0]}, which no clock shows (this is {self.rank})"
+                )
+            _, middle, answer = min(tries)
+            self.clocks.append((middle, answer - middle))
 
     # ------------------------------------------------------------------------------------------------ end
 

@@ -14,14 +14,15 @@ import numpy.typing as npt
 from mpisign import encoding
 from mpisign.errors import MpisignError
 from mpisign.talk import Talk
-from mpisign.trace import CAPACITY, OTHER, PHASE_OF, PHASES, Span
+from mpisign.trace import OTHER, PHASE_OF, PHASES, Span
 
-__all__ = ["VARIABLE", "capacity", "write"]
+__all__ = ["RECORDED", "VARIABLE", "write"]
 
 ACT = "timeline()"
 VARIABLE = "MPISIGN_TIMELINE"
-RECORDED = 500_000  # spans that are kept where the variable is set; about 80 MB
+RECORDED = 500_000  # spans that each rank keeps where rank 0 has the variable; about 80 MB
 LIMIT_BYTES = 512 << 20
+NAME_LENGTH = 200
 COLUMNS = 5  # name, step, message, begin, end
 ROWS = (*PHASES, OTHER)
 
@@ -34,7 +35,9 @@ def write(talk: Talk, path: str | os.PathLike[str]) -> None:
 
     Raises:
         MpisignError: on every rank, if rank 0 cannot write.
+        TypeError: ``path`` is none.
     """
+    path = os.fsdecode(path)
     talk.meet(ACT)
     talk.align_clocks()
     spans = talk.tracer.spans()
@@ -45,16 +48,11 @@ def write(talk: Talk, path: str | os.PathLike[str]) -> None:
     if talk.rank == 0:
         try:
             _write(Path(path), [_events(rank, *both) for rank, both in enumerate(zip(told, tables, strict=True))])
-        except (OSError, MpisignError) as error:
+        except Exception as error:  # whatever it is, the others must hear of it
             problem = f"{type(error).__name__}: {error}"
     problem = talk.spread_value(problem, str, 0, ACT)
     if problem:
-        raise MpisignError(f"timeline({os.fspath(path)!r}): rank 0 cannot write it: {encoding.printable(problem)}")
-
-
-def capacity() -> int:
-    """How many spans a rank shall keep."""
-    return RECORDED if os.environ.get(VARIABLE) else CAPACITY
+        raise MpisignError(f"timeline({path!r}): rank 0 cannot write it: {encoding.printable(problem)}")
 
 
 def _aligned(spans: Sequence[Span], names: Sequence[str], clocks: Sequence[tuple[int, int]]) -> npt.NDArray[np.int64]:
@@ -71,6 +69,8 @@ def _aligned(spans: Sequence[Span], names: Sequence[str], clocks: Sequence[tuple
 def _events(rank: int, told: bytes, table: bytes) -> Iterator[dict[str, Any]]:
     """A rank's rows and spans, in the format of Chrome's trace events; checked, as another rank has sent them."""
     names = encoding.decode(told, [str], rank)
+    if any(len(name) > NAME_LENGTH for name in names):  # each is written once a span
+        raise MpisignError(f"rank {rank} has sent the name of a span that is longer than {NAME_LENGTH}")
     if len(table) % (8 * COLUMNS):
         raise MpisignError(f"rank {rank} has sent {len(table)} bytes, which are no spans")
     rows = np.frombuffer(table, np.int64).reshape(-1, COLUMNS)

@@ -62,6 +62,15 @@ class Tracer:
         self._count = 0  # of all spans ever
         self._open: list[_Open] = []
 
+    def keep(self, capacity: int) -> None:
+        """From now on the latest so many."""
+        self._spans = deque(self._spans, maxlen=capacity)
+
+    @property
+    def capacity(self) -> int:
+        """How many spans are kept."""
+        return self._spans.maxlen or 0
+
     def span(self, name: str, message: int = -1) -> AbstractContextManager[None]:
         """A context that takes down when it began and ended; torch's profiler sees ``mpisign::<phase>``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,16 @@ import torch
 
 __all__ = ["dtype_of", "flatten", "name_of", "unflatten"]
 
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return re.fullmatch(r"torch\.u?int(8|16|32|64)", str(dtype)) is not None
+
+
+# Those whose elements are numbers of whole bytes; others can hardly be copied.
 _DTYPES = {
-    str(it).removeprefix("torch."): it for it in vars(torch).values() if isinstance(it, torch.dtype) and it.itemsize
+    str(it).removeprefix("torch."): it
+    for it in vars(torch).values()
+    if isinstance(it, torch.dtype) and (it.is_floating_point or it.is_complex or it is torch.bool or _is_integer(it))
 }
 
 
@@ -33,6 +42,8 @@ def flatten(tree: Any, tensors: list[torch.Tensor], where: str = "") -> Any:  # 
         TypeError: something is of another type; names its place.
     """
     if isinstance(tree, torch.Tensor):
+        if name_of(tree.dtype) not in _DTYPES:
+            raise TypeError(f"state{where} is a tensor of {tree.dtype}")
         tensors.append(tree)
         return ["tensor", len(tensors) - 1]
     if isinstance(tree, torch.dtype):

@@ -81,33 +81,19 @@ class Watchdog:
             ConsistencyError: MPI says that the ranks' messages do not fit each other.
         """
         presence.begin()
-        with self.unbroken():
-            try:
-                if not pending.request.Test():
-                    self._wait(pending.request, presence)
-            except Exception as error:
-                raise self._named(error) from error
+        with self.unbroken(), self._naming():
+            if not pending.request.Test():
+                self._wait(pending.request, presence)
         self._posted.discard(pending)
 
-    def test(self, pending: Pending) -> bool:
+    def test(self, pending: Pending, presence: Presence) -> bool:
         """Whether an operation is over, without waiting; each call also lets MPI go on with it."""
-        with self.unbroken():
-            try:
-                over = bool(pending.request.Test())
-            except Exception as error:
-                raise self._named(error) from error
+        with self.unbroken(), self._naming():
+            over = bool(pending.request.Test())
         if over:
+            presence.begin()
             self._posted.discard(pending)
         return over
-
-    def _named(self, error: Exception) -> Exception:
-        """MPI's own errors as ours."""
-        if type(error).__module__.partition(".")[0] != "mpi4py":
-            return error
-        return ConsistencyError(
-            f"rank {self.rank} of {self.size}: MPI has failed in {self._where()}: {error}. A rank has sent something "
-            f"else than the others expect, or has died"
-        )
 
     def _wait(self, request: MPI.Request, presence: Presence) -> None:
         waited, last, warn_at = 0.0, time.monotonic(), self._warning
@@ -128,17 +114,32 @@ class Watchdog:
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:
-        """Watch a call of MPI's that blocks, from a thread."""
+        """Watch a call of MPI's that blocks, from a thread. Raises as :meth:`wait` does."""
         if self._warning is None and self.stall_timeout is None:
-            yield
+            with self.unbroken(what), self._naming(what):
+                yield
             return
         done = threading.Event()
         watching = threading.Thread(target=self._watch, args=(what, done), name="mpisign watchdog", daemon=True)
         watching.start()
         try:
-            yield
+            with self.unbroken(what), self._naming(what):
+                yield
         finally:
             done.set()
+
+    @contextmanager
+    def _naming(self, what: str = "") -> Iterator[None]:
+        """Turn MPI's own errors into ConsistencyError."""
+        try:
+            yield
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] != "mpi4py":
+                raise
+            raise ConsistencyError(
+                f"rank {self.rank} of {self.size}: MPI has failed in {what or self._where()}: {error}. A rank has sent "
+                f"something else than the others expect, or has died"
+            ) from error
 
     def _watch(self, what: str, done: threading.Event) -> None:
         waited, last, warn_at = 0.0, time.monotonic(), self._warning
@@ -163,7 +164,7 @@ class Watchdog:
             return
         try:
             faulthandler.dump_traceback_later(seconds, exit=self.stall_timeout is not None, file=sys.__stderr__)  # type: ignore[arg-type]
-        except (ValueError, AttributeError, OSError, RuntimeError):  # stderr is closed, or no file
+        except (ValueError, AttributeError, OSError, RuntimeError, OverflowError):  # no stderr, or for ever
             yield
             return
         try:

@@ -101,7 +101,7 @@ def add_flags(parser: argparse.ArgumentParser, epochs: int, batch_size: int) -> 
     add = parser.add_argument_group("voting").add_argument
     known = ", ".join(map(usage, METHODS))
     add("--method", type=method, default="signum", metavar="NAME[:ARG=VALUE,...]", help=f"one of {known}")
-    add("--zeros", choices=("coin", "abstain", "positive"), default="coin", help="what an exactly zero value votes")
+    add("--zeros", choices=("rows", "coin", "abstain", "positive"), default="rows", help="what an exactly zero value votes")
     add("--ties", choices=("coin", "zero", "positive"), default="coin", help="who wins a tied vote")
     add("--exchange", choices=("auto", "allgather", "two_phase"), default="auto", help="how messages cross MPI")
     add = parser.add_argument_group(

@@ -1,13 +1,18 @@
-"""What the serial tests share: a job of one rank."""
+"""What the serial tests share: a job of one rank, and modules of scripts/ in it."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import mpisign
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 @pytest.fixture
@@ -20,3 +25,24 @@ def world() -> Iterator[None]:
     finally:
         mpisign.shutdown()
         assert sys.excepthook is hook, "shutdown() must put the exception hook back"
+
+
+@pytest.fixture
+def training(world: None, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """scripts/training.py."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module("training")
+
+
+@pytest.fixture
+def flags(world: None, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """scripts/flags.py."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module("flags")
+
+
+@pytest.fixture
+def batches(world: None, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """scripts/batches.py."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module("batches")

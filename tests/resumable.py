@@ -20,13 +20,27 @@ from torch.utils.data import DistributedSampler
 import mpisign
 from mpisign import Method
 
-BATCH = 4
+BATCH, SAMPLES = 4, 40  # 10 steps an epoch of one rank, 5 of two, 3 of three, 2 of more
+SAVED, UNTIL = 2, 6  # steps. Methods have phases that begin before, with and after the first of them
+
+
+class Scale(nn.Module):
+    """An fp64 number, and nothing at all in fp16: parameters of other types and no dimension or no element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.nothing = nn.Parameter(torch.ones(0, dtype=torch.float16))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs * self.factor + self.nothing.sum()
 
 
 class Job:
     """Dropout and noise from three generators, BatchNorm, a scheduler, a shuffled share of the data for each rank.
 
-    Half of its gradients are zeros, so that coins matter.
+    Half of its gradients are zeros, so that coins matter, and every step has a rate of its own, which what a memory
+    owes must follow.
     """
 
     def __init__(
@@ -40,16 +54,17 @@ class Job:
     ) -> None:
         rank, size = mpisign.rank(), mpisign.size()
         torch.manual_seed(seed)
-        self.model = nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.Dropout(0.3), nn.Linear(24, 3)).to(dtype)
+        layers = nn.Linear(12, 24), nn.BatchNorm1d(24), nn.Dropout(0.3), nn.Linear(24, 3)
+        self.model = nn.Sequential(*layers).to(dtype).append(Scale())
         sgd = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.5 if plain else 0.0, weight_decay=0.01)
         self.optimizer = (
             sgd
             if plain
             else mpisign.DistributedSignOptimizer(sgd, self.model.named_parameters(), method=method, **options)
         )
-        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 3, gamma=0.7)
-        self.inputs, self.labels = torch.randn(60, 12, dtype=dtype), torch.randint(3, (60,))
-        self.sampler = DistributedSampler(range(60), num_replicas=size, rank=rank, seed=seed)
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
+        self.inputs, self.labels = torch.randn(SAMPLES, 12, dtype=dtype), torch.randint(3, (SAMPLES,))
+        self.sampler = DistributedSampler(range(SAMPLES), num_replicas=size, rank=rank, seed=seed)
         self.step = self.epoch = self.batch = 0
         self.seen: list[list[int]] = []
         torch.manual_seed(100 + rank)
@@ -123,14 +138,14 @@ def in_the_background(job: Job, path: Path) -> Path:
 
 
 def assert_resuming_is_exact(
-    folder: Path, build: Callable[[], Job], save: Callable[[Job, Path], Path] = at_once, until: int = 8
+    folder: Path, build: Callable[[], Job], save: Callable[[Job, Path], Path] = at_once, until: int = UNTIL
 ) -> None:
-    """A job that is saved at step 5 and goes on is, bit for bit, another that loads and goes on. Collective.
+    """A job that is saved and goes on is, bit for bit, another that loads and goes on. Collective.
 
     Args:
-        until: the last step, by another learning rate; from 16 on of another epoch on any number of ranks.
+        until: the last step.
     """
-    straight = build().train(5)
+    straight = build().train(SAVED)
     saved = save(straight, folder)
     straight.train(until)  # overwrites all that is being written in the background
     expected = straight.everything()
@@ -138,19 +153,19 @@ def assert_resuming_is_exact(
 
     resumed = build()
     found = resumed.load(folder)
-    assert (found.step, found.path, found.ranks) == (5, saved, mpisign.size())
+    assert (found.step, found.path, found.ranks) == (SAVED, saved, mpisign.size())
     resumed.train(until)
-    assert resumed.seen == straight.seen[5:]
+    assert resumed.seen == straight.seen[SAVED:]
     assert_equal(resumed.everything(), expected)
     mpisign.check_consistency(resumed.model, resumed.optimizer, buffers=False)
 
 
 def assert_states_are_enough(file: Path, build: Callable[[], Job]) -> None:
     """The same by ``torch.save`` of state dicts, as training scripts without :mod:`mpisign.checkpoint` do it."""
-    straight = build().train(5)
+    straight = build().train(SAVED)
     torch.save({name: part.state_dict() for name, part in straight._parts().items()}, file)
     at = straight.everything()
-    straight.train(8)
+    straight.train(UNTIL)
 
     resumed = build()
     saved = torch.load(file, weights_only=True)
@@ -160,7 +175,7 @@ def assert_states_are_enough(file: Path, build: Callable[[], Job]) -> None:
     random.setstate(at["python"])
     np.random.set_state(at["numpy"])  # noqa: NPY002
     torch.set_rng_state(at["torch"])
-    resumed.train(8)
+    resumed.train(UNTIL)
     assert_equal(resumed.everything(), straight.everything())
     mpisign.check_consistency(resumed.model, resumed.optimizer, buffers=False)
 

@@ -27,12 +27,14 @@ def bench(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
 
 
+@pytest.mark.long
 def test_help_has_defaults_and_examples() -> None:
     text = bench("--help").stdout
     assert "(default: 100000000)" in text
     assert "benchmarks/bench_bitmap_gpu.py --report" in text.partition("examples:")[2]
 
 
+@pytest.mark.long
 def test_what_only_decorates_need_not_be_installed() -> None:
     """A machine with a GPU may have nothing but torch, NumPy and CuPy, and no MPI."""
     program = (
@@ -75,6 +77,7 @@ def test_the_bitmaps_that_are_decided_start_where_the_report_says(
     assert launches == ["majority_3", "majority_3"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     done = bench()
@@ -94,6 +97,7 @@ def test_a_small_run_writes_a_report(tmp_path: Path) -> None:
     assert raw["gpu"] == torch.cuda.get_device_name()
 
 
+@pytest.mark.long
 @needs_compiler
 def test_on_the_host_with_its_kernels_in_the_shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NumPy has the functions of CuPy that are rivals."""

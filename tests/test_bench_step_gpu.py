@@ -27,12 +27,14 @@ def bench(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
 
 
+@pytest.mark.long
 def test_help_has_defaults_and_examples() -> None:
     text = " ".join(bench("--help").stdout.split())
     assert "(default: 64)" in text
     assert "benchmarks/bench_step_gpu.py --report" in text.partition("examples:")[2]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     done = bench()
@@ -65,6 +67,7 @@ class Clock:
         return 1e3 * (other.at - self.at)
 
 
+@pytest.mark.long
 @needs_compiler
 @pytest.mark.filterwarnings("ignore:CUDA is not available, disabling CUDA profiling")
 @pytest.mark.parametrize("mpi", [True, False], ids=["MPI", "no MPI"])

@@ -77,6 +77,7 @@ def check_report(folder: Path, name: str, printed: str) -> dict[str, Any]:
     return data
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bitmap(tmp_path: Path, dtype: str):
     options = ["--elements", "4099", "--dtype", dtype, "--ranks", "3", "8"]
@@ -88,6 +89,7 @@ def test_bitmap(tmp_path: Path, dtype: str):
     assert data["settings"] == {"rounds": 2, "warmup": 0, "elements": 4099, "dtype": dtype, "ranks": [3, 8]}
 
 
+@pytest.mark.long
 def test_exchange_between_ranks(tmp_path: Path):
     ranks, elements = 3, 40_000
     options = ["--elements", str(elements), "--bucket-mb", "0.001"]
@@ -107,6 +109,7 @@ def test_exchange_between_ranks(tmp_path: Path):
     }
 
 
+@pytest.mark.long
 def test_exchange_of_one_process_without_gloo(tmp_path: Path):
     """One rank sends nothing, and no ratio of bytes may trip over that."""
     printed = run_alone("bench_exchange.py", "--elements", "1000", "--no-gloo", *reporting(tmp_path))
@@ -116,6 +119,7 @@ def test_exchange_of_one_process_without_gloo(tmp_path: Path):
     assert not [one for one in data["contenders"] if "gloo" in one["name"]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
 def test_step(tmp_path: Path, exchange: str):
     printed = run_ranks(2, "bench_step.py", "--width", "2", "--exchange", exchange, *reporting(tmp_path))
@@ -135,6 +139,7 @@ def test_step(tmp_path: Path, exchange: str):
         assert 0 <= payload - bit * data["parameters"] / 8 <= 4 * 161 + 8 * 161
 
 
+@pytest.mark.long
 def test_methods(tmp_path: Path):
     printed = run_alone("bench_methods.py", "--width", "2", *reporting(tmp_path))
     data = check_report(tmp_path, "methods", printed)
@@ -146,11 +151,13 @@ def test_methods(tmp_path: Path):
     assert data["bytes"].keys() | yardsticks == {one["name"] for one in data["contenders"]}
 
 
+@pytest.mark.long
 def test_methods_of_a_choice(tmp_path: Path):
     printed = run_alone("bench_methods.py", "--width", "2", "--only", "dgc", *reporting(tmp_path))
     assert check_report(tmp_path, "methods", printed)["bytes"].keys() == {"signum", "dgc"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", ["bench_bitmap.py", "bench_exchange.py", "bench_step.py", "bench_methods.py"])
 def test_help_has_defaults_and_examples(script: str):
     text = run_alone(script, "--help")
@@ -239,6 +246,7 @@ def test_slow_network_runs_a_rank_on_each_host_and_leaves_nothing():
     assert after == before
 
 
+@pytest.mark.long
 def test_checkpoint(tmp_path: Path) -> None:
     (results := tmp_path / "results").mkdir()
     (disk := tmp_path / "disk").mkdir()

@@ -169,6 +169,7 @@ def test_no_code_hides_in_a_block_of_another_name(page: Path) -> None:
     assert {fence.split()[0] if fence else "" for fence in fences} <= LANGUAGES
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_the_python_blocks_of_each_page_run(tmp_path: Path, ranks: int) -> None:
     """The blocks of a page are one script. The scripts run one after the other, with nothing left of the one before."""

@@ -11,6 +11,7 @@ import oracle
 import parts
 import pytest
 import torch
+from methods_table import ALONE, FOUR
 from parts import DTYPES, ONE_BUCKET, ONE_SEGMENT_A_BUCKET, SHAPES, Side
 
 import mpisign
@@ -234,10 +235,10 @@ def test_a_memory_is_asked_for_once_and_changed_in_place() -> None:
 def test_one_bad_element_is_told(dtype: torch.dtype, at: int, bad: float) -> None:
     tensors = parts.parameters((10,), (100,), (10,), dtypes=[dtype])
     gradients = parts.draw_normal(tensors, 0)
-    for method in (mpisign.signsgd(), mpisign.signum(), mpisign.mean(), mpisign.ef_signsgd()):
+    for method in (*FOUR, ALONE["ef_signsgd"]):
         assert parts.side(tensors, method).send(gradients)
     gradients[1][at] = bad
-    for method in (mpisign.signsgd(), mpisign.signum(), mpisign.mean(), mpisign.ef_signsgd()):
+    for method in (*FOUR, ALONE["ef_signsgd"]):
         assert not parts.side(tensors, method).send(gradients), method.name
 
 

@@ -1,4 +1,4 @@
-"""The plan of the house: who may import whom, what `import mpisign` may start, how long a module may be."""
+"""The plan of the house: who may import whom, what `import mpisign` may start, how long a file may be."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import pytest
 import mpisign
 
 ROOT = Path(mpisign.__file__).parent
+REPOSITORY = Path(__file__).parents[1]
+FOLDERS = ("mpisign", "tests", "scripts", "benchmarks", "docs")
 LAYERS = [
-    {"errors", "launch", "bitmap", "policy", "trace", "report", "encoding", "trees", "presence"},
+    {"errors", "launch", "bitmap", "backends", "policy", "trace", "report", "encoding", "trees", "presence"},
     {"watchdog", "group", "talk", "timeline", "session"},
-    {"layout", "preemption", "codecs", "rules", "memory"},
-    {"attacks", "exchange", "method", "methods", "sync", "wrapping", "checkpoint"},
+    {"preemption", "codecs", "rules", "memory", "method", "layout"},
+    {"attacks", "exchange", "methods", "sync", "wrapping", "checkpoint"},
     {"optimizer", "doctor"},
     {"__init__", "__main__"},
 ]
@@ -77,10 +79,28 @@ def test_modules_do_not_import_in_circles() -> None:
     assert list(graphlib.TopologicalSorter(graph).static_order())
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_a_module_is_one_idea(name: str) -> None:
-    lines = MODULES[name].read_text().count("\n")
-    assert lines < 450
+def test_a_file_is_one_idea() -> None:
+    files = [path for folder in FOLDERS for kind in ("*.py", "*.cu") for path in (REPOSITORY / folder).rglob(kind)]
+    assert {"host.py", "pack.cu", "test_layers.py", "training.py", "harness.py"} <= {path.name for path in files}
+    lines = {str(path): len(path.read_text().splitlines()) for path in files}
+    assert not {path: count for path, count in lines.items() if count > 450}, "split them along what they do"
+
+
+def named_by(path: Path) -> Iterator[str]:
+    """The modules that a file imports, and the names that it imports from them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def test_no_test_module_imports_another() -> None:
+    """What they share is in modules without tests, so that a test can move, or go, by itself."""
+    tests = {path.stem: path for path in (REPOSITORY / "tests").rglob("test_*.py")}
+    assert {"test_layers", "test_resume", "test_contract_packing", "test_jobs"} <= set(tests)
+    found = [(str(path), name) for path in (REPOSITORY / "tests").rglob("*.py") for name in named_by(path)]
+    assert not [(path, name) for path, name in found if name.split(".")[-1] in tests]
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - MAY_PRINT))

@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mpisign import DistributedSignOptimizer, GradientError, layout
+import mpisign
+from mpisign import DistributedSignOptimizer, GradientError, Method, layout
 from mpisign.codecs import Codec, Dense, SignBits
 from mpisign.layout import Layout
+from mpisign.memory import Identity
+from mpisign.rules import MajorityVote, Mean
 
 SIZES = [1, 31, 0, 32, 33, 1000, 64, 5]
 MANY = 1 << 20
@@ -24,12 +27,18 @@ def vectors(sizes: list[int], dtype: torch.dtype = torch.float32) -> Named:
     return [(f"p{i}", torch.zeros(size, dtype=dtype)) for i, size in enumerate(sizes)]
 
 
+def laid(named: Named, codec: Codec, cap: float) -> Layout:
+    """All parameters by one method."""
+    rule = MajorityVote() if codec.ballots else Mean()
+    return Layout(named, [Method(Identity(), codec, rule)] * len(named), cap)
+
+
 def in_order(wire: Layout) -> list[int]:
     return [segment.index for bucket in wire.buckets for segment in bucket.segments]
 
 
 def test_segments_start_on_words_in_reverse_registration_order() -> None:
-    (bucket,) = Layout(vectors(SIZES), SignBits(), MANY).buckets
+    (bucket,) = laid(vectors(SIZES), SignBits(), MANY).buckets
     assert [segment.index for segment in bucket.segments] == list(reversed(range(len(SIZES))))
     starts = oracle.first_words(SIZES)
     for segment in bucket.segments:
@@ -44,7 +53,7 @@ def test_segments_start_on_words_in_reverse_registration_order() -> None:
 
 @pytest.mark.parametrize("cap", [0, 1, 4, 5, 8, 12, 136, 10**9])
 def test_buckets_close_when_they_have_reached_the_cap(cap: int) -> None:
-    wire = Layout(vectors(SIZES), SignBits(), cap)
+    wire = laid(vectors(SIZES), SignBits(), cap)
     assert in_order(wire) == list(reversed(range(len(SIZES))))
     starts = oracle.first_words(SIZES)
     for at, bucket in enumerate(wire.buckets):
@@ -59,37 +68,74 @@ def test_buckets_close_when_they_have_reached_the_cap(cap: int) -> None:
 
 
 def test_a_parameter_is_never_split() -> None:
-    wire = Layout(vectors([10, 100_000, 10]), SignBits(), 64)
+    wire = laid(vectors([10, 100_000, 10]), SignBits(), 64)
     assert [[segment.index for segment in bucket.segments] for bucket in wire.buckets] == [[2, 1], [0]]
 
 
 def test_dense_buckets_are_cut_where_the_type_changes() -> None:
     types = [torch.float32, torch.bfloat16, torch.float64, torch.float64, torch.float16]
     named = [(f"p{i}", torch.zeros(10, dtype=dtype)) for i, dtype in enumerate(types)]
-    wire = Layout(named, Dense(), MANY)
+    wire = laid(named, Dense(), MANY)
     assert [(bucket.dtype, [segment.index for segment in bucket.segments]) for bucket in wire.buckets] == [
         (torch.float32, [4]),
         (torch.float64, [3, 2]),
         (torch.float32, [1, 0]),
     ]
-    assert len(Layout(named, SignBits(), MANY).buckets) == 1, "signs of all types are words"
+    assert len(laid(named, SignBits(), MANY).buckets) == 1, "signs of all types are words"
 
 
 def test_the_cap_counts_bytes_of_the_wire() -> None:
-    assert len(Layout(vectors([32] * 8), SignBits(), 16).buckets) == 2
-    assert len(Layout(vectors([32] * 8), Dense(), 256).buckets) == 4
-    assert len(Layout(vectors([32] * 8, torch.float64), Dense(), 256).buckets) == 8
+    assert len(laid(vectors([32] * 8), SignBits(), 16).buckets) == 2
+    assert len(laid(vectors([32] * 8), Dense(), 256).buckets) == 4
+    assert len(laid(vectors([32] * 8, torch.float64), Dense(), 256).buckets) == 8
 
 
 def test_nothing_to_lay_out() -> None:
-    wire = Layout([], SignBits(), MANY)
+    wire = laid([], SignBits(), MANY)
     assert wire.buckets == ()
     assert wire.elements == 0
-    assert Layout(vectors([0]), SignBits(), MANY).elements == 0
+    assert laid(vectors([0]), SignBits(), MANY).elements == 0
 
 
 def test_elements() -> None:
-    assert Layout([("w", torch.zeros(3, 4)), ("b", torch.zeros(()))], SignBits(), MANY).elements == 13
+    assert laid([("w", torch.zeros(3, 4)), ("b", torch.zeros(()))], SignBits(), MANY).elements == 13
+
+
+# --------------------------------------------------------------------------------------- methods by parameter
+
+VOTE, AVERAGE, KRUM = mpisign.signum(), mpisign.mean(), mpisign.krum(0)
+MIXED = [VOTE, AVERAGE, VOTE, VOTE, AVERAGE, KRUM, VOTE, KRUM]
+
+
+@pytest.mark.parametrize("cap", [0, 4, 64, 200, MANY])
+def test_messages_are_cut_by_method(cap: int) -> None:
+    wire = Layout(vectors([40] * 8), MIXED, cap)
+    for bucket in wire.buckets:
+        assert all(MIXED[segment.index] is bucket.method for segment in bucket.segments)
+    assert [bucket.index for bucket in wire.buckets] == list(range(len(wire.buckets)))
+    last = [min(segment.index for segment in bucket.segments) for bucket in wire.buckets]
+    assert last == sorted(last, reverse=True), "in the order in which backward completes them"
+    for method in (VOTE, AVERAGE, KRUM):
+        places = [at for bucket in wire.buckets if bucket.method is method for at in (s.index for s in bucket.segments)]
+        assert places == [place for place in range(7, -1, -1) if MIXED[place] is method]
+    assert [str(method) for method in wire.methods] == [str(KRUM), str(VOTE), str(AVERAGE)]
+
+
+def test_words_are_numbered_whatever_the_cap_and_whatever_stands_between() -> None:
+    """So that coins are the same ones."""
+    numbers = []
+    for cap in (0, 4, 64, 200, MANY):
+        wire = Layout(vectors([40] * 8), MIXED, cap)
+        numbers.append({s.name: s.first_word for bucket in wire.buckets for s in bucket.segments})
+        spans = [range(b.first_word, b.first_word + b.length) for b in wire.buckets]
+        assert len({word for span in spans for word in span}) == sum(map(len, spans)), "none has two meanings"
+    assert all(number == numbers[0] for number in numbers)
+    assert [numbers[0][f"p{place}"] for place in (7, 5, 6, 3, 2, 0, 4, 1)] == [0, 40, 80, 82, 84, 86, 88, 128]
+
+
+def test_all_parameters_of_a_rule_on_whole_vectors_are_one_message() -> None:
+    wire = Layout(vectors([40] * 8), MIXED, 0)
+    assert [[s.index for s in bucket.segments] for bucket in wire.buckets if bucket.method is KRUM] == [[7, 5]]
 
 
 # -------------------------------------------------------------------------------------------- fingerprint
@@ -102,7 +148,7 @@ def usual() -> Named:
 def fingerprint(
     named: Named | None = None, codec: Codec | None = None, cap: int = MANY, settings: tuple[str, ...] = ("a", "b")
 ) -> int:
-    return Layout(usual() if named is None else named, codec or SignBits(), cap).fingerprint(settings)
+    return laid(usual() if named is None else named, codec or SignBits(), cap).fingerprint(settings)
 
 
 def test_equal_layouts_have_equal_fingerprints_whatever_their_values() -> None:
@@ -159,7 +205,7 @@ def test_the_fingerprint_notices_the_version_of_the_format(monkeypatch: pytest.M
 )
 def test_parameters_that_cannot_be_voted_on(parameter: torch.Tensor, complaint: str) -> None:
     with pytest.raises(GradientError, match=f"'odd' .*{complaint}"):
-        Layout([("fine", torch.zeros(3)), ("odd", parameter)], SignBits(), MANY)
+        laid([("fine", torch.zeros(3)), ("odd", parameter)], SignBits(), MANY)
 
 
 @pytest.mark.usefixtures("world")

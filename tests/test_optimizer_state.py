@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from methods_table import FOUR
+from methods_table import FOUR, among
 from resumable import assert_equal
 from torch import nn
 from torch.optim import SGD
@@ -22,6 +22,8 @@ from mpisign import CheckpointError, DistributedSignOptimizer, Method
 pytestmark = pytest.mark.usefixtures("world")
 
 methods = pytest.mark.parametrize("method", FOUR, ids=lambda method: method.name)
+
+FORGETFUL = among(1, lambda method: not method.memory.fields)
 
 State = dict[str, Any]
 
@@ -151,7 +153,7 @@ def test_the_state_of_a_plain_optimizer_loads_with_a_warning() -> None:
     other.train(1)
 
 
-@pytest.mark.parametrize("method", [mpisign.signsgd(), mpisign.mean()], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", FORGETFUL.values(), ids=FORGETFUL)
 def test_without_a_memory_there_is_nothing_to_warn_of(method: Method) -> None:
     Job(method).optimizer.load_state_dict(Job(method).train(1).optimizer.wrapped.state_dict())
 

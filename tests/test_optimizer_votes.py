@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 from gpu_branch import gpu_branch, needs_compiler
-from methods_table import FOUR
+from methods_table import FOUR, among, packs_signs
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -20,6 +20,8 @@ from mpisign import DistributedSignOptimizer, Method
 pytestmark = pytest.mark.usefixtures("world")
 
 SIZES = [33, 1, 0, 700, 64]
+PACKING = among(1, packs_signs)
+each_of_four = pytest.mark.parametrize("method", FOUR, ids=lambda method: method.name)
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 Update = Callable[[oracle.Floats, oracle.Floats], tuple[oracle.Floats, oracle.Floats]]
 
@@ -120,7 +122,7 @@ def test_the_mean_of_one_rank_is_the_plain_optimizer_bit_for_bit(
 @pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no gradients of another dtype")
 @pytest.mark.parametrize("of_gradient", DTYPES, ids=str)
 @pytest.mark.parametrize("of_parameter", DTYPES, ids=str)
-@pytest.mark.parametrize("method", [mpisign.signum(), mpisign.mean()], ids=["signum", "mean"])
+@each_of_four
 def test_gradients_of_another_dtype(method: Method, of_parameter: torch.dtype, of_gradient: torch.dtype) -> None:
     parameter = nn.Parameter(torch.zeros(3, dtype=of_parameter))
     parameter.grad_dtype = of_gradient
@@ -180,7 +182,7 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("of_gradient", LAYOUTS)
 @pytest.mark.parametrize("of_parameter", LAYOUTS)
-@pytest.mark.parametrize("method", [mpisign.signum(), mpisign.mean()], ids=["signum", "mean"])
+@each_of_four
 def test_layouts_in_memory(method: Method, of_parameter: str, of_gradient: str) -> None:
     shape = (4, 3, 2, 5)
     parameter = nn.Parameter(LAYOUTS[of_parameter](torch.zeros(shape)))
@@ -236,7 +238,7 @@ def momentum_of(optimizer: DistributedSignOptimizer) -> list[list[float]]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("method", FOUR, ids=str)
+@each_of_four
 def test_nothing_moves_when_every_gradient_is_bad(method: Method, bad: float, dtype: torch.dtype) -> None:
     parameters = [nn.Parameter(torch.ones(size, dtype=dtype)) for size in SIZES]
     sgd = SGD(parameters, lr=0.5, momentum=0.5, weight_decay=0.5)
@@ -316,7 +318,7 @@ def test_a_memory_that_overflows_costs_one_vote_only(gpu: bool) -> None:
     assert voted == [(0,), (), (0,)]
 
 
-@pytest.mark.parametrize("method", [mpisign.signum(), mpisign.mean()], ids=str)
+@each_of_four
 def test_a_parameter_without_a_gradient_is_left_alone(method: Method) -> None:
     with_gradient, without = (nn.Parameter(torch.ones(3)) for _ in range(2))
     sgd = SGD([with_gradient, without], lr=1.0, momentum=0.9, weight_decay=0.5)
@@ -371,7 +373,7 @@ def test_grad_scaler(method: Method, unscale: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("method", [mpisign.signsgd(), mpisign.signum(0.5), mpisign.lion()], ids=str)
+@pytest.mark.parametrize("method", PACKING.values(), ids=PACKING)
 def test_grad_scaler_lets_no_small_gradient_underflow(method: Method, dtype: torch.dtype) -> None:
     """What a loss scale is for: in fp16 these gradients exist only while they are scaled."""
     size = 600_000  # more than one piece
@@ -380,13 +382,14 @@ def test_grad_scaler_lets_no_small_gradient_underflow(method: Method, dtype: tor
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     scaler.scale(torch.zeros(()))
     signs = torch.tensor([1.0, -1.0, 1.0]).repeat(size // 3)
-    parameter.grad = (signs * 2.0**-12).to(dtype)  # of gradients of 2 ** -28, whose halves are 2 ** -29
+    parameter.grad = (signs * 2.0**-12).to(dtype)  # of gradients of 2 ** -28, whose share in a memory is smaller
     scaler.step(optimizer)
     scaler.update()
     assert torch.equal(parameter.detach().float(), -signs)
-    if method.name == "signum":
+    if method.memory.fields:
         momentum = optimizer.state_dict()["mpisign"]["memory"][0]["momentum"]
-        assert torch.equal(momentum.float(), signs * 2.0**-29)
+        kept = 1 - method.memory.betas[1]
+        torch.testing.assert_close(momentum.float(), signs * kept * 2.0**-28, rtol=1e-6, atol=0)
 
 
 def test_grad_scaler_with_an_inf_skips_and_backs_off() -> None:
@@ -416,7 +419,7 @@ def test_grad_scaler_without_a_gradient_here() -> None:
     assert optimizer.report.abstentions == {0: "no gradient"}
 
 
-@pytest.mark.parametrize("method", [mpisign.signum(), mpisign.mean()], ids=["signum", "mean"])
+@each_of_four
 def test_grad_scaler_with_clipping_between_synchronize_and_step(method: Method) -> None:
     parameter = nn.Parameter(torch.zeros(4))
     optimizer = DistributedSignOptimizer(SGD([parameter], lr=1.0), method=method)
@@ -431,7 +434,7 @@ def test_grad_scaler_with_clipping_between_synchronize_and_step(method: Method) 
     assert parameter.tolist() == pytest.approx([-0.5] * 4)
 
 
-@pytest.mark.parametrize("method", [mpisign.signum(), mpisign.mean()], ids=["signum", "mean"])
+@each_of_four
 def test_synchronizing_scaled_gradients_is_an_error(method: Method) -> None:
     parameter = nn.Parameter(torch.zeros(4))
     optimizer = DistributedSignOptimizer(SGD([parameter], lr=1.0), method=method)

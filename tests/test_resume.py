@@ -24,7 +24,7 @@ def test_resuming_is_exact(tmp_path: Path, make: Make, exchange: str, dtype: tor
 
 @pytest.mark.parametrize("method", FOUR, ids=lambda method: method.name)
 def test_from_a_save_in_the_background(tmp_path: Path, method: Method) -> None:
-    assert_resuming_is_exact(tmp_path, lambda: Job(method), in_the_background, until=16)
+    assert_resuming_is_exact(tmp_path, lambda: Job(method), in_the_background, until=11)
 
 
 @pytest.mark.parametrize("save", [at_once, in_the_background])

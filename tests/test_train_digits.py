@@ -126,6 +126,7 @@ def test_on_other_ranks_it_goes_on_in_the_same_epoch(tmp_path: Path) -> None:
         assert rate == pytest.approx(0.003 * (1 + math.cos(math.pi * epoch / 3)) / 2, abs=1e-8)
 
 
+@pytest.mark.long
 def test_bad_input_on_several_ranks_is_said_once_and_ends_the_job() -> None:
     done = mpirun(3, SCRIPT, "--epochs", "none")
     assert done.returncode == 2

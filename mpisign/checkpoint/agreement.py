@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 from typing import Any
 
-from mpisign.encoding import Optional, printable
-from mpisign.errors import CheckpointError
+from mpisign.encoding import Optional, fits, printable
+from mpisign.errors import CheckpointError, ConsistencyError
 from mpisign.session import Session
 
 __all__ = ["agree"]
@@ -28,11 +28,17 @@ def agree(
         CheckpointError: on every rank if any has an ``error``, naming it.
         ConsistencyError: a rank has sent something of another shape.
     """
-    problem = error and f"rank {session.rank} on {platform.node()}: {type(error).__name__}: {error}"
+    problem = error and f"{platform.node()}: {type(error).__name__}: {error}"
     said = [problem, None if problem else mine]
     everyone = session.gather_values(said, (Optional(str), Optional(schema)), act)
-    problems = [printable(problem) for problem, _ in everyone if problem]
+    problems = [f"rank {rank} on {printable(problem)}" for rank, (problem, _) in enumerate(everyone) if problem]
     if problems:
         more = f"; and {len(problems) - NAMED} ranks more" if len(problems) > NAMED else ""
         raise CheckpointError(f"{act}: {failed}: {'; '.join(problems[:NAMED])}{more}") from error
+    for rank, (_, theirs) in enumerate(everyone):
+        if not fits(theirs, schema):
+            raise ConsistencyError(
+                f"{act}: rank {rank} has said nothing, and no problem either (this is rank {session.rank}): run the "
+                f"same version of mpisign on every rank"
+            )
     return [theirs for _, theirs in everyone]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpisign.checkpoint.files import Stamp, read_json, sync_folder, write_json
+from mpisign.encoding import fits
 from mpisign.errors import CheckpointError, ConsistencyError
 
 __all__ = [
@@ -62,7 +63,7 @@ class Manifest:
     """What a checkpoint says of itself.
 
     ``serial`` counts the saves into a directory, which orders them also after going back to an earlier step;
-    ``files`` by name.
+    ``files`` by name: just those of a checkpoint of so many ranks, all in its folder.
     """
 
     step: int
@@ -81,9 +82,14 @@ class Manifest:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Manifest:
-        """The other way round."""
+        """The other way round. Raises ValueError, KeyError, TypeError, AttributeError if it is no whole manifest."""
         files = {name: Stamp(**stamp) for name, stamp in content["files"].items()}
-        return cls(content["step"], content["ranks"], content["serial"], files)
+        whole = cls(content["step"], content["ranks"], content["serial"], files)
+        if whole.step < 0 or len(files) != whole.ranks + 1:  # first the number: names are made for each rank
+            raise ValueError(f"a checkpoint of {whole.ranks} ranks cannot have {len(files)} files")
+        if files.keys() != {SHARED, *map(rank_file, range(whole.ranks))}:
+            raise ValueError("it names files that are not a checkpoint's")
+        return whole
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -101,7 +107,7 @@ class Manifest:
             raise CheckpointError(f"{folder} has no {MANIFEST}, so it is not a checkpoint of mpisign's") from None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged, or of another program") from error
 
 
@@ -162,8 +168,10 @@ def stamps_of_ranks(told: list[dict[str, dict[str, int]]]) -> dict[str, Stamp]:
     """The stamps of all files, told by the ranks that have written them. Raises ConsistencyError."""
     stamps: dict[str, Stamp] = {}
     for rank, theirs in enumerate(told):
-        if not theirs.keys() <= {rank_file(rank), *([SHARED] if rank == 0 else [])}:
-            raise ConsistencyError(f"rank {rank} says that it has written {sorted(theirs)}, which are not its files")
+        if theirs.keys() != {rank_file(rank), *([SHARED] if rank == 0 else [])}:
+            raise ConsistencyError(
+                f"rank {rank} says that it has written {sorted(theirs)!r:.200}, which are not its files"
+            )
         stamps |= {name: Stamp(**stamp) for name, stamp in theirs.items()}
     return stamps
 
@@ -173,12 +181,15 @@ def say_done(written: Path, rank: int, stamps: dict[str, Stamp]) -> None:
     write_json(_note(written, rank), as_json(stamps))
 
 
-def done(written: Path, rank: int) -> dict[str, Stamp] | None:
+def done(written: Path, rank: int) -> dict[str, dict[str, int]] | None:
     """What ``rank`` has said, or None if it is not done yet. Raises OSError, ValueError."""
     try:
-        return {name: Stamp(**stamp) for name, stamp in read_json(_note(written, rank)).items()}
+        told = read_json(_note(written, rank))
     except FileNotFoundError:
         return None
+    if not fits(told, STAMPS):
+        raise ValueError(f"rank {rank} has left a note in {written} that is none of mpisign's")
+    return told
 
 
 def _note(written: Path, rank: int) -> Path:

@@ -18,8 +18,8 @@ from mpisign.checkpoint.files import damage, read_tensors
 from mpisign.checkpoint.merging import merged
 from mpisign.checkpoint.saving import wait
 from mpisign.checkpoint.state import State, Stateful, map_tensors, reseed, set_random_state
-from mpisign.encoding import Optional
-from mpisign.errors import CheckpointError
+from mpisign.encoding import Optional, printable
+from mpisign.errors import CheckpointError, ConsistencyError
 from mpisign.session import Session, current
 
 __all__ = ["Resumed", "load", "newest"]
@@ -126,14 +126,18 @@ def _choose(session: Session, path: Path) -> tuple[Path, Manifest, list[str]]:
             found = _told(*_candidates(path))
         except CheckpointError as caught:
             error = caught
-    one, candidates = agree(session, ACT, f"{path} cannot be loaded", error, found, Optional(TOLD))[0]
+    told = agree(session, ACT, f"{path} cannot be loaded", error, found, Optional(TOLD))[0]
+    if told is None:
+        raise ConsistencyError(f"{ACT}: rank 0 has not said what there is to load (this is rank {session.rank})")
+    one, candidates = told
     wrong: list[str] = []
+    manifest: Manifest | str
     for name, unreadable, content in candidates:
         named = one and name == path.name  # then it need not be called as one; paths are each rank's own: mounts differ
         folder = path if named else (path.parent if one else path) / directory.name_of(name)
-        manifest = unreadable if content is None else Manifest.from_json(content)
+        manifest = _manifest(content) if content is not None else printable(unreadable) or f"{folder} is unreadable"
         problem = manifest if isinstance(manifest, str) else _find_damage(session, folder, manifest)
-        if not problem:
+        if not problem and isinstance(manifest, Manifest):
             break
         wrong.append(problem)
     else:
@@ -143,6 +147,14 @@ def _choose(session: Session, path: Path) -> tuple[Path, Manifest, list[str]]:
             f"{ACT}: {wrong[0]}. The latest good checkpoint beside it is {folder}: load({str(folder)!r}, ...)"
         )
     return folder, manifest, wrong
+
+
+def _manifest(told: dict[str, Any]) -> Manifest | str:
+    """The manifest that rank 0 has told, or what is wrong with it."""
+    try:
+        return Manifest.from_json(told)
+    except ValueError as error:
+        return f"rank 0 has told a manifest that is none: {error}"
 
 
 def _told(one: bool, candidates: list[tuple[str, Manifest | str]]) -> list[Any]:
@@ -174,8 +186,9 @@ def _find_damage(session: Session, folder: Path, manifest: Manifest) -> str:
     """What is wrong with a checkpoint's files, each read by one rank, or "". **Collective.**"""
     mine = [name for at, name in enumerate(sorted(manifest.files)) if at % session.size == session.rank]
     problem = next(filter(None, (damage(folder / name, manifest.files[name]) for name in mine)), "")
-    problems = session.gather_values(problem and f"{problem} (rank {session.rank} on {platform.node()})", str, ACT)
-    return next(filter(None, problems), "")
+    problems = session.gather_values([problem, platform.node()], (str, str), ACT)
+    said = (f"{problem} (rank {rank} on {node})" for rank, (problem, node) in enumerate(problems) if problem)
+    return printable(next(said, ""))
 
 
 def _read(folder: Path, manifest: Manifest, session: Session) -> tuple[State, State]:

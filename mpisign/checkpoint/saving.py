@@ -102,7 +102,8 @@ def save(
             made.rmdir()
         raise
     written = Path(path) / directory.unfinished(everyone[0][1])
-    saving = _Save(session, written, written.with_name(directory.folder_of(step)), step, keep)
+    final = written.with_name(directory.folder_of(step))
+    saving = _Save(session, session.group.identities, session.rank, written, final, step, keep)
     if asynchronous:
         _let_run(saving, files)
     else:
@@ -145,9 +146,15 @@ def _demand_same(session: Session, said: list[dict[str, int]]) -> None:
 
 @dataclass
 class _Save:
-    """One checkpoint on its way to the disk: from ``written``, where its files are, it will be moved to ``folder``."""
+    """One checkpoint on its way to the disk: from ``written``, where its files are, it will be moved to ``folder``.
+
+    It is of the ranks that have begun it, ``identities``, of which this one was ``rank``. If some leave meanwhile,
+    those who stay finish it, provided that the others had done their part.
+    """
 
     session: Session
+    identities: tuple[int, ...]
+    rank: int
     written: Path
     folder: Path
     step: int
@@ -183,16 +190,16 @@ class _Save:
         if self._error is not None:
             return
         try:
-            if self.session.rank != 0:
-                directory.say_done(self.written, self.session.rank, self._stamps)
+            if self.rank != 0:
+                directory.say_done(self.written, self.rank, self._stamps)
                 return
-            stamps = dict(self._stamps)
-            for rank in range(1, self.session.size):
+            told = [directory.as_json(self._stamps)]
+            for rank in range(1, len(self.identities)):
                 while (theirs := directory.done(self.written, rank)) is None:
                     if self._waited_for.wait(POLL_SECONDS):
                         return  # then finish() does it
-                stamps |= theirs
-            self._commit(stamps)
+                told.append(theirs)
+            self._commit(directory.stamps_of_ranks(told))
         except Exception as caught:
             self._error = caught
 
@@ -204,17 +211,35 @@ class _Save:
         failed = f"{self.folder} is not saved, and earlier checkpoints are as they were"
         try:
             told = agree(self.session, act, failed, self._error, directory.as_json(self._stamps), directory.STAMPS)
-            if self.session.rank == 0 and not self._committed:
-                try:
+            try:
+                if self.session.group.identities != self.identities:
+                    self._commit_of_those_left()
+                elif self.rank == 0 and not self._committed:
                     self._commit(directory.stamps_of_ranks(told))
-                except Exception as caught:
-                    self._error = caught
+            except Exception as caught:
+                self._error = caught
             agree(self.session, act, failed, self._error)
-        except CheckpointError:
-            if self.session.rank == 0:
+        except MpisignError:
+            # Where ranks have parted, others may still write; the next save removes it.
+            if self.rank == 0 and self.session.group.identities == self.identities:
                 shutil.rmtree(self.written, ignore_errors=True)
             raise
 
+    def _commit_of_those_left(self) -> None:
+        """After some have left: by what ranks have said in the folder, as those who are gone can say nothing else."""
+        if self.rank != 0:
+            made = (self.folder / directory.MANIFEST).exists() and not self.written.exists()
+            if not made and self.identities[0] not in self.session.group.identities:
+                raise CheckpointError("rank 0 has left before it had made it a checkpoint")
+        elif not self._committed:
+            told = [directory.as_json(self._stamps)]
+            for rank in range(1, len(self.identities)):
+                theirs = directory.done(self.written, rank)
+                if theirs is None:
+                    raise CheckpointError(f"rank {rank} has left before it had written its part")
+                told.append(theirs)
+            self._commit(directory.stamps_of_ranks(told))
+
     def _commit(self, stamps: dict[str, Stamp]) -> None:
-        directory.commit(self.written, stamps, self.step, self.session.size, self.keep)
+        directory.commit(self.written, stamps, self.step, len(self.identities), self.keep)
         self._committed = True

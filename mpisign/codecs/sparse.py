@@ -70,7 +70,10 @@ class TopK(Codec):
             out.add_(message[0].view(torch.float32), alpha=alpha)
         else:
             indices, values = _parts(message)
-            out.index_add_(0, indices, values.to(out.dtype), alpha=alpha)
+            within = indices.clamp(
+                0, out.numel() - 1
+            )  # another rank's may be any bits, and a GPU does not survive them
+            out.index_add_(0, within, values.to(out.dtype), alpha=alpha)
 
     def clear(self, message: torch.Tensor, out: torch.Tensor) -> None:
         """Set ``out`` (n,) to 0 where the message has values."""

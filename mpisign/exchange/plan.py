@@ -169,9 +169,13 @@ def make_plan(
     size = group.size
     layout = Layout(named, methods, cap_bytes(bucket_cap_mb, group), lambda method: shards_for(exchange, method, size))
     for method in layout.methods:
-        method.rule.check(size)
+        if group.generation:
+            method.rule.check_left(group.identities)
+        else:
+            method.rule.check(size)
         if method.exchanges_models and len(layout.methods) > 1:
             raise OptionError(f"{method.name} exchanges models, so it must be the method of all parameters")
+    store.sharded = any(shards_for(exchange, method, size) > 1 for method in layout.methods)
     backend = backend_for(layout.device)
     spoken = tuple(_spoken(bucket, policy, layout.device) for bucket in layout.buckets)
     exchanges = tuple(_exchange(exchange, bucket, policy, group, layout.device) for bucket in layout.buckets)

@@ -25,6 +25,7 @@ from mpisign.exchange.choose import Exchange
 from mpisign.exchange.header import Bools, Handshake, Heard
 from mpisign.exchange.plan import Batch, Plan
 from mpisign.exchange.sink import Sink
+from mpisign.exchange.sums import sum_over_ranks
 from mpisign.layout import Bucket, Segment
 from mpisign.memory.store import state_dtype
 from mpisign.method import Method
@@ -85,12 +86,13 @@ class Round:
         self._session = current()
         self._began = self._session.tracer.mark()
         group = self._session.group
-        self._context = plan.policy.context(step, group.rank, group.size, plan.store.secret, group.identity)
+        self._context = plan.policy.context(step, group.rank, group.size, plan.store.secret, group.identities)
         self._flights: list[Flight] = []
         self._ended: dict[str, int] = {}  # by method: the parameter at which this rank's ballot has ended
         self._contexts: dict[str, StepContext] = {}  # by method, after what it had to see first
         self._ties: Count = 0
         self._reached = 0, 0  # how many flights are decided, and how many have landed
+        self._summed = False  # in this round, what ranks that came or went had left of sums
         self.handshake: Handshake | None = None
 
     # ---------------------------------------------------------------------------------------------- phases
@@ -110,6 +112,10 @@ class Round:
             plan.use.step = self._step
             if self._reversible:
                 plan.store.draft()
+            if plan.store.unsummed:
+                with self._inside(), torch.no_grad():
+                    sum_over_ranks(plan, self._context, self._session)
+                self._summed = True
             if plan.counts is not None:
                 plan.counts.zero_()
         return self.handshake
@@ -161,6 +167,7 @@ class Round:
             raise MpisignError("this round has changed the memory: only one that is reversible can be dropped")
         self.close()
         self._plan.store.drop()
+        self._plan.store.unsummed |= self._summed
 
     @torch.no_grad()
     def commit(self, sink: Sink) -> StepReport:
@@ -433,7 +440,7 @@ def local_update(plan: Plan, step: int, gradients: Grads, unscale: float) -> boo
         Whether all of it was finite. If not, the gradients are worth nothing.
     """
     group = current().group
-    context = plan.policy.context(step, group.rank, group.size, plan.store.secret, group.identity)
+    context = plan.policy.context(step, group.rank, group.size, plan.store.secret, group.identities)
     finite = True
     with plan.use(), torch.no_grad():
         for encoder in plan.local:

@@ -36,6 +36,7 @@ class EF21(Memory):
     name = "ef21"
     feedback = True
     running = True
+    summed = "average"
 
     def __post_init__(self) -> None:
         check_decay("momentum", self.momentum)
@@ -59,6 +60,9 @@ class EF21(Memory):
     def received(self, decision: Tensor, state: State) -> None:
         for span in backend_for(decision.device).blocks(decision.numel()):
             decision[span].copy_(state["average"][span].add_(decision[span]))
+
+    def share(self, state: State, context: StepContext) -> Tensor:
+        return state["estimate"] * (1.0 / context.size if self.shares is None else self.shares[context.identity])
 
 
 def check_smoothness(smoothness: Iterable[float]) -> list[float]:

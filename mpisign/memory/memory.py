@@ -31,6 +31,8 @@ class Memory:
         needs_all: :meth:`prepare` must see all gradients of the method before any is taken in. If one of them is not
             finite, the rank abstains on everything. Default: whether :meth:`prepare` is overridden.
         private: no other rank shall be able to repeat its random numbers: a secret of this rank's goes into them.
+        summed: a field that holds the sum over all ranks of their :meth:`share`, or "". It is summed anew when ranks
+            have come or gone.
         follows_lr: fields in units of the gradient whose product with the learning rate is what counts (an
             error still owed to the parameters): they are rescaled by old rate / new rate when the rate changes.
     """
@@ -42,6 +44,7 @@ class Memory:
     running = False
     needs_maximum = False
     private: bool = False
+    summed = ""
     follows_lr: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -85,3 +88,7 @@ class Memory:
 
     def received(self, decision: Tensor, state: State) -> None:
         """Turn the decision (n,), flat and in the state's precision, into what the optimizer shall apply, in place."""
+
+    def share(self, state: State, context: StepContext) -> Tensor:
+        """What this rank has in the field ``summed``: (n,), new."""
+        raise NotImplementedError

@@ -48,10 +48,15 @@ class MemoryStore:
     Each tensor of a memory has its parameter's shape and wire order, and starts at zero. What a rule keeps (a server's
     error, a centre) belongs to the pieces of parameters that this rank decides.
 
+    When ranks come or go, every rank keeps its memory. What shard owners keep starts anew, as the shards are others
+    now and some have left with their owner; what all ranks keep alike stays.
+
     Between :meth:`draft` and :meth:`commit` everything is written to second buffers, so that :meth:`drop` can undo it.
 
     Attributes:
         rows: parameters in which some rank has had a row of zeros; the same on all ranks.
+        sharded: what a rule keeps is another piece on every rank, not the same on all.
+        unsummed: ranks have come or gone since a memory's ``summed`` was the sum over them.
         secret: what only this rank knows, in hexadecimal, if a memory's noise is private; else empty.
     """
 
@@ -60,7 +65,9 @@ class MemoryStore:
         self._memories: dict[torch.Tensor, Memory] = {}
         self.secret = secrets.token_hex(32) if memory.private else ""
         self.rows: set[torch.Tensor] = set()
-        self._place = (0, 1)  # rank and size of the job it belongs to
+        self.sharded = self.unsummed = False
+        self._place = (0, 1)  # rank and size when it was last used, for a state that is asked for after shutdown()
+        self._members: tuple[int, ...] | None = None  # the identities of the ranks it has been kept among
         self._states: dict[torch.Tensor, Laid] = {}
         self._pieces: Pieces = {}
         self._former: Pieces = {}  # of an earlier layout, or another job
@@ -123,12 +130,17 @@ class MemoryStore:
 
     def follow(self, parameters: Sequence[torch.Tensor], memories: Mapping[torch.Tensor, Memory], group: Group) -> None:
         """Take note of changes: forget parameters no longer held, and lay the state out anew where they differ."""
-        self._place = (group.rank, group.size)
-        held = set(parameters)
+        regrouped = self._is_regrouped(group)
+        self._place, self._members = (group.rank, group.size), group.identities
         self._memories = dict(memories)
+        self.unsummed = self._is_unsummed(regrouped)
+        # A sum of which some parts cannot be summed anew now is worth nothing later.
+        held = {p for p in parameters if p.requires_grad or not (regrouped and self.memory_of(p).summed)}
         if any(memory.private for memory in memories.values()) and not self.secret:
             self.secret = secrets.token_hex(32)
-        self._former = {parameter: pieces for parameter, pieces in self._kept_pieces().items() if parameter in held}
+        self._former = {
+            parameter: pieces for parameter, pieces in self._kept_pieces(regrouped).items() if parameter in held
+        }
         self._pieces, self._spares, self._piece_spares = {}, {}, {}
         self.rows &= held
         self._rates = {parameter: rate for parameter, rate in self._rates.items() if parameter in held}
@@ -205,8 +217,18 @@ class MemoryStore:
             if begin < end:
                 kept[begin - lo : end - lo] = value[begin - start : end - start]
 
-    def _kept_pieces(self) -> Pieces:
-        """All pieces, without the former ones that present ones have replaced."""
+    def _is_regrouped(self, group: Group) -> bool:
+        """Whether it was kept among other ranks than these."""
+        return self._members is not None and self._members != group.identities
+
+    def _is_unsummed(self, regrouped: bool) -> bool:
+        sums = self._usual.summed or any(memory.summed for memory in self._memories.values())
+        return bool(sums) and (self.unsummed or regrouped)
+
+    def _kept_pieces(self, regrouped: bool = False) -> Pieces:
+        """All pieces that are still good, without the former ones that present ones have replaced."""
+        if regrouped and self.sharded:
+            return {}
         kept = {parameter: dict(pieces) for parameter, pieces in self._pieces.items()}
         for parameter, former in self._former.items():
             present = kept.setdefault(parameter, {})
@@ -218,11 +240,16 @@ class MemoryStore:
     # ------------------------------------------------------------------------------------------ checkpoints
 
     def state_dict(
-        self, parameters: Sequence[torch.Tensor], step: int, epoch: int | None, method: str
+        self, parameters: Sequence[torch.Tensor], step: int, epoch: int | None, method: str, group: Group | None = None
     ) -> dict[str, Any]:
-        """This rank's memory, keyed by place in ``parameters``; plain types and tensors only."""
-        rank, size = self._place
-        pieces = self._kept_pieces()
+        """This rank's memory, keyed by place in ``parameters``; plain types and tensors only.
+
+        Args:
+            group: the ranks as they are now; None for those it was last used among.
+        """
+        rank, size = self._place if group is None else (group.rank, group.size)
+        regrouped = group is not None and self._is_regrouped(group)
+        pieces = self._kept_pieces(regrouped)
         others = {place: self.memory_of(p).name for place, p in enumerate(parameters)}
         return {
             "version": STATE_VERSION,
@@ -234,6 +261,7 @@ class MemoryStore:
             "memory_of": self._usual.name,
             "others": {place: name for place, name in others.items() if name != self._usual.name},
             "secret": self.secret,
+            "unsummed": self._is_unsummed(regrouped),
             "memory": {place: dict(self._states[p].shaped) for place, p in enumerate(parameters) if p in self._states},
             "pieces": {place: pieces[p] for place, p in enumerate(parameters) if p in pieces},
             "rates": {place: self._rates[p] for place, p in enumerate(parameters) if p in self._rates},
@@ -295,6 +323,7 @@ class MemoryStore:
             store._states[parameter] = Laid({field: _lay(parameter, value) for field, value in state.items()})
         for place, pieces in saved.get("pieces", {}).items():
             store._former[parameters[place]] = {lo: value.to(parameters[place].device) for lo, value in pieces.items()}
+        store.unsummed = saved.get("unsummed", False)
         if store.secret or any(memory.private for memory in memories.values()):
             store.secret = saved.get("secret") or store.secret
         store._rates = {parameters[place]: rate for place, rate in saved.get("rates", {}).items()}

@@ -23,7 +23,8 @@ class Mean(ValueRule):
     Args:
         of_all: divide by the number M of all ranks instead of the V that vote: what running sums need (EF21),
             in which a rank that abstains has changed nothing.
-        shares: M weights instead of ``1/M`` (with ``of_all``).
+        shares: M weights instead of ``1/M`` (with ``of_all``), each of one rank for good: a rank that leaves takes its
+            own along, and what remains need not add up to 1.
     """
 
     of_all: bool = False
@@ -34,9 +35,18 @@ class Mean(ValueRule):
         if self.shares is not None and len(self.shares) != size:
             raise OptionError(f"{len(self.shares)} weights were given for {size} ranks: give one for each rank")
 
+    def check_left(self, identities: Sequence[int]) -> None:
+        if self.shares is None:
+            self.check(len(identities))
+        elif max(identities) >= len(self.shares):
+            raise OptionError(
+                f"{len(self.shares)} weights were given, and a rank has come whose number would be {max(identities)}: "
+                f"give one for each rank that may ever come"
+            )
+
     def weights(self, context: StepContext) -> Sequence[float]:
         if self.shares is not None:
-            return [self.shares[rank] for rank in context.voters]
+            return [self.shares[context.identity_of(rank)] for rank in context.voters]
         return [1.0 / (context.size if self.of_all else len(context.voters))] * len(context.voters)
 
     def decide(
@@ -48,9 +58,10 @@ class Mean(ValueRule):
             total = out[:, lo : lo + block]
             parts = [message[:, lo : lo + block] for message in messages]
             if self.shares is not None:
-                torch.mul(parts[0], self.shares[context.voters[0]], out=total)
-                for rank, part in zip(context.voters[1:], parts[1:], strict=True):
-                    total.add_(part, alpha=self.shares[rank])
+                weights = self.weights(context)
+                torch.mul(parts[0], weights[0], out=total)
+                for weight, part in zip(weights[1:], parts[1:], strict=True):
+                    total.add_(part, alpha=weight)
                 continue
             total.copy_(parts[0])
             for part in parts[1:]:

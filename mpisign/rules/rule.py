@@ -31,6 +31,10 @@ class Rule(ABC):
     def check(self, size: int) -> None:  # noqa: B027 - most rules work with any number
         """Raise :class:`mpisign.OptionError` if it cannot work with ``size`` ranks, saying what would."""
 
+    def check_left(self, identities: Sequence[int]) -> None:
+        """The same for the ranks that there are after some have come or gone, by their identities."""
+        self.check(len(identities))
+
     @abstractmethod
     def decide(
         self, messages: Sequence[torch.Tensor], out: torch.Tensor, context: StepContext, first_word: int

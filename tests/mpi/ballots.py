@@ -56,19 +56,21 @@ def vote(
     zeros: str = "coin",
     ties: str = "coin",
     seed: int = 0,
+    identities: Sequence[int] | None = None,
 ) -> tuple[list[oracle.Ballot | None], int]:
     """The decision on each parameter, None where nobody votes, and the ties on all of them.
 
     Args:
         updates: ``[rank][i]``: what a rank sends for parameter i, or None if it does not vote on it.
         sizes: how many elements each parameter has.
+        identities: by whose coins the ranks toss; default: their numbers.
     """
     decisions: list[oracle.Ballot | None] = []
     tied = 0
     for i, start in enumerate(oracle.first_words(sizes)):
         ballots = [
-            oracle.ballot(mine[i], zeros, coins(seed, step, oracle.zeros_stream(rank), start, sizes[i]))
-            for rank, mine in enumerate(updates)
+            oracle.ballot(mine[i], zeros, coins(seed, step, oracle.zeros_stream(who), start, sizes[i]))
+            for who, mine in zip(identities or range(len(updates)), updates, strict=True)
             if mine[i] is not None
         ]
         if not ballots:

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -91,3 +92,10 @@ def comm() -> MPI.Comm:
     from mpi4py import MPI
 
     return MPI.COMM_WORLD
+
+
+@pytest.fixture
+def folder(comm: MPI.Comm, tmp_path: Path) -> Path:
+    """One for all ranks."""
+    shared: Path = comm.bcast(tmp_path)
+    return shared

@@ -12,6 +12,7 @@ from methods_table import Make, walk
 
 import mpisign
 from mpisign import Method
+from mpisign.rules import VectorRule
 
 from . import ballots
 from .steps import assert_same_everywhere, drawn, model, step, wrap

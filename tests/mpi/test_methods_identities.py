@@ -95,26 +95,6 @@ def test_nothing_is_lost_with_error_feedback(comm: MPI.Comm, method: Method, exc
         assert_close([ballots.flat(x) - rate * (e + s) for x, e, s in parts], expected, 1e-9)
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
-def test_what_a_server_owes_follows_the_rate_across_a_resume(comm: MPI.Comm, exchange: str) -> None:
-    tensors = model(torch.float64)
-    expected = [np.zeros(t.numel()) for t in tensors]
-    state = None
-    for at, rate in enumerate((0.1, 0.02)):
-        optimizer = wrap(tensors, mpisign.double_squeeze(), exchange=exchange)
-        if state is not None:
-            optimizer.load_state_dict(state)
-        optimizer.param_groups[0]["lr"] = rate
-        gradients = drawn(tensors, at, comm.rank)
-        mean = mean_of_ranks(comm, [ballots.flat(g) for g in gradients])
-        step(optimizer, tensors, gradients)
-        expected = [x - rate * g for x, g in zip(expected, mean, strict=True)]
-        state = optimizer.state_dict()
-    owed = mean_of_ranks(comm, memories(optimizer, "error"))
-    parts = zip(tensors, owed, servers_errors(optimizer, tensors, comm), strict=True)
-    assert_close([ballots.flat(x) - rate * (e + s) for x, e, s in parts], expected, 1e-9)
-
-
 @pytest.mark.parametrize("make", [TABLE[name] for name in ("ef21", "ef21 signs", "ef21_sgdm", "ef21_w")])
 def test_the_average_is_the_mean_of_the_estimates(comm: MPI.Comm, make: Make) -> None:
     tensors = model(torch.float64)

@@ -14,6 +14,7 @@ import torch
 import mpisign
 from mpisign import Method
 from mpisign.attacks import Adversary, Constant, Scaled
+from mpisign.rules import VectorRule
 
 from . import ballots
 from .steps import EXCHANGES, STEPS, assert_close, drawn, everyones, model, step, whole, wrap

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gpu_branch import gpu_branch, needs_compiler
+from methods_table import ALONE, among, exchanges, packs_signs
 
 import mpisign
 from mpisign.exchange import staging
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.mpi, needs_compiler]
 
 SHAPES = ((3, 5, 7), (64,), (), (0,), (1,), (33, 65), (127,))
-METHODS = (mpisign.signsgd(), mpisign.signum(0.5), mpisign.lion(0.5, 0.75))
+METHODS = among(1, packs_signs)
 POLICIES = [(zeros, ties) for zeros in ("coin", "abstain", "positive", "rows") for ties in ("coin", "zero", "positive")]
 SMALL = 64 / (1 << 20)  # MiB of a bucket: several buckets
 
@@ -79,7 +80,7 @@ def assert_same(
 
 
 @pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
-@pytest.mark.parametrize("method", [*METHODS, mpisign.lion(vote=False)], ids=str)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_gpu_decides_the_bits_of_the_host(comm: MPI.Comm, method: mpisign.Method, exchange: str) -> None:
     assert_same(comm, rounds(comm.rank), method=method, exchange=exchange, bucket_cap_mb=SMALL)
 
@@ -94,7 +95,7 @@ def test_every_policy(comm: MPI.Comm, zeros: str, ties: str, exchange: str) -> N
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_rank_with_a_nan_abstains_and_keeps_its_memory(comm: MPI.Comm, method: mpisign.Method, scale: float) -> None:
     """Also where a loss scale must be taken out first."""
     steps, spoilt = rounds(comm.rank, 3), comm.size - 1
@@ -109,20 +110,20 @@ def test_a_rank_with_a_nan_abstains_and_keeps_its_memory(comm: MPI.Comm, method:
 
 
 @pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_ballot_ends_at_the_first_bad_value(comm: MPI.Comm, method: mpisign.Method, exchange: str) -> None:
     """On each rank elsewhere, in the middle of a batch; those that come later in backward are the others' affair."""
     steps, places = rounds(comm.rank, 3), (5, 1, 4, 0, 6)
-    steps[1] = [torch.ones(shape) for shape in SHAPES]
+    steps[1] = [*ballots.draw(ballots.parameters(*SHAPES), ballots.generator(1, comm.rank))]
     spoilt = steps[1][places[comm.rank % 5]]
     assert spoilt is not None
     spoilt.view(-1)[-1] = float("-inf")
     seen = assert_same(comm, steps, method=method, exchange=exchange, bucket_cap_mb=SMALL)
-    assert dict(seen[1][3][5]) == {rank: f"tensor{places[rank % 5]}" for rank in range(comm.size)}
+    assert dict(seen[1][3][5]) == {rank: f"p{places[rank % 5]}" for rank in range(comm.size)}
 
 
 @pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
-@pytest.mark.parametrize("method", [*METHODS, mpisign.lion(vote=False)], ids=str)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_rows_of_zeros_abstain(comm: MPI.Comm, method: mpisign.Method, exchange: str) -> None:
     """Of a matrix whose rows are long enough, other rows on each rank; and of a parameter that is one row."""
     steps = rounds(comm.rank, 3)
@@ -169,9 +170,10 @@ def test_a_maximum_over_ranks_is_staged_even_then(comm: MPI.Comm, monkeypatch: p
     assert buffer.tensor.tolist() == [7] * 3
 
 
-def test_methods_with_other_messages(comm: MPI.Comm) -> None:
-    for method in (mpisign.mean(), mpisign.ef_signsgd()):
-        assert_same(comm, rounds(comm.rank, 2), method=method)
+@pytest.mark.parametrize("name", ["lion mean", "mean", "ef_signsgd"])
+def test_methods_with_other_messages(comm: MPI.Comm, name: str) -> None:
+    for exchange in exchanges(ALONE[name]):
+        assert_same(comm, rounds(comm.rank, 2), method=ALONE[name], exchange=exchange, bucket_cap_mb=SMALL)
 
 
 def test_ranks_out_of_batches_follow(comm: MPI.Comm) -> None:

@@ -1,0 +1,38 @@
+"""What a memory keeps as a sum over the ranks, summed anew over those that there are now."""
+
+from __future__ import annotations
+
+from mpisign.exchange.plan import Plan
+from mpisign.exchange.staging import Buffer
+from mpisign.policy import StepContext
+from mpisign.session import Session
+
+__all__ = ["sum_over_ranks"]
+
+
+def sum_over_ranks(plan: Plan, context: StepContext, session: Session) -> None:
+    """Make ``memory.summed`` of every parameter the sum of the ranks' ``share``, the same bits on all. **Collective.**
+
+    One dense reduction, once after ranks have come or gone: what those who left had added would stay in it for ever.
+    """
+    from mpi4py import MPI
+
+    comm, root, store = session.group.comm, session.rank == 0, plan.store
+    for parameter in plan.layout.parameters:
+        memory = store.memory_of(parameter)
+        if not memory.summed:
+            continue
+        state = store.of(parameter)
+        total = state[memory.summed]
+        # Staged, as Open MPI's nonblocking reductions crash on GPU memory.
+        buffer = Buffer((total.numel(),), total.dtype, total.device, staged=True)
+        buffer.tensor.copy_(memory.share(state, context))
+        buffer.push()
+        buffer.ready()
+        with session.tracer.span("sum of memories"):
+            there = buffer.mpi if root else None
+            session.wait(session.post(comm.Ireduce(MPI.IN_PLACE if root else buffer.mpi, there, MPI.SUM, 0), buffer))
+            session.wait(session.post(comm.Ibcast(buffer.mpi, root=0), buffer))
+        buffer.pull()
+        total.copy_(buffer.tensor)
+    store.unsummed = False

@@ -1,0 +1,327 @@
+"""When a rank does not come, the others say for whom they wait and in which phase, and accuse nobody else."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mpirun import Job, Result, started
+
+LATE_EVERYWHERE = """
+import dataclasses, json, logging, sys, time
+import torch
+import mpisign
+from mpisign.memory import ErrorFeedback, Identity
+from mpisign.memory.noise import StochasticSign
+from mpisign.rules import MajorityVote
+
+WARNING, LATE = 1.0, 2.6
+mpisign.init(stall_warning=WARNING, stall_timeout=60.0)
+rank, said, late = mpisign.rank(), [], None
+
+class Listener(logging.Handler):
+    def emit(self, record):
+        said.append(record.getMessage())
+
+logging.getLogger("mpisign").addHandler(Listener())
+
+def come():
+    global late
+    if late == rank:
+        late = None
+        time.sleep(LATE)
+
+class SlowToPack(Identity):
+    def __call__(self, gradient, *_):
+        come()
+        return gradient
+
+class SlowToPrepare(StochasticSign):
+    def prepare(self, gradients, context):
+        come()
+
+class SlowAfterSending(ErrorFeedback):
+    def sent(self, *arguments):
+        come()
+        super().sent(*arguments)
+
+class SlowToDecide(MajorityVote):
+    def decide(self, *arguments):
+        come()
+        return super().decide(*arguments)
+
+def stepping(exchange="two_phase", method=mpisign.signsgd(), elements=100, **parts):
+    parameter = torch.nn.Parameter(torch.zeros(elements))
+    method = dataclasses.replace(method, **{name: part() for name, part in parts.items()})
+    sgd = torch.optim.SGD([parameter], lr=1.0)
+    optimizer = mpisign.DistributedSignOptimizer(sgd, method=method, exchange=exchange, bucket_cap_mb=64)
+    parameter.grad = torch.ones(elements)
+    return optimizer.step
+
+def after_coming(act):
+    def coming():
+        come()
+        act()
+    return coming
+
+model = torch.nn.Linear(3, 2)
+sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+folder = sys.argv[1]
+acts = {
+    "step 0, handshake": after_coming(stepping()),
+    "step 0, participation": stepping(memory=SlowToPack),
+    "step 0, maximum": stepping(memory=SlowToPrepare),
+    "step 0, bucket 0, phase 1": stepping("allgather", mpisign.mean(), 4 << 20, memory=SlowAfterSending),
+    "step 0, bucket 0, phase 2": stepping(rule=SlowToDecide),
+    "step 0, count of ties": stepping("allgather", rule=SlowToDecide),
+    "barrier()": after_coming(mpisign.barrier),
+    "broadcast_object()": after_coming(lambda: mpisign.broadcast_object(1)),
+    "allgather_object()": after_coming(lambda: mpisign.allgather_object(1)),
+    "broadcast_parameters()": after_coming(lambda: mpisign.broadcast_parameters(model.state_dict())),
+    "broadcast_optimizer_state()": after_coming(lambda: mpisign.broadcast_optimizer_state(sgd)),
+    "check_consistency()": after_coming(lambda: mpisign.check_consistency(model)),
+    "checkpoint.save()": after_coming(lambda: mpisign.checkpoint.save(folder, model=model, optimizer=sgd, step=1)),
+    "checkpoint.newest()": after_coming(lambda: mpisign.checkpoint.newest(folder)),
+    "checkpoint.load()": after_coming(lambda: mpisign.checkpoint.load(folder, model=model, optimizer=sgd)),
+    "timeline()": after_coming(lambda: mpisign.timeline(folder + "/trace.json")),
+    "exit": after_coming(mpisign.shutdown),
+}
+for number, (phase, act) in enumerate(acts.items()):
+    missing = late = number % mpisign.size()
+    mpisign.barrier()
+    said.clear()
+    act()
+    print(json.dumps([phase, rank, missing, said]), flush=True)
+"""
+
+
+@pytest.mark.long
+def test_every_phase_names_who_is_missing(tmp_path: Path) -> None:
+    """Over TCP, where a large message does not arrive while its sender does something else."""
+    path = tmp_path / "late.py"
+    path.write_text(LATE_EVERYWHERE)
+    with started(3, path, tmp_path, env={"OMPI_MCA_btl": "self,tcp"}) as job:
+        result = job.wait(timeout=240.0)
+    assert result.returncode == 0, result.text
+    told = [json.loads(line) for line in result.text.splitlines() if line.startswith('["')]
+    assert len(told) == 3 * 17
+    saying: dict[str, int] = {}
+    for phase, rank, missing, said in told:
+        for message in said:
+            assert re.fullmatch(
+                rf"rank {rank} of 3 has waited [\d.]+ s in {re.escape(phase)}; not heard from yet: ranks \[{missing}\]",
+                message,
+            )
+        saying[phase] = saying.get(phase, 0) + bool(said)
+    part_of_it_arrives = "step 0, bucket 0, phase 1"  # so that a rank may have all that it needs
+    assert saying.pop(part_of_it_arrives) in (1, 2)
+    assert set(saying.values()) == {2}, saying
+
+
+# --------------------------------------------------------------------------------- a rank that never comes
+
+
+PRELUDE = """
+import os, signal, sys, time
+import torch
+import mpisign
+from mpisign.memory import Identity
+
+def hang():
+    print("rank 1 stays away", flush=True)
+    while True:
+        time.sleep(1)
+
+def stop():
+    print("rank 1 stays away", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+first = int(os.environ["OMPI_COMM_WORLD_RANK"])
+times = {"stall_warning": 1.5, "stall_timeout": 5.0}
+"""
+
+NEVER = {
+    "before init()": (
+        "init()",
+        """
+            from mpi4py import MPI
+            if MPI.COMM_WORLD.rank == 1:
+                hang()
+            mpisign.init(**times)
+        """,
+    ),
+    "in packing": (
+        "step 0, participation",
+        """
+            class Stopping(Identity):
+                def __call__(self, gradient, *_):
+                    if mpisign.rank() == 1:
+                        stop()
+                    return gradient
+
+            mpisign.init(**times)
+            parameter = torch.nn.Parameter(torch.zeros(100))
+            method = mpisign.Method(Stopping(), mpisign.signsgd().codec, mpisign.signsgd().rule)
+            optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD([parameter], lr=1.0), method=method)
+            parameter.grad = torch.ones(100)
+            optimizer.step()
+        """,
+    ),
+    "in saving": (
+        "checkpoint.save()",
+        """
+            class Hanging(torch.nn.Linear):
+                def state_dict(self, *arguments, **options):
+                    if mpisign.rank() == 1:
+                        hang()
+                    return super().state_dict(*arguments, **options)
+
+            mpisign.init(**times)
+            model = Hanging(3, 2)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+            mpisign.checkpoint.save("checkpoints", model=model, optimizer=optimizer, step=1)
+        """,
+    ),
+    "before shutdown()": (
+        "exit",
+        """
+            mpisign.init(**times)
+            if mpisign.rank() == 1:
+                stop()
+            mpisign.shutdown()
+        """,
+    ),
+    "before its end": (
+        "exit",
+        """
+            mpisign.init(**times)
+            if mpisign.rank() == 1:
+                hang()
+        """,
+    ),
+}
+
+
+def run(tmp_path: Path, body: str) -> Result:
+    """A job of three ranks that must end by itself, though not well, and leave nothing."""
+    path = tmp_path / "job.py"
+    path.write_text(PRELUDE + textwrap.dedent(body))
+    with started(3, path, cwd=tmp_path) as job:
+        result = job.wait(timeout=150.0)
+        assert job.orphans() == []
+    assert result.returncode != 0, result.text
+    return result
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("where", NEVER)
+def test_a_rank_that_never_comes_is_named_and_the_job_ends(tmp_path: Path, where: str) -> None:
+    phase, body = NEVER[where]
+    result = run(tmp_path, body)
+    waits = rf"rank ([02]) of 3 has waited [\d.]+ s in {re.escape(phase)}; not heard from yet: ranks \[1\]"
+    assert set(re.findall(waits, result.text)) == {"0", "2"}, result.text
+    assert len(re.findall(waits, result.text)) == result.text.count("has waited"), "and nobody else is"
+    assert re.search(waits + "; stall_timeout=5 is over: aborting the job", result.text)
+
+
+@pytest.mark.long
+def test_a_rank_that_never_exits_does_not_keep_the_others(tmp_path: Path) -> None:
+    """They have left the job together, and wait in MPI_Finalize, where nothing can be said any more."""
+    result = run(
+        tmp_path,
+        """
+            mpisign.init(**times)
+            mpisign.shutdown()
+            if first == 1:
+                hang()
+        """,
+    )
+    assert "rank 1 stays away" in result.text
+    assert "Alarm clock" in result.text
+
+
+# --------------------------------------------------------------------------------- a rank that fails before init()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        ("hang()", r'Timeout \(0:00:05\)!(?s:.)*session\.py", line \d+ in init\n(?s:.)*job\.py"'),
+        ("raise ValueError('no data')", "ValueError: no data"),
+        ("sys.exit(0)", 'did not call "init" before exiting'),
+        (
+            "from mpi4py import MPI; raise ValueError('no data')",
+            r"in init\(\); not heard from yet: ranks \[1\]; stall_timeout=5 is over: aborting the job",
+        ),
+    ],
+    ids=["hangs", "raises", "exits", "raises when MPI has started"],
+)
+def test_a_rank_that_fails_before_init_ends_the_job(tmp_path: Path, end: str, told: str) -> None:
+    result = run(tmp_path, f"if first == 1:\n    {end}\nmpisign.init(**times)\n")
+    assert re.search(told, result.text), result.text
+
+
+# --------------------------------------------------------------------------------- who was stopped and continued
+
+
+TRAINING = """
+mpisign.init(stall_warning=1.0, stall_timeout=10.0)
+parameter = torch.nn.Parameter(torch.zeros(100))
+optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD([parameter], lr=1.0))
+for step in range(3):
+    if step == 1 and mpisign.rank() == 1:
+        print("rank 1 is slow:", os.getpid(), flush=True)
+        time.sleep(1.5)
+    parameter.grad = torch.ones(100)
+    optimizer.step()
+print("rank", mpisign.rank(), "has trained", flush=True)
+mpisign.shutdown()
+
+from mpi4py import MPI
+
+MPI.Finalize()  # where at the end of Python a clock would go on that knows nothing of stops
+"""
+
+
+def train(tmp_path: Path, job_of: Callable[[Job], list[int]], seconds: float) -> Result:
+    """Stop some processes of a job for so long, in the middle of a wait."""
+    path = tmp_path / "job.py"
+    path.write_text(PRELUDE + TRAINING)
+    with started(3, path) as job:
+        job.wait_for("rank 1 is slow: ", timeout=120.0)
+        time.sleep(0.3)
+        stopped = job_of(job)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for process in stopped:
+                os.kill(process, number)
+            if number == signal.SIGSTOP:
+                time.sleep(seconds)
+        return job.wait(timeout=120.0)
+
+
+@pytest.mark.long
+def test_a_job_that_was_stopped_and_continued_is_not_stalled(tmp_path: Path) -> None:
+    result = train(tmp_path, Job.processes, seconds=12.0)
+    assert result.returncode == 0, result.text
+    assert result.text.count("has trained") == 3
+
+
+@pytest.mark.long
+def test_a_rank_that_was_stopped_for_less_than_the_timeout_goes_on(tmp_path: Path) -> None:
+    def slow(job: Job) -> list[int]:
+        return [int(re.findall(r"rank 1 is slow: (\d+)", job.text())[0])]
+
+    result = train(tmp_path, slow, seconds=4.0)
+    assert result.returncode == 0, result.text
+    assert result.text.count("has trained") == 3
+    assert re.search(
+        r"rank 0 of 3 has waited [\d.]+ s in step 1, handshake; not heard from yet: ranks \[1\]", result.text
+    )
