@@ -85,7 +85,8 @@ def train(gpu: bool, method: Method, steps: Sequence[Gradients], scale: float = 
                     bits([t.grad for t in tensors]),
                     bits([t.detach() for t in tensors]),
                     {(place, key): bits([value]) for place, state in memory.items() for key, value in state.items()},
-                    (report.voters, dict(report.abstentions), report.skipped, report.ties, report.bytes_sent, dict(report.ended_at)),
+                    (report.voters, dict(report.abstentions), report.skipped, report.ties, report.bytes_sent),
+                    dict(report.ended_at),
                     [] if report.skipped or report.ties is None else report.agreement(),
                 )
             )
@@ -107,7 +108,7 @@ def assert_same(method: Method, steps: Sequence[Gradients], **options: Any) -> l
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_it_trains_as_on_the_host(method: Method, exchange: str) -> None:
     seen = assert_same(method, [draw(step) for step in range(4)], exchange=exchange)
-    assert all(report[0] == (0,) for *_, report, _ in seen)
+    assert all(report[0] == (0,) for _, _, _, report, *_ in seen)
 
 
 @pytest.mark.parametrize("ties", ["coin", "zero", "positive"])
@@ -199,8 +200,8 @@ def spoilt(step: int, bad: float) -> list[torch.Tensor | None]:
 def test_a_bad_value_ends_the_ballot_and_does_not_enter_the_memory(method: Method, bad: float) -> None:
     """What backward has reached before it counts."""
     seen = assert_same(method, [draw(0), spoilt(1, bad), draw(2)])
-    assert [report[-1] for *_, report, _ in seen] == [{}, {0: "group0.param5"}, {}]
-    decisions, _, after, (voters, *_), _ = seen[1]
+    assert [ended for *_, ended, _ in seen] == [{}, {0: "group0.param5"}, {}]
+    decisions, _, after, (voters, *_), *_ = seen[1]
     assert voters == (0,)
     assert [place for place, decision in enumerate(decisions) if decision is not None] == [6, 7]
     for key, before in seen[0][2].items():
@@ -214,7 +215,7 @@ def test_a_bad_value_ends_the_ballot_and_does_not_enter_the_memory(method: Metho
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_what_a_grad_scaler_finds_withdraws_the_ballot(method: Method, bad: float) -> None:
     seen = assert_same(method, [draw(0), spoilt(1, bad), draw(2)], scale=1024.0)
-    assert [report[2] for *_, report, _ in seen] == [False, True, False]
+    assert [report[2] for _, _, _, report, *_ in seen] == [False, True, False]
     assert seen[1][2] == seen[0][2], "and its memory stays"
 
 
@@ -263,7 +264,7 @@ def test_the_tensors_of_a_resnet50_take_one_launch_each_way(method: Method, pack
         assert optimizer.report is not None
         buckets = len(optimizer.report.exchange)
     assert (buckets > 1) == (cap < 1)
-    assert Counter(launches) == {packs: 1, "majority_2": buckets, "unpack_many": 1}
+    assert Counter(launches) == {packs: 1, "any_zero": buckets, "majority_2": buckets, "unpack_many": 1}
 
 
 def test_more_tensors_than_a_launch_can_take() -> None:
@@ -300,7 +301,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", VOTES, ids=str)
 def test_a_steady_step_makes_no_tensor_but_flags_and_counts(method: Method, scale: float) -> None:
     with gpu_branch():
         tensors, optimizer = many_small(method)

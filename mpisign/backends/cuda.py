@@ -1,7 +1,8 @@
-"""The memory of NVIDIA's GPUs, by CUDA kernels. Nothing here waits for them."""
+"""The memory of NVIDIA's GPUs, by CUDA kernels. Nothing here waits for them, unless it returns a bool."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -57,6 +58,12 @@ class CudaRandomNumbers(RandomNumbers):
 
     def uniform(self, out: Tensor, bound: float) -> Tensor:
         return out.uniform_(-bound, bound, generator=self._generator)
+
+
+@functools.cache
+def _flag(device: torch.device) -> Tensor:
+    """One that lives, so that asking allocates nothing. The answer is read before it is asked again."""
+    return torch.zeros((), dtype=torch.bool, device=device)
 
 
 class Cuda(Backend):
@@ -124,7 +131,7 @@ class Cuda(Backend):
         return found if tied is None else 0
 
     def no_zero(self, words: Tensor) -> bool:
-        return bool((words != 0).all())
+        return not cuda.any_zero(words, found=_flag(words.device).zero_())
 
     def count(self, ballots: Sequence[Tensor], planes: Tensor) -> None:
         cuda.count(ballots, planes)

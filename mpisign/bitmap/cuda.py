@@ -5,8 +5,8 @@ are dense tensors of any shape, whose n elements count in the order of their mem
 stream of the tensors' device. Nothing here waits for them, so what :mod:`~mpisign.bitmap.host` returns as a number is
 a 0-d tensor here.
 
-Those tensors accumulate: pass your own (``finite=``, ``tied=``, ``counts=``) to add up over several calls without an
-allocation; left out, a fresh one is made. All tensors of a call must be on one device.
+Those tensors accumulate: pass your own (``finite=``, ``tied=``, ``counts=``, ``found=``) to add up over several calls
+without an allocation; left out, a fresh one is made. All tensors of a call must be on one device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mpisign.bitmap.host import words_for
 from mpisign.bitmap.kernels import NONE, address, first, flag
 from mpisign.bitmap.tensors import is_dense
 
-__all__ = ["agreement", "all_finite", "count", "first_bad", "majority", "pack", "unpack"]
+__all__ = ["agreement", "all_finite", "any_zero", "count", "first_bad", "majority", "pack", "unpack"]
 
 Tensor = torch.Tensor
 _WORDS_PER_BLOCK = 4 * kernels.THREADS  # of the kernels that count
@@ -247,6 +247,24 @@ def agreement(
     if k:
         kernels.launch("agreement", _blocks(k, _WORDS_PER_BLOCK), arguments, ballot.device)
     return counts[0], counts[1]
+
+
+def any_zero(words: Tensor, *, found: Tensor | None = None) -> Tensor:
+    """Whether one of ``words`` (k,) has no 1.
+
+    Args:
+        found: 0-d bool that becomes True if so, and is left alone otherwise.
+
+    Returns:
+        ``found``.
+    """
+    k = words.numel()
+    found = torch.zeros((), dtype=torch.bool, device=words.device) if found is None else found
+    bitmap = address(words, k)
+    if k:
+        arguments = [bitmap, np.uint64(k), _wide([bitmap]), np.uint64(found.data_ptr())]
+        kernels.launch("any_zero", _blocks(k, _WORDS_PER_BLOCK), arguments, words.device)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------- arguments
