@@ -33,7 +33,8 @@ One process on one thread does what one rank does besides the exchange: every gr
 codec into the message, what the memory has to hear of it, and one decision back into the gradients (the rank's own
 message of the step before is taken for it). Exchange, rule and optimizer are left out. The floor is the time in which
 this machine copies as many bytes as the method must read and write at least: gradient, state, message, decision. What
-a method must compute comes on top of it: random numbers above all, for which `torch uniform_` and `torch normal_` stand beside it.
+a method must compute comes on top of it: random numbers above all, for which `torch uniform_` and `torch normal_` stand
+beside it.
 Dense robust rules (Krum, trimmed mean, ...) do the local work of `median`, and `double_squeeze` that of `ef_signsgd`.
 Selection is of the 0.1 % of largest magnitude among as many coordinates in one tensor; all three find the same."""
 
