@@ -270,7 +270,7 @@ class Talk:
             wrong = [answer for _, _, answer in tries if not 0 <= answer < CLOCK_LIMIT]
             if wrong:
                 raise ConsistencyError(
-                    f"rank 0 has told the time {wrong[0]}, which no clock shows (this is {self.rank})"
+                    f"rank 0 has told the time {wrong[0]}, which no clock shows (this is rank {self.rank})"
                 )
             _, middle, answer = min(tries)
             self.clocks.append((middle, answer - middle))

@@ -91,6 +91,18 @@ def ballot(values: Floats, zeros: str = "coin", coin: Ballot | None = None) -> B
     return np.where(values > 0, 1, np.where(values < 0, -1, for_zero)).astype(np.int8)
 
 
+def zero_rows(values: Floats, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    """Element by element, whether its row is zero throughout; ``values`` are in reading order.
+
+    A row is what has one index in the first dimension; where it has less than 64 elements, all is one row.
+    """
+    count = shape[0] if len(shape) > 1 and shape[0] > 0 and values.size // shape[0] >= 64 else 1
+    if not values.size:
+        return np.zeros(0, np.bool_)
+    rows = np.asarray(values).reshape(count, -1)
+    return np.repeat((rows == 0).all(axis=1), rows.shape[1])
+
+
 def majority(ballots: Sequence[Ballot], ties: str = "coin", coin: Ballot | None = None) -> tuple[Ballot, int]:
     """The decision and the number of ties: equal votes for and against, of at least one."""
     total = np.sum(ballots, axis=0, dtype=np.int64)

@@ -61,6 +61,22 @@ def test_a_ring_keeps_the_latest() -> None:
     assert tracer.spans(tracer.mark()) == []
 
 
+def test_a_ring_of_another_size_keeps_the_latest_of_before() -> None:
+    tracer = Tracer(capacity=4)
+    for message in range(10):
+        with tracer.span("pack", message):
+            pass
+    for capacity, kept in ((6, [6, 7, 8, 9]), (2, [8, 9])):
+        tracer.keep(capacity)
+        assert tracer.capacity == capacity
+        assert [span.message for span in tracer.spans()] == kept
+    mark = tracer.mark()
+    for message in range(10, 15):
+        with tracer.span("pack", message):
+            pass
+    assert [span.message for span in tracer.spans(mark)] == [13, 14]
+
+
 def test_what_goes_on() -> None:
     tracer = Tracer()
     assert tracer.where() == ""

@@ -90,6 +90,7 @@ class Plan:
         store: where memories are kept; the optimizer's.
         exchanges, deciders, headers: by bucket.
         spoken: by bucket, (length,) words that say which values are not zero, or None where rows do not count.
+        scattered: the buckets with parameters whose rows lie apart on the wire.
         told: the names of the parameters whose rows headers tell.
         batches: all buckets, in the order in which they are sent.
         gradients: reads them.
@@ -110,6 +111,7 @@ class Plan:
     deciders: tuple[Decider, ...]
     headers: tuple[Header, ...]
     spoken: tuple[torch.Tensor | None, ...]
+    scattered: frozenset[int]
     told: tuple[str, ...]
     batches: tuple[Batch, ...]
     gradients: Gradients
@@ -202,6 +204,12 @@ def make_plan(
         deciders=tuple(Decider(layout, bucket, backend, store) for bucket in layout.buckets),
         headers=_headers(layout, spoken, told, size),
         spoken=spoken,
+        scattered=frozenset(
+            bucket.index
+            for bucket in layout.buckets
+            for segment in bucket.segments
+            if rows.is_scattered(tuple(layout.parameters[segment.index].shape), layout.strides[segment.index])
+        ),
         told=told,
         batches=tuple(batch for batch, _ in batches),
         gradients=Gradients(layout, methods, group.rank),

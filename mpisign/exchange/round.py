@@ -280,7 +280,8 @@ class Round:
         end = 0
         for bucket, planes in zip(batch.buckets, batch.encoder.rows, strict=True):
             words, start, end = plan.spoken[bucket.index], end, end + len(bucket.segments)
-            if words is None or (not plan.told and plan.backend.no_zero(words)):
+            look = bool(plan.told) or bucket.index in plan.scattered
+            if words is None or not (look or not plan.backend.no_zero(words)):
                 continue
             for place, segment in enumerate(bucket.segments):
                 at = start + place

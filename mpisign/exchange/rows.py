@@ -15,7 +15,7 @@ from torch import Tensor
 from mpisign.backends import WORD, Backend
 from mpisign.bitmap.host import words_for
 
-__all__ = ["LEAST", "count_rows", "speakers", "spoken_words", "zero_rows"]
+__all__ = ["LEAST", "count_rows", "is_scattered", "speakers", "spoken_words", "zero_rows"]
 
 LEAST = 64  # elements
 
@@ -28,6 +28,11 @@ def count_rows(shape: tuple[int, ...]) -> int:
     return shape[0] if len(shape) > 1 and shape[0] and elements // shape[0] >= LEAST else 1
 
 
+def is_scattered(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether a row's elements lie apart on the wire, so that a row of zeros need not hold a word of zeros."""
+    return count_rows(shape) > 1 and strides[0] * shape[0] != int(np.prod(shape))
+
+
 def zero_rows(spoken: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], backend: Backend) -> Bools | None:
     """Which rows are zero throughout: (R,), or None if none is.
 
@@ -36,7 +41,7 @@ def zero_rows(spoken: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], 
         strides: of the parameter on the wire.
     """
     elements = int(np.prod(shape))
-    if not elements or backend.no_zero(spoken):
+    if not elements or (backend.no_zero(spoken) and not is_scattered(shape, strides)):
         return None
     bits = torch.empty(elements, dtype=torch.float32, device=spoken.device)
     backend.unpack(spoken, bits)

@@ -40,26 +40,36 @@ def test_replicas_stay_the_same(comm: MPI.Comm, make: Make) -> None:
 
 
 @walk()
-def test_a_rank_with_a_nan_abstains_and_its_memory_is_left_alone(comm: MPI.Comm, make: Make) -> None:
+def test_a_nan_ends_a_ballot_and_memories_take_in_what_is_finite(comm: MPI.Comm, make: Make) -> None:
+    """It is in the last parameter of the wire, so all others are voted on, except by methods that see all first."""
     tensors = model()
     optimizer = wrap(tensors, make(comm.size))
     step(optimizer, tensors, drawn(tensors, 0, comm.rank))
     before = copy.deepcopy(optimizer.state_dict()["mpisign"]["memory"])
-    # What follows the decision is the same on all ranks; a running average keeps what is finite, as signum's does.
-    common = {"average", "momentum", "variance"} if optimizer.method.memory.running else {"momentum"}
+    memory, rule = optimizer.method.memory, optimizer.method.rule
+    wholly = memory.needs_all or isinstance(rule, VectorRule)
+    # What follows the decision is the same on all ranks.
+    common = {"average", "momentum", "variance"} if memory.running else set()
     gradients = drawn(tensors, 1, comm.rank)
     broken = comm.rank == comm.size - 1
     if broken:
         gradients[0].view(-1)[3] = torch.nan
     step(optimizer, tensors, gradients)
-    assert optimizer.report.skipped == (comm.size == 1 and not optimizer.method.exchanges_models)
     if not optimizer.method.exchanges_models:
+        assert optimizer.report.skipped == (comm.size == 1 and wholly)
+        assert optimizer.report.ended_at == {comm.size - 1: "p0"}
+        assert (comm.size - 1 in optimizer.report.voters) == (not wholly)
         assert_same_everywhere(comm, tensors)
     assert all(torch.isfinite(t).all() for t in tensors)
     if broken:
         for place, fields in optimizer.state_dict()["mpisign"]["memory"].items():
             for key in fields.keys() - common:
-                assert torch.equal(fields[key], before[place][key]), key
+                if memory.needs_all:
+                    assert torch.equal(fields[key], before[place][key]), key
+                elif place == 0:
+                    assert fields[key].view(-1)[3] == before[place][key].view(-1)[3], key
+                    assert not torch.equal(fields[key], before[place][key]), key
+                assert torch.isfinite(fields[key]).all()
 
 
 @pytest.mark.parametrize(

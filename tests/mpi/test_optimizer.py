@@ -48,7 +48,7 @@ def train_on_rough_ground(comm: MPI.Comm, steps: int, **options: Any) -> list[to
 
 
 @pytest.mark.parametrize("ties", ["coin", "zero", "positive"])
-@pytest.mark.parametrize("zeros", ["coin", "abstain", "positive"])
+@pytest.mark.parametrize("zeros", ["rows", "coin", "abstain", "positive"])
 def test_parameters_are_bit_identical_after_200_steps(comm: MPI.Comm, zeros: str, ties: str) -> None:
     """On all ranks, and whichever way the votes went ("auto" takes one of the two)."""
     ends = set()

@@ -67,35 +67,42 @@ def test_no_gradient_anywhere_skips_the_step(comm: MPI.Comm) -> None:
     assert tensors[0].tolist() == [1.0] * 5
 
 
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("method", FOUR, ids=attrgetter("name"))
-def test_a_rank_with_a_non_finite_gradient_abstains(comm: MPI.Comm, method: mpisign.Method, bad: float) -> None:
-    """From the whole step, although its first buckets were on their way; the others decide as if it were not there."""
-    sick = comm.size - 1
-    tensors = ballots.parameters(*SHAPES)
-    healthy = ballots.parameters(*SHAPES)
-    optimizer = wrap(tensors, method=method, zeros="positive", ties="positive")
+def test_a_ballot_ends_at_what_is_not_finite(comm: MPI.Comm, method: mpisign.Method, bad: float, exchange: str) -> None:
+    """The others decide there, and on all that follows, as if the rank were not there; before that it has its vote."""
+    sick, ends_at = comm.size - 1, 2  # parameter 0 is sent last
+    options = {"method": method, "zeros": "positive", "ties": "positive", "exchange": exchange}
+    tensors, of_all, of_others = (ballots.parameters(*SHAPES) for _ in range(3))
+    optimizer = wrap(tensors, **options)
     gradients = ballots.draw(tensors, ballots.generator(comm.rank))
     give(tensors, gradients)
     if comm.rank == sick:
-        tensors[0].grad[0, 0] = bad  # parameter 0 is sent last
+        tensors[ends_at].grad[0, 0] = bad
     optimizer.step()
     report = optimizer.report
-    assert report.voters == tuple(range(sick))
-    assert report.abstentions == {sick: "non-finite gradient"}
-    assert report.skipped == (comm.size == 1)
+    assert report.voters == tuple(range(comm.size))
+    assert report.abstentions == {}
+    assert report.ended_at == {sick: f"p{ends_at}"}
+    assert not report.skipped
     assert_equal_on_all_ranks(comm, tensors)
+
+    together = wrap(of_all, **options)
+    give(of_all, gradients)
+    together.step()
+    assert snapshot(tensors[ends_at + 1 :]) == snapshot(of_all[ends_at + 1 :])
 
     others = comm.Split(int(comm.rank == sick))
     mpisign.shutdown()
     mpisign.init(others)
     if comm.rank != sick:
-        alone = wrap(healthy, method=method, zeros="positive", ties="positive")
-        give(healthy, gradients)
+        alone = wrap(of_others, **options)
+        give(of_others, gradients)
         alone.step()
-        assert snapshot(tensors) == snapshot(healthy)
-    else:
-        assert not any(t.any() for t in tensors) or comm.size > 1
+        assert snapshot(tensors[: ends_at + 1]) == snapshot(of_others[: ends_at + 1])
+    elif comm.size == 1:
+        assert not any(t.any() for t in tensors[: ends_at + 1])
     mpisign.shutdown()
     others.Free()
 

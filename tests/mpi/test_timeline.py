@@ -38,10 +38,11 @@ def written(path: Path, comm: MPI.Comm) -> tuple[list[dict[str, Any]], list[dict
     """What says how rows are called, and the spans; and nothing else is there."""
     comm.Barrier()
     events = json.loads(path.read_text())["traceEvents"]
+    beside = list(path.parent.iterdir())
     comm.Barrier()
+    assert beside == [path]
     kinds = {kind: [event for event in events if event["ph"] == kind] for kind in "MX"}
     assert sum(map(len, kinds.values())) == len(events)
-    assert list(path.parent.iterdir()) == [path]
     return kinds["M"], kinds["X"]
 
 
