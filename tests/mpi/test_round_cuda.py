@@ -183,17 +183,18 @@ def test_methods_with_other_messages(comm: MPI.Comm, name: str) -> None:
         assert_same(comm, rounds(comm.rank, 2), method=ALONE[name], exchange=exchange, bucket_cap_mb=SMALL)
 
 
-@pytest.mark.parametrize("name", ["ef_signsgd", "double_squeeze"])
-def test_methods_whose_scales_are_sums(comm: MPI.Comm, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "exchange"), [("ef_signsgd", "allgather"), ("double_squeeze", "two_phase")], ids=["ranks", "and deciders"]
+)
+def test_methods_whose_scales_are_sums(comm: MPI.Comm, name: str, exchange: str) -> None:
     """A GPU adds them up in fp64, the host in fp32: the last bits differ, but all ranks still apply the same."""
-    for exchange in exchanges(ALONE[name]):
-        options: dict[str, Any] = {"method": ALONE[name], "exchange": exchange, "bucket_cap_mb": SMALL}
-        host, mixed = (train(gpu, rounds(comm.rank, 2), **options) for gpu in (False, comm.rank % 2 == 1))
-        assert len(set(map(str, comm.allgather([decisions for decisions, *_ in mixed])))) == 1
-        for (mine, _, _, report, *_), (its, _, _, its_report, *_) in zip(host, mixed, strict=True):
-            assert report == its_report
-            for decision, other in zip(mine, its, strict=True):
-                assert json.loads(other or "[]") == pytest.approx(json.loads(decision or "[]"), rel=1e-2)
+    options: dict[str, Any] = {"method": ALONE[name], "exchange": exchange, "bucket_cap_mb": SMALL}
+    host, mixed = (train(gpu, rounds(comm.rank, 2), **options) for gpu in (False, comm.rank % 2 == 1))
+    assert len(set(map(str, comm.allgather([decisions for decisions, *_ in mixed])))) == 1
+    for (mine, _, _, report, *_), (its, _, _, its_report, *_) in zip(host, mixed, strict=True):
+        assert report == its_report
+        for decision, other in zip(mine, its, strict=True):
+            assert json.loads(other or "[]") == pytest.approx(json.loads(decision or "[]"), rel=1e-2)
 
 
 def test_ranks_out_of_batches_follow(comm: MPI.Comm) -> None:
