@@ -22,6 +22,7 @@ from mpisign.bitmap.host import words_for
 Tensor = torch.Tensor
 
 COPY, PACK, UNPACK, PACK_BF16, PACK_MOMENTUM = "copy", "pack", "unpack", "pack, bf16", "momentum and pack"
+PACK_ROWS = "pack, rows"
 LERP = "torch lerp_, then pack"
 RESNET_PACK, RESNET_UNPACK = "ResNet-50 pack", "ResNet-50 unpack"
 RESNET_PACK_CALL, RESNET_UNPACK_CALL = "ResNet-50 pack, the call", "ResNet-50 unpack, the call"
@@ -78,6 +79,7 @@ def run(args: Namespace, device: torch.device, gpu: str) -> None:
         PACK: 4 * n + 4 * k,
         "pack, 10 % zeros": 4 * n + 4 * k,
         "pack, 10 % abstain": 4 * n + 8 * k,
+        PACK_ROWS: 4 * n + 8 * k,
         PACK_BF16: 2 * n + 4 * k,
         "pack, misaligned": 4 * n + 4 * k,
         PACK_MOMENTUM: 12 * n + 4 * k,
@@ -98,7 +100,7 @@ def run(args: Namespace, device: torch.device, gpu: str) -> None:
     ]
     targets = [
         Target(one, COPY, round(SHARE * moved[COPY] / moved[one], 2))
-        for one in (PACK, PACK_BF16, PACK_MOMENTUM, UNPACK, decide)
+        for one in (PACK, PACK_ROWS, PACK_BF16, PACK_MOMENTUM, UNPACK, decide)
     ]
     report = Report(
         "bitmap-gpu",
@@ -180,7 +182,7 @@ def packers(values: Tensor, repeat: Repeat) -> list[Contender]:
     half, shifted = values.bfloat16(), torch.empty(n + 1, device=device)[1:].copy_(values)
 
     def packer(source: Tensor, zeros: str = "coin") -> Callable[[], object]:
-        plane = nonzero if zeros == "abstain" else None
+        plane = nonzero if zeros in ("abstain", "rows") else None
         return lambda: cuda.pack(source, words, zeros=zeros, key=KEY, nonzero=plane, finite=finite)
 
     whole, powers = values[: n - n % 8], 2 ** torch.arange(8, dtype=torch.uint8, device=device)
@@ -198,9 +200,10 @@ def packers(values: Tensor, repeat: Repeat) -> list[Contender]:
     require_equal("torch pack", expected[: n // 8], torch_pack())
     require_equal("cupy.packbits", expected[: (n + 7) // 8], torch.utils.dlpack.from_dlpack(cupy_pack()))
     return [
-        repeat(PACK, "`zeros='coin'`, the default; normal data, almost no zeros", packer(values)),
+        repeat(PACK, "`zeros='coin'`; normal data, almost no zeros", packer(values)),
         repeat("pack, 10 % zeros", "`zeros='coin'`, a tenth of the data exactly 0", packer(gaps)),
         repeat("pack, 10 % abstain", "`zeros='abstain'`, same data, two planes", packer(gaps, "abstain")),
+        repeat(PACK_ROWS, "`zeros='rows'`, the library's default: the coin, and two planes", packer(values, "rows")),
         repeat(PACK_BF16, "bfloat16 values", packer(half)),
         repeat("pack, misaligned", "fp32 values that start 4 bytes after aligned memory", packer(shifted)),
         repeat("torch pack", "`((x >= 0).view(-1, 8) * powers_of_two).sum(1)`", torch_pack),
@@ -216,7 +219,7 @@ def averagers(values: Tensor, repeat: Repeat) -> list[Contender]:
     batch, finite = Batch([n], [words]), torch.tensor(True, device=device)
 
     def pack_momentum() -> object:
-        return batch.pack_momentum([values], [ours], (0.9, 0.9), key=KEY, finite=finite)
+        return batch.pack_momentum([values], [ours], (0.9, 0.9), key=KEY)
 
     def lerp_then_pack() -> object:
         return cuda.pack(theirs.lerp_(values, 1.0 - 0.9), expected, key=KEY, finite=finite)
@@ -300,10 +303,9 @@ def resnet50(device: torch.device, repeat: Repeat) -> list[Contender]:
     words = torch.zeros(starts[-1], dtype=WORD, device=device)
     places = [words[start : start + words_for(size)] for start, size in zip(starts, sizes, strict=False)]
     batch = Batch(sizes, places, first_words=starts[:-1])
-    finite = torch.tensor(True, device=device)
 
     def pack() -> object:
-        return batch.pack(gradients, key=KEY, finite=finite)
+        return batch.pack(gradients, key=KEY)
 
     def unpack() -> None:
         batch.unpack(gradients)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from bench_step import Model, resnet50_shapes
 from harness import Contender, Report, Table, Target, Times, compare, count, measure, one_thread, parser, speedup
 
 import mpisign
 from mpisign import Method
+from mpisign.bitmap.tensors import flat
 from mpisign.codecs.sparse import top_k
-from mpisign.exchange.decoder import Decoder
-from mpisign.exchange.encoder import Encoder
-from mpisign.exchange.gradients import Gradients
-from mpisign.layout import Bucket, Layout
+from mpisign.exchange.header import VOTES, Heard
+from mpisign.exchange.plan import make_plan
+from mpisign.exchange.sink import GradientSink
+from mpisign.group import Group
 from mpisign.memory.store import MemoryStore
 from mpisign.policy import Policy
 
@@ -28,9 +31,10 @@ BUCKET = 2**20  # bytes; the optimizer's default
 WORDS = """\
 One process on one thread does what one rank does besides the exchange: every gradient through the method's memory and
 codec into the message, what the memory has to hear of it, and one decision back into the gradients (the rank's own
-message is taken for it). Exchange, rule and optimizer are left out. The floor is the time in which this machine copies
-as many bytes as the method must read and write at least: gradient, state, message, decision. What a method must
-compute comes on top of it: random numbers above all, for which `torch uniform_` and `torch normal_` stand beside it.
+message of the step before is taken for it). Exchange, rule and optimizer are left out. The floor is the time in which
+this machine copies as many bytes as the method must read and write at least: gradient, state, message, decision. What
+a method must compute comes on top of it: random numbers above all, for which `torch uniform_` and `torch normal_` stand
+beside it.
 Dense robust rules (Krum, trimmed mean, ...) do the local work of `median`, and `double_squeeze` that of `ef_signsgd`.
 Selection is of the 0.1 % of largest magnitude among as many coordinates in one tensor; all three find the same."""
 
@@ -121,24 +125,6 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------- contenders
 
 
-class Loopback:
-    """An exchange with nobody: what is sent is what comes back."""
-
-    name = "loopback"
-    bytes_sent = 0
-
-    def __init__(self, bucket: Bucket, planes: int) -> None:
-        self.message = self.decision = torch.zeros((planes, bucket.length), dtype=bucket.dtype)
-        self.received = self.message[None]
-
-    def push(self) -> None: ...
-    def start(self, session: object) -> None: ...
-    def settle(self, decide: object, session: object, index: int) -> None: ...
-    def finish(self, session: object, index: int) -> None: ...
-    def counts_ties_for(self, rank: int) -> bool:
-        return True
-
-
 class Work:
     """What one rank does at a step of a method, with memory and buffers of its own."""
 
@@ -147,16 +133,16 @@ class Work:
         self.case, self._model, self._step = case, model, 0
         method = case.method.at(1, 0)
         named = [(str(place), parameter) for place, parameter in enumerate(model.parameters)]
-        self._layout = Layout(named, method.codec, BUCKET)
-        exchanges = [Loopback(bucket, method.codec.planes(Policy())) for bucket in self._layout.buckets]
-        messages = [exchange.message for exchange in exchanges]
         store = MemoryStore(method.memory)
         for parameter in model.parameters:
             for value in store.of(parameter).values():
-                value.copy_(parameter.square())  # as after some steps: zeros may take another time than other numbers
-        self._encoder = Encoder(self._layout, method, messages, store.of, Gradients(self._layout, 0).locate)
-        self._decoder = Decoder(self._layout, method, exchanges, self._encoder)
-        sent = sum(message.nbytes for message in messages)
+                value.copy_(parameter.view(-1).square())  # as after some steps: zeros may take another time than others
+        group = Group.alone(None)  # nothing is sent
+        cap_mb = BUCKET / 2**20
+        self._plan = make_plan(named, [method] * len(named), Policy(), "allgather", cap_mb, store, group, 0)
+        self._sink = GradientSink(self._plan.layout)
+        self._heard = [heard_alone(len(bucket.segments)) for bucket in self._plan.layout.buckets]
+        sent = sum(exchange.message.nbytes for exchange in self._plan.exchanges)
         self.bytes = 4 * case.moves * model.elements + 2 * sent  # a message is written once, a decision read once
         self.contender = Contender(
             case.name, f"`{method.memory!r}`, `{method.codec!r}`: {case.what}", self.run, self.begin
@@ -165,17 +151,39 @@ class Work:
     def begin(self) -> None:
         self._model.restore()
         self._step += 1
+        for exchange in self._plan.exchanges:  # what was sent is what comes back
+            exchange.received[0].copy_(exchange.message)
+            if exchange.decision.shape == exchange.message.shape:
+                exchange.decision.copy_(exchange.message)
 
     @torch.no_grad()
     def run(self) -> None:
-        gradients = [parameter.grad for parameter in self._model.parameters]
-        voters = [(0,)] * len(gradients)
-        context, finite = self._encoder.begin(gradients, Policy().context(self._step, 0), 1.0)
-        flags = self._encoder.encode(self._layout.buckets, gradients, context)
-        if not (finite and all(flags)):
+        plan, context = self._plan, Policy().context(self._step, 0)
+        gradients = plan.gradients.read()
+        finite = True
+        for method in plan.layout.methods:
+            if method.memory.needs_all:
+                finite &= int(plan.backend.first_bad(gradients)) >= len(gradients)
+                prepared = method.memory.prepare([flat(g) for g in gradients if g is not None], context)
+                context = dataclasses.replace(context, prepared=prepared)
+        for batch in plan.batches:
+            its = [gradients[place] for place in batch.places]
+            finite &= int(batch.encoder.encode(its, context, 1.0)) >= len(its)
+            for bucket in batch.buckets:
+                spoken = plan.spoken[bucket.index]
+                if spoken is not None:
+                    plan.backend.no_zero(spoken)
+        if not finite:
             raise RuntimeError(f"{self.case.name} has made values that are not finite")
-        self._encoder.sent(gradients, voters, 0)
-        self._decoder.decode(self._layout.buckets, gradients, voters, context)
+        for batch in plan.batches:
+            batch.encoder.sent([True] * len(batch.places))
+            batch.decoder.decode([self._heard[bucket.index] for bucket in batch.buckets], self._sink, context)
+
+
+def heard_alone(segments: int) -> Heard:
+    """What a rank without others hears of a bucket: that it votes on all of it."""
+    votes = np.ones((1, segments), np.bool_)
+    return Heard((VOTES,), votes, (-1,), np.zeros_like(votes), {})
 
 
 def selectors(values: torch.Tensor) -> list[Contender]:

@@ -121,6 +121,14 @@ def test_on_the_host_with_its_kernels_in_the_shim(tmp_path: Path, monkeypatch: p
 def check(results: Path) -> dict[str, Any]:
     raw: dict[str, Any] = json.loads(next(results.glob("*-bitmap-gpu.json")).read_text())
     names = {one["name"] for one in raw["contenders"]}
-    assert {"copy", "pack", "unpack", "majority of 3", "majority of 3, misaligned", "cupy.packbits"} <= names
+    assert {
+        "copy",
+        "pack",
+        "pack, rows",
+        "unpack",
+        "majority of 3",
+        "majority of 3, misaligned",
+        "cupy.packbits",
+    } <= names
     assert "share of copy" in next(results.glob("*-bitmap-gpu.md")).read_text()
     return raw

@@ -92,8 +92,8 @@ def check(results: Path) -> None:
     raw = json.loads(next(results.glob("*-step-gpu.json")).read_text())
     assert {one["name"] for one in raw["contenders"]} == {"signsgd", "signum", "mean", "SGD alone"}
     launches = {name: part["launches"] for name, part in raw["parts"].items()}
-    signsgd = {"pack_many": 1, "unpack_many": 1, "majority_2": 1}
-    signum = {"pack_momentum": 1, "unpack_many": 1, "majority_2": 1}
+    signsgd = {"pack_many": 1, "any_zero": 1, "unpack_many": 1, "majority_2": 1}
+    signum = {"pack_momentum": 1, "any_zero": 1, "unpack_many": 1, "majority_2": 1}
     assert launches == {
         "signsgd": signsgd,
         "signum": signum,

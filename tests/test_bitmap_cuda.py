@@ -1,4 +1,4 @@
-"""mpisign.bitmap.cuda, .batch and .kernels besides the bits: what accumulates, what is refused, what is imported."""
+"""The CUDA backend, mpisign.bitmap.cuda, .batch and .kernels besides the bits: what accumulates, waits, is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import shim
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mpisign.backends.cuda import BACKEND as CUDA
 from mpisign.bitmap import cuda, kernels
 from mpisign.bitmap.batch import Batch
 from mpisign.errors import GradientError
@@ -41,27 +43,60 @@ def words(*values: int) -> torch.Tensor:
 
 @needs_compiler
 def test_a_flag_given_stays_false(launches: list[tuple[str, int]]) -> None:
-    good, bad, bitmap = torch.ones(3), torch.tensor([1.0, torch.nan, 1.0]), words(0)
-    batch = Batch([3], [bitmap])
-    for check in (
-        lambda values, flag: cuda.pack(values, bitmap, finite=flag),
-        lambda values, flag: cuda.all_finite(values, finite=flag),
-        lambda values, flag: cuda.first_bad([values], finite=flag),
-        lambda values, flag: batch.pack([values], finite=flag),
-    ):
-        flag = torch.tensor(True)
-        assert check(good, flag) is flag
-        assert flag
-        check(bad, flag)
-        assert not flag
-        check(good, flag)
-        assert not flag
+    good, bad, bitmap, flag = torch.ones(3), torch.tensor([1.0, torch.nan, 1.0]), words(0), torch.tensor(True)
+    assert cuda.pack(good, bitmap, finite=flag) is flag
+    assert flag
+    cuda.pack(bad, bitmap, finite=flag)
+    assert not flag
+    cuda.pack(good, bitmap, finite=flag)
+    assert not flag
 
 
 @needs_compiler
-def test_a_batch_allocates_no_flag(launches: list[tuple[str, int]]) -> None:
-    batch = Batch([3], [words(0)])
-    assert batch.pack([torch.ones(3)]) is batch.pack([torch.ones(3)])
+def test_a_batch_tells_the_first_bad_tensor_of_its_last_packing_in_one_place(launches: list[tuple[str, int]]) -> None:
+    batch, kept = Batch([3], [words(0)]), [torch.ones(3)]
+    told = batch.pack([torch.full((3,), torch.nan)])
+    assert told == 0
+    assert batch.pack([torch.ones(3)]) is told
+    assert told == kernels.NONE
+    assert batch.pack_momentum([torch.full((3,), torch.inf)], kept, (0.5, 0.5)) is told
+    assert told == 0
+    assert batch.pack_momentum([torch.ones(3)], kept, (0.5, 0.5)) is told
+    assert told == kernels.NONE
+
+
+class NumbersAsked(TorchDispatchMode):
+    """How often a tensor was made a number, for which one waits on a GPU."""
+
+    times = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.times += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@needs_compiler
+def test_nothing_waits_for_a_result(launches: list[tuple[str, int]]) -> None:
+    """Besides what must be known at once, and says so by being a bool."""
+    planes = torch.zeros(3, 1, dtype=torch.int32)
+    values: list[torch.Tensor | None] = [None, torch.ones(3)]
+    bitmaps = CUDA.bitmaps([3, 3], [planes[0], planes[1]], [None, planes[2]], [0, 1])
+    with NumbersAsked() as asked:
+        assert CUDA.no_zero(planes[0]) is False
+        assert asked.times == 1, "the measure sees it"
+        CUDA.first_bad(values)
+        CUDA.all_finite(torch.ones(3))
+        CUDA.pack(torch.ones(3), planes[0])
+        CUDA.unpack(planes[0], torch.ones(3))
+        CUDA.majority(list(planes), torch.zeros(1, dtype=torch.int32))
+        CUDA.count(list(planes), torch.zeros(2, 1, dtype=torch.int32))
+        CUDA.agreement(planes[0], planes[1], 3)
+        bitmaps.pack(values, zeros="rows", key=1)
+        bitmaps.pack_average(values, values, (0.5, 0.5), unscale=1.0, zeros="rows", key=1)
+        bitmaps.unpack(values)
+    assert asked.times == 1
 
 
 @needs_compiler
@@ -92,7 +127,7 @@ def test_the_tensors_of_a_resnet50_take_one_launch(launches: list[tuple[str, int
     batch.pack(values)
     batch.unpack(values)
     cuda.first_bad(values)
-    assert launches == [("pack_many", 161), ("unpack_many", 161), ("all_finite", 161)]
+    assert launches == [("pack_many", 161), ("unpack_many", 161), ("first_bad", 161)]
 
 
 # -------------------------------------------------------------------------------------------------- refusals
@@ -196,7 +231,7 @@ def test_without_cupy_the_error_names_the_extra(
 
 
 def test_importing_the_cuda_modules_imports_no_cupy() -> None:
-    program = "import mpisign.bitmap.cuda, mpisign.bitmap.batch, sys; print('cupy' in sys.modules)"
+    program = "import mpisign.backends.cuda, sys; print('cupy' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert run.stdout.strip() == "False"
 

@@ -29,7 +29,8 @@ Words = npt.NDArray[np.uint32]
 
 SMALL = [0, 1, 7, 31, 32, 33, 1023]
 BLOCKS = [PACK_BLOCK - 1, PACK_BLOCK, PACK_BLOCK + 1]
-ZEROS = ["coin", "abstain", "positive"]
+ZEROS = ["coin", "abstain", "positive", "rows"]
+TWO_PLANES = ("abstain", "rows")  # of those
 TIES = ["coin", "zero", "positive"]
 KEY = oracle.coin_key(3, 1, 4)
 FULL = 0xFFFFFFFF
@@ -70,15 +71,16 @@ def check_pack(values: Bits, fmt: FloatFormat, zeros: str, first_word: int = 0) 
     n = values.size
     buffers = np.full((2, words_for(n) + 2), 0xA5A5A5A5, np.uint32)
     words, nonzero = buffers[:, 1:-1]
-    wants_nonzero = zeros == "abstain"
+    wants_nonzero = zeros in TWO_PLANES
     finite = pack(
         values, fmt, words, zeros=zeros, key=KEY, first_word=first_word, nonzero=nonzero if wants_nonzero else None
     )
-    ballot = oracle.ballot(as_doubles(values, fmt), zeros, coins(KEY, first_word, n))
+    doubles = as_doubles(values, fmt)
+    ballot = oracle.ballot(doubles, "coin" if zeros == "rows" else zeros, coins(KEY, first_word, n))
     assert finite is True
     assert (words == oracle.to_words(ballot > 0)).all()
     if wants_nonzero:
-        assert (nonzero == oracle.to_words(ballot != 0)).all()
+        assert (nonzero == oracle.to_words(doubles != 0)).all()
     assert (buffers[:, [0, -1]] == 0xA5A5A5A5).all(), "words outside the message were written"
 
 
@@ -129,7 +131,7 @@ def test_pack_of_a_slice_is_the_slice_of_the_pack(zeros: str, fmt: FloatFormat) 
     whole, parts = np.zeros((2, 2, words_for(values.size)), np.uint32)
 
     def pack_words(lo: int, hi: int, words: Words, nonzero: Words) -> None:
-        plane = nonzero[lo:hi] if zeros == "abstain" else None
+        plane = nonzero[lo:hi] if zeros in TWO_PLANES else None
         pack(values[32 * lo : 32 * hi], fmt, words[lo:hi], zeros=zeros, key=KEY, first_word=5 + lo, nonzero=plane)
 
     pack_words(0, whole.shape[1], *whole)
@@ -162,7 +164,7 @@ def test_pack_and_unpack_misaligned_memory(offset: int, fmt: FloatFormat) -> Non
 def test_one_non_finite_value_is_found_wherever_it_is(n: int, zeros: str, fmt: FloatFormat) -> None:
     values = some_values(n, fmt)
     words, plane = np.empty((2, words_for(n)), np.uint32)
-    nonzero = plane if zeros == "abstain" else None
+    nonzero = plane if zeros in TWO_PLANES else None
     for place in {0, n // 2, n - 1, min(PACK_BLOCK - 1, n - 1), min(PACK_BLOCK, n - 1)}:
         kept = values[place]
         for bad in non_finite_values(fmt):

@@ -70,8 +70,9 @@ def expected_kernels() -> set[str]:
         "pack_momentum",
         "unpack_one",
         "unpack_many",
-        "all_finite",
+        "first_bad",
         "agreement",
+        "any_zero",
     }
 
 

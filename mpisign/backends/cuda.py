@@ -1,7 +1,8 @@
-"""The memory of NVIDIA's GPUs, by CUDA kernels. Nothing here waits for them."""
+"""The memory of NVIDIA's GPUs, by CUDA kernels. Nothing here waits for them, unless it returns a bool."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from mpisign.backends.backend import Backend, Bitmaps, Count, RandomNumbers
 from mpisign.bitmap import cuda
 from mpisign.bitmap.batch import Batch, Located, locate
-from mpisign.bitmap.kernels import NONE, import_cupy
+from mpisign.bitmap.kernels import import_cupy
 
 __all__ = ["BACKEND", "Cuda"]
 
@@ -59,6 +60,12 @@ class CudaRandomNumbers(RandomNumbers):
         return out.uniform_(-bound, bound, generator=self._generator)
 
 
+@functools.cache
+def _flag(device: torch.device) -> Tensor:
+    """One that lives, so that asking allocates nothing. The answer is read before it is asked again."""
+    return torch.zeros((), dtype=torch.bool, device=device)
+
+
 class Cuda(Backend):
     """See :class:`mpisign.backends.backend.Backend`."""
 
@@ -97,12 +104,7 @@ class Cuda(Backend):
         return cuda.all_finite(values)
 
     def first_bad(self, values: Sequence[Tensor | None]) -> Tensor:
-        places = [place for place, value in enumerate(values) if value is not None]
-        found = cuda.first_bad([value for value in values if value is not None])
-        if len(places) == len(values):
-            return found
-        numbers = torch.tensor([*places, NONE], dtype=torch.int32, device=found.device)
-        return numbers[found.clamp(max=len(places))]
+        return cuda.first_bad(values)
 
     def majority(
         self,
@@ -129,7 +131,7 @@ class Cuda(Backend):
         return found if tied is None else 0
 
     def no_zero(self, words: Tensor) -> bool:
-        return bool((words != 0).all())
+        return not cuda.any_zero(words, found=_flag(words.device).zero_())
 
     def count(self, ballots: Sequence[Tensor], planes: Tensor) -> None:
         cuda.count(ballots, planes)

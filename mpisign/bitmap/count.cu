@@ -1,4 +1,4 @@
-// Counting: words of many voters to a decision or to their counts, and how far two of them agree.
+// Counting: words of many voters to a decision or to their counts, how far two of them agree, and words without a 1.
 
 // Adds the block's sum of each of `mine` to `totals`: one atomic operation a block, as thousands of blocks share them.
 template <int N> __device__ __forceinline__ void add_up(u32 (&mine)[N], u64* totals) {
@@ -212,4 +212,17 @@ agreement(const u32* ballot, const u32* decision, u64 elements, const u32* nonze
         }
     }
     add_up(mine, counts);
+}
+
+// ------------------------------------------------------------------------------------------------------- zeros
+
+// Whether a word has no 1 at all.
+extern "C" __global__ void __launch_bounds__(THREADS) any_zero(const u32* bitmap, u64 words, u32 wide, u8* found) {
+    const Span span(words, wide);
+    u32 mine[WORDS];
+    span.load(bitmap, mine);
+    bool zero = false;
+#pragma unroll
+    for (u32 i = 0; i < WORDS; ++i) zero |= span.has(i) && !mine[i];
+    if (zero) *found = 1;
 }

@@ -5,8 +5,8 @@ are dense tensors of any shape, whose n elements count in the order of their mem
 stream of the tensors' device. Nothing here waits for them, so what :mod:`~mpisign.bitmap.host` returns as a number is
 a 0-d tensor here.
 
-Those tensors accumulate: pass your own (``finite=``, ``tied=``, ``counts=``) to add up over several calls without an
-allocation; left out, a fresh one is made. All tensors of a call must be on one device.
+Those tensors accumulate: pass your own (``finite=``, ``tied=``, ``counts=``, ``found=``) to add up over several calls
+without an allocation; left out, a fresh one is made. All tensors of a call must be on one device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mpisign.bitmap.host import words_for
 from mpisign.bitmap.kernels import NONE, address, first, flag
 from mpisign.bitmap.tensors import is_dense
 
-__all__ = ["agreement", "all_finite", "count", "first_bad", "majority", "pack", "unpack"]
+__all__ = ["agreement", "all_finite", "any_zero", "count", "first_bad", "majority", "pack", "unpack"]
 
 Tensor = torch.Tensor
 _WORDS_PER_BLOCK = 4 * kernels.THREADS  # of the kernels that count
@@ -98,21 +98,23 @@ def all_finite(values: Tensor) -> Tensor:
     return first_bad([values]) == NONE
 
 
-def first_bad(values: Sequence[Tensor]) -> Tensor:
+def first_bad(values: Sequence[Tensor | None]) -> Tensor:
     """The place of the first of ``values`` that has a NaN or Inf, or :data:`~mpisign.bitmap.kernels.NONE`.
 
     One launch for every 192 tensors, which may be of any sizes and types. That they are dense is not checked.
     """
-    found = first(values[0].device if values else torch.device("cpu"))
-    sizes, formats = tuple(map(Tensor.numel, values)), tuple([kernels.FORMATS[tensor.dtype] for tensor in values])
-    addresses = list(map(Tensor.data_ptr, values))
+    device = next((tensor.device for tensor in values if tensor is not None), torch.device("cpu"))
+    found = first(device)
+    sizes = tuple([0 if tensor is None else tensor.numel() for tensor in values])  # whose blocks are none
+    formats = tuple([0 if tensor is None else kernels.FORMATS[tensor.dtype] for tensor in values])
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in values]
     for lo, vectors, blocks in _vectors(sizes, formats):
         by_value = vectors.copy()
         some = addresses[lo : lo + kernels.VECTOR_CAPACITY]
         by_value["at"][0, : len(some)] = some
         arguments = [kernels.opaque(by_value), np.uint32(len(some)), np.uint32(lo), np.uint64(found.data_ptr())]
         if blocks:
-            kernels.launch("first_bad", blocks, arguments, values[0].device)
+            kernels.launch("first_bad", blocks, arguments, device)
     return found
 
 
@@ -245,6 +247,24 @@ def agreement(
     if k:
         kernels.launch("agreement", _blocks(k, _WORDS_PER_BLOCK), arguments, ballot.device)
     return counts[0], counts[1]
+
+
+def any_zero(words: Tensor, *, found: Tensor | None = None) -> Tensor:
+    """Whether one of ``words`` (k,) has no 1.
+
+    Args:
+        found: 0-d bool that becomes True if so, and is left alone otherwise.
+
+    Returns:
+        ``found``.
+    """
+    k = words.numel()
+    found = torch.zeros((), dtype=torch.bool, device=words.device) if found is None else found
+    bitmap = address(words, k)
+    if k:
+        arguments = [bitmap, np.uint64(k), _wide([bitmap]), np.uint64(found.data_ptr())]
+        kernels.launch("any_zero", _blocks(k, _WORDS_PER_BLOCK), arguments, words.device)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------- arguments

@@ -260,7 +260,8 @@ def _spoken(bucket: Bucket, policy: Policy, device: torch.device) -> torch.Tenso
     counts = isinstance(method.rule, BallotRule) and isinstance(method.codec, SignBits)
     if not (policy.zeros == "rows" and counts and method.codec.planes(policy) == 1):
         return None
-    return torch.zeros(bucket.length, dtype=bucket.dtype, device=device)
+    # Ones where nothing is ever written, behind a shard's last segment: words of zeros are what one looks for.
+    return torch.full((bucket.length,), -1, dtype=bucket.dtype, device=device)
 
 
 def _told(layout: Layout, spoken: Sequence[torch.Tensor | None], store: MemoryStore) -> tuple[str, ...]:

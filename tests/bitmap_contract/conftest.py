@@ -8,25 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
-from contract import DEVICES, Device, Host, Memory, make
+from contract import DEVICES, Memory, Subject, make
 
 
 @pytest.fixture(params=["host", *DEVICES])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Host | Device:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Subject:
     return make(request.param, monkeypatch)
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """For what the host does not have."""
-    return make(request.param, monkeypatch).device
-
-
 @pytest.fixture
-def memory(request: pytest.FixtureRequest) -> Iterator[Memory]:
-    names = request.fixturenames
-    where = request.getfixturevalue("backend").device if "backend" in names else request.getfixturevalue("device")
-    memory = Memory(where)
+def memory(backend: Subject) -> Iterator[Memory]:
+    memory = Memory(backend.device)
     yield memory
     memory.check()

@@ -13,16 +13,17 @@ import pytest
 import shim
 import torch
 
-from mpisign.backends import WORD
-from mpisign.bitmap import cuda, host, kernels
+from mpisign import backends
+from mpisign.backends import WORD, Bitmaps
+from mpisign.bitmap import kernels
 from mpisign.bitmap.host import FORMATS, FloatFormat
 from mpisign.bitmap.kernels import JOB_ELEMENTS
-from mpisign.bitmap.tensors import format_of, raw_bits
 
 Tensor = torch.Tensor
 Array = npt.NDArray[Any]
 
-ZEROS = ["coin", "abstain", "positive"]
+ZEROS = ["coin", "abstain", "positive", "rows"]
+TWO_PLANES = ("abstain", "rows")  # of those
 TIES = ["coin", "zero", "positive"]
 KEY = oracle.coin_key(3, 1, 4)
 FULL = 0xFFFFFFFF
@@ -41,47 +42,36 @@ coins = functools.cache(oracle.coins)
 # ---------------------------------------------------------------------------------------------- who is tested
 
 
-class Host:
-    """mpisign.bitmap.host, called with tensors."""
-
-    device = torch.device("cpu")
-
-    def pack(self, values: Tensor, words: Tensor, *, nonzero: Tensor | None = None, **options: Any) -> bool:
-        return host.pack(raw_bits(values), format_of(values.dtype), array(words), nonzero=array(nonzero), **options)
-
-    def unpack(self, words: Tensor, out: Tensor, *, nonzero: Tensor | None = None) -> None:
-        host.unpack(array(words), format_of(out.dtype), raw_bits(out), nonzero=array(nonzero))
-
-    def all_finite(self, values: Tensor) -> bool:
-        return host.all_finite(raw_bits(values), format_of(values.dtype))
-
-    def majority(self, ballots: Sequence[Tensor], out: Tensor, **options: Any) -> int:
-        for name in ("nonzeros", "out_nonzero"):
-            planes = options.get(name)
-            options[name] = [array(plane) for plane in planes] if isinstance(planes, list) else array(planes)
-        return host.majority([array(ballot) for ballot in ballots], array(out), **options)
-
-    def count(self, ballots: Sequence[Tensor], planes: Tensor) -> None:
-        host.count([array(ballot) for ballot in ballots], array(planes))
-
-    def agreement(self, ballot: Tensor, decision: Tensor, elements: int, *planes: Tensor | None) -> tuple[int, int]:
-        return host.agreement(array(ballot), array(decision), elements, *(array(plane) for plane in planes))
+def number(result: Any) -> Any:
+    """0-d tensors, which a GPU gives, as the numbers that the host gives."""
+    if isinstance(result, tuple):
+        return tuple(number(one) for one in result)
+    return result.item() if isinstance(result, Tensor) else result
 
 
-class Device:
-    """mpisign.bitmap.cuda, whose 0-d tensors become numbers."""
+class Subject:
+    """A backend, or its bitmaps, on a device; every result is a number."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, tested: Any, device: torch.device) -> None:
+        self._tested, self.device = tested, device
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            result = getattr(cuda, name)(*arguments, **options)
-            if isinstance(result, tuple):
-                return tuple(one.item() for one in result)
-            return None if result is None else result.item()
+            return number(getattr(self._tested, name)(*arguments, **options))
 
         return call
+
+    def bitmaps(
+        self,
+        elements: Sequence[int],
+        words: Sequence[Tensor],
+        nonzeros: Sequence[Tensor | None] | None = None,
+        starts: Sequence[int] | None = None,
+    ) -> Subject:
+        absent: list[Tensor | None] = [None] * len(words)
+        made = self._tested.bitmaps(elements, words, nonzeros or absent, starts or [0] * len(words))
+        assert isinstance(made, Bitmaps)
+        return Subject(made, self.device)
 
 
 needs_compiler = pytest.mark.skipif(not shim.COMPILER, reason="needs a C++ compiler")
@@ -89,10 +79,15 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 DEVICES = [pytest.param("shim", marks=needs_compiler), pytest.param("cuda", marks=needs_gpu)]
 
 
-def make(name: str, monkeypatch: pytest.MonkeyPatch) -> Host | Device:
+def make(name: str, monkeypatch: pytest.MonkeyPatch) -> Subject:
+    """As the library chooses it. The shim's is that of CUDA tensors, for those of the CPU."""
     if name == "shim":
         monkeypatch.setattr(kernels, "launch", shim.launch)
-    return Host() if name == "host" else Device(torch.device("cpu" if name == "shim" else "cuda", 0))
+        monkeypatch.setitem(backends.BACKENDS, "cpu", backends.BACKENDS["cuda"])
+    device = torch.device("cuda", 0) if name == "cuda" else torch.device("cpu")
+    backend = backends.backend_for(device)
+    assert backend.name == ("host" if name == "host" else "cuda")
+    return Subject(backend, device)
 
 
 class Memory:
@@ -183,9 +178,27 @@ def some_votes(ranks: int, n: int, abstaining: float) -> Votes:
 
 
 def check_packed(values: Array, fmt: FloatFormat, zeros: str, first_word: int, words: Tensor, nonzero: Tensor) -> None:
-    ballot = oracle.ballot(as_doubles(values, fmt), zeros, coins(KEY, first_word, len(values)))
+    """Under "rows" zeros toss coins, and the second plane says where they are all the same."""
+    doubles = as_doubles(values, fmt)
+    ballot = oracle.ballot(doubles, "coin" if zeros == "rows" else zeros, coins(KEY, first_word, len(values)))
     assert (array(words) == oracle.to_words(ballot > 0)).all()
-    if zeros == "abstain":
-        assert (array(nonzero) == oracle.to_words(ballot != 0)).all()
+    if zeros in TWO_PLANES:
+        assert (array(nonzero) == oracle.to_words(doubles != 0)).all()
     else:
         assert (array(nonzero) == 0xA5A5A5A5).all()
+
+
+def fused(a: Array, b: Array, c: Array) -> npt.NDArray[np.float32]:
+    """a b + c of fp32 numbers, rounded once: doubles hold the product, and a sum rounded to odd rounds no further."""
+    product, addend = np.multiply(a, b, dtype=np.float64), np.asarray(c, np.float64)
+    total = product + addend
+    other = total - product
+    error = (product - (total - other)) + (addend - other)
+    even = total.view(np.int64) % 2 == 0
+    return np.where((error != 0) & even, np.nextafter(total, np.copysign(np.inf, error)), total).astype(np.float32)
+
+
+def lerp(start: Array, end: Array, weight: float) -> npt.NDArray[np.float32]:
+    """torch.lerp of fp32 numbers."""
+    w, difference = np.float32(weight), np.subtract(end, start, dtype=np.float32)
+    return fused(w, difference, start) if w < 0.5 else fused(w - np.float32(1), difference, end)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import oracle
 import pytest
-from contract import KEY, TIES, Device, Host, Memory, Votes, array, coins, random_words, some_votes, votes
+import torch
+from contract import KEY, TIES, Memory, Subject, Votes, array, coins, random_words, some_votes, votes
 
 from mpisign.bitmap import host
 from mpisign.bitmap.host import words_for
@@ -15,7 +16,7 @@ from mpisign.bitmap.kernels import BITMAP_CAPACITY
 
 
 def check_majority(
-    backend: Host | Device,
+    backend: Subject,
     memory: Memory,
     cast: Votes,
     ties: str,
@@ -48,7 +49,7 @@ def check_majority(
 
 @pytest.mark.parametrize("ties", TIES)
 @pytest.mark.parametrize("abstaining", [0.0, 0.2, 0.9])
-def test_majority_of_1_to_70_ranks(abstaining: float, ties: str, backend: Host | Device, memory: Memory) -> None:
+def test_majority_of_1_to_70_ranks(abstaining: float, ties: str, backend: Subject, memory: Memory) -> None:
     tied = 0
     for ranks in range(1, 71):
         cast = some_votes(ranks, 200, abstaining)
@@ -58,7 +59,7 @@ def test_majority_of_1_to_70_ranks(abstaining: float, ties: str, backend: Host |
 
 @pytest.mark.parametrize("abstain", [False, True])
 @pytest.mark.parametrize("ties", TIES)
-def test_majority_of_sizes_and_alignments(ties: str, abstain: bool, backend: Host | Device, memory: Memory) -> None:
+def test_majority_of_sizes_and_alignments(ties: str, abstain: bool, backend: Subject, memory: Memory) -> None:
     """Four words a thread and 256 threads a block; 16-byte accesses only where every bitmap is aligned."""
     for words in (1, 3, 4, 5, 127, 1023, 1024, 1025, 1028):
         for offsets in ((0, 0), (0, 1), (2, 0), (3, 3)):
@@ -67,13 +68,13 @@ def test_majority_of_sizes_and_alignments(ties: str, abstain: bool, backend: Hos
 
 
 @pytest.mark.parametrize("ranks", [BITMAP_CAPACITY // 2 + 1, BITMAP_CAPACITY, BITMAP_CAPACITY + 1, 700])
-def test_majority_of_hundreds(ranks: int, backend: Host | Device, memory: Memory) -> None:
+def test_majority_of_hundreds(ranks: int, backend: Subject, memory: Memory) -> None:
     """More than the parameters of a launch can list."""
     for abstain in (False, True):
         check_majority(backend, memory, some_votes(ranks, 100, 0.3 * abstain), "coin", abstain)
 
 
-def test_one_vote_more_decides_whatever_the_number(backend: Host | Device, memory: Memory) -> None:
+def test_one_vote_more_decides_whatever_the_number(backend: Subject, memory: Memory) -> None:
     """Counters of every number of planes, at their fullest."""
     for ranks in (1, 2, 3, 4, 7, 8, 15, 16, 31, 32, 63, 64, 127, 128, 255, 256):
         for ayes in {0, ranks // 2 - 1, ranks // 2, ranks // 2 + 1, ranks} - {-1}:
@@ -82,7 +83,7 @@ def test_one_vote_more_decides_whatever_the_number(backend: Host | Device, memor
                 check_majority(backend, memory, votes(ballots), "zero", abstain)
 
 
-def test_ballots_that_lie_about_abstaining_are_counted_alike(backend: Host | Device, memory: Memory) -> None:
+def test_ballots_that_lie_about_abstaining_are_counted_alike(backend: Subject, memory: Memory) -> None:
     """A sign where its rank does not vote breaks the format; every backend must still decide the same."""
     ballots, nonzeros = random_words((2, 6, 50))
     plain = [memory.put(words) for words in (*ballots, *nonzeros)]
@@ -97,22 +98,32 @@ def test_ballots_that_lie_about_abstaining_are_counted_alike(backend: Host | Dev
 
 
 @pytest.mark.parametrize("ties", TIES)
-def test_nobody_votes_is_no_tie_and_does_not_move(ties: str, backend: Host | Device, memory: Memory) -> None:
+def test_nobody_votes_is_no_tie_and_does_not_move(ties: str, backend: Subject, memory: Memory) -> None:
     nothing = [memory.put(np.zeros(2, np.uint32)) for _ in range(2)]
     out, moved = memory.words(2), memory.words(2)
     assert backend.majority(nothing, out, ties=ties, key=KEY, nonzeros=nothing, out_nonzero=moved) == 0
     assert not array(moved).any()
 
 
-def test_nothing_to_decide(backend: Host | Device, memory: Memory) -> None:
+def test_nothing_to_decide(backend: Subject, memory: Memory) -> None:
     empty = memory.words(0)
     assert backend.majority([empty, empty], empty) == 0
     assert backend.agreement(empty, empty, 0) == (0, 0)
     backend.count([empty, empty], empty.view(1, 0).expand(2, 0))
 
 
+def test_ties_are_returned_or_added_to_those_given(backend: Subject, memory: Memory) -> None:
+    """Where it saves a wait, a GPU adds them up there."""
+    tied, returned = torch.tensor(5, device=backend.device), 0
+    for _ in range(2):
+        returned += backend.majority(
+            [memory.put(np.array([word], np.uint32)) for word in (0b0011, 0b0101)], memory.words(1), tied=tied
+        )
+    assert (returned, tied.item()) in ((4, 5), (0, 9))
+
+
 @pytest.mark.parametrize("options", [{"ties": "zero"}, {"nonzeros": []}])
-def test_do_not_move_needs_a_plane_to_say_so(options: dict, backend: Host | Device, memory: Memory) -> None:
+def test_do_not_move_needs_a_plane_to_say_so(options: dict, backend: Subject, memory: Memory) -> None:
     with pytest.raises(ValueError, match="out_nonzero"):
         backend.majority([memory.words(1)], memory.words(1), **options)
 
@@ -120,7 +131,7 @@ def test_do_not_move_needs_a_plane_to_say_so(options: dict, backend: Host | Devi
 # ------------------------------------------------------------------------------------------------- counting
 
 
-def test_count(backend: Host | Device, memory: Memory) -> None:
+def test_count(backend: Subject, memory: Memory) -> None:
     """Also into rows that lie further apart than they are long."""
     for ballots in (1, 2, 3, 4, 5, 7, 8, 16, 63, 64, 70, 256, BITMAP_CAPACITY + 1):
         for k, offset, gap, spare in ((5, 1, 0, 0), (4, 0, 0, 1), (7, 0, 1, 0), (1027, 0, 5, 2)):
@@ -137,13 +148,13 @@ def test_count(backend: Host | Device, memory: Memory) -> None:
             assert (rows[:, k:] == 0xA5A5A5A5).all()
 
 
-def test_planes_too_few_to_count(backend: Host | Device, memory: Memory) -> None:
+def test_planes_too_few_to_count(backend: Subject, memory: Memory) -> None:
     with pytest.raises(ValueError, match="2 planes cannot count 4 ballots"):
         backend.count([memory.words(1)] * 4, memory.put(np.zeros((2, 1), np.uint32)))
 
 
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 200, 32 * 1024 + 1])
-def test_agreement(n: int, backend: Host | Device, memory: Memory) -> None:
+def test_agreement(n: int, backend: Subject, memory: Memory) -> None:
     for ranks in (1, 3):
         ballots = some_votes(ranks, n, 0.3).ballots
         decision, _ = oracle.majority(ballots, "zero")

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from mpisign.backends import WORD
+from mpisign.backends.cuda import BACKEND
 from mpisign.bitmap import cuda, host
 from mpisign.bitmap.batch import Batch
 from mpisign.bitmap.host import words_for
+from mpisign.bitmap.kernels import NONE
 from mpisign.bitmap.tensors import format_of, raw_bits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -38,11 +40,11 @@ def test_work_goes_to_the_current_stream_whichever_it_is() -> None:
     with torch.cuda.stream(torch.cuda.Stream()) as _:
         torch.cuda._sleep(SLEEP)
         values.copy_(staged)
-        finite = batch.pack([values])
+        bad = batch.pack([values])
         cuda.majority([words], decided)
         cuda.unpack(decided, out)
         torch.cuda.current_stream().synchronize()
-    assert finite
+    assert bad == NONE
     assert torch.equal(words.cpu(), packed_on_host(late))
     assert torch.equal(out.cpu(), torch.where(late >= 0, 1.0, -1.0))
 
@@ -56,7 +58,8 @@ def test_nothing_waits_for_the_gpu() -> None:
         batch.pack([values])
         batch.pack_momentum([values], [momentum], (0.9, 0.99))
         cuda.pack(values, words)
-        cuda.first_bad([values])
+        cuda.first_bad([values, None])
+        BACKEND.first_bad([None, values])
         cuda.majority([words, words], out)
         cuda.agreement(words, out, N)
         batch.unpack([values])
@@ -75,12 +78,13 @@ def test_a_steady_step_allocates_nothing() -> None:
     momenta = [torch.zeros_like(v) for v in values]
     batch = Batch([v.numel() for v in values], [bitmap(v.numel()) for v in values])
     finite, tied = torch.tensor(True, device="cuda"), torch.tensor(0, device="cuda")
+    words = bitmap()
     ballots, out = [bitmap() for _ in range(4)], bitmap()
 
     def step() -> None:
         batch.pack(values)
         batch.pack_momentum(values, momenta, (0.9, 0.9))
-        cuda.first_bad(values, finite=finite)
+        cuda.pack(values[-1], words, finite=finite)
         cuda.majority(ballots, out, tied=tied)
         batch.unpack(values)
 
@@ -99,11 +103,14 @@ def test_a_step_can_be_captured_in_a_graph() -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        finite = batch.pack([values])
+        bad = batch.pack([values])
     values.copy_(-values)
     graph.replay()
-    assert finite
+    assert bad == NONE
     assert torch.equal(words.cpu(), packed_on_host(values.cpu()))
+    values[N // 2] = torch.nan
+    graph.replay()
+    assert bad == 0
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -113,7 +120,7 @@ def test_the_tensors_device_is_used_and_the_current_one_stays() -> None:
         words = bitmap(device=device)
         with torch.cuda.device(0):
             assert cuda.pack(values.to(device), words)
-            assert Batch([N], [words]).pack([values.to(device)])
+            assert Batch([N], [words]).pack([values.to(device)]) == NONE
             assert torch.cuda.current_device() == 0
         assert torch.equal(words.cpu(), packed_on_host(values))
 
@@ -128,10 +135,24 @@ def test_more_elements_than_32_bits_can_number() -> None:
     words, out = bitmap(n), torch.zeros(n, dtype=torch.float16, device="cuda")
     negative = torch.tensor([0, 2**31 + 7, 2**32 - 1, 2**32, n - 1], device="cuda")
     values[negative] = -1
-    for pack in (lambda: cuda.pack(values, words), lambda: Batch([n], [words]).pack([values])):
+    for pack in (lambda: cuda.pack(values, words), lambda: Batch([n], [words]).pack([values]) == NONE):
         words.zero_()
         assert pack()
         cuda.unpack(words, out)
         assert torch.equal(out, values)
     values[-1] = torch.inf
     assert not cuda.all_finite(values)
+    assert cuda.first_bad([words[:0].float(), values]) == 1
+
+
+def test_many_blocks_agree_on_the_first_bad_tensor() -> None:
+    """Thousands of blocks tell of a NaN at once, in whatever order."""
+    values = [torch.full((200_003,), torch.nan, device="cuda") for _ in range(300)]
+    averages = [torch.zeros_like(value) for value in values]
+    batch = Batch([v.numel() for v in values], [bitmap(v.numel()) for v in values])
+    for first in (0, 1, 191, 192, 223, 224, 299):
+        for value in values[:first]:
+            value.fill_(1.0)
+        assert cuda.first_bad(values) == first
+        assert batch.pack(values) == first
+        assert batch.pack_momentum(values, averages, (0.5, 0.5)) == first

@@ -52,7 +52,7 @@ def votes(device: str, method: Method, **options: Any) -> list[list[torch.Tensor
 
 @needs_gpu
 @pytest.mark.parametrize("exchange", ["allgather", pytest.param("two_phase", marks=needs_mpi)])
-@pytest.mark.parametrize("zeros", ["coin", "abstain", "positive"])
+@pytest.mark.parametrize("zeros", ["coin", "abstain", "positive", "rows"])
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_it_votes_as_on_the_cpu(method: Method, zeros: str, exchange: str) -> None:
     options = {"zeros": zeros, "ties": "zero", "exchange": exchange, "seed": 5}
