@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -110,21 +109,22 @@ class BitExchange:
             exchange.message[0] = ballot[start : start + cap]
 
     def run(self) -> list[torch.Tensor]:
-        """Send everything, then decide, then collect, in the order of the library's own pipeline."""
+        """Send everything, then decide, then collect, in the order of the library's own rounds."""
+        phase_1 = []
         for exchange in self.exchanges:
             exchange.push()
-            exchange.start(self.session)
-        for start, exchange in zip(self.starts, self.exchanges, strict=True):
-            exchange.settle(self._decider(start), self.session, 0)
-        for exchange in self.exchanges:
-            exchange.finish(self.session, 0)
-        return [exchange.decision for exchange in self.exchanges]
-
-    def _decider(self, first_word: int) -> Callable[[Sequence[torch.Tensor], torch.Tensor, int], None]:
-        def decide(messages: Sequence[torch.Tensor], out: torch.Tensor, start: int) -> None:
+            phase_1.append(exchange.send(self.session))
+        phase_2 = []
+        for first_word, exchange, pending in zip(self.starts, self.exchanges, phase_1, strict=True):
+            self.session.wait(pending)
+            messages, out, start = exchange.heard()
             self.rule.decide(messages, out, self.context, first_word + start)
-
-        return decide
+            phase_2.append(exchange.spread(self.session))
+        for exchange, spread in zip(self.exchanges, phase_2, strict=True):
+            if spread is not None:
+                self.session.wait(spread)
+            exchange.landed()
+        return [exchange.decision for exchange in self.exchanges]
 
 
 def gradient(rank: int, elements: int) -> torch.Tensor:
