@@ -47,22 +47,24 @@ class SlowToPrepare(StochasticSign):
     def prepare(self, gradients, context):
         come()
 
-class SlowAfterSending(ErrorFeedback):
-    def sent(self, *arguments):
-        come()
-        super().sent(*arguments)
+class SlowAfterSending(Identity):
+    def __call__(self, gradient, *_):
+        if gradient.numel() == 3:  # the large one is on its way, and a rank that does not call MPI does not send it
+            come()
+        return gradient
 
 class SlowToDecide(MajorityVote):
     def decide(self, *arguments):
         come()
         return super().decide(*arguments)
 
-def stepping(exchange="two_phase", method=mpisign.signsgd(), elements=100, **parts):
-    parameter = torch.nn.Parameter(torch.zeros(elements))
+def stepping(exchange="two_phase", method=mpisign.signsgd(), *sizes, **parts):
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in sizes or (100,)]
     method = dataclasses.replace(method, **{name: part() for name, part in parts.items()})
-    sgd = torch.optim.SGD([parameter], lr=1.0)
-    optimizer = mpisign.DistributedSignOptimizer(sgd, method=method, exchange=exchange, bucket_cap_mb=64)
-    parameter.grad = torch.ones(elements)
+    sgd = torch.optim.SGD(parameters, lr=1.0)
+    optimizer = mpisign.DistributedSignOptimizer(sgd, method=method, exchange=exchange, bucket_cap_mb=1)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
     return optimizer.step
 
 def after_coming(act):
@@ -76,9 +78,9 @@ sgd = torch.optim.SGD(model.parameters(), lr=1.0)
 folder = sys.argv[1]
 acts = {
     "step 0, handshake": after_coming(stepping()),
-    "step 0, participation": stepping(memory=SlowToPack),
+    "step 0, bucket 0, header": stepping(memory=SlowToPack),
     "step 0, maximum": stepping(memory=SlowToPrepare),
-    "step 0, bucket 0, phase 1": stepping("allgather", mpisign.mean(), 4 << 20, memory=SlowAfterSending),
+    "step 0, bucket 0, phase 1": stepping("allgather", mpisign.mean(), 3, 4 << 20, memory=SlowAfterSending),
     "step 0, bucket 0, phase 2": stepping(rule=SlowToDecide),
     "step 0, count of ties": stepping("allgather", rule=SlowToDecide),
     "barrier()": after_coming(mpisign.barrier),
@@ -158,7 +160,7 @@ NEVER = {
         """,
     ),
     "in packing": (
-        "step 0, participation",
+        "step 0, bucket 0, header",
         """
             class Stopping(Identity):
                 def __call__(self, gradient, *_):

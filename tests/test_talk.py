@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import parts
 import pytest
+import rounds
 import torch
 
 import mpisign
@@ -90,9 +91,9 @@ def test_a_farewell_that_fails_does_not_keep_the_others_from_theirs() -> None:
 class Handed:
     """A communicator that remembers by which call, with which request and, weakly, which arrays MPI was given."""
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, comm: Any, given: list[tuple[str, int, list[weakref.ref[Any]]]] | None = None) -> None:
         self._comm = comm
-        self.given: list[tuple[str, int, list[weakref.ref[Any]]]] = []
+        self.given = [] if given is None else given
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._comm, name)
@@ -124,11 +125,14 @@ def interrupted(at: int) -> Iterator[Handed]:
         wait(pending)
 
     session.wait = waiting  # type: ignore[method-assign]
+    phases = session.group.phases
     object.__setattr__(session.group, "comm", handed)
+    object.__setattr__(session.group, "phases", tuple(Handed(one, handed.given) for one in phases))
     try:
         yield handed
     finally:
         object.__setattr__(session.group, "comm", handed._comm)
+        object.__setattr__(session.group, "phases", phases)
         del session.wait
 
 
@@ -194,12 +198,12 @@ def test_the_count_of_ties_outlives_an_exception_before_its_wait() -> None:
     session = current()
     tensors = parts.parameters((40,), (3, 5))
     parts.give(tensors, parts.draw_normal(tensors))
-    made = parts.pipeline(tensors)
+    made = rounds.job(tensors)
 
     def fails(*_: object) -> None:
         raise RuntimeError("no memory for gradients")
 
-    made._decoder.decode = fails  # type: ignore[method-assign]
+    made.plan.batches[0].decoder.decode = fails  # type: ignore[method-assign]
     handed = Handed(session.group.comm)
     object.__setattr__(session.group, "comm", handed)
     try:

@@ -178,7 +178,9 @@ def attack(
         else:
             session = current()
             line = Line(session.group.comm, number, change, others)
-            object.__setattr__(session.group, "comm", line)
+            phases = tuple(Line(one, number, change, others, line) for one in session.group.phases)
+            for name, its in (("comm", line), ("phases", phases)):
+                object.__setattr__(session.group, name, its)
         met: BaseException | None = None
         try:
             operation()
@@ -190,6 +192,7 @@ def attack(
         buried.append(line)
         if not joining:
             object.__setattr__(session.group, "comm", line._comm)
+            object.__setattr__(session.group, "phases", tuple(one._comm for one in phases))
     return comm.allgather(_portable(met)), comm.bcast(line.sent if line is not None else [], hostile)
 
 

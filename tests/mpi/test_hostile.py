@@ -1,7 +1,7 @@
 """A rank that sends arbitrary bytes wherever the library talks to itself: the others raise a named error, or go on.
 
 Where that is: the calls with which everything begins (the handshake, ``meet``), the sizes and bytes of what is told,
-the participation headers, the messages and decisions of both exchanges, the maximum, the count of ties, broadcast
+the headers, the messages and decisions of both exchanges, the maximum, the count of ties, broadcast
 tensors, the clocks, the forming of a group, the doctor's vote, and notices of presence. For messages, decisions and
 tensors any bits are legal; so a rank may go on, with those votes.
 """
@@ -18,6 +18,7 @@ import numpy as np
 import parts
 import pytest
 import torch
+from methods_table import exchanges
 from resumable import Job
 
 import mpisign
@@ -271,7 +272,7 @@ def test_all_other_bytes_in_a_step_of_every_method(comm: MPI.Comm, folder: Path,
     if not parts.runs_with(method, comm.size):
         pytest.skip("needs more ranks")
     for exchange in ("allgather", "two_phase"):
-        if exchange == "allgather" or (method.rule.shardable and not method.by_value):
+        if exchange in exchanges(method):
             OPERATIONS[name] = a_step(method, exchange=exchange)
             fuzz(comm, folder, name, comm.size - 1, lambda number, at: True)
 

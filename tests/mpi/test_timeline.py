@@ -77,8 +77,16 @@ def test_a_row_for_each_rank_and_phase(comm: MPI.Comm, path: Path, exchange: str
         of_rank = [e for e in spans if e["pid"] == rank]
         assert all(ROWS[e["tid"]] == PHASE_OF.get(e["name"], OTHER) for e in of_rank)
         assert {"init()", "barrier()"} <= {e["name"] for e in of_rank if ROWS[e["tid"]] == OTHER}
-        once = ["handshake", "participation", "count of ties"]
-        twice = ["pack", "send", "phase 1", "decide", "unpack", *(["phase 2"] if exchange == "two_phase" else [])]
+        once = ["handshake", "count of ties"]
+        twice = [
+            "pack",
+            "send",
+            "header",
+            "phase 1",
+            "decide",
+            "unpack",
+            *(["phase 2"] if exchange == "two_phase" else []),
+        ]
         for step in range(3):
             steps = [(e["name"], e["args"].get("bucket")) for e in of_rank if e["args"].get("step") == step]
             for name in once:
@@ -104,7 +112,7 @@ def test_the_spans_of_a_step_follow_each_other(comm: MPI.Comm, path: Path) -> No
             assert before["args"]["step"] <= after["args"]["step"]
             assert before["ts"] + before["dur"] <= after["ts"] + 0.01  # microseconds
         order = [e["name"] for e in steps if e["args"]["step"] == 3]
-        firsts = ["handshake", "pack", "send", "participation", "phase 1", "decide", "phase 2", "unpack"]
+        firsts = ["handshake", "pack", "send", "header", "phase 1", "decide", "phase 2", "unpack"]
         assert sorted(firsts, key=order.index) == firsts
         assert order[-1] == "count of ties"
 
