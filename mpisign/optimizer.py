@@ -14,8 +14,9 @@ from mpisign import sync, wrapping
 from mpisign.errors import OptionError, SynchronizationError
 from mpisign.exchange import header
 from mpisign.exchange.choose import check_exchange
+from mpisign.exchange.local import local_update
 from mpisign.exchange.plan import Plan, make_plan
-from mpisign.exchange.round import Round, local_update
+from mpisign.exchange.round import Round
 from mpisign.exchange.sink import GradientSink, ModelSink, NoSink
 from mpisign.memory import Memory
 from mpisign.memory.store import MemoryStore

@@ -20,7 +20,7 @@ import mpisign
 from mpisign import ConsistencyError, GradientError, Method, MpisignError
 from mpisign.codecs import SignBits
 from mpisign.exchange.header import JOINED, NON_FINITE, REASONS, SCALER_INF
-from mpisign.exchange.round import local_update
+from mpisign.exchange.local import local_update
 from mpisign.memory import Memory
 from mpisign.memory.memory import State
 from mpisign.policy import Policy, StepContext

@@ -18,16 +18,15 @@ import numpy as np
 import torch
 
 from mpisign.backends import Count
-from mpisign.bitmap.tensors import flat
 from mpisign.errors import ConsistencyError, MpisignError
 from mpisign.exchange import header, rows
-from mpisign.exchange.choose import Exchange
+from mpisign.exchange.agreement import agreement
 from mpisign.exchange.header import Bools, Handshake, Heard
+from mpisign.exchange.local import unscaled
 from mpisign.exchange.plan import Batch, Plan
 from mpisign.exchange.sink import Sink
 from mpisign.exchange.sums import sum_over_ranks
-from mpisign.layout import Bucket, Segment
-from mpisign.memory.store import state_dtype
+from mpisign.layout import Bucket
 from mpisign.method import Method
 from mpisign.policy import StepContext
 from mpisign.report import StepReport
@@ -35,7 +34,7 @@ from mpisign.rules import VectorRule
 from mpisign.session import current
 from mpisign.watchdog import Pending
 
-__all__ = ["Round", "agreement", "local_update"]
+__all__ = ["Round"]
 
 Grads = Sequence[torch.Tensor | None]
 
@@ -228,7 +227,7 @@ class Round:
                 if first < len(its):
                     self._ended[str(method)], votes = segments[first].index, False
                 else:
-                    prepared = method.memory.prepare(_unscaled(its, self._unscale), self._context)
+                    prepared = method.memory.prepare(unscaled(its, self._unscale), self._context)
         if number in plan.maxima:
             heard: Grads = its if votes else [None] * len(its)
             prepared = plan.maxima[number].over_ranks(heard, self._unscale, session)
@@ -429,85 +428,3 @@ class Round:
                 if heard.ended[rank] >= 0 and rank not in ended:
                     ended[rank] = flight.bucket.segments[heard.ended[rank]].name
         return {"voters": tuple(voters), "abstentions": abstentions, "ended_at": ended}
-
-
-def local_update(plan: Plan, step: int, gradients: Grads, unscale: float) -> bool:
-    """Turn every gradient into what the memory makes of it, for a step of this rank alone.
-
-    Args:
-        gradients: by parameter; changed in place.
-
-    Returns:
-        Whether all of it was finite. If not, the gradients are worth nothing.
-    """
-    group = current().group
-    context = plan.policy.context(step, group.rank, group.size, plan.store.secret, group.identities)
-    finite = True
-    with plan.use(), torch.no_grad():
-        for encoder in plan.local:
-            its = [gradients[segment.index] for segment in encoder.segments]
-            if encoder.method.memory.needs_all:
-                if int(plan.backend.first_bad(its)) < len(its):
-                    return False
-                prepared = encoder.method.memory.prepare(_unscaled(its, unscale), context)
-                context = dataclasses.replace(context, prepared=prepared)
-            finite &= encoder.local_update(its, context, unscale)
-            if not finite:
-                encoder.recover()
-    return finite
-
-
-def _unscaled(gradients: Grads, unscale: float) -> list[torch.Tensor]:
-    """Those that there are, flat, without the loss scale."""
-    present = [flat(gradient) for gradient in gradients if gradient is not None]
-    return present if unscale == 1.0 else [g.to(state_dtype(g.dtype), copy=True).mul_(unscale) for g in present]
-
-
-def agreement(plan: Plan, step: int, said: Sequence[Heard]) -> list[float]:
-    """By rank, the share of coordinates on which its ballot was that of the decision. **Collective.**
-
-    Args:
-        said: by bucket, who has voted.
-
-    Raises:
-        MpisignError: another step, or group, has the buffers.
-    """
-    if step != plan.use.step:
-        raise MpisignError(
-            f"the bitmaps of step {step} are gone (the latest is {plan.use.step}): ask for agreement() "
-            f"before the next step"
-        )
-    session = current("agreement()")
-    if session.group is not plan.group:
-        raise MpisignError(
-            f"the group that voted in step {step} is no more (ranks have left, or mpisign was shut down): ask for "
-            f"agreement() before"
-        )
-    agree: Count = 0
-    spoken: Count = 0
-    with plan.use(), torch.no_grad():
-        for bucket, exchange, heard in zip(plan.layout.buckets, plan.exchanges, said, strict=True):
-            if not bucket.method.elects:
-                continue
-            for place, segment in enumerate(bucket.segments):
-                if heard.votes[session.rank, place]:
-                    same, both = _agreement(plan, exchange, segment, place, heard, session.rank)
-                    agree, spoken = agree + same, spoken + both
-    share = int(agree) / int(spoken) if int(spoken) else float("nan")
-    heard_shares = session.gather_bytes(np.float64(share).tobytes(), "agreement()", limit=8)
-    if any(len(message) != 8 for message in heard_shares):
-        raise ConsistencyError("agreement(): a rank has sent no share: run one version of mpisign on every rank")
-    return [float(np.frombuffer(message, np.float64)[0]) for message in heard_shares]
-
-
-def _agreement(
-    plan: Plan, exchange: Exchange, segment: Segment, place: int, heard: Heard, rank: int
-) -> tuple[Count, Count]:
-    span = slice(segment.start, segment.stop)
-    nonzero = exchange.message[1, span] if len(exchange.message) > 1 else None
-    moved = exchange.decision[1, span] if len(exchange.decision) > 1 else None
-    if place in heard.spoken:
-        shape, strides = tuple(plan.layout.parameters[segment.index].shape), plan.layout.strides[segment.index]
-        device = exchange.message.device
-        nonzero = rows.spoken_words(heard.spoken[place][rank], shape, strides, plan.backend, device)
-    return plan.backend.agreement(exchange.message[0, span], exchange.decision[0, span], segment.numel, nonzero, moved)
