@@ -102,13 +102,6 @@ def folder(comm: MPI.Comm, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def folder(comm: MPI.Comm, tmp_path: Path) -> Path:
-    """The same on all ranks."""
-    shared: Path = comm.bcast(tmp_path)
-    return shared
-
-
-@pytest.fixture
 def nothing_runs_and_memory_stays(folder: Path) -> Any:
     """No byte that was sent is executed, and no number makes a rank take much memory."""
     import resource

@@ -62,14 +62,12 @@ def test_a_nan_ends_a_ballot_and_memories_take_in_what_is_finite(comm: MPI.Comm,
         assert_same_everywhere(comm, tensors)
     assert all(torch.isfinite(t).all() for t in tensors)
     if broken:
-        after = optimizer.state_dict()["mpisign"]["memory"]
-        for place, fields in after.items():
+        for place, fields in optimizer.state_dict()["mpisign"]["memory"].items():
             for key in fields.keys() - common:
                 if memory.needs_all:
                     assert torch.equal(fields[key], before[place][key]), key
                 elif place == 0:
                     assert fields[key].view(-1)[3] == before[place][key].view(-1)[3], key
-                    assert torch.equal(fields[key], before[0][key]) == torch.equal(after[1][key], before[1][key]), key
                 assert torch.isfinite(fields[key]).all()
 
 
