@@ -269,3 +269,13 @@ def test_join_leaves_the_last_report_whole() -> None:
     optimizer.join()
     assert optimizer.report is not None
     assert optimizer.report.agreement() == [1.0]
+
+
+def test_a_disabled_grad_scaler() -> None:
+    (parameter,) = vectors(4)
+    optimizer = voting([parameter])
+    parameter.grad = torch.ones(4)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler.step(optimizer)
+    scaler.update()
+    assert parameter.tolist() == [-1.0] * 4

@@ -444,10 +444,3 @@ def test_synchronizing_scaled_gradients_is_an_error(method: Method) -> None:
     with optimizer.skip_synchronize(), pytest.raises(mpisign.SynchronizationError, match="unscale_"):
         scaler.step(optimizer)
     assert not parameter.any()
-
-
-def test_a_disabled_grad_scaler() -> None:
-    parameter = nn.Parameter(torch.zeros(4))
-    optimizer = DistributedSignOptimizer(SGD([parameter], lr=1.0))
-    scaled_step(torch.amp.GradScaler("cpu", enabled=False), optimizer, parameter, parameter.sum())
-    assert parameter.tolist() == [-1.0] * 4
