@@ -78,7 +78,7 @@ class Method:
 
     @property
     def elects(self) -> bool:
-        """Whether ballots are cast of which one side wins: ties and agreement mean something."""
+        """Whether ballots are cast, and one side wins, so that ties and agreement mean something."""
         return isinstance(self.rule, BallotRule) and self.rule.elects
 
     def at(self, step: int, epoch: int) -> Method:

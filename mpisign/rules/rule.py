@@ -107,7 +107,7 @@ class VectorRule(Rule):
     """Must see whole vectors, and their distances. It is given one slice that is everything.
 
     Attributes:
-        remembers: :meth:`decide` is given its previous decision as ``context.previous``.
+        remembers: :meth:`Rule.decide` is given its previous decision as ``context.previous``.
         personal: each rank decides for itself on what the ranks' parameters become, so replicas differ.
     """
 
