@@ -252,15 +252,14 @@ class Talk:
                         comm.Send(told, rank, CLOCK_TAG)
                 self.clocks.append((perf_counter_ns(), 0))
                 return
-            best: tuple[int, int, int] | None = None
+            tries: list[tuple[int, int, int]] = []  # how long it took, when it was, how far ahead rank 0 was
             for _ in range(CLOCK_TRIES):
                 began = perf_counter_ns()
                 comm.Sendrecv(asked, 0, CLOCK_TAG, told, 0, CLOCK_TAG)
                 ended = perf_counter_ns()
                 middle = (began + ended) // 2
-                best = min(best or (ended - began, middle, 0), (ended - began, middle, int(told[0]) - middle))
-            assert best is not None
-            self.clocks.append(best[1:])
+                tries.append((ended - began, middle, int(told[0]) - middle))
+            self.clocks.append(min(tries)[1:])
 
     # ------------------------------------------------------------------------------------------------ end
 
