@@ -55,6 +55,8 @@ logger = logging.getLogger(__name__)
 NODE_MAP_VARIABLE = "MPISIGN_NODE_OF"
 """For tests: ``0,0,0,1`` is what ``init(node_of=[0, 0, 0, 1])`` is."""
 
+TEARDOWN_SECONDS = 10.0  # Python's own, before MPI_Finalize, on a busy machine: nobody waits for others then
+
 
 class Session(Talk):
     """This process's part in the job. Made by :func:`init`.
@@ -252,7 +254,7 @@ def _shutdown_at_exit() -> None:
 
     if not MPI.Is_finalized() and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL:
         with contextlib.suppress(OverflowError):  # so long that it is for ever
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            signal.setitimer(signal.ITIMER_REAL, seconds + TEARDOWN_SECONDS)
 
 
 def _abort_on_exception(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:

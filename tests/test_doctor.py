@@ -38,7 +38,7 @@ def test_an_allocation_in_which_srun_does_not_work(tmp_path):
     assert "MPISIGN_LAUNCHER=mpirun" in seen.stdout
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_under_mpirun_rank_0_reports_a_vote_of_all(ranks: int):
     result = mpirun(ranks, "-m", "mpisign", "doctor")
     assert result.returncode == 0, result.text
@@ -56,6 +56,7 @@ def test_separate_worlds_fail_with_the_fix():
     assert "mpirun" in seen.stdout
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot bind a process to a core")
 def test_ranks_on_one_core_are_warned(tmp_path):
     script = tmp_path / "bound.py"
@@ -114,6 +115,7 @@ with gpu_branch(rank != 0):
 """
 
 
+@pytest.mark.long
 @needs_compiler
 @pytest.mark.parametrize("broken", [None, 2])
 def test_what_only_some_ranks_have_is_told_with_their_numbers(broken: int | None, tmp_path: Path):
@@ -217,6 +219,7 @@ def test_a_trial_that_takes_too_long_is_no_refusal(monkeypatch):
     assert (wanted.status, wanted.seen) == (doctor.WARN, late)
 
 
+@pytest.mark.long
 def test_a_rank_can_try_it_too(tmp_path):
     """Its child must not take itself for a rank of the job."""
     script = tmp_path / "probe.py"

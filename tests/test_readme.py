@@ -33,7 +33,7 @@ def test_the_diff_adds_six_statements_and_removes_none():
     assert len(added) == 6  # the sixth gives each rank its share of the data
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_the_diff_runs(script_before_and_after, tmp_path, ranks: int):
     before, after = script_before_and_after
     check = "\nimport mpisign\nmpisign.check_consistency(model, optimizer)\nprint('ended on', mpisign.size())\n"
@@ -44,7 +44,7 @@ def test_the_diff_runs(script_before_and_after, tmp_path, ranks: int):
         assert expected in result.text
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)])
 def test_the_python_blocks_run_in_order(tmp_path, ranks: int):
     script = tmp_path / "readme.py"
     script.write_text("\n".join(blocks("python")) + "\nprint('ended')\n")
@@ -53,6 +53,7 @@ def test_the_python_blocks_run_in_order(tmp_path, ranks: int):
     assert result.text.count("ended") == ranks
 
 
+@pytest.mark.long
 def test_the_commands_exist(script_before_and_after, tmp_path):
     (tmp_path / "train.py").write_text(script_before_and_after[1])
     seen = set()

@@ -285,11 +285,6 @@ for step in range(3):
     parameter.grad = torch.ones(100)
     optimizer.step()
 print("rank", mpisign.rank(), "has trained", flush=True)
-mpisign.shutdown()
-
-from mpi4py import MPI
-
-MPI.Finalize()  # where at the end of Python a clock would go on that knows nothing of stops
 """
 
 

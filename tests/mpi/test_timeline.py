@@ -117,15 +117,16 @@ def test_the_spans_of_a_step_follow_each_other(comm: MPI.Comm, path: Path) -> No
         assert order[-1] == "count of ties"
 
 
-@pytest.fixture
-def odd_clock(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every rank's clock has begun at another time, and runs at another speed."""
+@pytest.fixture(params=[1, talk.CLOCK_TRIES], ids=["once", "often"])
+def odd_clock(request: pytest.FixtureRequest, comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every rank's clock has begun at another time, earlier or later, and runs at another speed."""
     real, begun = time.perf_counter_ns, time.perf_counter_ns()
     mpisign.shutdown()
 
     def clock() -> int:
         return real() + (real() - begun) * 2 * comm.rank + (1 - 2 * (comm.rank % 2)) * comm.rank * 10**15
 
+    monkeypatch.setattr(talk, "CLOCK_TRIES", request.param)
     for module in (talk, trace):
         monkeypatch.setattr(module, "perf_counter_ns", clock)
     mpisign.init()
