@@ -113,7 +113,7 @@ class BitExchange:
         phase_1 = []
         for exchange in self.exchanges:
             exchange.push()
-            phase_1.append(exchange.send(self.session))
+            phase_1.append(exchange.post(self.session))
         phase_2 = []
         for first_word, exchange, pending in zip(self.starts, self.exchanges, phase_1, strict=True):
             self.session.wait(pending)

@@ -21,6 +21,7 @@ PHASES = ("pack", "exchange", "decide", "unpack")
 
 PHASE_OF = {
     "handshake": "exchange",
+    "sum of memories": "exchange",
     "pack": "pack",
     "maximum": "exchange",
     "send": "exchange",

@@ -54,7 +54,7 @@ def bucket_of(segments: int) -> Bucket:
 def tell(header_of: Header, status: int, votes: Sequence[bool], *args: Any, **options: Any) -> Heard:
     """Send a header and wait for all. **Collective.**"""
     its = session()
-    its.wait(header_of.send(its, status, np.array(votes, np.bool_), *args, **options))
+    its.wait(header_of.post(its, status, np.array(votes, np.bool_), *args, **options))
     return header_of.heard(its)
 
 

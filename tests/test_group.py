@@ -32,7 +32,7 @@ def groups(node_of: tuple[int, ...], identities: Sequence[int] | None = None) ->
     nobody: Any = None
     known = tuple(range(len(node_of)) if identities is None else identities)
     return [
-        Group(nobody, nobody, nobody, rank, len(node_of), node_of, generation=0, identities=known)
+        Group(nobody, nobody, nobody, (nobody,) * 3, rank, len(node_of), node_of, generation=0, identities=known)
         for rank in range(len(node_of))
     ]
 

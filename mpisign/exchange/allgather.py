@@ -42,7 +42,7 @@ class AllGather:
     def push(self) -> None:
         self._message.push()
 
-    def send(self, session: Session) -> Pending:
+    def post(self, session: Session) -> Pending:
         self._message.ready()
         return session.post(session.group.phases[1].Iallgather(self._message.mpi, self._received.mpi), self)
 

@@ -31,10 +31,10 @@ CAP_MB, CAP_MB_OF_GPUS = 1.0, 16.0
 class Exchange(Protocol):
     """One bucket's way across MPI, with its buffers, which live as long as it does.
 
-    ``push`` begins to bring ``message`` (planes_up, length) to where MPI reads it; ``send`` starts the first phase.
+    ``push`` begins to bring ``message`` (planes_up, length) to where MPI reads it; ``post`` starts the first phase.
     When that is over, ``heard`` gives what this rank has to decide: the M messages, where the decision goes, and the
     number of its first item. ``spread`` starts the second phase, if there is one; when that is over too, and
-    ``landed`` was called, ``decision`` (planes_down, length) is valid until the next ``send``; and where every rank
+    ``landed`` was called, ``decision`` (planes_down, length) is valid until the next ``post``; and where every rank
     gets every message, ``received`` (M, planes_up, length). Each is called once a step, for all buckets in the same
     order on all ranks.
     """
@@ -46,7 +46,7 @@ class Exchange(Protocol):
     bytes_sent: int
 
     def push(self) -> None: ...
-    def send(self, session: Session) -> Pending: ...
+    def post(self, session: Session) -> Pending: ...
     def heard(self) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]: ...
     def spread(self, session: Session) -> Pending | None: ...
     def landed(self) -> None: ...

@@ -23,11 +23,7 @@ Run = tuple[int, int, tuple[int, ...]]
 
 
 class Decider:
-    """Decides one bucket, or this rank's shard of it.
-
-    Args:
-        remembers: the rule is given its previous decision.
-    """
+    """Decides one bucket, or this rank's shard of it. What its rule keeps is in ``store``."""
 
     def __init__(self, layout: Layout, bucket: Bucket, backend: Backend, store: MemoryStore) -> None:
         self._layout, self._bucket, self._backend, self._store = layout, bucket, backend, store

@@ -19,7 +19,7 @@ from mpisign.exchange.sink import Sink
 from mpisign.layout import Bucket, Layout, Segment
 from mpisign.memory.store import state_dtype
 from mpisign.policy import Policy, StepContext
-from mpisign.rules import ValueRule
+from mpisign.rules import RecodedMean, ValueRule
 
 __all__ = ["Decoder"]
 
@@ -52,7 +52,8 @@ class Decoder:
         ]
         # Whether what comes down is what is applied, in whatever type.
         down = self._codec_down
-        self._direct = down is not None and (down.plain or down.ballots) and not self._method.memory.running
+        simple = not (self._method.memory.running or isinstance(self._method.rule, RecodedMean))
+        self._direct = down is not None and (down.plain or down.ballots) and simple
         self._bitmaps: Bitmaps | None = None
         if self._direct and isinstance(down, SignBits) and type(down).decode is SignBits.decode:
             planes = [tuple(exchange.decision) for _, exchange, _, _ in self._places]
@@ -95,7 +96,7 @@ class Decoder:
             shape, strides = self._layout.parameters[segment.index].shape, self._layout.strides[segment.index]
             spoken = heard.spoken[place][list(voters)]
             context = dataclasses.replace(context, speakers=rows.speakers(spoken, shape, strides, out.device))
-            if isinstance(self._codec_down, SignBits) and len(decision) == 1:  # it cannot say "do not move" itself
+            if self._direct and len(decision) == 1:  # it cannot say "do not move" itself
                 moved = rows.spoken_words(np.any(spoken, axis=0), shape, strides, self._backend, out.device)
                 self._backend.unpack(decision[0], out, nonzero=moved)
                 return

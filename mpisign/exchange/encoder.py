@@ -58,7 +58,9 @@ class Encoder:
         ]  # of each bucket: what is sent, and what is not zero
         self._rows_of = [rows for (bucket, *_), rows in zip(pairs, self.rows, strict=True) for _ in bucket.segments]
         self._parameters = [layout.parameters[segment.index] for segment in self.segments]
-        self._piecewise = codec.elementwise and memory.elementwise and not memory.feedback
+        cut = any(len(segment.pieces) > 1 for segment in self.segments)
+        by_parts = memory.elementwise and not (memory.feedback or memory.needs_maximum)
+        self._piecewise = codec.elementwise and by_parts and not cut
         largest = max((segment.numel for segment in self.segments), default=0)
         self._scratch_size = largest if backend.together or not self._piecewise else min(PIECE, largest)
         self._scratches: dict[tuple[str, torch.dtype], torch.Tensor] = {}

@@ -66,7 +66,9 @@ class Gradients:
         return True
 
     def read(self) -> list[torch.Tensor | None]:
-        """By parameter, in wire order, or None. To be called after :meth:`fits`, with nothing in between.
+        """One for each parameter, or None; its elements lie in the wire's order.
+
+        To be called after :meth:`fits`, with nothing in between.
 
         Raises:
             GradientError: one is sparse, of an unsupported type, or on another device.

@@ -165,7 +165,7 @@ class Header:
             at += part.size
         return np.packbits(bits, bitorder="little")
 
-    def send(
+    def post(
         self,
         session: Session,
         status: int,
@@ -205,8 +205,9 @@ class Header:
         ]
         if unknown:
             raise ConsistencyError(
-                f"ranks {unknown} abstain for a reason that this mpisign does not know ({status[unknown[0]]}, "
-                f"{ended[unknown[0]]}; this is rank {session.rank}): run the same version on every rank"
+                f"ranks {unknown} abstain for a reason that this mpisign does not know "
+                f"({status[unknown[0]]}, {ended[unknown[0]]}; this is "
+                f"rank {session.rank}): run the same version on every rank"
             )
         bits = np.unpackbits(heard[:, 5:], axis=1, count=self._bits, bitorder="little").astype(np.bool_)
         votes, at = bits[:, : self._segments], self._segments

@@ -47,7 +47,6 @@ class Flight:
         header, message: its first phase; None when they are over.
         heard: what the headers say, when they are here.
         spread: its second phase, if there is one and it has begun.
-        decided, landed: how far it has come.
     """
 
     bucket: Bucket
@@ -55,8 +54,6 @@ class Flight:
     message: Pending | None
     heard: Heard | None = None
     spread: Pending | None = None
-    decided: bool = False
-    landed: bool = False
 
 
 class Round:
@@ -91,7 +88,7 @@ class Round:
         self._contexts: dict[str, StepContext] = {}  # by method, after what it had to see first
         self._ties: Count = 0
         self._reached = 0, 0  # how many flights are decided, and how many have landed
-        self._summed = False  # in this round, what ranks that came or went had left of sums
+        self._summed = False  # sums were made anew, as ranks have come or gone: drop() must have that done again
         self.handshake: Handshake | None = None
 
     # ---------------------------------------------------------------------------------------------- phases
@@ -185,8 +182,9 @@ class Round:
                         batch.encoder.sent([vote for its in heard for vote in its.votes[session.rank].tolist()])
                     if not skipped:  # else nothing is applied, and a CUDA graph may own the gradients
                         batch.decoder.decode(heard, sink, self._context_of(batch.method))
-                    for bucket in batch.buckets:
-                        plan.deciders[bucket.index].remember(plan.exchanges[bucket.index].decision)
+                    for bucket, its in zip(batch.buckets, heard, strict=True):
+                        if its.votes.any():
+                            plan.deciders[bucket.index].remember(plan.exchanges[bucket.index].decision)
             plan.store.commit()
             for bucket, its in zip(plan.layout.buckets, said, strict=True):
                 for place in np.flatnonzero(np.any(its.zero_rows, axis=0)).tolist():
@@ -268,8 +266,8 @@ class Round:
         if status == header.VOTES and ended is not None:
             status = header.NON_FINITE
             place = next((at for at, segment in enumerate(bucket.segments) if segment.index == ended), -1)
-        told = self._plan.headers[bucket.index].send(session, status, votes, place, zero_rows, spoken)
-        self._flights.append(Flight(bucket, told, self._plan.exchanges[bucket.index].send(session)))
+        told = self._plan.headers[bucket.index].post(session, status, votes, place, zero_rows, spoken)
+        self._flights.append(Flight(bucket, told, self._plan.exchanges[bucket.index].post(session)))
 
     def _zero_rows(self, batch: Batch, votes: Bools) -> tuple[Bools, dict[int, dict[int, Bools]]]:
         """Which segments have rows of zeros, and, by bucket, on which rows of those that are told this rank votes."""
@@ -318,7 +316,6 @@ class Round:
                     if not self._over(flight.spread, wait):
                         return False
                     self._plan.exchanges[index].landed()
-            flight.landed = True
             self._reached = decided, landed + 1
             return True
         return False
@@ -359,7 +356,6 @@ class Round:
                 self._ties = self._ties + ties
         with session.tracer.span("send", bucket.index):
             flight.spread = exchange.spread(session)
-        flight.decided = True
 
     def _heard(self, flight: Flight) -> Heard:
         assert flight.heard is not None

@@ -62,7 +62,7 @@ class TwoPhase:
     def push(self) -> None:
         self._outgoing.push()
 
-    def send(self, session: Session) -> Pending:
+    def post(self, session: Session) -> Pending:
         self._outgoing.ready()
         request = session.group.phases[1].Ialltoall([self._outgoing.mpi, 1, self._slice_up], self._incoming.mpi)
         return session.post(request, self)

@@ -312,6 +312,12 @@ class MemoryStore:
                     stacklevel=3,
                 )
             return store
+        known = range(len(parameters))
+        if any(place not in known for part in ("memory", "pieces", "rates") for place in saved.get(part, {})):
+            raise CheckpointError(
+                f"rank {group.rank}: this state is of more parameters than the {len(parameters)} of this model: load "
+                f"the state of the same model"
+            )
         for place, state in saved["memory"].items():
             for field, value in state.items():
                 if place >= len(parameters) or value.shape != parameters[place].shape:
