@@ -191,9 +191,9 @@ def test_a_message_leaves_before_the_next_is_encoded_and_each_is_decided_when_it
         made.run(8)
     assert log == [
         "wait: step 8, handshake",
-        *("encode 0", "push 0", "send 0"),
-        *("encode 1", "push 1", "send 1"),
-        *("encode 3", "push 2", "send 2"),
+        *("encode 0", "push 0", "post 0"),
+        *("encode 1", "push 1", "post 1"),
+        *("encode 3", "push 2", "post 2"),
         *("wait: step 8, bucket 0, header", "wait: step 8, bucket 0, phase 1", "heard 0", "decide 0", "spread 0"),
         *("wait: step 8, bucket 1, header", "wait: step 8, bucket 1, phase 1", "heard 1", "decide 1", "spread 1"),
         *("wait: step 8, bucket 2, header", "wait: step 8, bucket 2, phase 1", "heard 2", "decide 3", "spread 2"),
@@ -234,8 +234,8 @@ def test_where_a_ballot_has_ended_all_messages_leave_and_what_came_before_is_dec
     gradients[1][32] = torch.nan
     report = started(log, tensors, gradients).run(0)
     assert (report.voters, dict(report.abstentions), report.ended_at) == ((0,), {}, {0: "p1"})
-    assert [entry for entry in log if entry.startswith(("encode", "send", "decide", "sent"))] == [
-        *("encode 0", "send 0", "encode 1", "send 1", "encode 3", "send 2", "decide 0", "sent 1")
+    assert [entry for entry in log if entry.startswith(("encode", "post", "decide", "sent"))] == [
+        *("encode 0", "post 0", "encode 1", "post 1", "encode 3", "post 2", "decide 0", "sent 1")
     ]
     assert torch.equal(tensors[2].grad, gradients[2].sign())
     assert [tensors[place].grad for place in (0, 1)] == [None, None], "on which nobody has voted"

@@ -228,7 +228,7 @@ def test_messages_leave_one_by_one_and_each_is_decided_when_it_and_its_header_ar
     expected = ["wait: step 0, handshake"]
     for number, first_word in ((0, 0), (1, 20)):
         expected += [] if absent else [f"encode {first_word}"]
-        expected += [f"push {number}", f"send {number}"]
+        expected += [f"push {number}", f"post {number}"]
     for number in (0, 1):
         expected += [f"wait: step 0, bucket {number}, header", f"wait: step 0, bucket {number}, phase 1"]
         expected += [f"heard {number}", f"decide for {voters}", f"spread {number}"]
