@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpisign.errors import ConsistencyError, OptionError
+from mpisign.presence import Presence
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -35,6 +36,7 @@ class Group:
         identities: (size,) what each rank is called for good: its number in the job's first group. Coins and noise
             are keyed by it, so that they stay when others leave.
         gpus: every rank has one that torch can use.
+        presence: who waits where, on ``comm``.
     """
 
     comm: MPI.Comm
@@ -47,6 +49,10 @@ class Group:
     generation: int
     identities: tuple[int, ...]
     gpus: bool = False
+    presence: Presence = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "presence", Presence(self.comm))
 
     @classmethod
     def form(
@@ -130,6 +136,7 @@ class Group:
     def free(self, watchdog: Watchdog) -> None:
         """Give the communicators back. **Collective.**"""
         with watchdog.guard("MPI_Comm_free"):
+            self.presence.drain()
             for comm in (*self.phases, self.lane, self.node, self.comm):
                 comm.Free()
 

@@ -23,6 +23,7 @@ __all__ = ["Presence"]
 
 TAG = 0x6D73
 NOTICE = np.dtype([("number", "<i8"), ("answered", "<i8"), ("where", "S80")])
+LIMIT = 1 << 20  # notices, of which a rank sends a few in a long wait
 MANY = 8  # ranks whose places are told one by one
 
 
@@ -49,6 +50,7 @@ class Presence:
         self._told: dict[int, int] = {}  # ranks that know that this one waits here: the number that was answered
         self._heard: dict[int, _Heard] = {}
         self._sent: list[tuple[MPI.Request, np.ndarray]] = []
+        self._counts: dict[int, list[int]] = {}  # by rank, the notices sent to it and received from it
 
     def begin(self) -> None:
         """This rank begins its next wait."""
@@ -79,11 +81,41 @@ class Presence:
                     f"rank {self._comm.rank}): run the same version on every rank"
                 )
             self._comm.Recv(notice.view(np.uint8), rank, TAG)
+            self._counts.setdefault(rank, [0, 0])[1] += 1
             heard = _Heard(int(notice["number"][0]), int(notice["answered"][0]), _printable(notice["where"][0]))
             self._heard[rank] = heard
             if self._told.get(rank, -1) < heard.number:
                 self._tell(rank, where)
         self._sent = [sent for sent in self._sent if not sent[0].Test()]
+
+    def drain(self) -> None:
+        """Receive all that others have sent, before the communicator is freed. **Collective.**
+
+        What is left would be taken for a message on the next communicator that gets its number, and the real one that
+        stands in its place in the order would be lost.
+
+        Raises:
+            ConsistencyError: a rank says that it has sent so many notices as none can have.
+        """
+        from mpi4py import MPI
+
+        size = self._comm.size
+        sent, expected = np.zeros(size, np.int64), np.zeros(size, np.int64)
+        for rank, (told, _) in self._counts.items():
+            sent[rank] = told
+        self._comm.Alltoall(sent, expected)
+        wrong = [rank for rank, count in enumerate(expected.tolist()) if not 0 <= count < LIMIT]
+        if wrong:
+            raise ConsistencyError(
+                f"ranks {wrong} say that they have sent {expected[wrong[0]]} notices, which cannot be (this is rank "
+                f"{self._comm.rank}): run the same version on every rank"
+            )
+        unused = np.zeros(1, NOTICE)
+        for rank, count in enumerate(expected.tolist()):
+            for _ in range(count - self._counts.get(rank, [0, 0])[1]):
+                self._comm.Recv(unused.view(np.uint8), rank, TAG)
+        MPI.Request.Waitall([request for request, _ in self._sent])
+        self._sent, self._counts = [], {}
 
     def missing(self) -> str:
         """Who has not come to this wait, for a message."""
@@ -99,6 +131,7 @@ class Presence:
         answered = self._told[rank] = self._heard[rank].number if rank in self._heard else 0
         fields = self._number, answered, where.encode(errors="replace")[:80]
         notice: np.ndarray = np.array([fields], NOTICE).view(np.uint8)
+        self._counts.setdefault(rank, [0, 0])[0] += 1
         self._sent.append((self._comm.Isend(notice, rank, TAG), notice))
 
 

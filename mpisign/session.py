@@ -87,7 +87,7 @@ class Session(Talk):
         before, self.group = getattr(self, "group", None), group
         if before is not None and before.identities[0] != group.identities[0]:
             self.clocks.clear()  # they tell how far a rank 0 is ahead that is no more
-        self._presence = Presence(group.comm)
+        self._presence = group.presence
         self.watchdog.comm, self.watchdog.rank, self.watchdog.size = group.comm, group.rank, group.size
         return before
 
@@ -194,8 +194,11 @@ def _duplicate(comm: MPI.Comm, watchdog: Watchdog, tracer: Tracer) -> MPI.Comm:
         mine, request = comm.Idup()
         watchdog.wait(watchdog.post(request, mine), presence)
         watchdog.comm = mine
-        watchdog.wait(watchdog.post(mine.Ibarrier()), Presence(mine))
-        presence.listen("init()")  # nothing of this must be left on the user's communicator
+        of_mine = Presence(mine)
+        watchdog.wait(watchdog.post(mine.Ibarrier()), of_mine)
+    with watchdog.guard("init()"):  # nothing of this must be left on the communicators
+        presence.drain()
+        of_mine.drain()
     return mine
 
 

@@ -293,7 +293,6 @@ class Talk:
             logger.error("%s", error)
             return False
         farewells.close()
-        self._presence.listen("the end of the job")  # what was sent to this rank when it was late
         return True
 
 
