@@ -61,17 +61,6 @@ struct Bitmaps {
     const u32* at[BITMAP_CAPACITY];
 };
 
-// Where a kernel tells of a NaN or Inf: that there is one, or the first tensor that has one.
-struct Finite {
-    u8* all;
-    __device__ __forceinline__ void bad() const { *all = 0; }
-};
-struct First {
-    u32* place;
-    u32 tensor;
-    __device__ __forceinline__ void bad() const { atomicMin(place, tensor); }
-};
-
 // ----------------------------------------------------------------------------------------------------- formats
 
 // The 32-bit register that has an element's sign and exponent; 16-bit formats have two elements in it. Adding

@@ -68,7 +68,7 @@ NONE = 2**31 - 1
 
 FORMATS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 WORDS = (torch.int32, torch.uint32)  # the types a word may have
-ZEROS = {"coin": 0, "positive": 1, "abstain": 2, "rows": 3}
+ZEROS = {"coin": 1, "positive": 2, "abstain": 4, "rows": 5}  # bits: toss coins, vote +1, write the second plane
 TIES = {"coin": 0, "positive": 1, "zero": 2}
 
 OPTIONS = (

@@ -151,11 +151,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) pack_momentum(
     const void* from = gradients.at[tensor];
     void* to = momenta.at[tensor];
     if (!from) return;
-    const First told{bad, base + tensor};
+    bool found = false;
     switch (gradients.format[tensor]) {
-    case FLOAT32: return pack(job, momentum_of<FLOAT32>(job, from, to, unscale, sent, kept), key, zeros, told);
-    case FLOAT64: return pack(job, momentum_of<FLOAT64>(job, from, to, unscale, sent, kept), key, zeros, told);
-    case FLOAT16: return pack(job, momentum_of<FLOAT16>(job, from, to, unscale, sent, kept), key, zeros, told);
-    case BFLOAT16: return pack(job, momentum_of<BFLOAT16>(job, from, to, unscale, sent, kept), key, zeros, told);
+    case FLOAT32: found = pack(job, momentum_of<FLOAT32>(job, from, to, unscale, sent, kept), key, zeros); break;
+    case FLOAT64: found = pack(job, momentum_of<FLOAT64>(job, from, to, unscale, sent, kept), key, zeros); break;
+    case FLOAT16: found = pack(job, momentum_of<FLOAT16>(job, from, to, unscale, sent, kept), key, zeros); break;
+    case BFLOAT16: found = pack(job, momentum_of<BFLOAT16>(job, from, to, unscale, sent, kept), key, zeros); break;
     }
+    if (found) atomicMin(bad, base + jobs[blockIdx.x].tensor % MOMENTUM_CAPACITY);  // as in pack.cu
 }

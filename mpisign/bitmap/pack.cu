@@ -97,8 +97,9 @@ template <int FORMAT_> struct Values {
     }
 };
 
-template <class Source, class Told>
-__device__ __forceinline__ void pack(const Job& job, const Source& source, u64 key, u32 zeros, const Told& told) {
+// Returns whether a value this thread has seen is NaN or Inf.
+template <class Source>
+__device__ __forceinline__ bool pack(const Job& job, const Source& source, u64 key, u32 zeros) {
     const bool aligned = source.aligned();
     const u32 lane = threadIdx.x % 32;
     u32 bad = 0;
@@ -115,35 +116,33 @@ __device__ __forceinline__ void pack(const Job& job, const Source& source, u64 k
             const u32 zero = ~nonzero & exists;
             u32 signs = nonzero & ~negative;
             word += at / 32;
-            if (zeros == ZEROS_POSITIVE) signs |= zero;
-            const bool tosses = zeros == ZEROS_COIN || zeros == ZEROS_ROWS;
-            if (tosses && zero) signs |= zero & coin(key, job.first_word + word);
+            if (zeros & ZEROS_POSITIVE) signs |= zero;
+            if (zeros & ZEROS_COIN && zero) signs |= zero & coin(key, job.first_word + word);
             job.words[word] = signs;
-            if ((zeros == ZEROS_ABSTAIN || zeros == ZEROS_ROWS) && job.nonzero) job.nonzero[word] = nonzero;
+            if (zeros & ZEROS_ABSTAIN && job.nonzero) job.nonzero[word] = nonzero;
         }
     }
-    if (is_bad<Source::FORMAT>(bad)) told.bad();
+    return is_bad<Source::FORMAT>(bad);
 }
 
 template <int FORMAT> __device__ __forceinline__ Values<FORMAT> values_of(const Job& job, const void* tensor) {
     return {(const typename Float<FORMAT>::Bits*)tensor + job.start};
 }
 
-template <class Told>
-__device__ __forceinline__ void
-pack_any(const Job& job, const void* tensor, u32 format, u64 key, u32 zeros, const Told& told) {
+__device__ __forceinline__ bool pack_any(const Job& job, const void* tensor, u32 format, u64 key, u32 zeros) {
     switch (format) {
-    case FLOAT32: return pack(job, values_of<FLOAT32>(job, tensor), key, zeros, told);
-    case FLOAT64: return pack(job, values_of<FLOAT64>(job, tensor), key, zeros, told);
-    case FLOAT16: return pack(job, values_of<FLOAT16>(job, tensor), key, zeros, told);
-    case BFLOAT16: return pack(job, values_of<BFLOAT16>(job, tensor), key, zeros, told);
+    case FLOAT32: return pack(job, values_of<FLOAT32>(job, tensor), key, zeros);
+    case FLOAT64: return pack(job, values_of<FLOAT64>(job, tensor), key, zeros);
+    case FLOAT16: return pack(job, values_of<FLOAT16>(job, tensor), key, zeros);
+    case BFLOAT16: return pack(job, values_of<BFLOAT16>(job, tensor), key, zeros);
     }
+    return false;
 }
 
 extern "C" __global__ void STREAMING pack_one(
     const void* tensor, u32 format, u64 elements, u32* words, u32* nonzero, u64 first_word, u64 key, u32 zeros,
     u8* finite) {
-    pack_any(job_of_one(words, nonzero, first_word, elements), tensor, format, key, zeros, Finite{finite});
+    if (pack_any(job_of_one(words, nonzero, first_word, elements), tensor, format, key, zeros)) *finite = 0;
 }
 
 // `base`: the number of the first of `tensors`; `bad`: the number of the first in which something was not finite.
@@ -151,6 +150,6 @@ extern "C" __global__ void STREAMING
 pack_many(const __grid_constant__ Tensors tensors, const Job* jobs, u32 base, u64 key, u32 zeros, u32* bad) {
     const Job job = jobs[blockIdx.x];
     const void* tensor = tensors.at[job.tensor];
-    const First told{bad, base + job.tensor};
-    if (tensor) pack_any(job, tensor, tensors.format[job.tensor], key, zeros, told);
+    if (tensor && pack_any(job, tensor, tensors.format[job.tensor], key, zeros))
+        atomicMin(bad, base + jobs[blockIdx.x].tensor);  // read again: no register waits for a NaN
 }
