@@ -71,7 +71,9 @@ def test_what_does_not_fit_is_refused_by_the_senders_name(value: Any, schema: An
     ],
     ids=["nothing", "no text", "half", "deep list", "deep dict", "long number", "pickle", "utf-16"],
 )
-@pytest.mark.parametrize("schema", [str, int, [str], {str: int}, Optional({"a": [str]})], ids=repr)
+@pytest.mark.parametrize(
+    "schema", [str, int, [str], {str: int}, Optional({"a": [str]})], ids=["text", "number", "list", "dict", "optional"]
+)
 def test_arbitrary_bytes_are_an_error_and_nothing_else(message: bytes, schema: Any) -> None:
     if json.detect_encoding(message) != "utf-8" and schema is str:
         pytest.skip("JSON may be UTF-16")

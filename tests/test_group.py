@@ -64,7 +64,11 @@ def test_alone() -> None:
     assert (group.node_rank, group.num_nodes, group.local_rank, group.local_size) == (0, 1, 0, 1)
 
 
-@pytest.mark.parametrize("given", [[7, 7, 0], (7, 7, 0), np.array([7, 7, 0], np.int32), iter([7, 7, 0])], ids=repr)
+@pytest.mark.parametrize(
+    "given",
+    [[7, 7, 0], (7, 7, 0), np.array([7, 7, 0], np.int32), iter([7, 7, 0])],
+    ids=["list", "tuple", "array", "iterator"],
+)
 def test_a_map_may_be_any_sequence_of_integers(given: Any) -> None:
     places = check_node_map(given, 3)
     assert places == (7, 7, 0)

@@ -7,6 +7,7 @@ decided in test_optimizer_votes.py, and what is saved and copied in test_optimiz
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_an_adaptive_optimizer_warns_once(adaptive: type[Optimizer]) -> None:
         ({"bucket_cap_mb": float("nan")}, "bucket_cap_mb=nan"),
         ({"bucket_cap_mb": "1"}, "bucket_cap_mb='1'"),
     ],
-    ids=str,
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),
 )
 def test_options_are_checked_when_it_is_built(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
