@@ -43,7 +43,7 @@ def test_misaligned_access(broken) -> None:
 
 
 def test_lanes_that_end_early(broken) -> None:
-    broken("    u32 bad = 0;\n#pragma unroll 1", "    u32 bad = 0;\n    if (lane == 7) return;\n#pragma unroll 1")
+    broken("    u32 bad = 0;\n#pragma unroll 1", "    u32 bad = 0;\n    if (lane == 7) return false;\n#pragma unroll 1")
     with pytest.raises(RuntimeError, match="pack_one: lanes of a warp have ended while others wait for them"):
         pack(1024)
 

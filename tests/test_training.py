@@ -192,7 +192,7 @@ def test_a_checkpoint_is_not_gone_on_from_with_other_options(
     places = ("--quiet", "--checkpoint-dir", tmp_path, "--max-steps", "1")
     Training(training, arguments(flags, *places)).train()
     for options, said in (
-        (("--zeros", "abstain"), "was saved with zeros=coin, and now it is abstain"),
+        (("--zeros", "abstain"), "was saved with zeros=rows, and now it is abstain"),
         (("--batch-size", "2"), "was saved with batch_size=4, and now it is 2"),
         (("--method", "signum:momentum=0.8"), "was saved with method=signum (Momentum(beta=0.9)"),
         (("--resume", "never"), "step-00000001 is an earlier training's"),

@@ -312,15 +312,15 @@ class MemoryStore:
                     stacklevel=3,
                 )
             return store
-        known = range(len(parameters))
-        if any(place not in known for part in ("memory", "pieces", "rates") for place in saved.get(part, {})):
-            raise CheckpointError(
-                f"rank {group.rank}: this state is of more parameters than the {len(parameters)} of this model: load "
-                f"the state of the same model"
-            )
+        for place in (place for part in ("memory", "pieces", "rates") for place in saved.get(part, {})):
+            if place not in range(len(parameters)):
+                raise CheckpointError(
+                    f"rank {group.rank}: this state has a memory of parameter {place}, and this model has "
+                    f"{len(parameters)} parameters: load the state of the same model"
+                )
         for place, state in saved["memory"].items():
             for field, value in state.items():
-                if place >= len(parameters) or value.shape != parameters[place].shape:
+                if value.shape != parameters[place].shape:
                     raise CheckpointError(
                         f"rank {group.rank}: the saved {field} of parameter {place} has shape {tuple(value.shape)}, "
                         f"which is not this model's: load the state of the same model"
