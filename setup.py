@@ -42,6 +42,7 @@ setup(
             "pytest>=8",
             "pytest-mpi>=0.6",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "mypy>=1.11",
             "ruff>=0.6",
         ],

@@ -63,7 +63,11 @@ def complaints(log: str) -> list[str]:
 
 
 def expected_kernels() -> set[str]:
-    counting = {f"{name}_{planes}" for name in ("majority", "majority_abstain", "count") for planes in kernels.PLANES}
+    counting = {
+        f"{name}_{planes}"
+        for name in ("majority", "majority_abstain", "count", "add_counts")
+        for planes in kernels.PLANES
+    }
     return counting | {
         "pack_one",
         "pack_many",
@@ -73,6 +77,7 @@ def expected_kernels() -> set[str]:
         "first_bad",
         "agreement",
         "any_zero",
+        "decide_counts",
     }
 
 

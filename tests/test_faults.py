@@ -96,6 +96,7 @@ def test_an_interrupt_from_the_keyboard_ends_the_job(tmp_path: Path) -> None:
     assert result.returncode != 0
 
 
+@pytest.mark.long
 def test_an_interrupted_rank_ends_the_job(tmp_path: Path) -> None:
     body = f"""
         train(3)
@@ -146,6 +147,7 @@ def test_a_rank_that_exits_early_is_an_error_to_the_others(tmp_path: Path) -> No
     assert re.search(r"ConsistencyError: .*ranks \[1\] have left the job", result.text)
 
 
+@pytest.mark.long
 def test_a_script_that_catches_that_error_can_end(tmp_path: Path) -> None:
     """At its end it does not wait for the rank that is gone."""
     body = """
@@ -188,6 +190,7 @@ def test_separate_worlds_of_one_are_refused_with_the_fix(variables: dict[str, st
     assert advice in message
 
 
+@pytest.mark.long
 def test_spawned_data_loader_workers_do_not_start_mpi(tmp_path: Path) -> None:
     """A worker imports the script, and with it mpisign; would it start MPI too, the job would hang."""
     path = tmp_path / "train.py"
@@ -253,6 +256,7 @@ FAILING = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", FAILING)
 def test_a_failing_rank_aborts_the_whole_test_run(tmp_path: Path, place: str) -> None:
     """Under the MPI tests' own conftest, while the others wait in a barrier."""
@@ -268,6 +272,7 @@ def test_a_failing_rank_aborts_the_whole_test_run(tmp_path: Path, place: str) ->
     assert place != "call" or "seen by the failing rank" in result.text
 
 
+@pytest.mark.long
 def test_a_test_that_hangs_inside_mpi_shows_where_and_ends_the_run(tmp_path: Path) -> None:
     """Where no signal handler of Python's would run."""
     shutil.copy(HERE / "mpi" / "conftest.py", tmp_path)
@@ -294,6 +299,7 @@ def test_a_job_that_hangs_is_killed_whole() -> None:
         assert job.orphans() == []
 
 
+@pytest.mark.long
 def test_a_passing_run_reads_like_one(tmp_path: Path) -> None:
     shutil.copy(HERE / "mpi" / "conftest.py", tmp_path)
     (tmp_path / "test_it.py").write_text("import pytest\n\n@pytest.mark.mpi\ndef test_it(comm):\n    comm.barrier()\n")
@@ -331,6 +337,7 @@ except (KeyboardInterrupt, ValueError):
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cause", ["rule", "signal"])
 @pytest.mark.parametrize("then", ["end", "again"])
 def test_a_step_that_one_rank_leaves_in_the_middle_ends_the_job(tmp_path: Path, cause: str, then: str) -> None:

@@ -41,6 +41,7 @@ PLACES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", PLACES)
 def test_a_message_that_is_too_long_is_an_error_that_ends_the_job(tmp_path: Path, place: str) -> None:
     sent, done, where = PLACES[place]

@@ -168,6 +168,7 @@ def test_in_the_middle_of_a_wait() -> None:
     assert ended.stdout == "True\n", ended.stderr
 
 
+@pytest.mark.long
 def test_a_signal_to_mpirun_stops_all_ranks_at_one_step(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(

@@ -10,10 +10,11 @@ import oracle
 import pytest
 import torch
 
+from mpisign.backends import backend_for
 from mpisign.backends.host import as_words
 from mpisign.codecs import SignBits, Trits
 from mpisign.policy import Policy
-from mpisign.rules import MajorityVote, Mean, MeanOfSigns, ValueRule
+from mpisign.rules import MajorityVote, Mean, MeanOfSigns, TallyRule, ValueRule
 
 STEP, RANK, FIRST_WORD = 5, 1, 333
 RANKS = [1, 2, 3, 4, 5, 8]
@@ -96,3 +97,60 @@ def test_mean_of_signs_is_counted(dtype: torch.dtype, codec: SignBits, ranks: in
     out = torch.full((n,), torch.nan, dtype=dtype)
     counts.decode(decision, out, context)
     assert torch.equal(out, torch.from_numpy(signs.sum(axis=0)).to(dtype) / voters)
+
+
+# ------------------------------------------------------------------------------------------------ tallies
+
+
+def tally(rule: TallyRule, messages: list[torch.Tensor], voters: int) -> torch.Tensor:
+    """Of some of ``voters``, with room for all."""
+    counts, rows = rule.tally_shape(len(messages[0]), voters)
+    out = torch.full((counts, rows, messages[0].shape[1]), 0x5A5A5A5A, dtype=torch.int32)
+    rule.tally(messages, out)
+    return out
+
+
+@pytest.mark.parametrize("parts", [[7], [1, 6], [3, 3, 1], [1] * 7, [4, 4], [2, 1, 1]], ids=str)
+@pytest.mark.parametrize("ties", ["coin", "zero", "positive"])
+@pytest.mark.parametrize("zeros", ["coin", "abstain"])
+@pytest.mark.parametrize("rule", [MajorityVote(), MeanOfSigns()], ids=lambda rule: rule.name)
+def test_tallies_of_parts_add_up_to_the_decision_of_all(
+    rule: TallyRule, zeros: str, ties: str, parts: list[int]
+) -> None:
+    policy, ranks, n = Policy(zeros, ties, seed=2), sum(parts), 1000
+    ballots = [np.sign(update).astype(np.int8) for update in some_updates(ranks, n)]
+    if zeros == "coin":
+        ballots = [np.where(ballot == 0, np.int8(1), ballot) for ballot in ballots]
+    up, down = SignBits().planes(policy), rule.down(SignBits(), policy, ranks).planes(policy)
+    messages = [planes(ballot, up) for ballot in ballots]
+    context = dataclasses.replace(policy.context(STEP, RANK), voters=tuple(range(ranks)))
+    expected, out = torch.zeros((2, down, SignBits().length(n)), dtype=torch.int32)
+    tied = rule.decide(messages, expected, context, FIRST_WORD)
+
+    stops = list(itertools.accumulate(parts))
+    tallies = [tally(rule, messages[lo:hi], max(parts)) for lo, hi in itertools.pairwise([0, *stops])]
+    total = torch.empty((len(tallies[0]), rule.tally_shape(up, ranks)[1], SignBits().length(n)), dtype=torch.int32)
+    rule.merge(tallies, total)
+    assert rule.settle(total, out, context, FIRST_WORD) == tied
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("ties", ["coin", "zero", "positive"])
+@pytest.mark.parametrize("rule", [MajorityVote(), MeanOfSigns()], ids=lambda rule: rule.name)
+def test_tallies_where_ranks_have_not_spoken(rule: TallyRule, ties: str) -> None:
+    """What is known beside the ballots of one plane decides as if they had two."""
+    policy, ranks, n = Policy("rows", ties, seed=2), 6, 300
+    ballots = [np.sign(update).astype(np.int8) for update in some_updates(ranks, n)]
+    messages = [planes(ballot, 1) for ballot in ballots]
+    spoken = [planes(ballot, 2)[1] for ballot in ballots]
+    context = dataclasses.replace(policy.context(STEP, RANK), voters=tuple(range(ranks)))
+    k = SignBits().length(n)
+    rows = 2 if rule.elects else MeanOfSigns().tally_shape(1, ranks)[1]
+    expected, out = torch.zeros((2, rows, k), dtype=torch.int32)
+    moved = expected[1] if rule.elects else torch.empty(k, dtype=torch.int32)
+    tied = rule.decide_spoken(messages, spoken, expected, moved, context, FIRST_WORD)
+
+    total, voted = tally(rule, messages, ranks), torch.empty((3, k), dtype=torch.int32)
+    backend_for(voted.device).count(spoken, voted)
+    assert rule.settle(total, out, context, FIRST_WORD, voted) == tied
+    assert torch.equal(out, expected)

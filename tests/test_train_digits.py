@@ -53,7 +53,8 @@ def test_two_ranks(tmp_path: Path) -> None:
     for run in data["runs"]:
         width = 32 if run["method"] == "mean" else 1
         assert run["parameters"] == parameters
-        assert run["bytes_sent"] == pytest.approx(parameters * width / 8, rel=0.02)  # 2 (M - 1) / M = 1; and headers
+        headers = run["bytes_sent"] - parameters * width / 8  # 2 (M - 1) / M = 1
+        assert 0 < headers < 100
         assert run["accuracy"] > 0.85
         assert run["seconds_per_step"] > 0
         assert len(run["losses"]) == 3 * 23, "719 images a rank, 32 a step"

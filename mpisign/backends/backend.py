@@ -173,6 +173,25 @@ class Backend(ABC):
         """:func:`mpisign.bitmap.host.count`: how many of ``ballots`` have a 1, bit-sliced, into ``planes`` (p, k)."""
 
     @abstractmethod
+    def add_counts(self, counts: Sequence[Tensor], planes: Tensor) -> None:
+        """:func:`mpisign.bitmap.host.add_counts`: the sum of ``counts`` (p, k), into ``planes`` (q, k)."""
+
+    @abstractmethod
+    def decide_counts(
+        self,
+        yes: Tensor,
+        voted: int | Tensor,
+        out: Tensor,
+        *,
+        ties: str = "coin",
+        key: int = 0,
+        first_word: int = 0,
+        out_nonzero: Tensor | None = None,
+        tied: Tensor | None = None,
+    ) -> Count:
+        """:func:`mpisign.bitmap.host.decide_counts`; ``tied`` as for :meth:`majority`."""
+
+    @abstractmethod
     def agreement(
         self,
         ballot: Tensor,

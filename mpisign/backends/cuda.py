@@ -136,6 +136,26 @@ class Cuda(Backend):
     def count(self, ballots: Sequence[Tensor], planes: Tensor) -> None:
         cuda.count(ballots, planes)
 
+    def add_counts(self, counts: Sequence[Tensor], planes: Tensor) -> None:
+        cuda.add_counts(counts, planes)
+
+    def decide_counts(
+        self,
+        yes: Tensor,
+        voted: int | Tensor,
+        out: Tensor,
+        *,
+        ties: str = "coin",
+        key: int = 0,
+        first_word: int = 0,
+        out_nonzero: Tensor | None = None,
+        tied: Tensor | None = None,
+    ) -> Count:
+        found = cuda.decide_counts(
+            yes, voted, out, ties=ties, key=key, first_word=first_word, out_nonzero=out_nonzero, tied=tied
+        )
+        return found if tied is None else 0
+
     def agreement(
         self,
         ballot: Tensor,

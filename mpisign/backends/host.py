@@ -231,6 +231,31 @@ class Host(Backend):
     def count(self, ballots: Sequence[Tensor], planes: Tensor) -> None:
         host.count([as_words(ballot) for ballot in ballots], as_words(planes))
 
+    def add_counts(self, counts: Sequence[Tensor], planes: Tensor) -> None:
+        host.add_counts([as_words(count) for count in counts], as_words(planes))
+
+    def decide_counts(
+        self,
+        yes: Tensor,
+        voted: int | Tensor,
+        out: Tensor,
+        *,
+        ties: str = "coin",
+        key: int = 0,
+        first_word: int = 0,
+        out_nonzero: Tensor | None = None,
+        tied: Tensor | None = None,
+    ) -> int:
+        return host.decide_counts(
+            as_words(yes),
+            voted if isinstance(voted, int) else as_words(voted),
+            as_words(out),
+            ties=ties,
+            key=key,
+            first_word=first_word,
+            out_nonzero=None if out_nonzero is None else as_words(out_nonzero),
+        )
+
     def agreement(
         self,
         ballot: Tensor,

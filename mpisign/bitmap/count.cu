@@ -170,6 +170,32 @@ __device__ __forceinline__ void count(
         if (p < planes) span.store(out + p * stride, counter.plane[p]);
 }
 
+// Adds counts up: the list holds `per` planes of each, the least significant first.
+template <int PLANES>
+__device__ __forceinline__ void add_counts(
+    const Bitmaps& few, const u32* const* many, u32 counts, u32 per, u64 words, u32* out, u64 stride, u32 planes,
+    bool wide) {
+    const Span span(words, wide);
+    Counter<PLANES> sum;
+    for (u32 c = 0; c < counts; ++c) {
+        u32 carry[WORDS] = {}, bits[WORDS];
+#pragma unroll
+        for (u32 p = 0; p < PLANES; ++p) {
+            if (p < per) {
+                span.load(bitmap_of(few, many, c * per + p), bits);
+            } else {
+#pragma unroll
+                for (u32 i = 0; i < WORDS; ++i) bits[i] = 0;
+            }
+#pragma unroll
+            for (u32 i = 0; i < WORDS; ++i) carry[i] = sum.full_add(sum.plane[p][i], bits[i], carry[i]);
+        }
+    }
+#pragma unroll
+    for (u32 p = 0; p < PLANES; ++p)
+        if (p < planes) span.store(out + p * stride, sum.plane[p]);
+}
+
 #define COUNTING(PLANES)                                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS) majority_##PLANES(                                          \
         const __grid_constant__ Bitmaps few, const u32* const* many, u32 voters, u64 words, u32* out,                 \
@@ -185,6 +211,11 @@ __device__ __forceinline__ void count(
         const __grid_constant__ Bitmaps few, const u32* const* many, u32 bitmaps, u64 words, u32* out, u64 stride,    \
         u32 planes, u32 wide) {                                                                                       \
         count<PLANES>(few, many, bitmaps, words, out, stride, planes, wide);                                          \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS) add_counts_##PLANES(                                        \
+        const __grid_constant__ Bitmaps few, const u32* const* many, u32 counts, u32 per, u64 words, u32* out,        \
+        u64 stride, u32 planes, u32 wide) {                                                                           \
+        add_counts<PLANES>(few, many, counts, per, words, out, stride, planes, wide);                                 \
     }
 // Few sizes, as each takes a second to compile and a plane too many costs next to nothing.
 COUNTING(2)
@@ -193,6 +224,45 @@ COUNTING(4)
 COUNTING(6)
 COUNTING(8)
 COUNTING(16)
+
+// +1 where twice the count of votes for it is above that of all votes, a tie where they are equal and there are any.
+//
+// The list holds the planes of the votes for +1 and then, if there are any, those of all votes; else there are `voters`
+// everywhere. Compared from the most significant bit down.
+extern "C" __global__ void __launch_bounds__(THREADS) decide_counts(
+    const __grid_constant__ Bitmaps few, u32 yes_planes, u32 voted_planes, u32 voters, u64 words, u32* out,
+    u32* out_nonzero, u64 key, u64 first_word, u32 ties, u32 wide, u64* tied) {
+    const Span span(words, wide);
+    u32 signs[WORDS] = {}, equal[WORDS], voted[WORDS], twice[WORDS], all[WORDS], mine[1] = {0};
+#pragma unroll
+    for (u32 i = 0; i < WORDS; ++i) equal[i] = ALL, voted[i] = voted_planes ? 0 : ALL;
+    const u32 above = voted_planes ? voted_planes : 32;
+    for (u32 bit = yes_planes + 1 > above ? yes_planes + 1 : above; bit-- > 0;) {
+        const bool has_twice = bit > 0 && bit <= yes_planes, has_all = bit < voted_planes;
+        if (has_twice) span.load(few.at[bit - 1], twice);
+        if (has_all) span.load(few.at[yes_planes + bit], all);
+        const u32 constant = voted_planes || bit > 31 ? 0 : 0 - (voters >> bit & 1);
+#pragma unroll
+        for (u32 i = 0; i < WORDS; ++i) {
+            const u32 a = has_twice ? twice[i] : 0, b = has_all ? all[i] : constant;
+            if (has_all) voted[i] |= b;
+            signs[i] |= equal[i] & a & ~b;
+            equal[i] &= ~(a ^ b);
+        }
+    }
+    const bool can_tie = voted_planes || voters % 2 == 0;
+#pragma unroll
+    for (u32 i = 0; i < WORDS; ++i) {
+        equal[i] = can_tie ? equal[i] & voted[i] : 0;
+        mine[0] += __popc(equal[i]);
+        if (ties == TIES_POSITIVE) signs[i] |= equal[i];
+        if (ties == TIES_ZERO) voted[i] &= ~equal[i];
+        if (ties == TIES_COIN && equal[i]) signs[i] |= equal[i] & coin(key, first_word + span.place(i));
+    }
+    span.store(out, signs);
+    if (out_nonzero) span.store(out_nonzero, voted);
+    if (can_tie) add_up(mine, tied);
+}
 
 // ---------------------------------------------------------------------------------------------------- agreement
 

@@ -49,6 +49,12 @@ class Counter:
         """Count a bitmap in scratch, which goes back to it."""
         self._push(bitmap, 0)
 
+    def add_count(self, planes: Words) -> None:
+        """Add a count, bit i of it in row i of ``planes``; they must not change before :meth:`total`."""
+        for column, plane in enumerate(planes):
+            self._borrowed.add(id(plane))
+            self._push(plane, column)
+
     def total(self) -> list[Words]:
         """Settle the pending carries; least significant plane first. Valid until :meth:`release`."""
         column = 0
@@ -115,7 +121,7 @@ def above_constant(count: list[Words], limit: int, out: Words, equal: Words, t: 
 
 
 def above(yes: list[Words], no: list[Words], out: Words, equal: Words, t: Words) -> None:
-    """``out``: yes > no; ``equal``: yes == no; both counted from as many bitmaps."""
+    """``out``: yes > no; ``equal``: yes == no; both of as many planes."""
     out[:] = 0
     equal[:] = 0xFFFFFFFF
     for for_it, against in zip(reversed(yes), reversed(no), strict=True):

@@ -19,11 +19,22 @@ import numpy.typing as npt
 import torch
 
 from mpisign.bitmap import kernels
-from mpisign.bitmap.host import words_for
+from mpisign.bitmap.host import check_counts, words_for
 from mpisign.bitmap.kernels import NONE, address, first, flag
 from mpisign.bitmap.tensors import is_dense
 
-__all__ = ["agreement", "all_finite", "any_zero", "count", "first_bad", "majority", "pack", "unpack"]
+__all__ = [
+    "add_counts",
+    "agreement",
+    "all_finite",
+    "any_zero",
+    "count",
+    "decide_counts",
+    "first_bad",
+    "majority",
+    "pack",
+    "unpack",
+]
 
 Tensor = torch.Tensor
 _WORDS_PER_BLOCK = 4 * kernels.THREADS  # of the kernels that count
@@ -213,6 +224,81 @@ def count(ballots: Sequence[Tensor], planes: Tensor) -> None:
     if k:
         name = f"count_{_planes(len(ballots), len(planes))}"
         kernels.launch(name, _blocks(k, _WORDS_PER_BLOCK), arguments, planes.device)
+
+
+def add_counts(counts: Sequence[Tensor], planes: Tensor) -> None:
+    """Write the sum of ``counts``, bit-sliced; see :func:`mpisign.bitmap.host.add_counts`.
+
+    Args:
+        counts: C >= 1 of (p, k) words, with contiguous rows.
+        planes: (q, k) words with contiguous rows and q >= p, written.
+    """
+    check_counts([len(count) for count in counts], len(planes))
+    k = planes.shape[1]
+    addresses = [address(plane, k) for count in counts for plane in count]
+    rows = [address(plane, k) for plane in planes]
+    table = _on_device(addresses, planes.device)
+    arguments = [
+        _by_value(addresses),
+        np.uint64(0 if table is None else table.data_ptr()),
+        np.uint32(len(counts)),
+        np.uint32(len(counts[0])),
+        np.uint64(k),
+        rows[0],
+        np.uint64(planes.stride(0)),
+        np.uint32(len(planes)),
+        _wide([*addresses, *rows]),
+    ]
+    if k:
+        kernels.launch(f"add_counts_{_planes(0, len(planes))}", _blocks(k, _WORDS_PER_BLOCK), arguments, planes.device)
+
+
+def decide_counts(
+    yes: Tensor,
+    voted: int | Tensor,
+    out: Tensor,
+    *,
+    ties: str = "coin",
+    key: int = 0,
+    first_word: int = 0,
+    out_nonzero: Tensor | None = None,
+    tied: Tensor | None = None,
+) -> Tensor:
+    """Decide as :func:`majority`, from counts; see :func:`mpisign.bitmap.host.decide_counts`.
+
+    Args:
+        yes: (p, k) words with contiguous rows, as ``voted``, if it is not a number: (q, k).
+        out, out_nonzero: (k,), written.
+        tied: 0-d int64 to which the number of tied positions is added.
+
+    Returns:
+        ``tied``.
+    """
+    everywhere = isinstance(voted, int)
+    if out_nonzero is None and (ties == "zero" or not everywhere):
+        raise ValueError("ties='zero' and abstentions need an out_nonzero plane")
+    if isinstance(voted, int) and voted >= 2 ** (len(yes) + 1):
+        raise ValueError(f"{len(yes)} planes cannot count {voted} voters")
+    k = out.numel()
+    tied = torch.zeros((), dtype=torch.int64, device=out.device) if tied is None else tied
+    addresses = [address(plane, k) for plane in (*yes, *(() if isinstance(voted, int) else voted))]
+    outs = [address(out, k), address(out_nonzero, k)]
+    arguments = [
+        _by_value(addresses),
+        np.uint32(len(yes)),
+        np.uint32(0 if isinstance(voted, int) else len(voted)),
+        np.uint32(voted if isinstance(voted, int) else 0),
+        np.uint64(k),
+        *outs,
+        np.uint64(key),
+        np.uint64(first_word),
+        np.uint32(kernels.TIES[ties]),
+        _wide([*addresses, *outs]),
+        np.uint64(tied.data_ptr()),
+    ]
+    if k:
+        kernels.launch("decide_counts", _blocks(k, _WORDS_PER_BLOCK), arguments, out.device)
+    return tied
 
 
 def agreement(

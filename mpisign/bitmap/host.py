@@ -22,7 +22,20 @@ import numpy.typing as npt
 from mpisign.bitmap.coin import coin_words
 from mpisign.bitmap.counter import BLOCK, Counter, Planes, above, above_constant
 
-__all__ = ["FORMATS", "FloatFormat", "agreement", "all_finite", "count", "majority", "pack", "unpack", "words_for"]
+__all__ = [
+    "FORMATS",
+    "FloatFormat",
+    "add_counts",
+    "agreement",
+    "all_finite",
+    "check_counts",
+    "count",
+    "decide_counts",
+    "majority",
+    "pack",
+    "unpack",
+    "words_for",
+]
 
 Words = npt.NDArray[np.uint32]
 Bits = npt.NDArray[np.unsignedinteger]
@@ -280,17 +293,11 @@ def majority(
             can_tie = True
         yes.release()
         no.release()
-        if out_nonzero is not None:
-            out_nonzero[span] = voted
+        moved = None if out_nonzero is None else out_nonzero[span]
+        if moved is not None:
+            moved[:] = voted
         if can_tie:
-            tied += int(np.bitwise_count(equal).sum(dtype=np.int64))
-            if ties == "coin":
-                equal &= coin_words(key, first_word + lo, decided.size)
-                decided |= equal
-            elif ties == "positive":
-                decided |= equal
-            elif out_nonzero is not None:
-                out_nonzero[span] &= ~equal
+            tied += _break_ties(decided, equal, moved, ties, key, first_word + lo)
         scratch.give(equal, t, voted)
     return tied
 
@@ -313,6 +320,102 @@ def count(ballots: Sequence[Words], planes: Words) -> None:
         block[: len(total)] = total
         block[len(total) :] = 0
         counter.release()
+
+
+def add_counts(counts: Sequence[Words], planes: Words) -> None:
+    """Write the sum of ``counts``, bit-sliced as :func:`count` writes them.
+
+    Args:
+        counts: C >= 1 of them, each (p, k) uint32.
+        planes: (q, k) uint32, written; q >= p. A sum that needs more planes loses its upper bits.
+    """
+    check_counts([len(count) for count in counts], len(planes))
+    for lo in range(0, planes.shape[1], BLOCK):
+        block = planes[:, lo : lo + BLOCK]
+        counter = Counter(_scratch.planes, block.shape[1])
+        for count in counts:
+            counter.add_count(count[:, lo : lo + BLOCK])
+        total = counter.total()[: len(block)]
+        block[: len(total)] = total
+        block[len(total) :] = 0
+        counter.release()
+
+
+def check_counts(lengths: Sequence[int], planes: int) -> None:
+    """Raise ValueError unless counts of so many planes can be added up in ``planes``."""
+    if len(set(lengths)) != 1 or lengths[0] > planes:
+        raise ValueError(f"{planes} planes cannot hold the sum of counts of {', '.join(map(str, lengths))} planes")
+
+
+def decide_counts(
+    yes: Words,
+    voted: int | Words,
+    out: Words,
+    *,
+    ties: str = "coin",
+    key: int = 0,
+    first_word: int = 0,
+    out_nonzero: Words | None = None,
+) -> int:
+    """Decide as :func:`majority`, from how many have voted +1 and how many have voted at all.
+
+    Args:
+        yes: (p, k) uint32, bit-sliced.
+        voted: as many everywhere, or (q, k) uint32, bit-sliced; nowhere fewer than ``yes``.
+        out, ties, key, first_word, out_nonzero: as in :func:`majority`. Without votes there is nothing to decide, which
+            needs ``out_nonzero`` where ``voted`` is not one number.
+
+    Returns:
+        The number of positions with as many votes for as against. No votes at all is not a tie.
+    """
+    if out_nonzero is None and (ties == "zero" or not isinstance(voted, int)):
+        raise ValueError("ties='zero' and abstentions need an out_nonzero plane")
+    if isinstance(voted, int) and voted >= 2 ** (len(yes) + 1):
+        raise ValueError(f"{len(yes)} planes cannot count {voted} voters")
+    scratch = _scratch.planes
+    tied = 0
+    for lo in range(0, out.size, BLOCK):
+        span = slice(lo, min(lo + BLOCK, out.size))
+        decided = out[span]
+        equal, t, spoken, nothing = (scratch.take(decided.size) for _ in range(4))
+        if isinstance(voted, int):
+            spoken[:] = 0xFFFFFFFF
+            above_constant(list(yes[:, span]), voted // 2, decided, equal, t)
+            can_tie = voted % 2 == 0
+        else:
+            nothing[:] = 0
+            twice, all_votes = [nothing, *yes[:, span]], list(voted[:, span])
+            planes = max(len(twice), len(all_votes))
+            above(
+                twice + [nothing] * (planes - len(twice)),
+                all_votes + [nothing] * (planes - len(all_votes)),
+                decided,
+                equal,
+                t,
+            )
+            np.bitwise_or.reduce(voted[:, span], axis=0, out=spoken)
+            equal &= spoken
+            can_tie = True
+        moved = None if out_nonzero is None else out_nonzero[span]
+        if moved is not None:
+            moved[:] = spoken
+        if can_tie:
+            tied += _break_ties(decided, equal, moved, ties, key, first_word + lo)
+        scratch.give(equal, t, spoken, nothing)
+    return tied
+
+
+def _break_ties(decided: Words, equal: Words, moved: Words | None, ties: str, key: int, first_word: int) -> int:
+    """Decide where ``equal`` has a 1, which becomes scratch. Returns the number of those."""
+    tied = int(np.bitwise_count(equal).sum(dtype=np.int64))
+    if ties == "coin":
+        equal &= coin_words(key, first_word, decided.size)
+        decided |= equal
+    elif ties == "positive":
+        decided |= equal
+    elif moved is not None:
+        moved &= ~equal
+    return tied
 
 
 def agreement(

@@ -6,7 +6,7 @@ from mpisign.rules.coordinatewise import Median, TrimmedMean
 from mpisign.rules.distance import CenteredClipping, GeometricMedian, Krum, MultiKrum, NearestNeighbourAveraging
 from mpisign.rules.mean import Mean, MeanOfSigns, RecodedMean
 from mpisign.rules.mixing import NearestNeighbourMixing
-from mpisign.rules.rule import BallotRule, Rule, ValueRule, VectorRule
+from mpisign.rules.rule import BallotRule, Rule, TallyRule, ValueRule, VectorRule
 from mpisign.rules.vote import MajorityVote
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "NearestNeighbourMixing",
     "RecodedMean",
     "Rule",
+    "TallyRule",
     "TrimmedMean",
     "ValueRule",
     "VectorRule",

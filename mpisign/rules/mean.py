@@ -11,7 +11,7 @@ from mpisign.backends import Count, backend_for
 from mpisign.codecs import Codec, Counts
 from mpisign.errors import OptionError
 from mpisign.policy import Policy, StepContext
-from mpisign.rules.rule import BallotRule, ValueRule
+from mpisign.rules.rule import TallyRule, ValueRule
 
 __all__ = ["Mean", "MeanOfSigns", "RecodedMean"]
 
@@ -106,7 +106,7 @@ class RecodedMean(Mean):
 
 
 @dataclass(frozen=True)
-class MeanOfSigns(BallotRule):
+class MeanOfSigns(TallyRule):
     """``(1/V) sum_m sign(u_m)``: counted, not added up, so that what comes down is ``ceil(log2(M + 1))`` bits.
 
     Row i of a decision has bit i of how many vote +1. Where messages can say nothing, too (two planes), +1 is two
@@ -125,10 +125,31 @@ class MeanOfSigns(BallotRule):
     def decide(
         self, messages: Sequence[torch.Tensor], out: torch.Tensor, context: StepContext, first_word: int
     ) -> Count:
+        self.tally(messages, out[None])
+        return 0
+
+    def tally_shape(self, planes: int, voters: int) -> tuple[int, int]:
+        """The marks."""
+        return 1, (planes * voters).bit_length()
+
+    def tally(self, messages: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         marks = [message[0] for message in messages]
         if len(messages[0]) > 1:
             marks += [~(message[0] ^ message[1]) for message in messages]
-        backend_for(out.device).count(marks, out)
+        backend_for(out.device).count(marks, out[0])
+
+    def settle(
+        self,
+        tally: torch.Tensor,
+        out: torch.Tensor,
+        context: StepContext,
+        first_word: int,
+        voted: torch.Tensor | None = None,
+    ) -> Count:
+        """They are the decision."""
+        planes = min(tally.shape[1], len(out))
+        out[:planes].copy_(tally[0, :planes])
+        out[planes:].zero_()
         return 0
 
     def decide_spoken(

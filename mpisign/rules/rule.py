@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mpisign.backends import Count
+from mpisign.backends import Count, backend_for
 from mpisign.policy import Policy, StepContext
 
 if TYPE_CHECKING:
     from mpisign.codecs import Codec
 
-__all__ = ["BallotRule", "Rule", "ValueRule", "VectorRule"]
+__all__ = ["BallotRule", "Rule", "TallyRule", "ValueRule", "VectorRule"]
 
 
 class Rule(ABC):
@@ -87,6 +87,49 @@ class BallotRule(Rule):
         out[0].copy_(decided[0])
         moved.copy_(decided[1])
         return ties
+
+
+class TallyRule(BallotRule):
+    """Needs to know only how many have voted what: some ballots are counted here, others there, and the tallies added.
+
+    A tally of ballots is C counts side by side, (C, p, k) words: plane i of a count has bit i of it, everywhere.
+    However the ballots are divided, ``settle(merge(tally(some), tally(others)))`` gives the bits of ``decide(all)``.
+    """
+
+    @abstractmethod
+    def tally_shape(self, planes: int, voters: int) -> tuple[int, int]:
+        """(C, p) of what holds a tally of ``voters`` messages of so many ``planes``."""
+
+    @abstractmethod
+    def tally(self, messages: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """Count V >= 1 messages, each (planes, k), into ``out`` (C, p, k); p as :meth:`tally_shape` says or more."""
+
+    def merge(self, tallies: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """Add tallies, each (C, p, k), into ``out`` (C, q, k), with q >= p enough for all voters."""
+        backend = backend_for(out.device)
+        for counts, total in zip(zip(*tallies, strict=True), out, strict=True):
+            backend.add_counts(counts, total)
+
+    @abstractmethod
+    def settle(
+        self,
+        tally: torch.Tensor,
+        out: torch.Tensor,
+        context: StepContext,
+        first_word: int,
+        voted: torch.Tensor | None = None,
+    ) -> Count:
+        """What :meth:`decide` would of the messages of ``context.voters``, from their tally (C, p, k).
+
+        Args:
+            out, first_word: as for :meth:`decide`.
+            voted: (q, k), how many ranks have voted, bit-sliced, where messages of one plane do not say it and it is
+                not all voters everywhere. Ballots were 0 where their ranks did not vote, and ``out`` has a second row,
+                as for messages of two planes.
+
+        Returns:
+            The number of ties.
+        """
 
 
 class ValueRule(Rule):

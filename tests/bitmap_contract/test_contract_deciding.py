@@ -148,6 +148,88 @@ def test_count(backend: Subject, memory: Memory) -> None:
             assert (rows[:, k:] == 0xA5A5A5A5).all()
 
 
+def number_of(count: np.ndarray, n: int) -> np.ndarray:
+    """What a bit-sliced count says of n elements."""
+    return sum((1 << i) * oracle.to_flags(row, n).astype(int) for i, row in enumerate(count))
+
+
+def bit_sliced(numbers: np.ndarray, planes: int) -> np.ndarray:
+    return np.stack([oracle.to_words(numbers >> i & 1) for i in range(planes)])
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("k", [1, 4, 7, 1028])
+@pytest.mark.parametrize(("counts", "planes", "spare"), [(1, 1, 0), (2, 1, 0), (2, 3, 1), (5, 2, 3), (40, 4, 0)])
+def test_add_counts(
+    counts: int, planes: int, spare: int, k: int, offset: int, backend: Subject, memory: Memory
+) -> None:
+    numbers = np.random.default_rng(counts).integers(0, 2**planes, (counts, 32 * k))
+    some = [memory.put(bit_sliced(these, planes), offset=offset) for these in numbers]
+    total = memory.put(
+        np.full(((counts * (2**planes - 1)).bit_length() + spare, k), 0xA5A5A5A5, np.uint32), offset=offset
+    )
+    backend.add_counts(some, total)
+    assert (number_of(array(total), 32 * k) == numbers.sum(0)).all()
+
+
+def test_add_more_counts_than_a_launch_can_list(backend: Subject, memory: Memory) -> None:
+    numbers = np.random.default_rng(0).integers(0, 8, (BITMAP_CAPACITY // 3 + 1, 64))
+    total = memory.put(np.zeros((11, 2), np.uint32))
+    backend.add_counts([memory.put(bit_sliced(these, 3)) for these in numbers], total)
+    assert (number_of(array(total), 64) == numbers.sum(0)).all()
+
+
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize("k", [1, 4, 1025])
+def test_decide_counts(k: int, ties: str, backend: Subject, memory: Memory) -> None:
+    """Of as many votes everywhere, and of more or fewer; from counts of any numbers of planes."""
+    n = 32 * k
+    for voters in (1, 2, 3, 4, 7, 8, 15, 16, 200):
+        rng = np.random.default_rng(voters)
+        for some in (False, True):
+            voted = rng.integers(0, voters + 1, n) if some else np.full(n, voters)
+            yes = np.where(rng.random(n) < 0.3, voted // 2, rng.integers(0, voted + 1))
+            expected = np.sign(2 * yes - voted)
+            tied = (expected == 0) & (voted > 0)
+            broken = {"coin": coins(KEY, 5, n), "positive": np.ones(n), "zero": np.zeros(n)}[ties]
+            expected[tied] = broken[tied]
+            for spare in (0, 2):
+                out, moved = memory.words(k), memory.words(k)
+                planes = voters.bit_length()
+                found = backend.decide_counts(
+                    memory.put(bit_sliced(yes, planes)),
+                    memory.put(bit_sliced(voted, planes + spare)) if some else voters,
+                    out, ties=ties, key=KEY, first_word=5, out_nonzero=moved,
+                )  # fmt: skip
+                decided = np.where(oracle.to_flags(array(out), n), 1, -1)
+                decided[~oracle.to_flags(array(moved), n)] = 0
+                assert (decided == expected).all()
+                assert found == tied.sum()
+
+
+def test_decided_counts_add_ties_to_those_given(backend: Subject, memory: Memory) -> None:
+    tied, returned = torch.tensor(5, device=backend.device), 0
+    for _ in range(2):
+        yes = memory.put(np.array([[0b0110], [0b1000]], np.uint32))  # of the lowest: 0, 1, 1, 2, and then 0
+        returned += backend.decide_counts(yes, 2, memory.words(1), tied=tied)
+    assert (returned, tied.item()) in ((4, 5), (0, 9))
+
+
+def test_counts_that_do_not_fit(backend: Subject, memory: Memory) -> None:
+    def planes(p: int) -> torch.Tensor:
+        return memory.put(np.zeros((p, 1), np.uint32))
+
+    with pytest.raises(ValueError, match="2 planes cannot hold the sum of counts of 3, 3 planes"):
+        backend.add_counts([planes(3), planes(3)], planes(2))
+    with pytest.raises(ValueError, match="4 planes cannot hold the sum of counts of 3, 2 planes"):
+        backend.add_counts([planes(3), planes(2)], planes(4))
+    with pytest.raises(ValueError, match="2 planes cannot count 8 voters"):
+        backend.decide_counts(planes(2), 8, memory.words(1))
+    for options in ({"voted": planes(2)}, {"voted": 2, "ties": "zero"}):
+        with pytest.raises(ValueError, match="out_nonzero"):
+            backend.decide_counts(planes(2), options.pop("voted"), memory.words(1), **options)
+
+
 def test_planes_too_few_to_count(backend: Subject, memory: Memory) -> None:
     with pytest.raises(ValueError, match="2 planes cannot count 4 ballots"):
         backend.count([memory.words(1)] * 4, memory.put(np.zeros((2, 1), np.uint32)))
