@@ -14,7 +14,6 @@ such messages shall be decided shard by shard, the segments themselves are cut a
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -177,11 +176,6 @@ class Layout:
                 start = stop
         segments = tuple(Segment(at, self.names[at], sizes[at], self._codecs[at], tuple(pieces[at])) for at in places)
         return Bucket(0, method, dtype, length * shards, first_word, segments)
-
-    @functools.cached_property
-    def order(self) -> list[int]:
-        """The parameters as they follow each other on the wire, by index."""
-        return [segment.index for bucket in self.buckets for segment in bucket.segments]
 
     @property
     def elements(self) -> int:

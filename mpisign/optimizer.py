@@ -119,7 +119,7 @@ class DistributedSignOptimizer(Optimizer):
         self._epoch: int | None = None  # until somebody says
         self.__setstate__({})
         current("DistributedSignOptimizer()")
-        self._prepare()
+        self._current_plan()
         if any(one.elects for one in self._methods()):
             wrapping.warn_if_adaptive(optimizer)
 
@@ -158,7 +158,7 @@ class DistributedSignOptimizer(Optimizer):
                 "`with optimizer.skip_synchronize(): optimizer.step()`, or drop them with optimizer.zero_grad(); "
                 "model.zero_grad() does not tell the optimizer"
             )
-        plan = self._prepare()
+        plan = self._current_plan()
         if plan.exchanges_models:
             raise SynchronizationError(
                 f"{self.method.name} exchanges parameters after the step, so there are no gradients to synchronize: "
@@ -217,7 +217,7 @@ class DistributedSignOptimizer(Optimizer):
         with torch.enable_grad():
             loss = None if closure is None else closure()
         try:
-            if not self._skip and self._prepare().exchanges_models:
+            if not self._skip and self._current_plan().exchanges_models:
                 self._step_and_mix()
                 return loss
             self._synchronize_if_due()
@@ -232,7 +232,7 @@ class DistributedSignOptimizer(Optimizer):
 
     def _step_and_mix(self) -> None:
         """A step on this rank's own gradient, unless it is not finite, and then the exchange of models."""
-        plan = self._prepare()
+        plan = self._current_plan()
         abstention, unscale = wrapping.scaler_says(self)
         if abstention == header.VOTES and local_update(plan, self._exchanges, plan.gradients.read(), unscale):
             self.wrapped.step()
@@ -286,7 +286,7 @@ class DistributedSignOptimizer(Optimizer):
 
     def _sit_out(self, joined_for: int) -> tuple[header.Handshake, StepReport]:
         """Take part in a step without a gradient; no parameter changes here."""
-        plan = self._prepare()
+        plan = self._current_plan()
         if plan.exchanges_models:
             raise SynchronizationError(
                 f"{self.method.name} exchanges models, which no rank can sit out: give all the same number of batches"
@@ -304,7 +304,7 @@ class DistributedSignOptimizer(Optimizer):
 
     # ----------------------------------------------------------------------------------- layout and memory
 
-    def _prepare(self) -> Plan:
+    def _current_plan(self) -> Plan:
         """The plan for parameters, methods and the group as they are now; made anew only if they changed."""
         session = current("DistributedSignOptimizer.step()")
         active: list[torch.Tensor] = []
@@ -323,7 +323,6 @@ class DistributedSignOptimizer(Optimizer):
             store, options = self._memory, (self.policy, self.exchange, self.bucket_cap_mb)
             store.follow(self._parameters(), self._memories(), session.group)
             plan = make_plan(named, methods, *options, store, session.group, self._number)
-            plan.fits(active, methods, session.group)
         self._plan = plan.telling()
         self._memory.follow_rates(self.param_groups)
         return self._plan

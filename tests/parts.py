@@ -64,6 +64,11 @@ def methods_for(size: int) -> dict[str, Method]:
     return table
 
 
+def wire_order(layout: Layout) -> list[int]:
+    """The parameters as they follow each other on the wire, by index."""
+    return [segment.index for bucket in layout.buckets for segment in bucket.segments]
+
+
 def each_method_that(fits: Callable[[Method], bool]) -> pytest.MarkDecorator:
     """For tests of all methods that have a trait: ``methods_for(size)[name]`` is it."""
     return pytest.mark.parametrize("name", [name for name, method in methods_for(1).items() if fits(method)])
@@ -237,10 +242,10 @@ class Side:
         """Encode all buckets in their order, as a round does. Returns whether all was finite."""
         context, self.ended = self.context(step), None
         if self.method.memory.needs_all:
-            its = [gradients[place] for place in self.layout.order]
+            its = [gradients[place] for place in wire_order(self.layout)]
             first = int(self.plan.backend.first_bad(its))
             if first < len(its):
-                self.ended = self.layout.order[first]
+                self.ended = wire_order(self.layout)[first]
                 return False
             flats = [g.reshape(-1) * unscale for g in its if g is not None]
             prepared: Any = self.method.memory.prepare(flats, context)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from parts import ONE_BUCKET, Grads, Tensor, layout_of, method_of, named, parameters
+from parts import ONE_BUCKET, Grads, Tensor, layout_of, method_of, named, parameters, wire_order
 
 from mpisign.exchange import header
 from mpisign.exchange.choose import Exchange
@@ -64,7 +64,7 @@ def maximum_of(tensors: Sequence[Tensor], cap: float = ONE_BUCKET) -> tuple[Maxi
     its = Maximum(layout, layout.buckets, session().group)
 
     def over_ranks(gradients: Grads, unscale: float = 1.0) -> dict[int, Tensor]:
-        return its.over_ranks([gradients[place] for place in layout.order], unscale, session())
+        return its.over_ranks([gradients[place] for place in wire_order(layout)], unscale, session())
 
     return its, over_ranks
 
@@ -85,8 +85,7 @@ class Job:
         return (ModelSink if self.plan.exchanges_models else GradientSink)(self.plan.layout)
 
     def values(self) -> Grads:
-        """What crosses the wire, by parameter. As the optimizer does, it looks whether the plan fits before."""
-        assert self.plan.fits(self.tensors, self.plan.gradients.methods, session().group)
+        """What crosses the wire, by parameter."""
         return self.plan.gradients.models() if self.plan.exchanges_models else self.plan.gradients.read()
 
     def begin(self, step: int, values: Grads, **options: Any) -> tuple[Round, Handshake]:

@@ -75,7 +75,6 @@ class Cuda(Backend):
     cache = 1 << 62  # launches cost more than reading twice
     rows = 1 << 22  # enough to fill a GPU
     work = 1 << 24
-    sample = None
 
     def prepare(self) -> None:
         import_cupy()

@@ -48,7 +48,6 @@ class Gradients:
         self._layout, self._rank = layout, rank
         self.methods = methods
         self._signature: tuple[object, ...] | None = None  # of the latest gradients, which were fit
-        self._alike = False  # fits() has just seen that the gradients look so
         self._forms = list(map(_form, layout.parameters))
         self._held: tuple[list[int], list[tuple[int, ...]]] = [], []  # addresses and strides of parameters of that form
 
@@ -62,19 +61,16 @@ class Gradients:
             if list(map(_form, parameters)) != self._forms:
                 return False
             self._held = held
-        self._alike = self._signature is not None and _signature_of(list(map(_gradient, kept))) == self._signature
         return True
 
     def read(self) -> list[torch.Tensor | None]:
         """One for each parameter, or None; its elements lie in the wire's order.
 
-        To be called after :meth:`fits`, with nothing in between.
-
         Raises:
             GradientError: one is sparse, of an unsupported type, or on another device.
         """
         gradients = list(map(_gradient, self._layout.parameters))
-        if not self._alike:
+        if self._signature is None or _signature_of(gradients) != self._signature:
             gradients = [self._fit(place, gradient) for place, gradient in enumerate(gradients)]
             self._signature = _signature_of(gradients)
         return gradients

@@ -306,8 +306,6 @@ class Round:
                 self._decide(flight)
                 self._reached = decided + 1, landed
                 return True
-            if wait:
-                return False
         if landed < decided:
             flight = self._flights[landed]
             index = flight.bucket.index
