@@ -393,7 +393,9 @@ def decide_counts(
                 equal,
                 t,
             )
-            np.bitwise_or.reduce(voted[:, span], axis=0, out=spoken)
+            spoken[:] = 0
+            for plane in all_votes:
+                spoken |= plane
             equal &= spoken
             can_tie = True
         moved = None if out_nonzero is None else out_nonzero[span]

@@ -119,10 +119,10 @@ class TallyRule(BallotRule):
         first_word: int,
         voted: torch.Tensor | None = None,
     ) -> Count:
-        """What :meth:`decide` would of the messages of ``context.voters``, from their tally (C, p, k).
+        """What :meth:`Rule.decide` would, of the messages of ``context.voters``, from their tally (C, p, k).
 
         Args:
-            out, first_word: as for :meth:`decide`.
+            out, first_word: as for :meth:`Rule.decide`.
             voted: (q, k), how many ranks have voted, bit-sliced, where messages of one plane do not say it and it is
                 not all voters everywhere. Ballots were 0 where their ranks did not vote, and ``out`` has a second row,
                 as for messages of two planes.
