@@ -140,7 +140,7 @@ def test_a_stopped_process_has_not_waited(blocking: bool) -> None:
     )
     program = (
         "import mpi4py.MPI, mpisign, numpy, threading; from mpisign.session import current\n"
-        "mpisign.init(stall_warning=None, stall_timeout=2.0)\n"
+        "mpisign.init(stall_warning=None, stall_timeout=5.0)\n"
         "session = current()\n"
         "threading.Timer(0.8, lambda: session.group.comm.Send(numpy.ones(1), dest=0)).start()\n"
         "print('waiting', flush=True)\n" + wait + "print('went on', flush=True)\n"
@@ -152,7 +152,7 @@ def test_a_stopped_process_has_not_waited(blocking: bool) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "waiting\n"
         os.kill(process.pid, signal.SIGSTOP)
-        time.sleep(3.0)
+        time.sleep(6.0)
         os.kill(process.pid, signal.SIGCONT)
         out, err = process.communicate(timeout=60)
     finally:
