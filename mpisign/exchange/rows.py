@@ -43,19 +43,55 @@ def zero_rows(spoken: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], 
     elements = int(np.prod(shape))
     if not elements or (backend.no_zero(spoken) and not is_scattered(shape, strides)):
         return None
-    bits = torch.empty(elements, dtype=torch.float32, device=spoken.device)
-    backend.unpack(spoken, bits)
-    rows = torch.as_strided(bits > 0, shape, strides).reshape(count_rows(shape), -1)
-    zero: Bools = (~rows.any(1)).cpu().numpy()
+    if is_scattered(shape, strides):
+        bits = torch.empty(elements, dtype=torch.float32, device=spoken.device)
+        backend.unpack(spoken, bits)
+        some = torch.as_strided(bits > 0, shape, strides).reshape(count_rows(shape), -1).any(1)
+    else:
+        some = _some(spoken, count_rows(shape), elements)
+    zero: Bools = (~some).cpu().numpy()
     return zero if zero.any() else None
+
+
+def _some(spoken: Tensor, rows: int, elements: int) -> Tensor:
+    """Which rows (R,), one after the other on the wire, hold a 1."""
+    each = elements // rows
+    if rows == 1 or each % 32 == 0:
+        return (spoken.view(rows, -1) != 0).any(1)
+    start = torch.arange(0, elements, each, device=spoken.device)
+    last = start + each - 1
+    first_word, last_word = start // 32, last // 32  # never the same, as a row has 64 elements at least
+    before = torch.zeros(len(spoken) + 1, dtype=torch.int64, device=spoken.device)
+    torch.cumsum(spoken != 0, 0, out=before[1:])  # words with a 1
+    between = before[last_word] > before[first_word + 1]
+    at_start = spoken[first_word].long() >> start % 32  # the sign goes along, so that all upper bits count
+    at_end = spoken[last_word].long() & ((2 << last % 32) - 1)
+    return between | (at_start != 0) | (at_end != 0)
 
 
 def spoken_words(
     rows: Bools, shape: tuple[int, ...], strides: tuple[int, ...], backend: Backend, device: torch.device
 ) -> Tensor:
     """A bitmap (ceil(n/32),) that is 1 on the elements of the rows (R,) that speak."""
-    words = torch.empty(words_for(int(np.prod(shape))), dtype=WORD, device=device)
-    backend.pack(_spread(torch.from_numpy(rows * 2.0 - 1.0), shape, strides, device), words, zeros="positive")
+    elements = int(np.prod(shape))
+    k = words_for(elements)
+    if is_scattered(shape, strides):
+        words = torch.empty(k, dtype=WORD, device=device)
+        backend.pack(_spread(torch.from_numpy(rows * 2.0 - 1.0), shape, strides, device), words, zeros="positive")
+        return words
+    each = elements // len(rows)
+    full = -torch.from_numpy(rows).to(device, WORD)  # all bits, or none
+    if len(rows) == 1 or each % 32 == 0:
+        words = full.repeat_interleave(k // len(rows))
+    else:  # a row has 64 elements at least, so that a word has two at most
+        start = torch.arange(0, 32 * k, 32, device=device)
+        row = start // each
+        left = (row + 1) * each - start  # elements from the word's first to the end of its row
+        low = torch.where(left < 32, (1 << left.clamp(max=31)) - 1, -1).to(WORD)
+        row.clamp_(max=len(rows) - 1)
+        words = (full[row] & low) | (full[(row + 1).clamp_(max=len(rows) - 1)] & ~low)
+    if elements % 32:
+        words[-1] &= (1 << elements % 32) - 1
     return words
 
 
