@@ -119,10 +119,8 @@ class Decider:
             return 0
         mine = slice(span.start + start - segment.start, span.stop + start - segment.start)
         shape, strides = self._layout.parameters[segment.index].shape, self._layout.strides[segment.index]
-        spoken = [
-            rows.spoken_words(heard.spoken[place][rank], shape, strides, self._backend, out.device)[mine]
-            for rank in ranks
-        ]
+        speaking = heard.spoken[place][list(ranks)]
+        spoken = [words[mine] for words in rows.spoken_words(speaking, shape, strides, self._backend, out.device)]
         voting = [messages[rank][:, span] & its for rank, its in zip(ranks, spoken, strict=True)]
         moved = out[1, span] if len(out) > 1 and rule.elects else torch.empty_like(spoken[0], dtype=WORD)
         here = dataclasses.replace(context, voters=ranks)

@@ -67,20 +67,29 @@ class Decoder:
         """
         voted = [bool(any_votes) for its in heard for any_votes in np.any(its.votes, axis=0)]
         outs = [sink.target(segment.index, its) for (*_, segment), its in zip(self._places, voted, strict=True)]
-        if self._bitmaps is not None and not any(its.spoken for its in heard):
+        said = {bucket.index: its for bucket, its in zip(self._buckets, heard, strict=True)}
+        if self._bitmaps is not None:
             self._bitmaps.unpack(outs)
-        else:
-            said = {bucket.index: its for bucket, its in zip(self._buckets, heard, strict=True)}
-            for (bucket, exchange, place, segment), out in zip(self._places, outs, strict=True):
-                if out is not None:
-                    self._decode(bucket, exchange, place, segment, flat(out), said[bucket.index], context)
+        for (bucket, exchange, place, segment), out in zip(self._places, outs, strict=True):
+            if out is None:
+                continue
+            its = said[bucket.index]
+            if self._bitmaps is None:
+                self._decode(exchange, place, segment, flat(out), its, context)
+            if self._direct and place in its.spoken and len(exchange.decision) == 1:  # it cannot say "do not move"
+                silent = ~np.any(its.spoken[place][list(its.voters(place))], axis=0)
+                if silent.any():
+                    rows.silence(flat(out), silent, *self._form_of(segment))
         for (*_, segment), out in zip(self._places, outs, strict=True):
             if out is not None:
                 sink.written(segment.index, out)
 
+    def _form_of(self, segment: Segment) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape, and strides on the wire."""
+        return tuple(self._layout.parameters[segment.index].shape), self._layout.strides[segment.index]
+
     def _decode(
         self,
-        bucket: Bucket,
         exchange: Exchange,
         place: int,
         segment: Segment,
@@ -93,13 +102,8 @@ class Decoder:
         context = dataclasses.replace(context, voters=voters)
         decision = exchange.decision[:, segment.start : segment.stop]
         if place in heard.spoken:
-            shape, strides = self._layout.parameters[segment.index].shape, self._layout.strides[segment.index]
             spoken = heard.spoken[place][list(voters)]
-            context = dataclasses.replace(context, speakers=rows.speakers(spoken, shape, strides, out.device))
-            if self._direct and len(decision) == 1:  # it cannot say "do not move" itself
-                moved = rows.spoken_words(np.any(spoken, axis=0), shape, strides, self._backend, out.device)
-                self._backend.unpack(decision[0], out, nonzero=moved)
-                return
+            context = dataclasses.replace(context, speakers=rows.speakers(spoken, *self._form_of(segment), out.device))
         if self._direct and self._codec_down is not None:
             self._codec_down.decode(decision, out, context)
             return

@@ -15,7 +15,7 @@ from torch import Tensor
 from mpisign.backends import WORD, Backend
 from mpisign.bitmap.host import words_for
 
-__all__ = ["LEAST", "count_rows", "is_scattered", "speakers", "spoken_words", "zero_rows"]
+__all__ = ["LEAST", "count_rows", "is_scattered", "silence", "speakers", "spoken_words", "zero_rows"]
 
 LEAST = 64  # elements
 
@@ -72,27 +72,38 @@ def _some(spoken: Tensor, rows: int, elements: int) -> Tensor:
 def spoken_words(
     rows: Bools, shape: tuple[int, ...], strides: tuple[int, ...], backend: Backend, device: torch.device
 ) -> Tensor:
-    """A bitmap (ceil(n/32),) that is 1 on the elements of the rows (R,) that speak."""
+    """Bitmaps (..., ceil(n/32)) that are 1 on the elements of the rows (..., R) that speak."""
     elements = int(np.prod(shape))
     k = words_for(elements)
     if is_scattered(shape, strides):
-        words = torch.empty(k, dtype=WORD, device=device)
-        backend.pack(_spread(torch.from_numpy(rows * 2.0 - 1.0), shape, strides, device), words, zeros="positive")
+        words = torch.empty((*rows.shape[:-1], k), dtype=WORD, device=device)
+        for its, out in zip(rows.reshape(-1, rows.shape[-1]), words.view(-1, k), strict=True):
+            backend.pack(_spread(torch.from_numpy(its * 2.0 - 1.0), shape, strides, device), out, zeros="positive")
         return words
-    each = elements // len(rows)
+    count = rows.shape[-1]
+    each = elements // count
     full = -torch.from_numpy(rows).to(device, WORD)  # all bits, or none
-    if len(rows) == 1 or each % 32 == 0:
-        words = full.repeat_interleave(k // len(rows))
+    if count == 1 or each % 32 == 0:
+        words = full.repeat_interleave(k // count, -1)
     else:  # a row has 64 elements at least, so that a word has two at most
         start = torch.arange(0, 32 * k, 32, device=device)
         row = start // each
         left = (row + 1) * each - start  # elements from the word's first to the end of its row
         low = torch.where(left < 32, (1 << left.clamp(max=31)) - 1, -1).to(WORD)
-        row.clamp_(max=len(rows) - 1)
-        words = (full[row] & low) | (full[(row + 1).clamp_(max=len(rows) - 1)] & ~low)
+        row.clamp_(max=count - 1)
+        words = (full[..., row] & low) | (full[..., (row + 1).clamp_(max=count - 1)] & ~low)
     if elements % 32:
-        words[-1] &= (1 << elements % 32) - 1
+        words[..., -1] &= (1 << elements % 32) - 1
     return words
+
+
+def silence(values: Tensor, rows: Bools, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    """Make ``values``, flat in the wire's order: (n,), 0 on the rows (R,)."""
+    if len(rows) == 1:
+        if rows[0]:
+            values.zero_()
+        return
+    torch.as_strided(values, shape, strides)[torch.from_numpy(rows).to(values.device)] = 0
 
 
 def speakers(spoken: Bools, shape: tuple[int, ...], strides: tuple[int, ...], device: torch.device) -> Tensor:
