@@ -27,6 +27,7 @@ LAID: dict[str, torch.Tensor] = {
     "rows of 63": torch.zeros(5, 63),
     "rows of 64": torch.zeros(5, 64),
     "rows of 65": torch.zeros(5, 65),
+    "rows of 205": torch.zeros(7, 205),
     "rows of 8 x 8": torch.zeros(3, 8, 8),
     "transposed": torch.zeros(65, 5).t(),
     "transposed rows of 63": torch.zeros(63, 5).t(),
@@ -96,6 +97,24 @@ def test_the_elements_of_rows_that_speak(tensor: torch.Tensor) -> None:
         speak = np.random.default_rng(seed).random(rows_of(tensor)) < 0.5
         words = rows.spoken_words(speak, tuple(tensor.shape), strides_of(tensor), BACKEND, HOST)
         assert as_words(words).tolist() == oracle.to_words(speak[numbers]).tolist(), "and zeros past the last"
+
+
+@each
+def test_the_elements_of_several_ranks_rows(tensor: torch.Tensor) -> None:
+    form = tuple(tensor.shape), strides_of(tensor)
+    speak = np.random.default_rng(0).random((3, rows_of(tensor))) < 0.5
+    together = rows.spoken_words(speak, *form, BACKEND, HOST)
+    assert together.tolist() == [rows.spoken_words(its, *form, BACKEND, HOST).tolist() for its in speak]
+
+
+@each
+def test_silent_rows_are_made_zero(tensor: torch.Tensor) -> None:
+    numbers = row_numbers(tensor)
+    for seed in range(5):
+        silent = np.random.default_rng(seed).random(rows_of(tensor)) < 0.5
+        values = torch.ones(numbers.size)
+        rows.silence(values, silent, tuple(tensor.shape), strides_of(tensor))
+        assert values.tolist() == np.where(silent[numbers], 0.0, 1.0).tolist()
 
 
 @each
