@@ -85,7 +85,8 @@ class Job:
         return (ModelSink if self.plan.exchanges_models else GradientSink)(self.plan.layout)
 
     def values(self) -> Grads:
-        """What crosses the wire, by parameter."""
+        """What crosses the wire, by parameter. The plan fits what it was made for."""
+        assert self.plan.fits(self.tensors, self.plan.gradients.methods, session().group)
         return self.plan.gradients.models() if self.plan.exchanges_models else self.plan.gradients.read()
 
     def begin(self, step: int, values: Grads, **options: Any) -> tuple[Round, Handshake]:

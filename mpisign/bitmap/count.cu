@@ -79,6 +79,12 @@ template <int PLANES> struct Counter {
         return carry;
     }
 
+    __device__ __forceinline__ void store(const Span& span, u32* out, u64 stride, u32 planes) const {
+#pragma unroll
+        for (u32 p = 0; p < PLANES; ++p)
+            if (p < planes) span.store(out + p * stride, plane[p]);
+    }
+
     __device__ __forceinline__ void compare(u32 limit, u32 i, u32& above, u32& equal) const {
         above = 0;
         equal = ALL;
@@ -108,6 +114,14 @@ __device__ __forceinline__ void load_four(
             for (u32 j = 0; j < WORDS; ++j) bits[i][j] = 0;
         }
     }
+}
+
+// Decides a word where `equal` has a 1. Returns the number of those.
+__device__ __forceinline__ u32 break_ties(u32 equal, u32& signs, u32& voted, u32 ties, u64 key, u64 word) {
+    if (ties == TIES_POSITIVE) signs |= equal;
+    if (ties == TIES_ZERO) voted &= ~equal;
+    if (ties == TIES_COIN && equal) signs |= equal & coin(key, word);
+    return __popc(equal);
 }
 
 // Everybody votes: +1 where more than half of `voters` have a 1.
@@ -145,10 +159,7 @@ __device__ __forceinline__ void decide(
         u32 equal;
         counter.compare(ABSTAIN ? voters : voters / 2, i, signs[i], equal);
         equal = can_tie ? equal & voted[i] : 0;  // words that do not exist have no votes, and cannot tie
-        mine[0] += __popc(equal);
-        if (ties == TIES_POSITIVE) signs[i] |= equal;
-        if (ties == TIES_ZERO) voted[i] &= ~equal;
-        if (ties == TIES_COIN && equal) signs[i] |= equal & coin(key, first_word + span.place(i));
+        mine[0] += break_ties(equal, signs[i], voted[i], ties, key, first_word + span.place(i));
     }
     span.store(out, signs);
     if (out_nonzero) span.store(out_nonzero, voted);
@@ -165,9 +176,7 @@ __device__ __forceinline__ void count(
         load_four(span, few, many, from, bitmaps, bits);
         counter.add(bits);
     }
-#pragma unroll
-    for (u32 p = 0; p < PLANES; ++p)
-        if (p < planes) span.store(out + p * stride, counter.plane[p]);
+    counter.store(span, out, stride, planes);
 }
 
 // Adds counts up: the list holds `per` planes of each, the least significant first.
@@ -191,9 +200,7 @@ __device__ __forceinline__ void add_counts(
             for (u32 i = 0; i < WORDS; ++i) carry[i] = sum.full_add(sum.plane[p][i], bits[i], carry[i]);
         }
     }
-#pragma unroll
-    for (u32 p = 0; p < PLANES; ++p)
-        if (p < planes) span.store(out + p * stride, sum.plane[p]);
+    sum.store(span, out, stride, planes);
 }
 
 #define COUNTING(PLANES)                                                                                              \
@@ -253,11 +260,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) decide_counts(
     const bool can_tie = voted_planes || voters % 2 == 0;
 #pragma unroll
     for (u32 i = 0; i < WORDS; ++i) {
-        equal[i] = can_tie ? equal[i] & voted[i] : 0;
-        mine[0] += __popc(equal[i]);
-        if (ties == TIES_POSITIVE) signs[i] |= equal[i];
-        if (ties == TIES_ZERO) voted[i] &= ~equal[i];
-        if (ties == TIES_COIN && equal[i]) signs[i] |= equal[i] & coin(key, first_word + span.place(i));
+        const u32 tie = can_tie ? equal[i] & voted[i] : 0;
+        mine[0] += break_ties(tie, signs[i], voted[i], ties, key, first_word + span.place(i));
     }
     span.store(out, signs);
     if (out_nonzero) span.store(out_nonzero, voted);

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from mpisign.bitmap import kernels
-from mpisign.bitmap.host import check_counts, words_for
+from mpisign.bitmap.host import check_counts, check_moved, check_voters, words_for
 from mpisign.bitmap.kernels import NONE, address, first, flag
 from mpisign.bitmap.tensors import is_dense
 
@@ -170,8 +170,7 @@ def majority(
     Returns:
         ``tied``.
     """
-    if out_nonzero is None and (ties == "zero" or nonzeros is not None):
-        raise ValueError("ties='zero' and abstentions need an out_nonzero plane")
+    check_moved(out_nonzero, ties, abstentions=nonzeros is not None)
     k = out.numel()
     tied = torch.zeros((), dtype=torch.int64, device=out.device) if tied is None else tied
     if nonzeros is None:
@@ -274,20 +273,18 @@ def decide_counts(
     Returns:
         ``tied``.
     """
-    everywhere = isinstance(voted, int)
-    if out_nonzero is None and (ties == "zero" or not everywhere):
-        raise ValueError("ties='zero' and abstentions need an out_nonzero plane")
-    if isinstance(voted, int) and voted >= 2 ** (len(yes) + 1):
-        raise ValueError(f"{len(yes)} planes cannot count {voted} voters")
+    check_moved(out_nonzero, ties, abstentions=not isinstance(voted, int))
+    check_voters(len(yes), voted)
     k = out.numel()
     tied = torch.zeros((), dtype=torch.int64, device=out.device) if tied is None else tied
-    addresses = [address(plane, k) for plane in (*yes, *(() if isinstance(voted, int) else voted))]
+    everywhere, counted = (voted, ()) if isinstance(voted, int) else (0, tuple(voted))
+    addresses = [address(plane, k) for plane in (*yes, *counted)]
     outs = [address(out, k), address(out_nonzero, k)]
     arguments = [
         _by_value(addresses),
         np.uint32(len(yes)),
-        np.uint32(0 if isinstance(voted, int) else len(voted)),
-        np.uint32(voted if isinstance(voted, int) else 0),
+        np.uint32(len(counted)),
+        np.uint32(everywhere),
         np.uint64(k),
         *outs,
         np.uint64(key),

@@ -29,6 +29,8 @@ __all__ = [
     "agreement",
     "all_finite",
     "check_counts",
+    "check_moved",
+    "check_voters",
     "count",
     "decide_counts",
     "majority",
@@ -266,8 +268,7 @@ def majority(
     Returns:
         The number of positions with as many votes for as against. No votes at all is not a tie.
     """
-    if out_nonzero is None and (ties == "zero" or nonzeros is not None):
-        raise ValueError("ties='zero' and abstentions need an out_nonzero plane")
+    check_moved(out_nonzero, ties, abstentions=nonzeros is not None)
     scratch = _scratch.planes
     tied = 0
     for lo in range(0, out.size, BLOCK):
@@ -341,6 +342,18 @@ def add_counts(counts: Sequence[Words], planes: Words) -> None:
         counter.release()
 
 
+def check_moved(out_nonzero: object, ties: str, *, abstentions: bool) -> None:
+    """Raise ValueError if a decision that may be "do not move" has no plane to say so."""
+    if out_nonzero is None and (ties == "zero" or abstentions):
+        raise ValueError("ties='zero' and abstentions need an out_nonzero plane")
+
+
+def check_voters(planes: int, voted: object) -> None:
+    """Raise ValueError if a count of so many planes is not one of ``voted`` voters."""
+    if isinstance(voted, int) and voted >= 2 ** (planes + 1):
+        raise ValueError(f"{planes} planes cannot count {voted} voters")
+
+
 def check_counts(lengths: Sequence[int], planes: int) -> None:
     """Raise ValueError unless counts of so many planes can be added up in ``planes``."""
     if len(set(lengths)) != 1 or lengths[0] > planes:
@@ -368,10 +381,8 @@ def decide_counts(
     Returns:
         The number of positions with as many votes for as against. No votes at all is not a tie.
     """
-    if out_nonzero is None and (ties == "zero" or not isinstance(voted, int)):
-        raise ValueError("ties='zero' and abstentions need an out_nonzero plane")
-    if isinstance(voted, int) and voted >= 2 ** (len(yes) + 1):
-        raise ValueError(f"{len(yes)} planes cannot count {voted} voters")
+    check_moved(out_nonzero, ties, abstentions=not isinstance(voted, int))
+    check_voters(len(yes), voted)
     scratch = _scratch.planes
     tied = 0
     for lo in range(0, out.size, BLOCK):

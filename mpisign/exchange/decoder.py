@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -70,19 +70,24 @@ class Decoder:
         said = {bucket.index: its for bucket, its in zip(self._buckets, heard, strict=True)}
         if self._bitmaps is not None:
             self._bitmaps.unpack(outs)
-        for (bucket, exchange, place, segment), out in zip(self._places, outs, strict=True):
-            if out is None:
-                continue
-            its = said[bucket.index]
-            if self._bitmaps is None:
-                self._decode(exchange, place, segment, flat(out), its, context)
-            if self._direct and place in its.spoken and len(exchange.decision) == 1:  # it cannot say "do not move"
-                silent = ~np.any(its.spoken[place][list(its.voters(place))], axis=0)
-                if silent.any():
-                    rows.silence(flat(out), silent, *self._form_of(segment))
+        else:
+            for (bucket, exchange, place, segment), out in zip(self._places, outs, strict=True):
+                if out is not None:
+                    self._decode(exchange, place, segment, flat(out), said[bucket.index], context)
+        if self._direct and any(its.spoken for its in heard):
+            self._silence(outs, said)
         for (*_, segment), out in zip(self._places, outs, strict=True):
             if out is not None:
                 sink.written(segment.index, out)
+
+    def _silence(self, outs: Sequence[torch.Tensor | None], said: Mapping[int, Heard]) -> None:
+        """Leave alone the rows on which nobody has voted, where a decision cannot say so itself."""
+        for (bucket, exchange, place, segment), out in zip(self._places, outs, strict=True):
+            heard = said[bucket.index]
+            if out is not None and place in heard.spoken and len(exchange.decision) == 1:
+                silent = ~np.any(heard.spoken[place][list(heard.voters(place))], axis=0)
+                if silent.any():
+                    rows.silence(flat(out), silent, *self._form_of(segment))
 
     def _form_of(self, segment: Segment) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shape, and strides on the wire."""
