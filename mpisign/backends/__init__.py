@@ -14,7 +14,7 @@ from mpisign.backends.backend import WORD, Backend, Bitmaps, Count, First, Flag,
 
 __all__ = ["BACKENDS", "WORD", "Backend", "Bitmaps", "Count", "First", "Flag", "RandomNumbers", "backend_for"]
 
-BACKENDS = {"cpu": "mpisign.backends.host", "cuda": "mpisign.backends.cuda"}
+BACKENDS = {"cpu": "mpisign.backends.native", "cuda": "mpisign.backends.cuda"}
 """By torch's name of a kind of device: the module whose ``BACKEND`` works there. It is imported when it is needed."""
 
 

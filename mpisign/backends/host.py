@@ -168,7 +168,7 @@ class Host(Backend):
 
     def bitmaps(
         self, elements: Sequence[int], words: Sequence[Tensor], nonzeros: Sequence[Tensor | None], starts: Sequence[int]
-    ) -> HostBitmaps:
+    ) -> Bitmaps:
         return HostBitmaps(elements, words, nonzeros, starts)
 
     def pack(

@@ -15,7 +15,7 @@ import torch
 
 from mpisign import backends
 from mpisign.backends import WORD, Bitmaps
-from mpisign.bitmap import kernels
+from mpisign.bitmap import kernels, native
 from mpisign.bitmap.host import FORMATS, FloatFormat
 from mpisign.bitmap.kernels import JOB_ELEMENTS
 
@@ -76,17 +76,27 @@ class Subject:
 
 needs_compiler = pytest.mark.skipif(not shim.COMPILER, reason="needs a C++ compiler")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_native = pytest.mark.skipif(native.library() is None, reason=f"no compiled library: {native.absence()}")
+GENERATIONS = {"native": 9, "native-avx2": 1, "native-baseline": 0}
+NATIVE = [
+    pytest.param(name, marks=[needs_native] if name == "native" else [needs_native, pytest.mark.long])
+    for name in GENERATIONS
+]
 DEVICES = [pytest.param("shim", marks=needs_compiler), pytest.param("cuda", marks=needs_gpu)]
 
 
 def make(name: str, monkeypatch: pytest.MonkeyPatch) -> Subject:
     """As the library chooses it. The shim's is that of CUDA tensors, for those of the CPU."""
+    if name == "host":
+        monkeypatch.setitem(backends.BACKENDS, "cpu", "mpisign.backends.host")
+    if name in GENERATIONS:
+        native.choose(GENERATIONS[name])
     if name == "shim":
         monkeypatch.setattr(kernels, "launch", shim.launch)
         monkeypatch.setitem(backends.BACKENDS, "cpu", backends.BACKENDS["cuda"])
     device = torch.device("cuda", 0) if name == "cuda" else torch.device("cpu")
     backend = backends.backend_for(device)
-    assert backend.name == ("host" if name == "host" else "cuda")
+    assert backend.name == ("cuda" if name == "shim" else name.partition("-")[0])
     return Subject(backend, device)
 
 

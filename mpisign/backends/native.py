@@ -1,0 +1,237 @@
+"""The host's memory, by C where it was compiled, else by NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mpisign.backends import host
+from mpisign.backends.backend import Bitmaps
+from mpisign.backends.host import Host
+from mpisign.bitmap import native
+from mpisign.bitmap.host import check_counts, check_moved, check_voters
+
+__all__ = ["BACKEND", "Native"]
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> npt.NDArray[np.uint64]:
+    return np.array([0 if tensor is None else tensor.data_ptr() for tensor in tensors], np.uint64)
+
+
+def _at(array: npt.NDArray[Any]) -> int:
+    return array.ctypes.data
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class _Given:
+    """Tensors of fixed sizes, as C takes them: where they are, and of which types; 0 for one that is not there."""
+
+    def __init__(self, elements: Sequence[int]) -> None:
+        self._elements = list(elements)
+        self._at = np.zeros(len(self._elements), np.uint64)
+        self._formats = np.zeros(len(self._elements), np.uint8)
+        self.dtypes: list[torch.dtype | None] = []
+        self.addresses, self.formats = _at(self._at), _at(self._formats)
+
+    def write(self, tensors: Sequence[Tensor | None]) -> None:
+        """Raises ValueError if they are not of the sizes: C would write beside them."""
+        sizes = [None if tensor is None else tensor.numel() for tensor in tensors]
+        if sizes != self._elements:
+            for size, expected in zip(sizes, self._elements, strict=True):
+                if size is not None and size != expected:
+                    raise ValueError(f"a tensor of {size} elements stands where there are {expected}")
+        self._at[:] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+        if dtypes != self.dtypes:
+            self._formats[:] = [0 if dtype is None else native.FORMATS[dtype] for dtype in dtypes]
+            self.dtypes = dtypes
+
+
+class NativeBitmaps(Bitmaps):
+    """See :class:`mpisign.backends.backend.Bitmaps`."""
+
+    def __init__(
+        self,
+        functions: native.Functions,
+        elements: Sequence[int],
+        words: Sequence[Tensor],
+        nonzeros: Sequence[Tensor | None],
+        starts: Sequence[int],
+    ) -> None:
+        self._c = functions
+        pieces = np.zeros(len(elements) + 1, np.uint64)
+        np.cumsum([-(-n // native.PIECE) for n in elements], out=pieces[1:])
+        fixed = [pieces, np.array(elements, np.uint64), _addresses(words), _addresses(nonzeros)]
+        fixed.append(np.array(starts, np.uint64))
+        self._kept = fixed, list(words), list(nonzeros)  # C has their addresses
+        places, sizes, self._words, self._nonzeros, self._starts = map(_at, fixed)
+        self._tensors = len(elements), places, sizes
+        self._values, self._averages = _Given(elements), _Given(elements)
+        self._averaged: Sequence[Tensor | None] | None = None
+
+    def pack(self, values: Sequence[Tensor | None], *, zeros: str, key: int) -> int:
+        self._values.write(values)
+        first: int = self._c.pack(*self._tensors, self._values.addresses, self._values.formats, *self._to(zeros, key))
+        return first
+
+    def pack_average(
+        self,
+        gradients: Sequence[Tensor | None],
+        averages: Sequence[Tensor | None],
+        betas: tuple[float, float],
+        *,
+        unscale: float,
+        zeros: str,
+        key: int,
+    ) -> int:
+        self._values.write(gradients)
+        if averages is not self._averaged:  # who gives the same list again has moved nothing
+            self._averages.write(averages)
+            self._averaged = averages
+        pairs = zip(self._values.dtypes, self._averages.dtypes, strict=True)
+        if any(g is not None and (g == torch.float64) != (m == torch.float64) for g, m in pairs):
+            raise ValueError("a gradient has no average, or one of another precision")
+        first: int = self._c.pack_average(
+            *self._tensors,
+            self._values.addresses,
+            self._values.formats,
+            self._averages.addresses,
+            unscale,
+            1.0 - betas[0],
+            1.0 - betas[1],
+            *self._to(zeros, key),
+        )
+        return first
+
+    def _to(self, zeros: str, key: int) -> tuple[int, ...]:
+        return self._words, self._nonzeros, self._starts, native.ZEROS[zeros], key, native.threads()
+
+    def unpack(self, outs: Sequence[Tensor | None]) -> None:
+        self._values.write(outs)
+        given = self._values
+        self._c.unpack(*self._tensors, self._words, self._nonzeros, given.addresses, given.formats, native.threads())
+
+
+class Native(Host):
+    """See :class:`mpisign.backends.backend.Backend`. What C does not do faster, NumPy and torch do."""
+
+    name = "native"
+
+    def __init__(self, functions: native.Functions) -> None:
+        self._c = functions
+
+    def bitmaps(
+        self, elements: Sequence[int], words: Sequence[Tensor], nonzeros: Sequence[Tensor | None], starts: Sequence[int]
+    ) -> Bitmaps:
+        return NativeBitmaps(self._c, elements, words, nonzeros, starts)
+
+    def pack(
+        self,
+        values: Tensor,
+        words: Tensor,
+        *,
+        zeros: str = "coin",
+        key: int = 0,
+        first_word: int = 0,
+        nonzero: Tensor | None = None,
+    ) -> bool:
+        alone = NativeBitmaps(self._c, [values.numel()], [words], [nonzero], [first_word])
+        return alone.pack([values], zeros=zeros, key=key) > 0
+
+    def unpack(self, words: Tensor, out: Tensor, *, nonzero: Tensor | None = None) -> None:
+        NativeBitmaps(self._c, [out.numel()], [words], [nonzero], [0]).unpack([out])
+
+    def majority(
+        self,
+        ballots: Sequence[Tensor],
+        out: Tensor,
+        *,
+        ties: str = "coin",
+        key: int = 0,
+        first_word: int = 0,
+        nonzeros: Sequence[Tensor] | None = None,
+        out_nonzero: Tensor | None = None,
+        tied: Tensor | None = None,
+    ) -> int:
+        check_moved(out_nonzero, ties, abstentions=nonzeros is not None)
+        signs = _addresses(ballots)
+        spoken = None if nonzeros is None else _addresses(nonzeros)
+        moved = _address(out_nonzero)
+        found: int = self._c.majority(
+            len(ballots),
+            _at(signs),
+            0 if spoken is None else _at(spoken),
+            out.numel(),
+            out.data_ptr(),
+            moved,
+            native.TIES[ties],
+            key,
+            first_word,
+            native.threads(),
+        )
+        return found
+
+    def count(self, ballots: Sequence[Tensor], planes: Tensor) -> None:
+        if len(planes) < len(ballots).bit_length():
+            raise ValueError(f"{len(planes)} planes cannot count {len(ballots)} ballots")
+        self._count(len(ballots), 1, list(ballots), planes)
+
+    def add_counts(self, counts: Sequence[Tensor], planes: Tensor) -> None:
+        check_counts([len(count) for count in counts], len(planes))
+        self._count(len(counts), len(counts[0]), [plane for count in counts for plane in count], planes)
+
+    def _count(self, counts: int, per: int, rows: Sequence[Tensor], planes: Tensor) -> None:
+        at = _addresses(rows)
+        self._c.count(
+            counts,
+            per,
+            _at(at),
+            planes.shape[1],
+            planes.data_ptr(),
+            planes.stride(0),
+            len(planes),
+            native.threads(),
+        )
+
+    def decide_counts(
+        self,
+        yes: Tensor,
+        voted: int | Tensor,
+        out: Tensor,
+        *,
+        ties: str = "coin",
+        key: int = 0,
+        first_word: int = 0,
+        out_nonzero: Tensor | None = None,
+        tied: Tensor | None = None,
+    ) -> int:
+        check_moved(out_nonzero, ties, abstentions=not isinstance(voted, int))
+        check_voters(len(yes), voted)
+        everywhere, counted = (voted, ()) if isinstance(voted, int) else (0, tuple(voted))
+        rows = _addresses([*yes, *counted])
+        found: int = self._c.decide_counts(
+            len(yes),
+            len(counted),
+            everywhere,
+            _at(rows),
+            out.numel(),
+            out.data_ptr(),
+            _address(out_nonzero),
+            native.TIES[ties],
+            key,
+            first_word,
+            native.threads(),
+        )
+        return found
+
+
+_FUNCTIONS = native.library()
+BACKEND: Host = host.BACKEND if _FUNCTIONS is None else Native(_FUNCTIONS)
