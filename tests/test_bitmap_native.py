@@ -140,7 +140,7 @@ import contract, pytest
 contract.GUARD = 0  # so that memory ends where a tensor does
 tests = "native and not avx2 and not test_decide_counts and not test_add_counts"
 tests += " or native and (1-coin or 1-0-1)"
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", sys.argv[2] + "/bitmap_contract", "-k", tests]))
+sys.exit(pytest.main(["-q", "-s", "-x", "-p", "no:cacheprovider", sys.argv[2] + "/bitmap_contract", "-k", tests]))
 """
 
 

@@ -74,6 +74,7 @@ def expected_kernels() -> set[str]:
         "pack_momentum",
         "unpack_one",
         "unpack_many",
+        "apply_many",
         "first_bad",
         "agreement",
         "any_zero",

@@ -61,6 +61,23 @@ class Bitmaps(ABC):
     def unpack(self, outs: Sequence[Tensor | None]) -> None:
         """Write +1 or -1 for each bit, and 0 where there is a second plane and it has a 0."""
 
+    @abstractmethod
+    def apply(
+        self,
+        parameters: Sequence[Tensor | None],
+        rates: Sequence[float],
+        decays: Sequence[float],
+        moved: Sequence[Tensor | None],
+    ) -> None:
+        """Take a step of SGD on each parameter p: ``p <- p - rate (s + decay p)``, s as :meth:`unpack` would write it.
+
+        The result is that of torch's own ``SGD(rate, weight_decay=decay)``; on the host, 16-bit parameters may differ
+        in the last bit where there is a decay.
+
+        Args:
+            moved: for each parameter a bitmap with a 0 where s is 0, instead of its second plane; or None.
+        """
+
 
 class RandomNumbers(ABC):
     """Random numbers that follow from a key, in the order in which they are drawn."""

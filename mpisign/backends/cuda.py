@@ -46,6 +46,15 @@ class CudaBitmaps(Bitmaps):
     def unpack(self, outs: Sequence[Tensor | None]) -> None:
         self._batch.unpack(outs)
 
+    def apply(
+        self,
+        parameters: Sequence[Tensor | None],
+        rates: Sequence[float],
+        decays: Sequence[float],
+        moved: Sequence[Tensor | None],
+    ) -> None:
+        self._batch.apply(parameters, rates, decays, moved)
+
 
 class CudaRandomNumbers(RandomNumbers):
     """See :class:`mpisign.backends.backend.RandomNumbers`."""

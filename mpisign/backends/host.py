@@ -125,6 +125,28 @@ class HostBitmaps(Bitmaps):
             if out is not None:
                 host.unpack(words, format_of(out.dtype), raw_bits(flat(out)), nonzero=nonzero)
 
+    def apply(
+        self,
+        parameters: Sequence[Tensor | None],
+        rates: Sequence[float],
+        decays: Sequence[float],
+        moved: Sequence[Tensor | None],
+    ) -> None:
+        for parameter, rate, decay, its, place in zip(parameters, rates, decays, moved, self._places, strict=True):
+            if parameter is None:
+                continue
+            elements, (words, nonzero), _ = place
+            nonzero = nonzero if its is None else as_words(its)
+            for lo in range(0, elements, PIECE):
+                p = flat(parameter)[lo : lo + PIECE]
+                span = slice(lo // 32, lo // 32 + host.words_for(p.numel()))
+                signs = self._scratch("signs", p.dtype)[: p.numel()]
+                mask = None if nonzero is None else nonzero[span]
+                host.unpack(words[span], format_of(p.dtype), raw_bits(signs), nonzero=mask)
+                if decay != 0:
+                    signs.add_(p, alpha=decay)
+                p.add_(signs, alpha=-rate)
+
 
 class HostRandomNumbers(RandomNumbers):
     """See :class:`mpisign.backends.backend.RandomNumbers`."""

@@ -119,6 +119,30 @@ class NativeBitmaps(Bitmaps):
         given = self._values
         self._c.unpack(*self._tensors, self._words, self._nonzeros, given.addresses, given.formats, native.threads())
 
+    def apply(
+        self,
+        parameters: Sequence[Tensor | None],
+        rates: Sequence[float],
+        decays: Sequence[float],
+        moved: Sequence[Tensor | None],
+    ) -> None:
+        self._values.write(parameters)
+        given, nonzeros = self._values, self._nonzeros
+        if any(plane is not None for plane in moved):
+            planes = _addresses([own if its is None else its for its, own in zip(moved, self._kept[2], strict=True)])
+            nonzeros = _at(planes)
+        numbers = np.array([rates, decays], np.float64)
+        self._c.apply(
+            *self._tensors,
+            self._words,
+            nonzeros,
+            given.addresses,
+            given.formats,
+            _at(numbers[0]),
+            _at(numbers[1]),
+            native.threads(),
+        )
+
 
 class Native(Host):
     """See :class:`mpisign.backends.backend.Backend`. What C does not do faster, NumPy and torch do."""

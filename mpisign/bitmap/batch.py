@@ -70,7 +70,7 @@ class _Table:
             given, wanted = next((n, m) for n, m in zip(tensors.elements, expected, strict=True) if n != m)
             raise ValueError(f"a tensor of {given} elements stands where the batch has {wanted}")
         at, formats = np.zeros((2, len(self._elements)), np.uint64)
-        at[places], formats[places] = tensors.addresses, [kernels.FORMATS[dtype] for dtype in tensors.dtypes]
+        at[places], formats[places] = tensors.addresses, [kernels.FORMATS.get(dtype, 0) for dtype in tensors.dtypes]
         for number, table in enumerate(self._tables):
             some = slice(number * self.capacity, min((number + 1) * self.capacity, at.size))
             table["at"][0, : some.stop - some.start] = at[some]
@@ -121,6 +121,8 @@ class Batch:
         self._jobs = torch.from_numpy(all_jobs.view(np.uint8)).to(self._device)
         self._values = _Table(elements, kernels.TENSORS)
         self._gradients, self._momenta = (_Table(elements, kernels.HALF_TENSORS) for _ in range(2))
+        self._parameters = _Table(elements, kernels.HALF_TENSORS)
+        self._moved = _Table([words_for(n) for n in elements], kernels.HALF_TENSORS)
         self._suited = False  # the latest momenta to the latest gradients
 
     def pack(
@@ -185,6 +187,25 @@ class Batch:
         """Unpack into each of ``outs`` as :func:`mpisign.bitmap.cuda.unpack` does; those that are None are left out."""
         self._values.write(outs)
         self._launch("unpack_many", [self._values], [])
+
+    def apply(
+        self,
+        parameters: Sequence[Tensor | None],
+        rates: Sequence[float],
+        decays: Sequence[float],
+        moved: Sequence[Tensor | None],
+    ) -> None:
+        """Take a step of SGD on each parameter, as :meth:`mpisign.backends.backend.Bitmaps.apply`.
+
+        It launches once for each pair of a rate and a decay.
+        """
+        self._moved.write(moved)
+        pairs = list(zip(rates, decays, strict=True))
+        for pair in dict.fromkeys(pairs):
+            mine = [its if its == pair else None for its in pairs]
+            self._parameters.write([None if it is None else p for it, p in zip(mine, parameters, strict=True)])
+            numbers = [np.float64(-pair[0]), np.float64(pair[1])]
+            self._launch("apply_many", [self._parameters, self._moved], numbers)
 
     def _launch(self, name: str, tables: Sequence[_Table], arguments: Sequence[Any], *, based: bool = False) -> None:
         """``based``: the kernel is told the number of the launch's first tensor, too."""

@@ -49,7 +49,8 @@ __all__ = [
 ]
 
 SOURCES = tuple(
-    Path(__file__).with_name(f"{part}.cu") for part in ("common", "pack", "momentum", "unpack", "finite", "count")
+    Path(__file__).with_name(f"{part}.cu")
+    for part in ("common", "pack", "momentum", "unpack", "apply", "finite", "count")
 )
 """The files that are one program, in this order: each uses what those before it define."""
 

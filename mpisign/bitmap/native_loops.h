@@ -317,7 +317,8 @@ static void GENERATION(unpack_part)(const Unpacking *task, Part part) {
 
 
 // p <- p - rate (sign + decay p), as torch's SGD computes it: g = fma(decay, p, sign), if there is a decay, and then
-// fma(-rate, g, p), each rounded to the parameter's format; 16-bit ones are computed with as floats.
+// fma(-rate, g, p), each rounded to the parameter's format. It computes with 16-bit ones as floats, after it has rounded
+// rate and decay to their format, too.
 #define APPLY(NAME, BITS, REAL, FMA, SIGNS, LOAD, STORE)                                                              \
     INLINE void GENERATION(NAME##_word)(u32 word, u32 some, REAL rate, REAL decay, u32 n, BITS *restrict parameter) { \
         BITS sign[32];                                                                                                \
@@ -355,8 +356,14 @@ static void GENERATION(apply_part)(const Unpacking *task, Part part) {
     switch (format) {
     case FLOAT32: GENERATION(apply32)(words, nonzero, n, (float)rate, (float)decay, parameter); break;
     case FLOAT64: GENERATION(apply64)(words, nonzero, n, rate, decay, parameter); break;
-    case FLOAT16: GENERATION(apply_fp16)(words, nonzero, n, (float)rate, (float)decay, parameter); break;
-    default: GENERATION(apply_bf16)(words, nonzero, n, (float)rate, (float)decay, parameter);
+    case FLOAT16:
+        GENERATION(apply_fp16)
+        (words, nonzero, n, widened16(narrowed16((float)rate)), widened16(narrowed16((float)decay)), parameter);
+        break;
+    default:
+        GENERATION(apply_bf16)
+        (words, nonzero, n, widened_bf16(narrowed_bf16((float)rate)), widened_bf16(narrowed_bf16((float)decay)),
+         parameter);
     }
 }
 

@@ -54,6 +54,7 @@ class Subject:
 
     def __init__(self, tested: Any, device: torch.device) -> None:
         self._tested, self.device = tested, device
+        self.kernels = getattr(tested, "name", "") == "cuda"
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:

@@ -300,3 +300,47 @@ def test_bitmaps_of_nothing(backend: Subject) -> None:
         assert bitmaps.pack(values, zeros="coin", key=0) >= len(sizes)
         assert bitmaps.pack_average(values, values, (0.5, 0.5), unscale=1.0, zeros="coin", key=0) >= len(sizes)
         bitmaps.unpack(values)
+
+
+# ------------------------------------------------------------------------------------------------- a step of SGD
+
+
+@pytest.mark.parametrize("moved", ["everywhere", "plane", "rows"])
+@formats
+def test_applies_what_sgd_would(fmt: FloatFormat, moved: str, backend: Subject, memory: Memory) -> None:
+    """Two rates and decays, parameters of every size and alignment, some of them denormal or huge; two are left out."""
+    dtype = dtype_of(fmt)
+    sizes = [*SMALL, JOB_ELEMENTS + TILE + 33, PIECE + TILE + 7 if fmt.name == "float32" else 5]
+    decay = 0.1 if dtype in (torch.float32, torch.float64) else 0.0  # torch rounds halves in two ways, by the place
+    words, others = (
+        [memory.put(random_words(words_for(n), seed + i)) for i, n in enumerate(sizes)] for seed in (0, 99)
+    )
+    planes: list[Tensor | None] = [None] * len(sizes)
+    given = planes
+    if moved == "plane":
+        planes = list(others)
+    if moved == "rows":  # instead of the planes that there are, for some
+        planes = [None if i % 3 == 0 else memory.put(random_words(words_for(n), i)) for i, n in enumerate(sizes)]
+        given = [other if i % 2 else None for i, other in enumerate(others)]
+    bitmaps = backend.bitmaps(sizes, words, planes)
+    values = [some_values(n, fmt, seed) for seed, n in enumerate(sizes)]
+    parameters = [None if i in (3, 8) else memory.put(bits, dtype, i % 4) for i, bits in enumerate(values)]
+    # On the host torch rounds a rate to the parameter's format, on a GPU it does not.
+    rates = [2**-10 if i % 2 == 0 else 1e-3 if decay or not backend.kernels else 0.125 for i in range(len(sizes))]
+    decays = [decay if i % 2 else 0.0 for i in range(len(sizes))]
+    bitmaps.apply(parameters, rates, decays, given)
+    for i, parameter in enumerate(parameters):
+        if parameter is None:
+            continue
+        signs = np.where(oracle.to_flags(array(words[i]), sizes[i]), 1.0, -1.0)
+        mask = given[i] if given[i] is not None else planes[i]
+        if mask is not None:
+            signs[~oracle.to_flags(array(mask), sizes[i])] = 0.0
+        expected = memory.put(values[i], dtype).cpu()
+        expected.grad = torch.from_numpy(signs).to(dtype)
+        torch.optim.SGD([expected], lr=rates[i], weight_decay=decays[i]).step()
+        assert torch.equal(raw(parameter), raw(expected)), f"parameter {i}"
+
+
+def raw(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().view(torch.uint8)

@@ -121,7 +121,7 @@ template <class... P> Call callable(void (*function)(P...)) {
 #define COUNTERS(planes) \
     KERNEL(majority_##planes), KERNEL(majority_abstain_##planes), KERNEL(count_##planes), KERNEL(add_counts_##planes)
 const std::map<std::string, Call> kernels = {
-    KERNEL(pack_one), KERNEL(pack_many), KERNEL(pack_momentum), KERNEL(unpack_one), KERNEL(unpack_many),
+    KERNEL(pack_one), KERNEL(pack_many), KERNEL(pack_momentum), KERNEL(unpack_one), KERNEL(unpack_many), KERNEL(apply_many),
     KERNEL(first_bad), KERNEL(agreement), KERNEL(any_zero), KERNEL(decide_counts),
     COUNTERS(2), COUNTERS(3), COUNTERS(4), COUNTERS(6), COUNTERS(8), COUNTERS(16),
 };
