@@ -17,7 +17,7 @@ from mpisign.exchange.choose import check_exchange
 from mpisign.exchange.local import local_update
 from mpisign.exchange.plan import Plan, make_plan
 from mpisign.exchange.round import Round
-from mpisign.exchange.sink import GradientSink, ModelSink, NoSink
+from mpisign.exchange.sink import GradientSink, ModelSink, NoSink, Sink, StepSink
 from mpisign.memory import Memory
 from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
@@ -39,7 +39,7 @@ class DistributedSignOptimizer(Optimizer):
     """Wraps a torch optimizer so that ``step()`` applies what all ranks decide together, one bit a coordinate.
 
     ``step()`` is ``synchronize()``, which replaces every ``p.grad`` by the decision (+1, -1, or 0 where a
-    policy says "do not move"), then the wrapped optimizer's own ``step()``. Around plain
+    policy says "do not move"), then the wrapped optimizer's own ``step()``; or both in one (see ``apply``). Around plain
     ``SGD(lr, weight_decay=...)`` this is Algorithm 1 of Bernstein et al., "signSGD with Majority Vote is
     Communication Efficient and Fault Tolerant", 2018. Learning rate, weight decay and schedules are the wrapped
     optimizer's, applied after the vote. Momentum belongs into ``method``, where it acts on each worker before
@@ -60,6 +60,10 @@ class DistributedSignOptimizer(Optimizer):
         exchange: ``"allgather"``, ``"two_phase"`` or ``"auto"``; all decide the same votes.
         seed: of coins and noise; the same on all ranks, another for each optimizer of a job.
         bucket_cap_mb: a message is sent when it has grown to this many MiB; 1, or 16 where every rank has a GPU.
+        apply: who applies a vote in :meth:`step`. ``"auto"``: where ``optimizer`` is plain ``torch.optim.SGD`` (no
+            momentum, no ``maximize``, no hooks on its ``step()``) and all methods decide signs, the vote is applied
+            to the parameters at once, in one pass over memory instead of three; the result is SGD's own, bit for bit,
+            and ``p.grad`` keeps this rank's gradient. ``"optimizer"``: always the wrapped optimizer, from ``p.grad``.
 
     Construction is not collective, but every rank must build the same; the first step checks it.
 
@@ -97,6 +101,7 @@ class DistributedSignOptimizer(Optimizer):
         exchange: str = "auto",
         seed: int = 0,
         bucket_cap_mb: float | None = None,
+        apply: str = "auto",
     ) -> None:
         method = signum() if method is None else method
         wrapping.check_wrappable(optimizer)
@@ -108,11 +113,14 @@ class DistributedSignOptimizer(Optimizer):
             check_exchange(exchange, one)
         if bucket_cap_mb is not None:
             check_positive("bucket_cap_mb", bucket_cap_mb)
+        if apply not in ("auto", "optimizer"):
+            raise OptionError(f"apply={apply!r} is not one of 'auto', 'optimizer'")
         self.wrapped = optimizer
         self.method = method
         self.policy = Policy(zeros, ties, seed)
         self.exchange = exchange
         self.bucket_cap_mb = bucket_cap_mb
+        self.apply = apply
         self._names = wrapping.names_of(optimizer, named_parameters)
         self._memory = MemoryStore(method.memory)
         self._exchanges = 0
@@ -152,6 +160,10 @@ class DistributedSignOptimizer(Optimizer):
         Raises:
             ConsistencyError: ranks differ in layout or are at different steps; the message names them.
         """
+        self._synchronize(stepping=False)
+
+    def _synchronize(self, *, stepping: bool) -> bool:
+        """Vote. Returns whether the decision has been applied, which it may be if this is a ``stepping`` call."""
         if self._synchronized:
             raise SynchronizationError(
                 "synchronize() was called twice for the same gradients, which would vote on votes: apply them with "
@@ -169,20 +181,38 @@ class DistributedSignOptimizer(Optimizer):
             wrapping.warn_of_epochs(changing[0])
             self._epoch = 0
         abstention, unscale = wrapping.scaler_says(self)
-        self._exchange(plan, plan.gradients.read(), abstention, unscale)
+        sink = self._step_sink(plan) if stepping else None
+        self._exchange(plan, plan.gradients.read(), abstention, unscale, sink or GradientSink(plan.layout))
         self._synchronized = True
         if len(plan.layout.parameters) < len(parameters := self._parameters()):
             wrapping.drop_frozen(parameters)
+        return sink is not None
 
-    def _exchange(self, plan: Plan, values: list[torch.Tensor | None], abstention: int, unscale: float) -> None:
-        """A round from its beginning to its end: ``values`` by parameter become the decision, where they lie."""
+    def _step_sink(self, plan: Plan) -> StepSink | None:
+        """What applies a vote to the parameters at once, if that is what the wrapped optimizer would do."""
+        if self.apply != "auto" or not plan.steps:
+            return None
+        numbers = wrapping.sgd_numbers(self.wrapped)
+        if numbers is None:
+            return None
+        by_parameter = [
+            its
+            for its, group in zip(numbers, self.param_groups, strict=True)
+            for parameter in group["params"]
+            if parameter.requires_grad
+        ]
+        return StepSink(plan.layout, [rate for rate, _ in by_parameter], [decay for _, decay in by_parameter])
+
+    def _exchange(
+        self, plan: Plan, values: list[torch.Tensor | None], abstention: int, unscale: float, sink: Sink
+    ) -> None:
+        """A round from its beginning to its end: ``values`` by parameter become the decision, in ``sink``."""
         a_round = Round(plan, self._exchanges, abstention=abstention, unscale=unscale)
         a_round.open()
         a_round.prepare(values)
         for batch in plan.batches:
             a_round.submit(batch, [values[place] for place in batch.places])
         a_round.close()
-        sink = ModelSink(plan.layout) if plan.exchanges_models else GradientSink(plan.layout)
         self.report = a_round.commit(sink)
         self._exchanges += 1
 
@@ -220,13 +250,13 @@ class DistributedSignOptimizer(Optimizer):
             if not self._skip and self._current_plan().exchanges_models:
                 self._step_and_mix()
                 return loss
-            self._synchronize_if_due()
+            applied = self._synchronize_if_due()
         except BaseException:
             for left in ("found_inf", "grad_scale"):  # GradScaler takes them back only if step() returns
                 self.__dict__.pop(left, None)
             raise
         self._synchronized = False
-        if self.report is not None and not self.report.skipped:
+        if self.report is not None and not self.report.skipped and not applied:
             self.wrapped.step()
         return loss
 
@@ -236,21 +266,23 @@ class DistributedSignOptimizer(Optimizer):
         abstention, unscale = wrapping.scaler_says(self)
         if abstention == header.VOTES and local_update(plan, self._exchanges, plan.gradients.read(), unscale):
             self.wrapped.step()
-        self._exchange(plan, plan.gradients.models(), header.VOTES, 1.0)
+        self._exchange(plan, plan.gradients.models(), header.VOTES, 1.0, ModelSink(plan.layout))
 
-    def _synchronize_if_due(self) -> None:
+    def _synchronize_if_due(self) -> bool:
+        """Returns whether the decision has been applied already."""
         if not self._skip:
-            self.synchronize()
-        elif not self._synchronized:
+            return self._synchronize(stepping=True)
+        if not self._synchronized:
             raise SynchronizationError(
                 "step() under skip_synchronize() without synchronize() would apply this rank's own gradient and the "
                 "replicas would drift apart: call optimizer.synchronize() first"
             )
-        elif getattr(self, "grad_scale", None) is not None:
+        if getattr(self, "grad_scale", None) is not None:
             raise SynchronizationError(
                 "the gradients were synchronized with GradScaler's scale still in them: call "
                 "scaler.unscale_(optimizer) before optimizer.synchronize()"
             )
+        return False
 
     def set_epoch(self, epoch: int) -> None:
         """Tell methods that change with the epoch (DGC's warm-up) where training is, on every rank, from 0."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
+from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
 from mpisign.errors import OptionError
 from mpisign.exchange import header
@@ -23,6 +25,7 @@ __all__ = [
     "methods_of",
     "names_of",
     "scaler_says",
+    "sgd_numbers",
     "warn_if_adaptive",
     "warn_of_epochs",
     "without_methods",
@@ -85,6 +88,29 @@ def warn_if_adaptive(optimizer: Optimizer) -> None:
             f"with method=mpisign.lion() or mpisign.signum() is what you want",
             stacklevel=3,
         )
+
+
+def sgd_numbers(optimizer: Optimizer) -> list[tuple[float, float]] | None:
+    """Learning rate and weight decay of each parameter group, if a step is plain SGD's and nobody looks at it.
+
+    That is torch's own class without momentum, ``maximize``, ``fused`` or ``differentiable``, with numbers and not
+    tensors, and without hooks on its ``step()``.
+    """
+    watched = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or "step" in vars(optimizer)
+    if type(optimizer) is not torch.optim.SGD or watched or _global_pre_hooks or _global_post_hooks:
+        return None
+    numbers = []
+    for group in optimizer.param_groups:
+        lr, decay = group["lr"], group["weight_decay"]
+        other = [group[option] for option in ("momentum", "maximize", "differentiable")] + [group.get("fused")]
+        if any(other) or not (isinstance(lr, (int, float)) and isinstance(decay, (int, float))):
+            return None
+        # Of 16 bits, torch rounds an element's decay on the host in one of two ways, by its place.
+        halves = (p.dtype.itemsize < 4 and p.device.type == "cpu" for p in group["params"])
+        if decay != 0 and any(halves):
+            return None
+        numbers.append((float(lr), float(decay)))
+    return numbers
 
 
 def warn_of_epochs(method: Method) -> None:

@@ -112,12 +112,13 @@ def test_spills_and_warnings_would_be_seen(major: int) -> None:
 
 
 def test_denormals_are_not_flushed() -> None:
-    """CuPy's flags ask for it. What may be flushed here are three rates and a weight less 1, which are no denormals."""
+    """CuPy's flags ask for it. What may be flushed here are four rates and a weight less 1, which are no denormals."""
     done, ptx = compile_for(13, kernels.source(), "-arch=compute_90", result="PTX")
     assert done
     arithmetic = set(re.findall(r"^\s*((?!mov|ld|st|selp)[a-z]+\.[\w.]*f(?:16|32|64)\b)", ptx, re.MULTILINE))
     assert {one for one in arithmetic if ".ftz" in one} == {"cvt.rn.ftz.f32.f64", "add.ftz.f32", "setp.lt.ftz.f32"}
-    assert {one for one in arithmetic if ".ftz" not in one} == {"fma.rn.f32", "fma.rn.f64", "add.f64", "setp.lt.f64"}
+    others = {"fma.rn.f32", "fma.rn.f64", "add.f64", "setp.lt.f64", "setp.neu.f64"}
+    assert {one for one in arithmetic if ".ftz" not in one} == others
 
 
 @pytest.mark.parametrize("major", [12, 13])

@@ -177,7 +177,7 @@ def test_error_feedback_before_a_vote_is_allowed() -> None:
     method = Method(ErrorFeedback(), SignBits(), MajorityVote(), "ef_vote")
     total = torch.zeros(50, dtype=torch.float64)
     x = torch.nn.Parameter(torch.zeros(50, dtype=torch.float64))
-    optimizer = DistributedSignOptimizer(torch.optim.SGD([x], lr=0.1), method=method)
+    optimizer = DistributedSignOptimizer(torch.optim.SGD([x], lr=0.1), method=method, apply="optimizer")
     for at in range(5):
         x.grad = torch.randn(50, generator=torch.Generator().manual_seed(at), dtype=torch.float64)
         total += x.grad

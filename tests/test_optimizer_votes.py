@@ -67,7 +67,7 @@ def test_sign_methods_follow_their_paper(method: Method, update: Update, dtype: 
 
     parameters = [nn.Parameter(torch.ones(size, dtype=dtype)) for size in SIZES]
     sgd = SGD(parameters, lr=lr, weight_decay=decay)
-    optimizer = DistributedSignOptimizer(sgd, method=method, exchange=exchange)
+    optimizer = DistributedSignOptimizer(sgd, method=method, exchange=exchange, apply="optimizer")
     x = [np.ones(size) for size in SIZES]
     for by_parameter, signs in zip(gradients, expected, strict=True):
         for parameter, gradient in zip(parameters, by_parameter, strict=True):
@@ -91,7 +91,9 @@ def test_what_zeros_vote(method: Method, update: Update, zeros: str) -> None:
     as_numpy = [[g.double().numpy() for g in by_step] for by_step in gradients]
     expected = decisions(as_numpy, update, zeros=zeros, seed=-7)
     parameters = [nn.Parameter(torch.zeros(size)) for size in SIZES]
-    optimizer = DistributedSignOptimizer(SGD(parameters, lr=1.0), method=method, zeros=zeros, seed=-7)
+    optimizer = DistributedSignOptimizer(
+        SGD(parameters, lr=1.0), method=method, zeros=zeros, seed=-7, apply="optimizer"
+    )
     for by_parameter, signs in zip(gradients, expected, strict=True):
         for parameter, gradient in zip(parameters, by_parameter, strict=True):
             parameter.grad = gradient.clone()
@@ -137,7 +139,9 @@ def test_gradients_of_another_dtype(method: Method, of_parameter: torch.dtype, o
 @pytest.mark.parametrize("cap", [1e-6, 1e-3, 1.0])
 def test_buckets_do_not_change_the_coins(cap: float) -> None:
     parameters = [nn.Parameter(torch.zeros(size)) for size in SIZES]
-    optimizer = DistributedSignOptimizer(SGD(parameters, lr=1.0), method=mpisign.signsgd(), bucket_cap_mb=cap)
+    optimizer = DistributedSignOptimizer(
+        SGD(parameters, lr=1.0), method=mpisign.signsgd(), bucket_cap_mb=cap, apply="optimizer"
+    )
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -151,7 +155,7 @@ def test_large_parameters(method: Method, update: Update, dtype: torch.dtype) ->
     """Past half a million elements memory and codec work piece by piece."""
     size = 1_200_001
     parameter = nn.Parameter(torch.zeros(size, dtype=dtype))
-    optimizer = DistributedSignOptimizer(SGD([parameter], lr=1.0), method=method)
+    optimizer = DistributedSignOptimizer(SGD([parameter], lr=1.0), method=method, apply="optimizer")
     zero = [*range(0, size, 20_011), size - 1]
     kept = np.zeros(size)
     for step in range(2):
@@ -198,7 +202,7 @@ def test_layouts_in_memory(method: Method, of_parameter: str, of_gradient: str) 
 def test_coins_follow_the_parameter_s_own_order() -> None:
     """The order on the wire is the memory's, so a coin belongs to a place in memory."""
     parameter = nn.Parameter(torch.zeros(4, 3, 2, 5).contiguous(memory_format=torch.channels_last))
-    optimizer = DistributedSignOptimizer(SGD([parameter], lr=1.0), method=mpisign.signsgd())
+    optimizer = DistributedSignOptimizer(SGD([parameter], lr=1.0), method=mpisign.signsgd(), apply="optimizer")
     parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     expected, _ = oracle.decide([np.zeros(120)], step=0)

@@ -73,7 +73,8 @@ def train(gpu: bool, method: Method, steps: Sequence[Gradients], scale: float = 
     dtypes = options.pop("dtypes", DTYPES)
     tensors = parameters(dtypes)
     with gpu_branch(gpu):
-        optimizer = DistributedSignOptimizer(SGD(tensors, lr=0.5), method=method, **options)
+        sgd = SGD(tensors, lr=0.5)
+        optimizer = DistributedSignOptimizer(sgd, method=method, apply="optimizer", **options)
         optimizer.set_epoch(0)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1.0)
         scaler.scale(torch.zeros(()))
@@ -135,7 +136,7 @@ def test_gradients_of_another_type(method: Method, of_parameter: torch.dtype, of
     tensors = [nn.Parameter(torch.zeros(3, dtype=dtype)) for dtype in (of_parameter, torch.float32)]
     tensors[0].grad_dtype = of_gradient
     with gpu_branch() as launches:
-        optimizer = DistributedSignOptimizer(SGD(tensors, lr=1.0), method=method)
+        optimizer = DistributedSignOptimizer(SGD(tensors, lr=1.0), method=method, apply="optimizer")
         for _ in range(2):
             for tensor, dtype in zip(tensors, (of_gradient, torch.float32), strict=True):
                 tensor.grad = torch.tensor([2.0, -0.5, 1.0], dtype=dtype)
@@ -264,7 +265,7 @@ def many_small(
     method: Method, number: int = RESNET50_TENSORS, **options: Any
 ) -> tuple[list[nn.Parameter], DistributedSignOptimizer]:
     tensors = [nn.Parameter(torch.zeros(16 + i)) for i in range(number)]
-    return tensors, DistributedSignOptimizer(SGD(tensors, lr=0.5), method=method, **options)
+    return tensors, DistributedSignOptimizer(SGD(tensors, lr=0.5), method=method, apply="optimizer", **options)
 
 
 def ones(tensors: Sequence[nn.Parameter]) -> None:

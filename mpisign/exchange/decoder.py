@@ -14,8 +14,8 @@ from mpisign.codecs import Codec, SignBits
 from mpisign.exchange import rows
 from mpisign.exchange.choose import Exchange
 from mpisign.exchange.encoder import Encoder, bitmaps_of
-from mpisign.exchange.header import Heard
-from mpisign.exchange.sink import Sink
+from mpisign.exchange.header import Bools, Heard
+from mpisign.exchange.sink import Sink, StepSink
 from mpisign.layout import Bucket, Layout, Segment
 from mpisign.memory.store import state_dtype
 from mpisign.policy import Policy, StepContext
@@ -68,26 +68,49 @@ class Decoder:
         voted = [bool(any_votes) for its in heard for any_votes in np.any(its.votes, axis=0)]
         outs = [sink.target(segment.index, its) for (*_, segment), its in zip(self._places, voted, strict=True)]
         said = {bucket.index: its for bucket, its in zip(self._buckets, heard, strict=True)}
-        if self._bitmaps is not None:
+        if isinstance(sink, StepSink):
+            self._apply(outs, said, sink)
+        elif self._bitmaps is not None:
             self._bitmaps.unpack(outs)
         else:
             for (bucket, exchange, place, segment), out in zip(self._places, outs, strict=True):
                 if out is not None:
                     self._decode(exchange, place, segment, flat(out), said[bucket.index], context)
-        if self._direct and any(its.spoken for its in heard):
-            self._silence(outs, said)
+        if self._direct and not isinstance(sink, StepSink):
+            for place, silent in self._silent(outs, said).items():
+                out, (*_, segment) = outs[place], self._places[place]
+                assert out is not None
+                rows.silence(flat(out), silent, *self._form_of(segment))
         for (*_, segment), out in zip(self._places, outs, strict=True):
             if out is not None:
                 sink.written(segment.index, out)
 
-    def _silence(self, outs: Sequence[torch.Tensor | None], said: Mapping[int, Heard]) -> None:
-        """Leave alone the rows on which nobody has voted, where a decision cannot say so itself."""
-        for (bucket, exchange, place, segment), out in zip(self._places, outs, strict=True):
-            heard = said[bucket.index]
-            if out is not None and place in heard.spoken and len(exchange.decision) == 1:
-                silent = ~np.any(heard.spoken[place][list(heard.voters(place))], axis=0)
-                if silent.any():
-                    rows.silence(flat(out), silent, *self._form_of(segment))
+    @property
+    def bits(self) -> bool:
+        """Whether what comes down are bits that can be applied as they are."""
+        return self._bitmaps is not None
+
+    def _apply(self, outs: Sequence[torch.Tensor | None], said: Mapping[int, Heard], sink: StepSink) -> None:
+        assert self._bitmaps is not None
+        moved: list[torch.Tensor | None] = [None] * len(outs)
+        for place, silent in self._silent(outs, said).items():
+            (_, exchange, _, segment) = self._places[place]
+            device = exchange.decision.device
+            moved[place] = rows.spoken_words(~silent, *self._form_of(segment), self._backend, device)
+        rates, decays = sink.numbers([segment.index for *_, segment in self._places])
+        self._bitmaps.apply(outs, rates, decays, moved)
+
+    def _silent(self, outs: Sequence[torch.Tensor | None], said: Mapping[int, Heard]) -> dict[int, Bools]:
+        """By the place of a parameter, rows on which nobody has voted, where a decision cannot say so itself."""
+        found = {}
+        if any(heard.spoken for heard in said.values()):
+            for at, ((bucket, exchange, place, _), out) in enumerate(zip(self._places, outs, strict=True)):
+                heard = said[bucket.index]
+                if out is not None and place in heard.spoken and len(exchange.decision) == 1:
+                    silent = ~np.any(heard.spoken[place][list(heard.voters(place))], axis=0)
+                    if silent.any():
+                        found[at] = silent
+        return found
 
     def _form_of(self, segment: Segment) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shape, and strides on the wire."""

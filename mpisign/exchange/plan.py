@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from mpisign.backends import Backend, backend_for
+from mpisign.bitmap.tensors import is_laid_as
 from mpisign.codecs import SignBits
 from mpisign.errors import OptionError
 from mpisign.exchange import rows
@@ -129,6 +131,12 @@ class Plan:
     def elects(self) -> bool:
         """Whether there are votes, so that ties and agreement mean something."""
         return any(method.elects for method in self.layout.methods)
+
+    @functools.cached_property
+    def steps(self) -> bool:
+        """Whether a decision can be applied to the parameters where they lie: bits, in the parameters' order."""
+        pairs = zip(self.layout.parameters, self.layout.strides, strict=True)
+        return all(batch.decoder.bits for batch in self.batches) and all(is_laid_as(p, strides) for p, strides in pairs)
 
     def fits(self, parameters: Sequence[torch.Tensor], methods: Sequence[Method], group: Group) -> bool:
         """Whether it was made for these, as they are now."""

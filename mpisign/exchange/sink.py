@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from mpisign.bitmap.tensors import is_laid_as
 from mpisign.layout import Layout
 
-__all__ = ["GradientSink", "ModelSink", "NoSink", "Sink"]
+__all__ = ["GradientSink", "ModelSink", "NoSink", "Sink", "StepSink"]
 
 
 class Sink(Protocol):
@@ -64,6 +65,27 @@ class ModelSink:
         parameter = self._layout.parameters[place]
         if target.data_ptr() != parameter.data_ptr():
             parameter.detach().copy_(target)
+
+
+class StepSink:
+    """Nowhere either: bits are applied to the parameters at once, as a step of SGD, and ``p.grad`` stays.
+
+    Args:
+        rates, decays: by parameter, SGD's ``lr`` and ``weight_decay``.
+    """
+
+    def __init__(self, layout: Layout, rates: Sequence[float], decays: Sequence[float]) -> None:
+        self._layout, self._rates, self._decays = layout, rates, decays
+
+    def target(self, place: int, voted: bool) -> torch.Tensor | None:
+        return self._layout.parameters[place].detach() if voted else None
+
+    def numbers(self, places: Sequence[int]) -> tuple[list[float], list[float]]:
+        """The rates and decays of these parameters."""
+        return [self._rates[place] for place in places], [self._decays[place] for place in places]
+
+    def written(self, place: int, target: torch.Tensor) -> None:
+        torch.autograd.graph.increment_version(target)  # as an operation of torch's would
 
 
 class NoSink:

@@ -34,6 +34,7 @@ def model(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
 
 def wrap(tensors: Sequence[torch.nn.Parameter], method: Method, lr: float = 0.1, **options: Any) -> Any:
     sgd = torch.optim.SGD(tensors, lr=lr)
+    options.setdefault("apply", "optimizer")  # which leaves the decision in p.grad, where tests look at it
     optimizer = mpisign.DistributedSignOptimizer(sgd, ballots.named(tensors), method=method, **options)
     optimizer.set_epoch(0)
     return optimizer
