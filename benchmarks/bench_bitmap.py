@@ -1,4 +1,4 @@
-"""How fast one core packs signs, unpacks decisions and counts votes, measured against copying the vector."""
+"""How fast the host packs signs, applies decisions and counts votes, measured against copying the vector."""
 
 from __future__ import annotations
 
@@ -7,27 +7,46 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from harness import Contender, Report, Target, Times, compare, count, measure, one_thread, parser
+from harness import Contender, Report, Table, Target, Times, compare, count, measure, one_thread, parser
 
-from mpisign.bitmap import host
+from mpisign.backends import WORD, Backend
+from mpisign.backends import host as numpy_backend
+from mpisign.backends import native as native_backend
+from mpisign.bitmap import host, native
 from mpisign.bitmap.coin import coin_key
-from mpisign.bitmap.host import FloatFormat
-from mpisign.bitmap.tensors import format_of, raw_bits
+from mpisign.bitmap.tensors import raw_bits
 
-Bits = npt.NDArray[np.unsignedinteger]
 Words = npt.NDArray[np.uint32]
 
 COPY = "np.copyto"
 NUMPY_PACK, TORCH_PACK = "np.packbits(x >= 0)", "torch pack"
-NUMPY_UNPACK, TORCH_UNPACK = "np.unpackbits", "torch unpack"
+NUMPY_UNPACK, TORCH_UNPACK, UNPACK_AND_SGD = "np.unpackbits", "torch unpack", "unpack, then SGD"
+RATE, DECAY = 1e-4, 0.1
 
 KEY = coin_key(seed=0, step=0, stream=0)
 
+C, NUMPY = "C", "NumPy"
+
 WORDS = """\
-One process on one thread. The yardstick is `np.copyto` of the gradient: it reads and writes the vector once, so
-nothing that must look at every element is much faster. `pack` does more than `np.packbits(x >= 0)`: it settles
-exact zeros by the chosen policy and refuses NaN and Inf. The rivals are what one writes with NumPy or torch
-without this library; they skip both. A target of 0.5 times a copy's speed is twice its time."""
+One process. The yardstick is `np.copyto` of the gradient on one thread: it reads and writes the vector once. Each
+operation is done by both of the library's backends for the host, `C` (compiled at installation) and `NumPy`, on one
+thread and, for `C, 2 threads`, on two. `pack` does more than `np.packbits(x >= 0)`: it settles exact zeros by the
+chosen policy and finds NaN and Inf. `momentum + pack` is all of Signum's way down: the gradient is checked and taken
+into the momentum, whose signs are packed. `apply` is all of the way back: signs become a step of SGD with weight decay
+on the parameter; its rival is `unpack`, and then torch's own SGD. The other rivals are what one writes with NumPy or
+torch without this library; they skip zeros and NaN. `Rate` counts bytes that must cross memory: 1.00 is as many bytes
+a second as the copy moves."""
+
+BYTES = {  # read and written for each fp32 coordinate, besides an eighth for each bitmap
+    COPY: 8.0,
+    "pack": 4.125,
+    "pack, 10 % zeros": 4.25,
+    "pack, 90 % zeros": 4.25,
+    "momentum + pack": 12.125,
+    "unpack": 4.125,
+    "unpack, two planes": 4.25,
+    "apply": 8.125,
+}
 
 
 def main() -> None:
@@ -47,11 +66,10 @@ def main() -> None:
     one_thread()
 
     values = torch.randn(args.elements, generator=torch.Generator().manual_seed(0)).to(getattr(torch, args.dtype))
-    raw, fmt = raw_bits(values), format_of(values.dtype)
+    raw = raw_bits(values)
     copy = np.empty_like(raw)
     copying = Contender(COPY, "copy the gradient", lambda: np.copyto(copy, raw))
-    packing = packers(values)
-    unpacking = unpackers(raw, fmt)
+    packing, unpacking = packers(values), unpackers(values)
     votes = {ranks: counters(ranks, args.elements) for ranks in args.ranks}
     contenders = [copying, *packing, *unpacking, *(one for counting in votes.values() for one in counting)]
     times = measure(contenders, args.rounds, args.warmup)
@@ -60,24 +78,80 @@ def main() -> None:
     tables = [
         compare(f"Pack {size}", times, names([copying, *packing]), present(times, COPY, NUMPY_PACK, TORCH_PACK)),
         compare(
-            f"Unpack {size}", times, names([copying, *unpacking]), present(times, COPY, NUMPY_UNPACK, TORCH_UNPACK)
+            f"Unpack and apply {size}",
+            times,
+            names([copying, *unpacking]),
+            present(times, COPY, NUMPY_UNPACK, TORCH_UNPACK, UNPACK_AND_SGD),
         ),
         *(
             compare(
                 f"Decide {ranks} bitmaps of {args.elements:,} bits",
                 times,
                 names([copying, *counting]),
-                [COPY, *names(counting)[1:]],
+                [COPY, *(name for name in names(counting) if not name.startswith("majority"))],
             )
             for ranks, counting in votes.items()
         ),
     ]
-    targets = [Target(name, COPY, 0.7) for name in ("pack", "pack, 10 % zeros", "unpack")]
-    targets += [Target("majority of 8", COPY, 0.5)] if 8 in votes else []
-    report = Report("bitmap", "Bit arithmetic on one core", WORDS, args, contenders, times, targets, tables)
+    targets = []
+    if C in BACKENDS:
+        targets = [Target(f"{name}, {C}", COPY, at_least) for name, at_least in TARGETS.items()]
+        targets += [Target(f"majority of 8, {C}", COPY, 2.0)] if 8 in votes else []
+        targets += [Target(f"{name}, {C}, 2 threads", f"{name}, {C}", 1.6) for name in ("pack", "momentum + pack")]
+    if args.dtype == "float32":
+        tables.append(rates(times))
+    report = Report("bitmap", "Bit arithmetic on the host", WORDS, args, contenders, times, targets, tables)
     report.show()
     if args.report:
         print("\n".join(f"wrote {path}" for path in report.write(args.results)))
+
+
+BACKENDS: dict[str, Backend] = {C: native_backend.BACKEND} if native.library() is not None else {}
+BACKENDS[NUMPY] = numpy_backend.BACKEND
+
+# In copies: a copy moves 8 bytes a coordinate.
+TARGETS = {
+    "pack": 1.84,  # 0.95 times its rate
+    "pack, 10 % zeros": 1.79,
+    "pack, 90 % zeros": 1.79,
+    "momentum + pack": 0.57,  # 1.15 times the time of as many bytes
+    "apply": 0.86,
+}
+
+
+def on(threads: int, work: Callable[[], object]) -> Callable[[], object]:
+    """``work`` with so many threads of torch, and of the C library."""
+    if threads == 1:
+        return work
+
+    def run() -> None:
+        torch.set_num_threads(threads)
+        work()
+        torch.set_num_threads(1)
+
+    return run
+
+
+def by_backends(name: str, what: str, make: Callable[[Backend], Callable[[], object]]) -> list[Contender]:
+    """One thing as each backend does it, and C on two threads."""
+    made = []
+    for backend, does in BACKENDS.items():
+        made.append(Contender(f"{name}, {backend}", f"{what}; {backend}", make(does)))
+        if backend == C:
+            made.append(Contender(f"{name}, {C}, 2 threads", f"{what}; {C}", on(2, make(does))))
+    return made
+
+
+def rates(times: Times) -> Table:
+    """How near to a copy's bytes a second each operation is."""
+    rows = []
+    copied = np.median(times[COPY]) / BYTES[COPY]
+    for name, moved in BYTES.items():
+        for contender, seconds in times.items():
+            if contender == name or contender.startswith((f"{name}, {C}", f"{name}, {NUMPY}")):
+                rate = copied * moved / float(np.median(seconds))
+                rows.append([contender, f"{moved:g}", f"{rate:.2f}"])
+    return Table("Bytes that must cross memory", ["", "bytes a coordinate", "Rate, copies"], rows)
 
 
 def names(contenders: Sequence[Contender]) -> list[str]:
@@ -99,23 +173,35 @@ def require_equal(what: str, ours: npt.NDArray[np.generic], theirs: npt.NDArray[
 
 
 def packers(values: torch.Tensor) -> list[Contender]:
-    n, raw, fmt = values.numel(), raw_bits(values), format_of(values.dtype)
-    some = torch.rand(n, generator=torch.Generator().manual_seed(1)) < 0.1
-    gaps = raw_bits(values.masked_fill(some, 0))
-    words, nonzero = np.empty(host.words_for(n), np.uint32), np.empty(host.words_for(n), np.uint32)
+    n = values.numel()
+    words, nonzero = (torch.empty(host.words_for(n), dtype=WORD) for _ in range(2))
 
-    def pack(source: Bits, zeros: str) -> Callable[[], object]:
-        plane = nonzero if zeros == "abstain" else None
-        return lambda: host.pack(source, fmt, words, zeros=zeros, key=KEY, nonzero=plane)
+    def pack(
+        source: torch.Tensor, zeros: str, plane: torch.Tensor | None = None
+    ) -> Callable[[Backend], Callable[[], object]]:
+        return lambda backend: lambda: backend.pack(source, words, zeros=zeros, key=KEY, nonzero=plane)
+
+    def gaps(share: float) -> torch.Tensor:
+        return values.masked_fill(torch.rand(n, generator=torch.Generator().manual_seed(1)) < share, 0)
+
+    average = torch.zeros(n, dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
+
+    def momentum(backend: Backend) -> Callable[[], object]:
+        bitmaps = backend.bitmaps([n], [words], [None], [0])
+        averages = [average]
+        return lambda: bitmaps.pack_average([values], averages, (0.9, 0.9), unscale=1.0, zeros="coin", key=KEY)
 
     contenders = [
-        Contender("pack", "`zeros='coin'`, the default; normal data, almost no zeros", pack(raw, "coin")),
-        Contender("pack, 10 % zeros", "`zeros='coin'`, a tenth of the data exactly 0", pack(gaps, "coin")),
-        Contender("pack, 10 % abstain", "`zeros='abstain'`, same data, two planes", pack(gaps, "abstain")),
-        Contender("pack, positive", "`zeros='positive'`, normal data", pack(raw, "positive")),
+        *by_backends("pack", "`zeros='coin'`; normal data, almost no zeros", pack(values, "coin")),
+        *by_backends(
+            "pack, 10 % zeros", "`zeros='rows'`, the default; a tenth exactly 0", pack(gaps(0.1), "rows", nonzero)
+        ),
+        *by_backends("pack, 90 % zeros", "the same, nine tenths exactly 0", pack(gaps(0.9), "rows", nonzero)),
+        *by_backends("momentum + pack", "check, momentum of 0.9, and pack its signs", momentum),
     ]
-    pack(raw, "positive")()
-    expected = words.view(np.uint8)[: (n + 7) // 8]
+    as_words = words.numpy().view(np.uint32)
+    BACKENDS[NUMPY].pack(values, words, zeros="positive")
+    expected = as_words.view(np.uint8)[: (n + 7) // 8].copy()
     if values.dtype != torch.bfloat16:
         array = values.numpy()
         contenders.append(
@@ -140,34 +226,52 @@ def packers(values: torch.Tensor) -> list[Contender]:
 # -------------------------------------------------------------------------------------------- unpacking
 
 
-def unpackers(raw: Bits, fmt: FloatFormat) -> list[Contender]:
-    n, k = raw.size, host.words_for(raw.size)
-    words, nonzero = ballots(2, n)
-    out = np.empty_like(raw)
+def unpackers(values: torch.Tensor) -> list[Contender]:
+    n, dtype = values.numel(), values.dtype
+    k = host.words_for(n)
+    both = ballots(2, n)
+    words, nonzero = (torch.from_numpy(plane.view(np.int32)) for plane in both)
+    out, parameter = torch.empty_like(values), torch.nn.Parameter(torch.zeros_like(values))
+    decay = DECAY if dtype in (torch.float32, torch.float64) else 0.0
+    sgd = torch.optim.SGD([parameter], lr=RATE, weight_decay=decay)
+    parameter.grad = out
+
+    def apply(backend: Backend) -> Callable[[], object]:
+        bitmaps = backend.bitmaps([n], [words], [None], [0])
+        return lambda: bitmaps.apply([parameter.detach()], [RATE], [decay], [None])
+
+    def unpack_and_step() -> None:
+        numpy_backend.BACKEND.unpack(words, out)
+        sgd.step()
+
     contenders = [
-        Contender("unpack", "signs to +-1, into the gradient", lambda: host.unpack(words, fmt, out)),
-        Contender(
+        *by_backends("unpack", "signs to +-1, into the gradient", lambda backend: lambda: backend.unpack(words, out)),
+        *by_backends(
             "unpack, two planes",
             "+-1, and 0 where the second plane says so (`zeros='abstain'`, `ties='zero'`)",
-            lambda: host.unpack(words, fmt, out, nonzero=nonzero),
+            lambda backend: lambda: backend.unpack(words, out, nonzero=nonzero),
         ),
+        *by_backends("apply", "signs to a step of SGD on the parameter", apply),
+        Contender(UNPACK_AND_SGD, "`unpack` by NumPy, then `torch.optim.SGD.step()`", unpack_and_step),
     ]
-    as_bytes = words.view(np.uint8)
-    host.unpack(words, fmt, out)
-    if fmt.name != "bfloat16":
+    raw = raw_bits(out)
+    numpy_backend.BACKEND.unpack(words, out)
+    as_bytes = both[0].view(np.uint8)
+    name = str(dtype).removeprefix("torch.")
+    if dtype != torch.bfloat16:
 
         def numpy_unpack() -> npt.NDArray[np.generic]:
-            return np.unpackbits(as_bytes, count=n, bitorder="little").astype(fmt.name) * 2 - 1
+            return np.unpackbits(as_bytes, count=n, bitorder="little").astype(name) * 2 - 1
 
-        require_equal(NUMPY_UNPACK, out, numpy_unpack().view(raw.dtype))
+        require_equal(NUMPY_UNPACK, raw, numpy_unpack().view(raw.dtype))
         contenders.append(Contender(NUMPY_UNPACK, "`np.unpackbits(bits).astype(dtype) * 2 - 1`", numpy_unpack))
     packed, places = torch.from_numpy(as_bytes[: 4 * k]), torch.arange(8, dtype=torch.uint8)
 
     def torch_unpack() -> torch.Tensor:
         bits = (packed[:, None] >> places) & 1
-        return bits.view(-1)[:n].to(getattr(torch, fmt.name)) * 2 - 1
+        return bits.view(-1)[:n].to(dtype) * 2 - 1
 
-    require_equal(TORCH_UNPACK, out, raw_bits(torch_unpack()))
+    require_equal(TORCH_UNPACK, raw, raw_bits(torch_unpack()))
     contenders.append(Contender(TORCH_UNPACK, "`((bytes[:, None] >> arange(8)) & 1).to(dtype) * 2 - 1`", torch_unpack))
     return contenders
 
@@ -211,11 +315,13 @@ def counters(ranks: int, elements: int) -> list[Contender]:
         ("torch", np.packbits(torch_add().numpy(), bitorder="little")),
     ):
         require_equal(name, expected, decided)
+    tensors = [torch.from_numpy(row.view(np.int32)) for row in bitmaps]
+    into = torch.from_numpy(out.view(np.int32))
     return [
-        Contender(
+        *by_backends(
             f"majority of {ranks}",
             "bit-sliced counters on whole words, `ties='coin'`",
-            lambda: host.majority(list(bitmaps), out, ties="coin", key=KEY),
+            lambda backend: lambda: backend.majority(tensors, into, ties="coin", key=KEY),
         ),
         Contender(f"unpackbits sum of {ranks}", "`np.unpackbits` each bitmap, add, `np.packbits(total > M/2)`", expand),
         Contender(f"int8 sum of {ranks}", "one int8 for each vote: `votes.sum(0, dtype=int8) > 0`", add),

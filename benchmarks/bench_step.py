@@ -16,21 +16,25 @@ from harness import Contender, Report, Table, Target, compare, count, gloo, meas
 from torch.optim import SGD
 
 import mpisign
-from mpisign import DistributedSignOptimizer, StepReport
+from mpisign import DistributedSignOptimizer, StepReport, backends
+from mpisign.bitmap import native
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 LR = 1e-4
+HOST = "mpisign.backends.host"
 DDP_BUCKET = 25 * 2**20  # bytes; torch DDP's bucket_cap_mb
 
 ALLREDUCE, GLOO_FP32, GLOO_BF16 = "Allreduce fp32 + SGD", "gloo fp32 + SGD", "gloo bf16 + SGD"
 SIGNUM, MEAN, FLOOR = "signum", "mean", "SGD alone"
+NUMPY = "by NumPy"
 PHASES = ("pack", "exchange", "decide", "unpack")
 
 WORDS = """\
 The part of a training step after backward: from each rank's gradients to updated parameters. `signum`, `signsgd`
-and `lion` are `DistributedSignOptimizer.step()` around `SGD(lr)`; their momentum is on the worker. `mean` is the
+and `lion` are `DistributedSignOptimizer.step()` around `SGD(lr)`; their momentum is on the worker; `by NumPy` says how
+fast they are where no compiler was found at installation. `mean` is the
 same wrapper around `SGD(lr, momentum=0.9)` with the full-precision baseline method. The rivals sum the
 gradients, which are views of one flat buffer, divide by the number of ranks, and take a step of
 `SGD(lr, momentum=0.9)`: with MPI's Allreduce, and with gloo in torch DDP's way (buckets of 25 MiB, all on their
@@ -68,6 +72,11 @@ def main() -> None:
             (mpisign.mean(), sgd),
         )
     ]
+    if native.library() is not None:
+        methods = (mpisign.signum(momentum=0.9), mpisign.signsgd())
+        plain = (SGD(model.parameters, lr=LR) for _ in methods)
+        pairs = zip(methods, plain, strict=True)
+        steps += [WrappedStep(method, wrapped, args.exchange, model, comm, HOST) for method, wrapped in pairs]
     contenders = [step.contender for step in steps]
     contenders.append(allreduce_step(comm, model, sgd))
     if args.gloo:
@@ -80,7 +89,9 @@ def main() -> None:
 
     names = [one.name for one in contenders]
     references = [name for name in (ALLREDUCE, GLOO_FP32, GLOO_BF16, MEAN) if name in names]
-    reports = {step.contender.name: step.report for step in steps}
+    reports = {step.contender.name: step.report for step in steps if NUMPY not in step.contender.name}
+    targets = [Target(SIGNUM, ALLREDUCE, 3.0), Target("signsgd", ALLREDUCE, 3.5)]
+    targets += [Target(SIGNUM, GLOO_BF16, 2.5)] if args.gloo else []
     report = Report(
         "step",
         f"An optimizer step on {model.elements:,} parameters in {len(model.parameters)} tensors, {comm.size} rank(s)",
@@ -88,7 +99,7 @@ def main() -> None:
         args,
         contenders,
         times,
-        [Target(SIGNUM, ALLREDUCE, 2.5)],
+        targets,
         [compare("Time", times, names, references), breakdown(steps), traffic(model.elements, comm.size, reports)],
         ranks=comm.size,
         extra={
@@ -155,18 +166,35 @@ class Model:
 class WrappedStep:
     """A step of mpisign, and where its time went: seconds in each phase, mean over the ranks, every repetition."""
 
-    def __init__(self, method: mpisign.Method, wrapped: SGD, exchange: str, model: Model, comm: MPI.Comm) -> None:
+    def __init__(
+        self,
+        method: mpisign.Method,
+        wrapped: SGD,
+        exchange: str,
+        model: Model,
+        comm: MPI.Comm,
+        backend: str = backends.BACKENDS["cpu"],
+    ) -> None:
+        self._model, self._backend, self._comm = model, backend, comm
+        self._select()
         self._optimizer = DistributedSignOptimizer(wrapped, method=method, exchange=exchange)
-        self._comm = comm
         self.phases: list[dict[str, float]] = []
         inner = f"SGD({'momentum=0.9' if wrapped.defaults['momentum'] else ''})"
+        by = f" {NUMPY}" if backend == HOST else ""
         self.contender = Contender(
-            method.name,
-            f"`DistributedSignOptimizer({inner}, method=mpisign.{method.name}(...)).step()`",
+            method.name + by,
+            f"`DistributedSignOptimizer({inner}, method=mpisign.{method.name}(...)).step()`{by}",
             self._optimizer.step,
-            model.restore,
+            self._prepare,
             self._observe,
         )
+
+    def _select(self) -> None:
+        backends.BACKENDS["cpu"] = self._backend
+
+    def _prepare(self) -> None:
+        self._select()
+        self._model.restore()
 
     @property
     def report(self) -> StepReport:

@@ -20,6 +20,7 @@ import torch
 
 from mpisign import session
 from mpisign.backends import WORD, backend_for
+from mpisign.bitmap import native
 from mpisign.bitmap.host import words_for
 from mpisign.bitmap.kernels import import_cupy
 from mpisign.encoding import printable
@@ -60,7 +61,8 @@ def examine() -> list[Finding]:
             session.init(stall_warning=10.0, stall_timeout=60.0)
     except (LaunchError, ImportError, RuntimeError) as error:
         return [*findings, Finding(FAIL, "MPI", f"{type(error).__name__}: {error}", _IMPORT_ADVICE)]
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_mpi, _slurm, _ranks, _binding, _ulfm, _vote, _gpus)
+    checks: list[Callable[[], Iterator[Finding]]]
+    checks = [_mpi, _slurm, _ranks, _binding, _ulfm, _arithmetic, _vote, _gpus]
     for check in checks:
         findings += check()
     findings = _of_all_ranks(findings)
@@ -322,6 +324,20 @@ def _ulfm() -> Iterator[Finding]:
         yield Finding(OK, "fault tolerance", "no ULFM: a failed rank ends the job")
     finally:
         trial.Free()
+
+
+def _arithmetic() -> Iterator[Finding]:
+    """Who packs, counts and applies in the host's memory."""
+    absence = native.absence()
+    if absence is None:
+        yield Finding(OK, "CPU arithmetic", f"C for {native.choose()} (torch.get_num_threads() = {native.threads()})")
+        return
+    seen = f"NumPy, at about half of C's speed: {absence}"
+    if os.environ.get(native.VARIABLE) == "0":
+        yield Finding(OK, "CPU arithmetic", seen)
+    else:
+        advice = "install a C compiler (gcc), then mpisign again: pip install --force-reinstall --no-deps mpisign"
+        yield Finding(WARN, "CPU arithmetic", seen, advice)
 
 
 def _vote(device: str | torch.device = "cpu", subject: str = "a real vote") -> Iterator[Finding]:

@@ -39,8 +39,8 @@ class DistributedSignOptimizer(Optimizer):
     """Wraps a torch optimizer so that ``step()`` applies what all ranks decide together, one bit a coordinate.
 
     ``step()`` is ``synchronize()``, which replaces every ``p.grad`` by the decision (+1, -1, or 0 where a
-    policy says "do not move"), then the wrapped optimizer's own ``step()``; or both in one (see ``apply``). Around plain
-    ``SGD(lr, weight_decay=...)`` this is Algorithm 1 of Bernstein et al., "signSGD with Majority Vote is
+    policy says "do not move"), then the wrapped optimizer's own ``step()``; or both in one (see ``apply``).
+    Around plain ``SGD(lr, weight_decay=...)`` this is Algorithm 1 of Bernstein et al., "signSGD with Majority Vote is
     Communication Efficient and Fault Tolerant", 2018. Learning rate, weight decay and schedules are the wrapped
     optimizer's, applied after the vote. Momentum belongs into ``method``, where it acts on each worker before
     the sign; ``SGD(momentum=...)`` would average *votes*, which is a different method.

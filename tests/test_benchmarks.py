@@ -84,7 +84,9 @@ def test_bitmap(tmp_path: Path, dtype: str):
     printed = run_alone("bench_bitmap.py", *options, *reporting(tmp_path))
     data = check_report(tmp_path, "bitmap", printed)
     names = {one["name"] for one in data["contenders"]}
-    assert {"np.copyto", "pack", "pack, 10 % zeros", "unpack", "majority of 3", "majority of 8"} <= names
+    ours = ("pack", "pack, 10 % zeros", "momentum + pack", "unpack", "apply", "majority of 3", "majority of 8")
+    assert {"np.copyto", *(f"{name}, NumPy" for name in ours)} <= names
+    assert {f"{name}, C{threads}" for name in ours for threads in ("", ", 2 threads")} <= names
     assert ("np.packbits(x >= 0)" in names) == (dtype != "bfloat16")
     assert data["settings"] == {"rounds": 2, "warmup": 0, "elements": 4099, "dtype": dtype, "ranks": [3, 8]}
 

@@ -14,7 +14,7 @@ from gpu_branch import gpu_branch, needs_compiler
 from mpirun import environment, mpirun
 
 from mpisign import doctor
-from mpisign.bitmap import kernels
+from mpisign.bitmap import kernels, native
 
 
 def run_alone(**env: str) -> subprocess.CompletedProcess[str]:
@@ -66,6 +66,15 @@ def test_ranks_on_one_core_are_warned(tmp_path):
     assert result.returncode == 0, result.text
     assert "ranks 0 and 1 are bound to the same single core" in result.text
     assert "--bind-to none" in result.text
+
+
+@pytest.mark.parametrize("variable", ["0", "1"])
+def test_who_does_the_arithmetic(variable: str):
+    told = run_alone(MPISIGN_NATIVE=variable).stdout
+    if variable == "1" and native.library() is not None:
+        assert f"C for {native.choose()}" in told
+    else:
+        assert "NumPy, at about half of C's speed: " in told
 
 
 def test_a_wrong_vote_fails(tmp_path):
