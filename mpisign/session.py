@@ -71,6 +71,9 @@ class Session(Talk):
         super().__init__(watchdog, tracer, pickle=pickle)
         self.process = os.getpid()
         self.farewells = ExitStack()
+        self.farewells.callback(
+            self._free
+        )  # the last, and also if one before it has failed here: the others free theirs
         self._optimizers = 0
         self._previous_hook: Callable[..., Any] | None = None
         self.replace(group)
@@ -90,6 +93,10 @@ class Session(Talk):
         self._presence = group.presence
         self.watchdog.comm, self.watchdog.rank, self.watchdog.size = group.comm, group.rank, group.size
         return before
+
+    def _free(self) -> None:
+        if not self.watchdog.broken:
+            self.group.free(self.watchdog)
 
     def next_number(self) -> int:
         """A number for an optimizer, the same on all ranks if they make theirs in the same order."""
@@ -171,7 +178,9 @@ def init(
             f"ranks {odd} have called init(pickle={not usual}) and the others init(pickle={bool(usual)}) (this is rank "
             f"{session.rank}): pass the same on every rank"
         )
-    session.align_clocks()
+    with session.telling("init()"):
+        session.align_clocks()
+    session.meet("init()")
     _session = session
     _finalize_timeout = session.process, stall_timeout
     if abort_on_exception:
@@ -233,8 +242,7 @@ def shutdown() -> None:
         return  # a forked child is not a rank, and after MPI.Finalize() there is nobody to tell
     if leaving.group.size != MPI.COMM_WORLD.Get_size():
         _finalize_timeout = -1, None
-    if leaving.say_goodbye(leaving.farewells):
-        leaving.group.free(leaving.watchdog)
+    leaving.say_goodbye(leaving.farewells)
 
 
 def _write_timeline(session: Session, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import shutil
 import threading
@@ -74,11 +75,10 @@ def save(
         ConsistencyError: ranks are at different steps, or pass different options.
         OptionError: an impossible option.
     """
-    for name, value, least in (("step", step, 0), ("keep", keep, 1)):
-        if not isinstance(value, int) or value < least:
-            raise OptionError(f"{name}={value!r} must be an integer of at least {least}")
     session = current(ACT)
     wait()
+    with session.telling(ACT):
+        path, step, keep = Path(path), _integer("step", step, 0), _integer("keep", keep, 1)
     error, files, made = None, dict[str, State](), None
     said = {"step": step, "keep": keep, "asynchronous": asynchronous}
     try:
@@ -89,7 +89,7 @@ def save(
         if session.rank == 0:
             files[directory.SHARED] = {**shared, "step": step, "extra": extra}
             check_loadable(files[directory.SHARED])
-            made = directory.begin(Path(path), step)
+            made = directory.begin(path, step)
         if asynchronous:
             files = _snapshot.of(files)
     except Exception as caught:  # whatever it is, the others must hear of it
@@ -99,9 +99,9 @@ def save(
         _demand_same(session, [said for said, _ in everyone])
     except MpisignError:
         if made is not None:
-            made.rmdir()
+            shutil.rmtree(made, ignore_errors=True)
         raise
-    written = Path(path) / directory.unfinished(everyone[0][1])
+    written = path / directory.unfinished(everyone[0][1])
     final = written.with_name(directory.folder_of(step))
     saving = _Save(session, session.group.identities, session.rank, written, final, step, keep)
     if asynchronous:
@@ -110,6 +110,17 @@ def save(
         saving.write(files)
         saving.finish(ACT)
     return saving.folder
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    """Raises OptionError."""
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not least <= number < directory.LIMIT:
+        raise OptionError(f"{name}={value!r} must be an integer of at least {least}")
+    return number
 
 
 def wait() -> None:
@@ -180,8 +191,13 @@ class _Save:
 
     def start(self, files: dict[str, State]) -> None:
         """The same in a thread, which ends with the process, and the commit too if all ranks' threads are done."""
-        self._thread = threading.Thread(target=self._run, args=(files,), name="mpisign checkpoint", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(files,), name="mpisign checkpoint", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as caught:  # the system allows no more
+            self._error = caught
+        else:
+            self._thread = thread
 
     def _run(self, files: dict[str, State]) -> None:
         # No MPI here: it need not stand threads, and the channel belongs to training. Ranks meet in the folder.

@@ -156,7 +156,7 @@ STATE = (
 
 def state(step: str = "1", shapes: str = "[]", lr: str = "0.1", tree: str | None = None) -> bytes:
     told = STATE.replace("{lr}", lr) if tree is None else tree
-    return f'{{"problem":null,"state":{told},"step":{step},"epoch":null,"shapes":{shapes}}}'.encode()
+    return f'{{"state":{told},"step":{step},"epoch":null,"shapes":{shapes}}}'.encode()
 
 
 STATES = {
