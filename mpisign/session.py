@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -64,12 +65,14 @@ class Session(Talk):
     Attributes:
         process: its number with the operating system; a forked child inherits a session and is no rank.
         pickle: whether users' objects may be pickled.
+        token: what the job is called, at random; the same on all ranks.
         farewells: done when all leave together, and may be collective.
     """
 
     def __init__(self, group: Group, watchdog: Watchdog, tracer: Tracer, *, pickle: bool = True) -> None:
         super().__init__(watchdog, tracer, pickle=pickle)
         self.process = os.getpid()
+        self.token = secrets.token_hex(8)
         self.farewells = ExitStack()
         self.farewells.callback(
             self._free
@@ -187,7 +190,8 @@ def init(
         session._previous_hook = sys.excepthook
         sys.excepthook = _abort_on_exception
     # One rank's variable counts, so that all do the same.
-    path = session.spread_value(os.environ.get(timelines.VARIABLE, ""), str, 0, "init()")
+    mine = [os.environ.get(timelines.VARIABLE, ""), session.token]
+    path, session.token = session.spread_value(mine, (str, str), 0, "init()")
     if path:
         tracer.keep(timelines.RECORDED)
         session.farewells.callback(_write_timeline, session, path)
