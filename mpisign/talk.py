@@ -2,8 +2,8 @@
 
 All of it begins with the same small all-gather, the *call*, whatever it is for. So ranks that do different things
 meet in it and are told, where other messages of theirs would be mistaken for each other. What they tell is numbers, or
-JSON that is checked; only a user's own objects are pickled. Whatever another rank sends, the worst that it can do here
-is to make the others raise an error.
+JSON that is checked; only a user's own objects are pickled. Whatever another rank sends, the worst that it can do here,
+unless it misuses MPI itself, is to make the others raise an error.
 """
 
 from __future__ import annotations
