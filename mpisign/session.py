@@ -154,9 +154,9 @@ def init(
             f"rank {_session.rank}: mpisign.init() was called before; call it once, or mpisign.shutdown() first "
             f"(mpisign.is_initialized() tells)"
         )
-    for name, seconds in (("stall_warning", stall_warning), ("stall_timeout", stall_timeout)):
-        if seconds is not None:
-            check_positive(name, seconds, " of seconds, or None for never")
+    wrong = _wrong_times({"stall_warning": stall_warning, "stall_timeout": stall_timeout})
+    if wrong is not None:
+        stall_warning = stall_timeout = None
     tracer = Tracer()
     watchdog = Watchdog(tracer, stall_warning, stall_timeout)
     with watchdog.guard_start():
@@ -171,8 +171,7 @@ def init(
         check_not_alone(os.environ, comm.Get_size(), library)
     if node_of is None and os.environ.get(NODE_MAP_VARIABLE):
         node_of = [int(place) if place.isdecimal() else -1 for place in os.environ[NODE_MAP_VARIABLE].split(",")]
-    places = check_node_map(node_of, comm.Get_size())
-    group = Group.form(_duplicate(comm, watchdog, tracer), watchdog, places, 0, comm.Get_rank(), _has_gpu())
+    group = _joined(comm, watchdog, tracer, node_of, wrong)
     session = Session(group, watchdog, tracer, pickle=pickle)
     odd, usual = minority(session.meet("init()", int(pickle)).tolist())
     if odd:
@@ -190,13 +189,42 @@ def init(
         session._previous_hook = sys.excepthook
         sys.excepthook = _abort_on_exception
     # One rank's variable counts, so that all do the same.
-    mine = [os.environ.get(timelines.VARIABLE, ""), session.token]
-    path, session.token = session.spread_value(mine, (str, str), 0, "init()")
+    told = [os.environ.get(timelines.VARIABLE, ""), session.token]
+    path, session.token = session.spread_value(told, (str, str), 0, "init()")
     if path:
         tracer.keep(timelines.RECORDED)
         session.farewells.callback(_write_timeline, session, path)
     atexit.unregister(_shutdown_at_exit)  # of an earlier session
     atexit.register(_shutdown_at_exit)
+
+
+def _wrong_times(times: dict[str, float | None]) -> OptionError | None:
+    """What is wrong with them. Only this rank may have been told it, and the others must hear of it first."""
+    try:
+        for name, seconds in times.items():
+            if seconds is not None:
+                check_positive(name, seconds, " of seconds, or None for never")
+    except OptionError as error:
+        return error
+    return None
+
+
+def _joined(
+    comm: MPI.Comm, watchdog: Watchdog, tracer: Tracer, node_of: Sequence[int] | None, wrong: OptionError | None
+) -> Group:
+    """The job's first group. **Collective.** Raises ``wrong``, and an error on the others, who may try again."""
+    places = None
+    try:
+        places = check_node_map(node_of, comm.Get_size())
+    except OptionError as error:
+        wrong = error
+    identity = comm.Get_rank() if wrong is None else -1
+    try:
+        return Group.form(_duplicate(comm, watchdog, tracer), watchdog, places, 0, identity, _has_gpu())
+    except ConsistencyError:
+        if wrong is not None:
+            raise wrong from None
+        raise
 
 
 def _duplicate(comm: MPI.Comm, watchdog: Watchdog, tracer: Tracer) -> MPI.Comm:

@@ -166,6 +166,18 @@ def test_all_are_told(comm: MPI.Comm, folder: Path, name: str, where: str) -> No
     assert mpisign.allgather_object(comm.rank) == list(range(comm.size)), "and all can go on"
 
 
+@pytest.mark.parametrize("options", [{"node_of": [-1]}, {"stall_timeout": -1.0}], ids=str)
+def test_options_of_init_that_cannot_be(comm: MPI.Comm, options: dict[str, Any]) -> None:
+    mpisign.shutdown()
+    odd = comm.size - 1
+    mine = outcome(lambda: mpisign.init(**(options if comm.rank == odd else {})))
+    assert type(mine) is (OptionError if comm.rank == odd else ConsistencyError)
+    assert comm.rank == odd or f"ranks [{odd}] were given options that cannot be" in str(mine)
+    assert not mpisign.is_initialized()
+    mpisign.init()
+    assert mpisign.allgather_object(comm.rank) == list(range(comm.size))
+
+
 def test_what_fails_on_all_is_everyones_own_error(comm: MPI.Comm) -> None:
     with pytest.raises(RuntimeError, match="not by mail"):
         mpisign.allgather_object(Unpicklable())
