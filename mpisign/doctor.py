@@ -62,7 +62,8 @@ def examine() -> list[Finding]:
         return [*findings, Finding(FAIL, "MPI", f"{type(error).__name__}: {error}", _IMPORT_ADVICE)]
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (_mpi, _slurm, _ranks, _binding, _ulfm, _vote, _gpus)
     for check in checks:
-        findings += check()
+        with session.current().telling(ACT):
+            findings += check()
     findings = _of_all_ranks(findings)
     if mine:
         session.shutdown()

@@ -174,7 +174,8 @@ class Talk:
         """For what a rank does alone before the next call of all: if it raises, that call is an error on every rank.
 
         The others raise the same kind of error if it is one of mpisign's, else ConsistencyError, whatever they are in.
-        **Collective** if it raises: it returns when all have come to their next call. Nothing inside may talk.
+        **Collective** if it raises: it returns when all have come to their next call. What talks inside must raise on
+        all ranks, if it does.
 
         Args:
             act: what this rank is in, for the others' message.
@@ -182,7 +183,8 @@ class Talk:
         try:
             yield
         except Exception as error:
-            if not (self.watchdog.broken or self._parted):
+            known = isinstance(error, MpisignError) and error.told  # those who have told it are past it
+            if not (known or self.watchdog.broken or self._parted):
                 text = f"{act} has failed on rank {self.rank} on {platform.node()}: {error}"
                 if not isinstance(error, MpisignError):
                     text = f"{text} ({type(error).__name__})"
@@ -203,10 +205,11 @@ class Talk:
         accounts = [encoding.decode(told[rank], (str, str), rank) for rank in failed]
         more = f"; and {len(failed) - NAMED} ranks more" if len(failed) > NAMED else ""
         name = accounts[0][0]
-        kind = getattr(errors, name) if name in errors.__all__ else ConsistencyError
-        raise kind(
-            "; ".join(encoding.printable(text) for _, text in accounts[:NAMED]) + f"{more} (this is rank {self.rank})"
-        )
+        kind: type[MpisignError] = getattr(errors, name) if name in errors.__all__ else ConsistencyError
+        texts = "; ".join(encoding.printable(text) for _, text in accounts[:NAMED])
+        error = kind(f"{texts}{more} (this is rank {self.rank})")
+        error.told = True
+        raise error
 
     # --------------------------------------------------------------------------------------- what is told
 

@@ -13,7 +13,7 @@ import torch
 from resumable import Job
 
 import mpisign
-from mpisign import CheckpointError, ConsistencyError, GradientError, MpisignError, OptionError, checkpoint
+from mpisign import CheckpointError, ConsistencyError, GradientError, MpisignError, OptionError, checkpoint, doctor
 from mpisign.checkpoint import directory, loading
 from mpisign.session import current
 
@@ -62,6 +62,22 @@ def voting(gradient: torch.Tensor) -> mpisign.DistributedSignOptimizer:
     optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD([parameter], lr=1.0))
     parameter.grad = gradient
     return optimizer
+
+
+def two_reports() -> list[mpisign.StepReport]:
+    optimizer, reports = voting(torch.ones(3, 2)), []
+    for _ in range(2):
+        optimizer.step()
+        reports.append(optimizer.report)
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(3, 2)
+    return reports
+
+
+def examined(odd: bool) -> None:
+    with pytest.MonkeyPatch.context() as here:
+        if odd:
+            here.setattr(doctor, "_binding", lambda: iter([1 // 0]))
+        doctor.examine()
 
 
 # By name: what all ranks do and what the odd one does instead, its error, the others', and what all are told.
@@ -114,6 +130,18 @@ CASES: dict[str, Case] = {
         GradientError,
         GradientError,
         "densify it",
+    ),
+    "a report of an earlier step": (
+        lambda odd, _: two_reports()[0 if odd else 1].agreement(),
+        MpisignError,
+        MpisignError,
+        "the bitmaps of step 0 are gone",
+    ),
+    "a check of the doctor's that breaks": (
+        lambda odd, _: examined(odd),
+        ZeroDivisionError,
+        ConsistencyError,
+        "division",
     ),
     "a path that is none, for a timeline": (
         lambda odd, folder: mpisign.timeline(None if odd else folder / "trace.json"),  # type: ignore[arg-type]
