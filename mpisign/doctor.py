@@ -64,7 +64,8 @@ def examine() -> list[Finding]:
     checks: list[Callable[[], Iterator[Finding]]]
     checks = [_mpi, _slurm, _ranks, _binding, _ulfm, _arithmetic, _vote, _gpus]
     for check in checks:
-        findings += check()
+        with session.current().telling(ACT):
+            findings += check()
     findings = _of_all_ranks(findings)
     if mine:
         session.shutdown()

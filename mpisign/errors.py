@@ -16,7 +16,13 @@ __all__ = [
 
 
 class MpisignError(Exception):
-    """Base of every error that mpisign raises."""
+    """Base of every error that mpisign raises.
+
+    Attributes:
+        told: it has happened on another rank, which has told this one.
+    """
+
+    told = False
 
 
 class NotInitializedError(MpisignError, RuntimeError):

@@ -68,17 +68,24 @@ class Group:
 
         Args:
             node_of: (size,) which rank is on which node, by any numbers; None for where they share memory.
-            identity: this rank's.
+            identity: this rank's; below 0 if it cannot be in a group.
             gpu: whether this rank has one.
 
         Raises:
-            ConsistencyError: on every rank, if they have been told different maps, or some of them none.
+            ConsistencyError: on every rank, if they have been told different maps, or some of them none, or if one
+                cannot be in a group.
         """
         with watchdog.guard("MPI's all-gather of maps"):
             mine = np.array([identity, gpu, *([-1] * comm.size if node_of is None else node_of)], np.int64)
             heard = np.empty((comm.size, mine.size), np.int64)
             comm.Allgather(mine, heard)
         rank = comm.rank
+        unfit = np.flatnonzero(heard[:, 0] < 0).tolist()
+        if unfit:
+            comm.Free()
+            raise ConsistencyError(
+                f"ranks {unfit} were given options that cannot be, and say which (this is rank {rank})"
+            )
         if not (heard[:, 2:] == heard[0, 2:]).all():
             comm.Free()
             raise ConsistencyError(

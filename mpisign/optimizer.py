@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from mpisign import sync, wrapping
-from mpisign.errors import OptionError, SynchronizationError
+from mpisign import restoring, sync, wrapping
+from mpisign.errors import CheckpointError, OptionError, SynchronizationError
 from mpisign.exchange import header
 from mpisign.exchange.choose import check_exchange
 from mpisign.exchange.local import local_update
@@ -25,6 +25,7 @@ from mpisign.methods import signum
 from mpisign.policy import Policy, check_positive
 from mpisign.report import StepReport
 from mpisign.session import Session, current, is_initialized
+from mpisign.trees import shown
 
 __all__ = ["DistributedSignOptimizer"]
 
@@ -170,7 +171,7 @@ class DistributedSignOptimizer(Optimizer):
                 "`with optimizer.skip_synchronize(): optimizer.step()`, or drop them with optimizer.zero_grad(); "
                 "model.zero_grad() does not tell the optimizer"
             )
-        plan = self._current_plan()
+        plan = self._told_plan()
         if plan.exchanges_models:
             raise SynchronizationError(
                 f"{self.method.name} exchanges parameters after the step, so there are no gradients to synchronize: "
@@ -180,9 +181,11 @@ class DistributedSignOptimizer(Optimizer):
         if self._epoch is None and changing:
             wrapping.warn_of_epochs(changing[0])
             self._epoch = 0
-        abstention, unscale = wrapping.scaler_says(self)
+        with current().telling("step()"):
+            abstention, unscale = wrapping.scaler_says(self)
+            values = plan.gradients.read()
         sink = self._step_sink(plan) if stepping else None
-        self._exchange(plan, plan.gradients.read(), abstention, unscale, sink or GradientSink(plan.layout))
+        self._exchange(plan, values, abstention, unscale, sink or GradientSink(plan.layout))
         self._synchronized = True
         if len(plan.layout.parameters) < len(parameters := self._parameters()):
             wrapping.drop_frozen(parameters)
@@ -247,7 +250,7 @@ class DistributedSignOptimizer(Optimizer):
         with torch.enable_grad():
             loss = None if closure is None else closure()
         try:
-            if not self._skip and self._current_plan().exchanges_models:
+            if not self._skip and self._told_plan().exchanges_models:
                 self._step_and_mix()
                 return loss
             applied = self._synchronize_if_due()
@@ -263,9 +266,10 @@ class DistributedSignOptimizer(Optimizer):
     def _step_and_mix(self) -> None:
         """A step on this rank's own gradient, unless it is not finite, and then the exchange of models."""
         plan = self._current_plan()
-        abstention, unscale = wrapping.scaler_says(self)
-        if abstention == header.VOTES and local_update(plan, self._exchanges, plan.gradients.read(), unscale):
-            self.wrapped.step()
+        with current().telling("step()"):
+            abstention, unscale = wrapping.scaler_says(self)
+            if abstention == header.VOTES and local_update(plan, self._exchanges, plan.gradients.read(), unscale):
+                self.wrapped.step()
         self._exchange(plan, plan.gradients.models(), header.VOTES, 1.0, ModelSink(plan.layout))
 
     def _synchronize_if_due(self) -> bool:
@@ -318,7 +322,7 @@ class DistributedSignOptimizer(Optimizer):
 
     def _sit_out(self, joined_for: int) -> tuple[header.Handshake, StepReport]:
         """Take part in a step without a gradient; no parameter changes here."""
-        plan = self._current_plan()
+        plan = self._told_plan()
         if plan.exchanges_models:
             raise SynchronizationError(
                 f"{self.method.name} exchanges models, which no rank can sit out: give all the same number of batches"
@@ -358,6 +362,11 @@ class DistributedSignOptimizer(Optimizer):
         self._plan = plan.telling()
         self._memory.follow_rates(self.param_groups)
         return self._plan
+
+    def _told_plan(self) -> Plan:
+        """The same at the beginning of what all ranks do: if there can be none here, all are told. **Collective.**"""
+        with current("DistributedSignOptimizer.step()").telling("step()"):
+            return self._current_plan()
 
     def _methods(self) -> list[Method]:
         """The method of each parameter group."""
@@ -402,21 +411,24 @@ class DistributedSignOptimizer(Optimizer):
         warning that the memory starts fresh.
 
         Raises:
-            CheckpointError: it was saved by a job of another size, by a newer version, or for other parameters.
-                Nothing has been changed then.
+            CheckpointError: it was saved by a job of another size, by a newer version, for other parameters or another
+                optimizer, or something in it is missing or damaged; the message names what. Nothing has been changed
+                then.
         """
+        group = current("load_state_dict()").group
+        if not isinstance(state_dict, Mapping):
+            raise CheckpointError(f"rank {group.rank}: {shown(state_dict)} is no state dict of an optimizer")
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         saved = state_dict.pop("mpisign", None)
-        group = current("load_state_dict()").group
         memory = self._memory.restored(saved, self._parameters(), self._memories(), group)
         with wrapping.without_methods(self.wrapped):
-            self.wrapped.load_state_dict(state_dict)
+            restoring.load(self.wrapped, state_dict, f"rank {group.rank}")
         self._memory = memory
         self._plan = None  # it holds the old memory
         if saved is not None:
-            self._exchanges, self._epoch = int(saved["step"]), saved.get("epoch")
+            self._exchanges, self._epoch = saved["step"], saved["epoch"]
         self._synchronized = False
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

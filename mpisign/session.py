@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -64,13 +65,18 @@ class Session(Talk):
     Attributes:
         process: its number with the operating system; a forked child inherits a session and is no rank.
         pickle: whether users' objects may be pickled.
+        token: what the job is called, at random; the same on all ranks.
         farewells: done when all leave together, and may be collective.
     """
 
     def __init__(self, group: Group, watchdog: Watchdog, tracer: Tracer, *, pickle: bool = True) -> None:
         super().__init__(watchdog, tracer, pickle=pickle)
         self.process = os.getpid()
+        self.token = secrets.token_hex(8)
         self.farewells = ExitStack()
+        self.farewells.callback(
+            self._free
+        )  # the last, and also if one before it has failed here: the others free theirs
         self._optimizers = 0
         self._previous_hook: Callable[..., Any] | None = None
         self.replace(group)
@@ -90,6 +96,10 @@ class Session(Talk):
         self._presence = group.presence
         self.watchdog.comm, self.watchdog.rank, self.watchdog.size = group.comm, group.rank, group.size
         return before
+
+    def _free(self) -> None:
+        if not self.watchdog.broken:
+            self.group.free(self.watchdog)
 
     def next_number(self) -> int:
         """A number for an optimizer, the same on all ranks if they make theirs in the same order."""
@@ -144,9 +154,9 @@ def init(
             f"rank {_session.rank}: mpisign.init() was called before; call it once, or mpisign.shutdown() first "
             f"(mpisign.is_initialized() tells)"
         )
-    for name, seconds in (("stall_warning", stall_warning), ("stall_timeout", stall_timeout)):
-        if seconds is not None:
-            check_positive(name, seconds, " of seconds, or None for never")
+    wrong = _wrong_times({"stall_warning": stall_warning, "stall_timeout": stall_timeout})
+    if wrong is not None:
+        stall_warning = stall_timeout = None
     tracer = Tracer()
     watchdog = Watchdog(tracer, stall_warning, stall_timeout)
     with watchdog.guard_start():
@@ -161,8 +171,7 @@ def init(
         check_not_alone(os.environ, comm.Get_size(), library)
     if node_of is None and os.environ.get(NODE_MAP_VARIABLE):
         node_of = [int(place) if place.isdecimal() else -1 for place in os.environ[NODE_MAP_VARIABLE].split(",")]
-    places = check_node_map(node_of, comm.Get_size())
-    group = Group.form(_duplicate(comm, watchdog, tracer), watchdog, places, 0, comm.Get_rank(), _has_gpu())
+    group = _joined(comm, watchdog, tracer, node_of, wrong)
     session = Session(group, watchdog, tracer, pickle=pickle)
     odd, usual = minority(session.meet("init()", int(pickle)).tolist())
     if odd:
@@ -171,19 +180,51 @@ def init(
             f"ranks {odd} have called init(pickle={not usual}) and the others init(pickle={bool(usual)}) (this is rank "
             f"{session.rank}): pass the same on every rank"
         )
-    session.align_clocks()
+    with session.telling("init()"):
+        session.align_clocks()
+    session.meet("init()")
     _session = session
     _finalize_timeout = session.process, stall_timeout
     if abort_on_exception:
         session._previous_hook = sys.excepthook
         sys.excepthook = _abort_on_exception
     # One rank's variable counts, so that all do the same.
-    path = session.spread_value(os.environ.get(timelines.VARIABLE, ""), str, 0, "init()")
+    told = [os.environ.get(timelines.VARIABLE, ""), session.token]
+    path, session.token = session.spread_value(told, (str, str), 0, "init()")
     if path:
         tracer.keep(timelines.RECORDED)
         session.farewells.callback(_write_timeline, session, path)
     atexit.unregister(_shutdown_at_exit)  # of an earlier session
     atexit.register(_shutdown_at_exit)
+
+
+def _wrong_times(times: dict[str, float | None]) -> OptionError | None:
+    """What is wrong with them. Only this rank may have been told it, and the others must hear of it first."""
+    try:
+        for name, seconds in times.items():
+            if seconds is not None:
+                check_positive(name, seconds, " of seconds, or None for never")
+    except OptionError as error:
+        return error
+    return None
+
+
+def _joined(
+    comm: MPI.Comm, watchdog: Watchdog, tracer: Tracer, node_of: Sequence[int] | None, wrong: OptionError | None
+) -> Group:
+    """The job's first group. **Collective.** Raises ``wrong``, and an error on the others, who may try again."""
+    places = None
+    try:
+        places = check_node_map(node_of, comm.Get_size())
+    except OptionError as error:
+        wrong = error
+    identity = comm.Get_rank() if wrong is None else -1
+    try:
+        return Group.form(_duplicate(comm, watchdog, tracer), watchdog, places, 0, identity, _has_gpu())
+    except ConsistencyError:
+        if wrong is not None:
+            raise wrong from None
+        raise
 
 
 def _duplicate(comm: MPI.Comm, watchdog: Watchdog, tracer: Tracer) -> MPI.Comm:
@@ -233,8 +274,7 @@ def shutdown() -> None:
         return  # a forked child is not a rank, and after MPI.Finalize() there is nobody to tell
     if leaving.group.size != MPI.COMM_WORLD.Get_size():
         _finalize_timeout = -1, None
-    if leaving.say_goodbye(leaving.farewells):
-        leaving.group.free(leaving.watchdog)
+    leaving.say_goodbye(leaving.farewells)
 
 
 def _write_timeline(session: Session, path: str) -> None:

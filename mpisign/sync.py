@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from mpisign import trees
-from mpisign.encoding import Optional, printable
+from mpisign.encoding import Optional
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.method import Method
 from mpisign.session import Session, current
@@ -47,7 +47,8 @@ def broadcast_object(obj: Any, root_rank: int = 0) -> Any:
         OptionError: ``init(pickle=False)`` has turned pickles off.
     """
     session = current("broadcast_object()")
-    _check_root(root_rank, session)
+    with session.telling("broadcast_object()"):
+        _check_root(root_rank, session)
     return session.spread_object(obj, root_rank, "broadcast_object()")
 
 
@@ -74,8 +75,20 @@ def broadcast_parameters(
         ConsistencyError: names, shapes or dtypes differ between ranks; nothing has been changed then.
         OptionError: an entry is not a tensor.
     """
-    session = current("broadcast_parameters()")
-    _check_root(root_rank, session)
+    act = "broadcast_parameters()"
+    session = current(act)
+    with session.telling(act):
+        _check_root(root_rank, session)
+        named = _named_tensors(parameters, session)
+        described = [f"{name!r} {tuple(t.shape)} {t.dtype}" for name, t in named]
+    _demand_equal(described, session, act, "the tensors differ")
+    _broadcast_tensors([tensor for _, tensor in named], root_rank, session, act)
+
+
+def _named_tensors(
+    parameters: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]], session: Session
+) -> list[tuple[str, torch.Tensor]]:
+    """What can be written to, with names. Raises OptionError."""
     named = list(parameters.items()) if isinstance(parameters, Mapping) else list(parameters)
     for entry in named:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], torch.Tensor)):
@@ -89,9 +102,7 @@ def broadcast_parameters(
                 f"rank {session.rank}: the elements of {entry[0]!r} overlap (it was made by expand()), so it cannot be "
                 f"written to: give broadcast_parameters() a clone"
             )
-    described = [f"{name!r} {tuple(t.shape)} {t.dtype}" for name, t in named]
-    _demand_equal(described, session, "broadcast_parameters()", "the tensors differ")
-    _broadcast_tensors([tensor for _, tensor in named], root_rank, session)
+    return named
 
 
 def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
@@ -105,54 +116,67 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
         OptionError: on every rank: the state holds something else than tensors, numbers, strings, None, lists, tuples
             and dicts.
     """
-    session = current("broadcast_optimizer_state()")
-    _check_root(root_rank, session)
     act = "broadcast_optimizer_state()"
-    own = optimizer.state_dict()
-    groups = [f"parameter group {at} of {len(group['params'])}" for at, group in enumerate(own["param_groups"])]
+    session = current(act)
+    with session.telling(act):
+        _check_root(root_rank, session)
+        own = optimizer.state_dict()
+        groups = [f"parameter group {at} of {len(group['params'])}" for at, group in enumerate(own["param_groups"])]
     _demand_equal(groups, session, act, "the optimizers differ")
     tensors: list[torch.Tensor] = []
     told = None
-    if session.rank == root_rank:
-        shared = {key: own[key] for key in ("state", "param_groups")}
-        place = {key: own.get("mpisign", {}).get(key) for key in ("step", "epoch")}
-        try:
-            told = {"problem": None, "state": trees.flatten(shared, tensors), **place}
-        except TypeError as error:
-            told = {"problem": str(error), "state": None, **place}
-        told["shapes"] = [[list(tensor.shape), trees.name_of(tensor.dtype)] for tensor in tensors]
-    schema = {
-        "problem": Optional(str),
-        "state": object,
-        "step": Optional(int),
-        "epoch": Optional(int),
-        "shapes": [([int], str)],
-    }
+    with session.telling(act):
+        if session.rank == root_rank:
+            told = _state_told(own, tensors, act, root_rank)
+    schema = {"state": object, "step": Optional(int), "epoch": Optional(int), "shapes": [([int], str)]}
     told = session.spread_value(told, schema, root_rank, act)
-    if told["problem"] is not None:
-        raise OptionError(
-            f"{act}: the optimizer's state on rank {root_rank} cannot be sent: {printable(told['problem'])}; send it "
-            f"with broadcast_object() and load it with load_state_dict()"
-        )
     for key in ("step", "epoch"):
         if not 0 <= (told[key] or 0) < 2**62:
             raise ConsistencyError(f"{act}: rank {root_rank} says that it is at {key} {told[key]}, which cannot be")
-    if session.rank != root_rank:
-        tensors = _new_tensors(told["shapes"], root_rank)
-    _broadcast_tensors(tensors, root_rank, session)
-    if session.rank != root_rank:
-        try:
-            theirs = trees.unflatten(told["state"], tensors)
-            _check_options(own["param_groups"], theirs["param_groups"], getattr(optimizer, "defaults", {}))
-            own.update(theirs)
-            if "mpisign" in own:
-                own["mpisign"] = {**own["mpisign"], "step": told["step"], "epoch": told["epoch"]}
-            optimizer.load_state_dict(own)
-        except Exception as error:  # whatever torch makes of it
-            raise ConsistencyError(
-                f"rank {session.rank}: the optimizer's state of rank {root_rank} does not fit this rank's "
-                f"({type(error).__name__}: {error}): build the same optimizer on every rank"
-            ) from error
+    with session.telling(act):
+        if session.rank != root_rank:
+            tensors = _new_tensors(told["shapes"], root_rank)
+    _broadcast_tensors(tensors, root_rank, session, act)
+    with session.telling(act):
+        if session.rank != root_rank:
+            _load_told(optimizer, own, told, tensors, root_rank, session)
+    session.meet(act)
+
+
+def _state_told(own: dict[str, Any], tensors: list[torch.Tensor], act: str, root_rank: int) -> dict[str, Any]:
+    """An optimizer's state as plain values; its tensors are appended to ``tensors``. Raises OptionError."""
+    place = {key: own.get("mpisign", {}).get(key) for key in ("step", "epoch")}
+    try:
+        tree = trees.flatten({key: own[key] for key in ("state", "param_groups")}, tensors)
+    except TypeError as error:
+        raise OptionError(
+            f"{act}: the optimizer's state on rank {root_rank} cannot be sent: {error}; send it with "
+            f"broadcast_object() and load it with load_state_dict()"
+        ) from error
+    return {"state": tree, **place, "shapes": [[list(tensor.shape), trees.name_of(tensor.dtype)] for tensor in tensors]}
+
+
+def _load_told(
+    optimizer: HasState,
+    own: dict[str, Any],
+    told: dict[str, Any],
+    tensors: Sequence[torch.Tensor],
+    root_rank: int,
+    session: Session,
+) -> None:
+    """Load the state that another rank has told. Raises ConsistencyError."""
+    try:
+        theirs = trees.unflatten(told["state"], tensors)
+        _check_options(own["param_groups"], theirs["param_groups"], getattr(optimizer, "defaults", {}))
+        own.update(theirs)
+        if "mpisign" in own:
+            own["mpisign"] = {**own["mpisign"], "step": told["step"], "epoch": told["epoch"]}
+        optimizer.load_state_dict(own)
+    except Exception as error:  # whatever torch makes of it
+        raise ConsistencyError(
+            f"rank {session.rank}: the optimizer's state of rank {root_rank} does not fit this rank's "
+            f"({type(error).__name__}: {error}): build the same optimizer on every rank"
+        ) from error
 
 
 def _check_options(own: Sequence[Any], theirs: Sequence[Any], needed: Iterable[str]) -> None:
@@ -195,6 +219,13 @@ def check_consistency(model: torch.nn.Module, optimizer: HasState | None = None,
         ConsistencyError: on every rank, naming the ranks and the first tensor that differ.
     """
     session = current("check_consistency()")
+    with session.telling("check_consistency()"):
+        lines = _lines(model, optimizer, buffers)
+    _demand_equal(lines, session, "check_consistency()", "ranks hold different values")
+
+
+def _lines(model: torch.nn.Module, optimizer: HasState | None, buffers: bool) -> list[str]:
+    """What must be equal, a line each."""
     method = getattr(optimizer, "method", None)
     differ = isinstance(method, Method) and method.exchanges_models  # replicas that differ by design (MoNNA)
     lines = [f"parameter {name!r} {_form(p) if differ else _digest(p)}" for name, p in model.named_parameters()]
@@ -204,7 +235,7 @@ def check_consistency(model: torch.nn.Module, optimizer: HasState | None = None,
         options = {key: value for key, value in group.items() if key != "params"}
         told = {key: value for key, value in options.items() if " at 0x" not in repr(value)}  # addresses say nothing
         lines.append(f"options of parameter group {at}: {told}")
-    _demand_equal(lines, session, "check_consistency()", "ranks hold different values")
+    return lines
 
 
 def _demand_equal(lines: Sequence[str], session: Session, act: str, problem: str) -> None:
@@ -252,19 +283,22 @@ def _chunks(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 @torch.no_grad()
-def _broadcast_tensors(tensors: Sequence[torch.Tensor], root_rank: int, session: Session) -> None:
+def _broadcast_tensors(tensors: Sequence[torch.Tensor], root_rank: int, session: Session, act: str) -> None:
     for chunk in _chunks(tensors):
-        pieces = [_as_bytes(tensor) for tensor in chunk]
-        message = np.concatenate(pieces) if len(pieces) > 1 else np.ascontiguousarray(pieces[0])
+        with session.telling(act):  # of too little memory, or of an error of the device
+            pieces = [_as_bytes(tensor) for tensor in chunk]
+            message = np.concatenate(pieces) if len(pieces) > 1 else np.ascontiguousarray(pieces[0])
+        session.meet(act)
         with session.tracer.span("broadcast of tensors"):
             session.wait(session.post(session.group.comm.Ibcast(message, root=root_rank), message))
-        if session.rank == root_rank:
-            continue
-        start = 0
-        for tensor, piece in zip(chunk, pieces, strict=True):
-            received = torch.from_numpy(message[start : start + piece.size])
-            tensor.copy_(received.view(tensor.dtype).view(tensor.shape))
-            start += piece.size
+        if session.rank != root_rank:
+            with session.telling(act):
+                start = 0
+                for tensor, piece in zip(chunk, pieces, strict=True):
+                    received = torch.from_numpy(message[start : start + piece.size])
+                    tensor.copy_(received.view(tensor.dtype).view(tensor.shape))
+                    start += piece.size
+    session.meet(act)
 
 
 def _check_root(root_rank: int, session: Session) -> None:

@@ -2,16 +2,17 @@
 
 All of it begins with the same small all-gather, the *call*, whatever it is for. So ranks that do different things
 meet in it and are told, where other messages of theirs would be mistaken for each other. What they tell is numbers, or
-JSON that is checked; only a user's own objects are pickled. Whatever another rank sends, the worst that it can do here
-is to make the others raise an error.
+JSON that is checked; only a user's own objects are pickled. Whatever another rank sends, the worst that it can do here,
+unless it misuses MPI itself, is to make the others raise an error.
 """
 
 from __future__ import annotations
 
 import logging
 import pickle as pickles
-from collections.abc import Sequence
-from contextlib import ExitStack
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,9 +20,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mpisign import encoding
+from mpisign import encoding, errors
 from mpisign.encoding import LIMIT_BYTES
-from mpisign.errors import ConsistencyError, OptionError
+from mpisign.errors import ConsistencyError, MpisignError, OptionError
 from mpisign.group import Group
 from mpisign.presence import Presence
 from mpisign.trace import Tracer
@@ -38,8 +39,12 @@ logger = logging.getLogger(__name__)
 
 CALL_FIELDS = 4  # how many numbers a call has, whatever it is for
 EXIT = "exit"
+FAILURE = "a failure"  # of a rank, which takes part in this instead of what the others do
+ACCOUNT = "the account of a failure"
 ACTS = (
     EXIT,
+    FAILURE,
+    ACCOUNT,
     "init()",
     "barrier()",
     "broadcast_object()",
@@ -58,6 +63,8 @@ ACTS = (
 )
 """What ranks do together besides steps. A call begins with -2 - its place here; a step's with a number above 0."""
 
+ACCOUNT_LENGTH = 2000  # characters of an error that another rank is told
+NAMED = 3  # ranks in a message; when a file system fails, it fails for many
 OBJECTS_LIMIT_BYTES = 2**31 - 1  # what MPI counts of all ranks' objects together
 CLOCK_TRIES = 5
 CLOCK_TAG = 0x6D74
@@ -80,6 +87,7 @@ class Talk:
         self.watchdog, self.tracer, self._pickle = watchdog, tracer, pickle
         self.wants_stop = self.stopping = False
         self._parted = False  # a rank has left before the others: all can only end
+        self._failure = ""  # what this rank is about to tell, as JSON
         self.clocks: list[tuple[int, int]] = []  # (this rank's time, how far rank 0's is ahead), each time they met
 
     @property
@@ -144,8 +152,10 @@ class Talk:
     def demand_same_act(self, heard: npt.NDArray[np.int64]) -> None:
         """Raise :class:`ConsistencyError` if a call, (M, fields), shows ranks that do different things."""
         acts = [_act(code) for code in heard[:, 0].tolist()]
+        self._parted = self._parted or (EXIT in acts and len(set(acts)) > 1)
+        if FAILURE in acts and ACCOUNT not in acts:
+            self._hear_failures([rank for rank, its in enumerate(acts) if its == FAILURE])
         if len(set(acts)) > 1:
-            self._parted = EXIT in acts
             who = "; ".join(
                 f"ranks {[rank for rank, its in enumerate(acts) if its == act]} "
                 + ("have left the job" if act == EXIT else f"are in {act}")
@@ -156,6 +166,50 @@ class Talk:
                 f"the same order; where ranks have different numbers of batches, call optimizer.join() on every rank "
                 f"when its batches end"
             )
+
+    # -------------------------------------------------------------------------------------- what goes wrong
+
+    @contextmanager
+    def telling(self, act: str) -> Iterator[None]:
+        """For what a rank does alone before the next call of all: if it raises, that call is an error on every rank.
+
+        The others raise the same kind of error if it is one of mpisign's, else ConsistencyError, whatever they are in.
+        **Collective** if it raises: it returns when all have come to their next call. What talks inside must raise on
+        all ranks, if it does.
+
+        Args:
+            act: what this rank is in, for the others' message.
+        """
+        try:
+            yield
+        except Exception as error:
+            known = isinstance(error, MpisignError) and error.told  # those who have told it are past it
+            if not (known or self.watchdog.broken or self._parted):
+                text = f"{act} has failed on rank {self.rank} on {platform.node()}: {error}"
+                if not isinstance(error, MpisignError):
+                    text = f"{text} ({type(error).__name__})"
+                self._failure = encoding.encode([type(error).__name__, text[:ACCOUNT_LENGTH]]).decode()
+                try:
+                    self.meet(FAILURE)
+                except MpisignError as others:
+                    logger.debug("%s", others)
+                finally:
+                    self._failure = ""
+            raise
+
+    def _hear_failures(self, failed: list[int]) -> None:
+        """Raise what the ranks that have failed tell of it; return if this rank is one of them. **Collective.**"""
+        told = self.gather_bytes(self._failure.encode(), ACCOUNT)
+        if self._failure:
+            return
+        accounts = [encoding.decode(told[rank], (str, str), rank) for rank in failed]
+        more = f"; and {len(failed) - NAMED} ranks more" if len(failed) > NAMED else ""
+        name = accounts[0][0]
+        kind: type[MpisignError] = getattr(errors, name) if name in errors.__all__ else ConsistencyError
+        texts = "; ".join(encoding.printable(text) for _, text in accounts[:NAMED])
+        error = kind(f"{texts}{more} (this is rank {self.rank})")
+        error.told = True
+        raise error
 
     # --------------------------------------------------------------------------------------- what is told
 
@@ -216,15 +270,24 @@ class Talk:
     def gather_objects(self, mine: Any, act: str) -> list[Any]:
         """Every rank's object, pickled. **Collective.** Raises OptionError if pickles are turned off."""
         self._check_pickle(act)
-        message = pickles.dumps(mine)  # before the others depend on it: it may fail
-        return [pickles.loads(heard) for heard in self.gather_bytes(message, act, OBJECTS_LIMIT_BYTES)]
+        with self.telling(act):
+            message = pickles.dumps(mine)
+        told = self.gather_bytes(message, act, OBJECTS_LIMIT_BYTES)
+        with self.telling(act):
+            heard = [pickles.loads(theirs) for theirs in told]
+        self.meet(act)
+        return heard
 
     def spread_object(self, mine: Any, root: int, act: str) -> Any:
         """``root``'s object, pickled, on every rank. **Collective.** Raises OptionError if pickles are turned off."""
         self._check_pickle(act)
-        message = pickles.dumps(mine) if self.rank == root else b""
-        heard = self.spread_bytes(message, root, act, OBJECTS_LIMIT_BYTES)
-        return mine if self.rank == root else pickles.loads(heard)
+        with self.telling(act):
+            message = pickles.dumps(mine) if self.rank == root else b""
+        told = self.spread_bytes(message, root, act, OBJECTS_LIMIT_BYTES)
+        with self.telling(act):
+            heard = mine if self.rank == root else pickles.loads(told)
+        self.meet(act)
+        return heard
 
     def compare(self, lines: Sequence[str], one: int, other: int, act: str) -> tuple[str, str]:
         """The first lines in which rank ``one`` and rank ``other`` differ, on every rank. **Collective.**"""
@@ -289,7 +352,7 @@ class Talk:
             )
         try:
             self.meet(EXIT)
-        except ConsistencyError as error:
+        except MpisignError as error:
             logger.error("%s", error)
             return False
         farewells.close()

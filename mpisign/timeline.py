@@ -37,13 +37,16 @@ def write(talk: Talk, path: str | os.PathLike[str]) -> None:
         MpisignError: on every rank, if rank 0 cannot write.
         TypeError: ``path`` is none.
     """
-    path = os.fsdecode(path)
+    with talk.telling(ACT):
+        path = os.fsdecode(path)
     talk.meet(ACT)
-    talk.align_clocks()
-    spans = talk.tracer.spans()
-    names = list(dict.fromkeys(span.name for span in spans))
+    with talk.telling(ACT):
+        talk.align_clocks()
+        spans = talk.tracer.spans()
+        names = list(dict.fromkeys(span.name for span in spans))
+        table = _aligned(spans, names, talk.clocks).tobytes()
     told = talk.gather_bytes(encoding.encode(names), ACT, root=0)
-    tables = talk.gather_bytes(_aligned(spans, names, talk.clocks).tobytes(), ACT, LIMIT_BYTES, root=0)
+    tables = talk.gather_bytes(table, ACT, LIMIT_BYTES, root=0)
     problem = ""
     if talk.rank == 0:
         try:
@@ -98,6 +101,9 @@ def _events(rank: int, told: bytes, table: bytes) -> Iterator[dict[str, Any]]:
 def _write(path: Path, ranks: Sequence[Iterator[dict[str, Any]]]) -> None:
     """Raises OSError; a file that was there is whole until the new one is."""
     unfinished = path.with_name(path.name + ".tmp")
+    for there in (path, unfinished):
+        if there.exists() and not there.is_file():  # a pipe would wait for a reader, and a device be replaced
+            raise FileExistsError(f"{there} is no regular file")
     try:
         with unfinished.open("w") as file:
             file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["dtype_of", "flatten", "name_of", "unflatten"]
+__all__ = ["dtype_of", "flatten", "name_of", "shown", "unflatten"]
 
 
 def _is_integer(dtype: torch.dtype) -> bool:
@@ -86,3 +86,17 @@ def _key(key: Any, where: str) -> str | int:
     if isinstance(key, (str, int)):
         return key
     raise TypeError(f"state{where} has the key {key!r}, which is neither a string nor an integer")
+
+
+def shown(value: object) -> str:
+    """What stands in a state, for a message: short values themselves, and of others what they are."""
+    if isinstance(value, torch.Tensor):
+        if value.dim() == 0 and value.layout == torch.strided and not value.is_meta:
+            return f"tensor({value.item()}), {name_of(value.dtype)}"
+        where = "" if value.layout == torch.strided and not value.is_meta else f" ({value.layout} on {value.device})"
+        return f"a tensor {tuple(value.shape)} of {name_of(value.dtype)}{where}"
+    if value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 2**64):
+        return repr(value)
+    if isinstance(value, (list, tuple)) and len(value) <= 4 and not any(isinstance(it, (list, tuple)) for it in value):
+        return f"({', '.join(map(shown, value))})"
+    return repr(value[:40]) if isinstance(value, str) else f"a {type(value).__name__}"

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 import mpisign
 from mpisign import checkpoint
+
+T = TypeVar("T")
 
 
 def train(
@@ -95,12 +97,14 @@ def train(
                     bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
                 if save:  # at an epoch's end before the evaluation, which may last longer than the queue waits
                     behind = args.async_save and not stop
-                    checkpoint.save(folder, **state, step=step, extra=extra, keep=args.keep, asynchronous=behind)
+                    or_end(checkpoint.save)(
+                        folder, **state, step=step, extra=extra, keep=args.keep, asynchronous=behind
+                    )
                     meter.restart()
                 if stop and step < last:
                     end(f"stopped by a signal; step {step} of {last} is saved in {folder}", mpisign.REQUEUE_EXIT_CODE)
     if folder:
-        checkpoint.wait()
+        or_end(checkpoint.wait)()
     mpisign.check_consistency(model, optimizer, buffers=False)
 
 
@@ -110,6 +114,18 @@ def begin_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) 
         optimizer.set_epoch(epoch)  # some methods, such as DGC, warm up by epochs
 
 
+def or_end(call: Callable[..., T]) -> Callable[..., T]:
+    """The same call; if a checkpoint cannot be written or read, it ends the job, saying why, as all ranks know."""
+
+    def instead(*args: Any, **options: Any) -> T:
+        try:
+            return call(*args, **options)
+        except mpisign.CheckpointError as error:
+            end(str(error))
+
+    return instead
+
+
 def resume(folder: Path, mode: str, state: dict[str, Any], extra: dict[str, Any]) -> int:
     """Load the newest checkpoint, if there is one, and return how many steps were done. **Collective.**"""
     newest = checkpoint.newest(folder)
@@ -117,10 +133,7 @@ def resume(folder: Path, mode: str, state: dict[str, Any], extra: dict[str, Any]
         return 0
     if mode == "never":
         end(f"{newest} is an earlier training's, and --resume never would mix with it: remove it or name another place")
-    try:
-        resumed = checkpoint.load(folder, **state)
-    except mpisign.CheckpointError as error:
-        end(str(error))
+    resumed = or_end(checkpoint.load)(folder, **state)
     for option, value in extra["options"].items():
         was = resumed.extra["options"].get(option)
         if value != was:

@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import steps
 from command_line import arguments
 from resumable import assert_equal
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import mpisign
+from mpisign.checkpoint.files import write_json
+from mpisign.checkpoint.owner import OWNER, Owner
 
 
 class Training:
@@ -165,11 +168,24 @@ def test_saved_in_the_background_as_in_the_foreground(training: ModuleType, flag
             flags, "--quiet", "--checkpoint-dir", tmp_path / folder, "--save-every", "1", "--keep", "2", *options
         )
         Training(training, args).train()
-        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == ["step-00000011", "step-00000012"]
+        assert steps(tmp_path / folder) == [11, 12]
     saved = [torch.load(tmp_path / name / "step-00000012/shared.pt", weights_only=True) for name in ("one", "other")]
     for content in saved:
         del content["extra"]["history"]["seconds"]
     assert_equal(*saved)
+
+
+def test_the_directory_of_another_job_is_said_in_one_line(
+    training: ModuleType, flags: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    another = Owner("other", "far-away", "another boot", 1, "", "")
+    write_json(tmp_path / OWNER, vars(another))
+    with pytest.raises(SystemExit) as ended:
+        Training(training, arguments(flags, "--quiet", "--checkpoint-dir", tmp_path)).train()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert "is the directory of another job, process 1 on far-away" in said
+    assert "Traceback" not in said
 
 
 def test_a_finished_training_is_only_evaluated_again(training: ModuleType, flags: ModuleType, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ A directory holds checkpoints, each a folder ``step-00000120``:
 
 The files are written beside, under a name that ends in ``.tmp``; when all ranks' are on the disk, one rename makes
 them a checkpoint. A job that is killed leaves the last one as it was. The directory must be on a file system that
-all nodes share, and belongs to one job at a time. Loading never executes code from a file.
+all nodes share, and belongs to one job at a time, which ``owner.json`` names; any job may load from it. Loading never
+executes code from a file.
 """
 
 from mpisign.checkpoint.loading import Resumed, load, newest

@@ -13,6 +13,7 @@ from typing import Any
 from mpisign.checkpoint.files import Stamp, read_json, sync_folder, write_json
 from mpisign.encoding import fits
 from mpisign.errors import CheckpointError, ConsistencyError
+from mpisign.trees import shown
 
 __all__ = [
     "MANIFEST",
@@ -34,13 +35,14 @@ __all__ = [
     "unfinished",
 ]
 
-FORMAT_VERSION = 1
+FORMAT, FORMAT_VERSION = "mpisign checkpoint", 1
+LIMIT = 2**62  # of numbers in manifests
 MANIFEST = "manifest.json"
 SHARED = "shared.pt"
 UNFINISHED = ".tmp"
 REPLACED = ".old"  # has been saved a second time at the same step; stays until the second is in its place
-_UNFINISHED_NAME = re.compile(rf"step-\d+\.[0-9a-f]{{8}}{re.escape(UNFINISHED)}")
-_NAME = re.compile(rf"step-\d+({re.escape(REPLACED)})?")
+_UNFINISHED_NAME = re.compile(rf"step-[0-9]+\.[0-9a-f]{{8}}{re.escape(UNFINISHED)}")
+_NAME = re.compile(rf"step-[0-9]+({re.escape(REPLACED)})?")
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,8 @@ def folder_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-STAMPS = {str: {"bytes": int, "crc32": int}}
+STAMP = {"bytes": int, "crc32": int}
+STAMPS = {str: STAMP}
 MANIFESTS = {"step": int, "ranks": int, "serial": int, "files": STAMPS}
 """The shape of what ranks tell each other of files and manifests."""
 
@@ -73,7 +76,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Raises OSError."""
-        about = {"format": "mpisign checkpoint", "version": FORMAT_VERSION}
+        about = {"format": FORMAT, "version": FORMAT_VERSION}
         write_json(folder / MANIFEST, about | self.as_json())
 
     def as_json(self) -> dict[str, Any]:
@@ -82,14 +85,26 @@ class Manifest:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Manifest:
-        """The other way round. Raises ValueError, KeyError, TypeError, AttributeError if it is no whole manifest."""
-        files = {name: Stamp(**stamp) for name, stamp in content["files"].items()}
-        whole = cls(content["step"], content["ranks"], content["serial"], files)
-        if whole.step < 0 or len(files) != whole.ranks + 1:  # first the number: names are made for each rank
-            raise ValueError(f"a checkpoint of {whole.ranks} ranks cannot have {len(files)} files")
-        if files.keys() != {SHARED, *map(rank_file, range(whole.ranks))}:
-            raise ValueError("it names files that are not a checkpoint's")
-        return whole
+        """The other way round; nothing is made that is larger than ``content``.
+
+        Raises:
+            ValueError: it is no whole manifest; names the first field that cannot be.
+        """
+        step, ranks, serial = (
+            _number(content, name, least) for name, least in (("step", 0), ("ranks", 1), ("serial", 0))
+        )
+        files = content.get("files")
+        if not isinstance(files, dict):
+            raise ValueError(f"files is {_shown(files)}, and not the files with their sizes")
+        if len(files) != ranks + 1:  # first the number: names are made for each rank
+            raise ValueError(f"ranks is {ranks}, and files has {len(files)} instead of {ranks + 1}")
+        stamps = {}
+        for name in (SHARED, *map(rank_file, range(ranks))):
+            stamp: Any = files.get(name)
+            if not fits(stamp, STAMP) or not (0 <= stamp["bytes"] < LIMIT and 0 <= stamp["crc32"] < 2**32):
+                raise ValueError(f"files[{name!r}] is {_shown(stamp)}, and not a size and a CRC-32")
+            stamps[name] = Stamp(**stamp)
+        return cls(step, ranks, serial, stamps)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -97,18 +112,35 @@ class Manifest:
         path = folder / MANIFEST
         try:
             content = read_json(path)
-            if content["version"] != FORMAT_VERSION:
-                raise CheckpointError(
-                    f"{path} has format {content['version']} and this mpisign reads {FORMAT_VERSION}: "
-                    + ("pip install --upgrade mpisign" if content["version"] > FORMAT_VERSION else "it is too old")
-                )
-            return cls.from_json(content)
         except FileNotFoundError:
             raise CheckpointError(f"{folder} has no {MANIFEST}, so it is not a checkpoint of mpisign's") from None
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        except ValueError as error:
             raise CheckpointError(f"{path} is damaged, or of another program") from error
+        if content.get("format") != FORMAT or type(version := content.get("version")) is not int:
+            raise CheckpointError(f"{path} is of another program: its format is {_shown(content.get('format'))}")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format {_shown(version)} and this mpisign reads {FORMAT_VERSION}: "
+                + ("pip install --upgrade mpisign" if version > FORMAT_VERSION else "it is too old")
+            )
+        try:
+            return cls.from_json(content)
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged, or of another program: {error}") from error
+
+
+def _number(content: dict[str, Any], name: str, least: int) -> int:
+    """Raises ValueError."""
+    value = content.get(name)
+    if type(value) is not int or not least <= value < LIMIT:
+        raise ValueError(f"{name} is {_shown(value)}, and not an integer of at least {least}")
+    return value
+
+
+def _shown(value: object) -> str:
+    return "missing" if value is None else shown(value)
 
 
 def is_checkpoint(path: Path) -> bool:

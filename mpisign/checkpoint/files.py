@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 import zlib
 from io import FileIO
 from pathlib import Path
@@ -11,9 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Stamp", "damage", "read_json", "read_tensors", "sync_folder", "write_json", "write_tensors"]
+__all__ = ["Stamp", "damage", "open_regular", "read_json", "read_tensors", "sync_folder", "write_json", "write_tensors"]
 
 CHUNK_BYTES = 4 << 20
+JSON_LIMIT_BYTES = 64 << 20
 
 
 class Stamp(NamedTuple):
@@ -63,8 +66,9 @@ def write_tensors(path: Path, content: dict[str, Any]) -> Stamp:
 def read_tensors(path: Path) -> dict[str, Any]:
     """What :func:`write_tensors` has written, on the CPU; the tensors are in the file until they are copied.
 
-    No code in the file is executed.
+    No code in the file is executed. Raises whatever torch does, and OSError.
     """
+    open_regular(path).close()
     content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return content
 
@@ -73,16 +77,26 @@ def damage(path: Path, stamp: Stamp) -> str:
     """What is wrong with a file, or "". Reads all of it."""
     found, crc = 0, 0
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path) as file:
             chunk = bytearray(CHUNK_BYTES)
             while length := file.readinto(chunk):
                 found += length
                 crc = zlib.crc32(memoryview(chunk)[:length], crc)
     except OSError as error:
-        return f"{path} cannot be read: {error.strerror}"
+        return f"{path} cannot be read: {error.strerror or error}"
     if found != stamp.bytes:
         return f"{path} has {found} bytes and was saved with {stamp.bytes}"
     return "" if crc == stamp.crc32 else f"{path} is damaged: its checksum is not that of what was saved"
+
+
+def open_regular(path: Path) -> FileIO:
+    """A file to read. Raises OSError, also for what is no file of its own: a link, a folder, a pipe, a device.
+
+    To open a pipe would wait for who writes to it, and to open a device may do anything.
+    """
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is a link, a folder, a pipe or a device, and no regular file", str(path))
+    return FileIO(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -97,8 +111,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """What :func:`write_json` has written. Raises OSError, ValueError."""
-    content = json.loads(path.read_bytes())
-    if not isinstance(content, dict) or content.pop("crc32", None) != _crc(content):
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > JSON_LIMIT_BYTES:
+            raise ValueError(f"{path} is larger than any that is written")
+        read = file.readall()
+    try:
+        content = json.loads(read)
+        if isinstance(content, dict):
+            crc, whole = content.pop("crc32", None), _crc(content)
+    except RecursionError:
+        content = None
+    if not isinstance(content, dict) or type(crc) is not int or crc != whole:
         raise ValueError(f"{path} is damaged: its checksum is not that of what was saved")
     return content
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ from mpisign.checkpoint.saving import wait
 from mpisign.checkpoint.state import State, Stateful, map_tensors, reseed, set_random_state
 from mpisign.encoding import Optional, printable
 from mpisign.errors import CheckpointError, ConsistencyError
+from mpisign.memory.saved import checked
 from mpisign.session import Session, current
 
 __all__ = ["Resumed", "load", "newest"]
 
 ACT = "checkpoint.load()"
+SHARED_PARTS = {"model": dict, "optimizer": dict, "scheduler": object, "scaler": object, "step": int, "extra": object}
+OWN_PARTS = {"mpisign": object, "buffers": dict, "scaler": object, "random": dict}
 TOLD = (bool, [(str, str, Optional(directory.MANIFESTS))])
 
 
@@ -44,15 +48,18 @@ def newest(path: str | os.PathLike[str]) -> Path | None:
     Raises:
         CheckpointError: the directory cannot be read.
     """
-    session = current("checkpoint.newest()")
+    act = "checkpoint.newest()"
+    session = current(act)
     error, found = None, None
-    if session.rank == 0:
-        try:
-            found = next((folder.name for folder, _ in directory.find(Path(path))), None)
-        except CheckpointError as caught:
-            error = caught
-    latest = agree(session, "checkpoint.newest()", "no checkpoint", error, found, Optional(str))[0]
-    return None if latest is None else Path(path) / directory.name_of(latest)
+    with session.telling(act):
+        path = Path(path)
+    try:
+        if session.rank == 0:
+            found = next((folder.name for folder, _ in directory.find(path)), None)
+    except Exception as caught:  # whatever it is, the others must hear of it
+        error = caught
+    latest = agree(session, act, "no checkpoint", error, found, Optional(str))[0]
+    return None if latest is None else path / directory.name_of(latest)
 
 
 def load(
@@ -88,44 +95,45 @@ def load(
     """
     session = current(ACT)
     wait()
-    folder, manifest, left_out = _choose(session, Path(path))
+    with session.telling(ACT):
+        path = Path(path)
+    folder, manifest, left_out = _choose(session, path)
     error, extra = None, None
     try:
         shared, own = _read(folder, manifest, session)
-        model.load_state_dict(shared["model"])
+        _put_back("model", model, shared["model"])
         for name, target in (("optimizer", optimizer), ("scheduler", scheduler), ("scaler", scaler)):
             if target is not None:
                 if shared[name] is None:
                     raise CheckpointError(f"it was saved without {name}=")
-                target.load_state_dict(_owned(shared[name]))
+                _put_back(name, target, _owned(shared[name]))
         extra = _owned(shared["extra"])
         if manifest.ranks == session.size:
             set_random_state(own["random"])
         else:
             reseed(own["random"], session.rank, session.size)
-    except Exception as caught:  # whatever it is, the others must hear of it
-        error = caught
-    agree(session, ACT, f"{folder} does not fit", error)
-    if session.rank == 0:
-        if left_out:
+        if session.rank == 0 and left_out:  # here, as a warning may be an error
             warnings.warn(f"training goes on from {folder}, as {'; '.join(left_out)}", stacklevel=2)
-        if manifest.ranks != session.size:
+        if session.rank == 0 and manifest.ranks != session.size:
             warnings.warn(
                 f"{folder} was saved by {manifest.ranks} ranks and this job has {session.size}: every rank goes on "
                 f"with the mean of the old ranks' memories and fresh random numbers (see mpisign.checkpoint.load)",
                 stacklevel=2,
             )
+    except Exception as caught:  # whatever it is, the others must hear of it
+        error = caught
+    agree(session, ACT, f"{folder} does not fit", error)
     return Resumed(manifest.step, extra, folder, manifest.ranks)
 
 
 def _choose(session: Session, path: Path) -> tuple[Path, Manifest, list[str]]:
     """The checkpoint to load, and what is wrong with those that were preferred to it. **Collective.**"""
     error, found = None, None
-    if session.rank == 0:
-        try:
+    try:
+        if session.rank == 0:
             found = _told(*_candidates(path))
-        except CheckpointError as caught:
-            error = caught
+    except Exception as caught:  # whatever it is, the others must hear of it
+        error = caught
     told = agree(session, ACT, f"{path} cannot be loaded", error, found, Optional(TOLD))[0]
     if told is None:
         raise ConsistencyError(f"{ACT}: rank 0 has not said what there is to load (this is rank {session.rank})")
@@ -133,10 +141,13 @@ def _choose(session: Session, path: Path) -> tuple[Path, Manifest, list[str]]:
     wrong: list[str] = []
     manifest: Manifest | str
     for name, unreadable, content in candidates:
-        named = one and name == path.name  # then it need not be called as one; paths are each rank's own: mounts differ
-        folder = path if named else (path.parent if one else path) / directory.name_of(name)
-        manifest = _manifest(content) if content is not None else printable(unreadable) or f"{folder} is unreadable"
-        problem = manifest if isinstance(manifest, str) else _find_damage(session, folder, manifest)
+        with session.telling(ACT):
+            named = one and name == path.name  # then it need not be called as one
+            # Paths are each rank's own: mounts differ.
+            folder = path if named else (path.parent if one else path) / directory.name_of(name)
+            manifest = _manifest(content) if content is not None else printable(unreadable) or f"{folder} is unreadable"
+            found_here = manifest if isinstance(manifest, str) else _damage_in_my_share(session, folder, manifest)
+        problem = _first_problem(session, found_here)
         if not problem and isinstance(manifest, Manifest):
             break
         wrong.append(problem)
@@ -182,30 +193,67 @@ def _candidates(path: Path) -> tuple[bool, list[tuple[str, Manifest | str]]]:
     return True, [(path.name, wanted), *others]
 
 
-def _find_damage(session: Session, folder: Path, manifest: Manifest) -> str:
-    """What is wrong with a checkpoint's files, each read by one rank, or "". **Collective.**"""
+def _damage_in_my_share(session: Session, folder: Path, manifest: Manifest) -> str:
+    """What is wrong with the files of a checkpoint that this rank reads for all, or ""."""
     mine = [name for at, name in enumerate(sorted(manifest.files)) if at % session.size == session.rank]
-    problem = next(filter(None, (damage(folder / name, manifest.files[name]) for name in mine)), "")
-    problems = session.gather_values([problem, platform.node()], (str, str), ACT)
+    return next(filter(None, (damage(folder / name, manifest.files[name]) for name in mine)), "")
+
+
+def _first_problem(session: Session, mine: str) -> str:
+    """Of what the ranks have found, or "". **Collective.**"""
+    problems = session.gather_values([mine, platform.node()], (str, str), ACT)
     said = (f"{problem} (rank {rank} on {node})" for rank, (problem, node) in enumerate(problems) if problem)
     return printable(next(said, ""))
 
 
 def _read(folder: Path, manifest: Manifest, session: Session) -> tuple[State, State]:
     """What is shared, with this rank's own in its place, and the rest of this rank's."""
-    shared = read_tensors(folder / directory.SHARED)
+    shared = _parts(folder / directory.SHARED, SHARED_PARTS)
+    if shared["step"] != manifest.step:
+        raise CheckpointError(f"{folder / directory.SHARED} is not of step {manifest.step}, of which its manifest is")
     files = [folder / directory.rank_file(rank) for rank in range(manifest.ranks)]
     if manifest.ranks == session.size:
-        own = read_tensors(files[session.rank])
+        own = _parts(files[session.rank], OWN_PARTS)
+        strange = sorted(map(str, own["buffers"].keys() - shared["model"].keys()))
+        if strange:
+            raise CheckpointError(
+                f"{files[session.rank]}: 'buffers' has {strange[0]!r}, which the model in {directory.SHARED} has not"
+            )
         shared["model"].update(own["buffers"])
         shared["scaler"] = own["scaler"]
         memory = own["mpisign"]
     else:
-        own = read_tensors(files[0])
+        kept = [_parts(file, OWN_PARTS) for file in files]  # nothing is read of it yet but what there is
+        for file, its in zip(files, kept, strict=True):
+            if its["mpisign"] is not None:
+                checked(its["mpisign"], None, str(file))
+        own = kept[0]
         memory = merged(files, session.rank, session.size)
     if memory is not None:
         shared["optimizer"]["mpisign"] = memory
     return shared, own
+
+
+def _parts(file: Path, parts: Mapping[str, type]) -> State:
+    """What a file holds, by name and type. Raises CheckpointError, naming what is missing or of another type."""
+    content = read_tensors(file)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds a {type(content).__name__} instead of {', '.join(parts)}")
+    for name, kind in parts.items():
+        if name not in content or not isinstance(content[name], kind):
+            found = f"of type {type(content[name]).__name__}" if name in content else "missing"
+            raise CheckpointError(f"{file}: {name!r} is {found}, so this is no checkpoint of mpisign's")
+    return content
+
+
+def _put_back(name: str, target: Any, state: State) -> None:
+    """Raises CheckpointError that names the part, whatever goes wrong in it."""
+    try:
+        target.load_state_dict(state)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch's and users' own
+        raise CheckpointError(f"the saved {name} does not load: {type(error).__name__}: {error}") from error
 
 
 def _owned(tree: Any) -> Any:

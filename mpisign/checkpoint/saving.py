@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import shutil
 import threading
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mpisign.checkpoint import directory
+from mpisign.checkpoint import directory, owner
 from mpisign.checkpoint.agreement import agree
 from mpisign.checkpoint.files import Stamp, write_tensors
 from mpisign.checkpoint.state import Snapshot, State, Stateful, check_loadable, collect
@@ -28,7 +29,7 @@ POLL_SECONDS = 0.05  # how often rank 0's thread looks whether another rank's is
 
 _snapshot = Snapshot()
 _pending: _Save | None = None
-_waited_for_in: Session | None = None  # the session that will not be left before the pending save is done
+_saves_in: Session | None = None  # the session that will not be left before the pending save is done
 
 
 def save(
@@ -50,7 +51,9 @@ def save(
     wait for the slowest one's disk: let a ``stall_timeout`` of :func:`mpisign.init` be longer than that takes.
 
     Args:
-        path: on a file system that all nodes share; used by no other job at the same time.
+        path: on a file system that all nodes share. It is this job's from its first save to its end, which
+            ``owner.json`` there says: another job that saves there gets an error. One that has ended, or was killed,
+            leaves it to the next: on the same host or as the same SLURM job at once, else after five minutes.
         model: its parameters are the same on all ranks; buffers may differ and are saved for each rank. Of a
             ``DistributedDataParallel`` pass ``.module``.
         optimizer: a :class:`~mpisign.DistributedSignOptimizer`, or a plain one that is the same on all ranks.
@@ -69,16 +72,16 @@ def save(
         The checkpoint's folder, ``path/step-00000120``.
 
     Raises:
-        CheckpointError: on every rank, naming the rank that could not write and why. Also for an earlier
-            asynchronous save.
+        CheckpointError: on every rank, naming the rank that could not write and why, or the job whose directory it is.
+            Also for an earlier asynchronous save.
         ConsistencyError: ranks are at different steps, or pass different options.
         OptionError: an impossible option.
     """
-    for name, value, least in (("step", step, 0), ("keep", keep, 1)):
-        if not isinstance(value, int) or value < least:
-            raise OptionError(f"{name}={value!r} must be an integer of at least {least}")
     session = current(ACT)
+    _begin(session)
     wait()
+    with session.telling(ACT):
+        path, step, keep = Path(path), _integer("step", step, 0), _integer("keep", keep, 1)
     error, files, made = None, dict[str, State](), None
     said = {"step": step, "keep": keep, "asynchronous": asynchronous}
     try:
@@ -89,7 +92,9 @@ def save(
         if session.rank == 0:
             files[directory.SHARED] = {**shared, "step": step, "extra": extra}
             check_loadable(files[directory.SHARED])
-            made = directory.begin(Path(path), step)
+            path.mkdir(parents=True, exist_ok=True)
+            owner.claim(path, owner.me(session.token))
+            made = directory.begin(path, step)
         if asynchronous:
             files = _snapshot.of(files)
     except Exception as caught:  # whatever it is, the others must hear of it
@@ -99,9 +104,9 @@ def save(
         _demand_same(session, [said for said, _ in everyone])
     except MpisignError:
         if made is not None:
-            made.rmdir()
+            shutil.rmtree(made, ignore_errors=True)
         raise
-    written = Path(path) / directory.unfinished(everyone[0][1])
+    written = path / directory.unfinished(everyone[0][1])
     final = written.with_name(directory.folder_of(step))
     saving = _Save(session, session.group.identities, session.rank, written, final, step, keep)
     if asynchronous:
@@ -110,6 +115,17 @@ def save(
         saving.write(files)
         saving.finish(ACT)
     return saving.folder
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    """Raises OptionError."""
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not least <= number < directory.LIMIT:
+        raise OptionError(f"{name}={value!r} must be an integer of at least {least}")
+    return number
 
 
 def wait() -> None:
@@ -124,12 +140,18 @@ def wait() -> None:
         saving.finish("checkpoint.wait()")
 
 
+def _begin(session: Session) -> None:
+    """Before the first save in a session: at its end the pending one is waited for, and the directory left."""
+    global _saves_in
+    if session is not _saves_in:
+        _saves_in = session
+        session.farewells.callback(owner.release_all)
+        session.farewells.callback(wait)
+
+
 def _let_run(saving: _Save, files: dict[str, State]) -> None:
-    global _pending, _waited_for_in
+    global _pending
     _pending = saving
-    if saving.session is not _waited_for_in:
-        _waited_for_in = saving.session
-        saving.session.farewells.callback(wait)
     saving.start(files)
 
 
@@ -180,8 +202,13 @@ class _Save:
 
     def start(self, files: dict[str, State]) -> None:
         """The same in a thread, which ends with the process, and the commit too if all ranks' threads are done."""
-        self._thread = threading.Thread(target=self._run, args=(files,), name="mpisign checkpoint", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(files,), name="mpisign checkpoint", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as caught:  # the system allows no more
+            self._error = caught
+        else:
+            self._thread = thread
 
     def _run(self, files: dict[str, State]) -> None:
         # No MPI here: it need not stand threads, and the channel belongs to training. Ranks meet in the folder.
@@ -241,5 +268,6 @@ class _Save:
             self._commit(directory.stamps_of_ranks(told))
 
     def _commit(self, stamps: dict[str, Stamp]) -> None:
+        owner.check(self.written.parent, self.session.token)
         directory.commit(self.written, stamps, self.step, len(self.identities), self.keep)
         self._committed = True

@@ -118,7 +118,16 @@ def random_state() -> State:
 
 
 def set_random_state(state: State) -> None:
-    """Put back what :func:`random_state` has given."""
+    """Put back what :func:`random_state` has given. Raises CheckpointError if it is something else."""
+    try:
+        _set_random_state(state)
+    except Exception as error:  # each generator has errors of its own
+        raise CheckpointError(
+            f"'random', the states of random number generators, cannot be put back: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _set_random_state(state: State) -> None:
     key = state["numpy"]["state"]["key"].numpy().astype(np.uint32)
     random.setstate(state["python"])
     numpy = {**state["numpy"], "state": {"key": key, "pos": state["numpy"]["state"]["pos"]}}
@@ -130,7 +139,10 @@ def set_random_state(state: State) -> None:
 
 def reseed(state: State, rank: int, size: int) -> None:
     """Seed the generators anew: different on each rank, and the same whenever it goes on from the same state."""
-    words = hashlib.blake2b(state["torch"].numpy().tobytes() + f"{rank} of {size}".encode(), digest_size=8).digest()
+    saved = state.get("torch")
+    if not isinstance(saved, torch.Tensor):
+        raise CheckpointError("'random' lacks the state of torch's random number generator, 'torch'")
+    words = hashlib.blake2b(saved.numpy().tobytes() + f"{rank} of {size}".encode(), digest_size=8).digest()
     seed = int.from_bytes(words, "little")
     random.seed(seed)
     np.random.seed([seed % 2**32, seed >> 32])  # noqa: NPY002

@@ -14,7 +14,7 @@ from mpisign.exchange.choose import Exchange
 from mpisign.exchange.header import Heard
 from mpisign.exchange.plan import Plan
 from mpisign.layout import Segment
-from mpisign.session import current
+from mpisign.session import Session, current
 
 __all__ = ["agreement"]
 
@@ -28,12 +28,22 @@ def agreement(plan: Plan, step: int, said: Sequence[Heard]) -> list[float]:
     Raises:
         MpisignError: another step, or group, has the buffers.
     """
+    session = current("agreement()")
+    with session.telling("agreement()"):
+        share = _share(plan, step, said, session)
+    heard_shares = session.gather_bytes(np.float64(share).tobytes(), "agreement()", limit=8)
+    if any(len(message) != 8 for message in heard_shares):
+        raise ConsistencyError("agreement(): a rank has sent no share: run one version of mpisign on every rank")
+    return [float(np.frombuffer(message, np.float64)[0]) for message in heard_shares]
+
+
+def _share(plan: Plan, step: int, said: Sequence[Heard], session: Session) -> float:
+    """This rank's. Raises MpisignError."""
     if step != plan.use.step:
         raise MpisignError(
             f"the bitmaps of step {step} are gone (the latest is {plan.use.step}): ask for agreement() "
             f"before the next step"
         )
-    session = current("agreement()")
     if session.group is not plan.group:
         raise MpisignError(
             f"the group that voted in step {step} is no more (ranks have left, or mpisign was shut down): ask for "
@@ -49,11 +59,7 @@ def agreement(plan: Plan, step: int, said: Sequence[Heard]) -> list[float]:
                 if heard.votes[session.rank, place]:
                     same, both = _agreement(plan, exchange, segment, place, heard, session.rank)
                     agree, spoken = agree + same, spoken + both
-    share = int(agree) / int(spoken) if int(spoken) else float("nan")
-    heard_shares = session.gather_bytes(np.float64(share).tobytes(), "agreement()", limit=8)
-    if any(len(message) != 8 for message in heard_shares):
-        raise ConsistencyError("agreement(): a rank has sent no share: run one version of mpisign on every rank")
-    return [float(np.frombuffer(message, np.float64)[0]) for message in heard_shares]
+    return int(agree) / int(spoken) if int(spoken) else float("nan")
 
 
 def _agreement(

@@ -14,10 +14,9 @@ from mpisign.bitmap.tensors import flat, strides_of
 from mpisign.errors import CheckpointError
 from mpisign.group import Group
 from mpisign.memory.memory import Memory, State
+from mpisign.memory.saved import STATE_VERSION, checked
 
 __all__ = ["MemoryStore", "state_dtype"]
-
-STATE_VERSION = 2
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -278,7 +277,7 @@ class MemoryStore:
         """A new store with the state that :meth:`state_dict` saved, or a fresh one, with a warning why.
 
         Raises:
-            CheckpointError: saved by a job of another size, by a newer version, or for other parameters.
+            CheckpointError: saved by a job of another size, by a newer version, for other parameters, or damaged.
         """
         store = MemoryStore(self._usual)
         store._memories, store._place = dict(memories), (group.rank, group.size)
@@ -289,11 +288,7 @@ class MemoryStore:
             if fields:
                 warnings.warn(fresh + "this is the state of a plain optimizer, which has none", stacklevel=3)
             return store
-        if saved["version"] > STATE_VERSION:
-            raise CheckpointError(
-                f"rank {group.rank}: this state has version {saved['version']}, written by a newer mpisign; this one "
-                f"reads {STATE_VERSION}: pip install --upgrade mpisign"
-            )
+        saved = checked(saved, parameters, f"rank {group.rank}")
         if saved["size"] != group.size:
             raise CheckpointError(
                 f"rank {group.rank}: this state was saved by a job of {saved['size']} ranks and this one has "
@@ -301,9 +296,8 @@ class MemoryStore:
                 f"up with state_dict.pop('mpisign')"
             )
         # Of all ranks the same, so that it is taken from another rank's state, too.
-        store.rows = {parameters[place] for place in saved.get("rows", ()) if place < len(parameters)}
-        others = saved.get("others", {})
-        theirs = [others.get(place, saved["memory_of"]) for place in range(len(parameters))]
+        store.rows = {parameters[place] for place in saved["rows"]}
+        theirs = [saved["others"].get(place, saved["memory_of"]) for place in range(len(parameters))]
         if saved["rank"] != group.rank or theirs != names:
             if fields:
                 warnings.warn(
@@ -312,27 +306,34 @@ class MemoryStore:
                     stacklevel=3,
                 )
             return store
-        for place in (place for part in ("memory", "pieces", "rates") for place in saved.get(part, {})):
-            if place not in range(len(parameters)):
-                raise CheckpointError(
-                    f"rank {group.rank}: this state has a memory of parameter {place}, and this model has "
-                    f"{len(parameters)} parameters: load the state of the same model"
-                )
         for place, state in saved["memory"].items():
-            for field, value in state.items():
-                if value.shape != parameters[place].shape:
-                    raise CheckpointError(
-                        f"rank {group.rank}: the saved {field} of parameter {place} has shape {tuple(value.shape)}, "
-                        f"which is not this model's: load the state of the same model"
-                    )
             parameter = parameters[place]
+            for field in dict.fromkeys((*store.memory_of(parameter).fields, *state)):
+                if field not in state or field not in store.memory_of(parameter).fields:
+                    what = "missing" if field not in state else f"none of {saved['method']}'s fields"
+                    raise CheckpointError(
+                        f"rank {group.rank}: in this state ['mpisign']['memory'][{place}][{field!r}] is {what}: it is "
+                        f"damaged, or of another method"
+                    )
+                if state[field].shape != parameter.shape:
+                    raise CheckpointError(
+                        f"rank {group.rank}: the saved {field} of parameter {place} has shape "
+                        f"{tuple(state[field].shape)}, which is not this model's: load the state of the same model"
+                    )
             store._states[parameter] = Laid({field: _lay(parameter, value) for field, value in state.items()})
-        for place, pieces in saved.get("pieces", {}).items():
-            store._former[parameters[place]] = {lo: value.to(parameters[place].device) for lo, value in pieces.items()}
-        store.unsummed = saved.get("unsummed", False)
+        for place, pieces in saved["pieces"].items():
+            parameter = parameters[place]
+            for lo, value in pieces.items():
+                if lo + value.numel() > parameter.numel():
+                    raise CheckpointError(
+                        f"rank {group.rank}: ['mpisign']['pieces'][{place}][{lo}] of this state has {value.numel()} "
+                        f"elements, which parameter {place} has not: load the state of the same model"
+                    )
+            store._former[parameter] = {lo: value.to(parameter.device) for lo, value in pieces.items()}
+        store.unsummed = saved["unsummed"]
         if store.secret or any(memory.private for memory in memories.values()):
-            store.secret = saved.get("secret") or store.secret
-        store._rates = {parameters[place]: rate for place, rate in saved.get("rates", {}).items()}
+            store.secret = saved["secret"] or store.secret
+        store._rates = {parameters[place]: rate for place, rate in saved["rates"].items()}
         return store
 
 

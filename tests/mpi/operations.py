@@ -83,12 +83,13 @@ def broadcast_parameters(root: int) -> Prepare:
     return lambda folder: lambda: mpisign.broadcast_parameters(tensors, root_rank=root % mpisign.size())
 
 
-def broadcast_state(root: int) -> Prepare:
+def broadcast_state(root: int, stepped: bool = True) -> Prepare:
     def prepare(folder: Path) -> Operation:
         tensors = parts.parameters(*SHAPES)
         adam = torch.optim.AdamW(tensors, lr=0.1)
         parts.give(tensors, parts.draw_normal(tensors))
-        adam.step()
+        if stepped:
+            adam.step()
         optimizer = mpisign.DistributedSignOptimizer(adam, method=mpisign.mean())
         return lambda: mpisign.broadcast_optimizer_state(optimizer, root_rank=root % mpisign.size())
 

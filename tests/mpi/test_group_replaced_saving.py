@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from checkpoints import names
 from resumable import Job, assert_equal
 
 import mpisign
@@ -31,10 +32,6 @@ def folder(comm: MPI.Comm, tmp_path: Path) -> Path:
     """The same on all ranks."""
     shared: Path = comm.bcast(tmp_path)
     return shared
-
-
-def names(path: Path) -> list[str]:
-    return sorted(entry.name for entry in path.iterdir())
 
 
 @contextmanager

@@ -222,8 +222,8 @@ class Noted:
         (lambda talk: talk.spread_bytes(b"x", 0, ACT), ["Iallgather", "Ibcast"]),
         (lambda talk: talk.gather_values(1, int, ACT), ["Iallgather", "Iallgatherv"]),
         (lambda talk: talk.spread_value(1, int, 0, ACT), ["Iallgather", "Ibcast"]),
-        (lambda talk: talk.gather_objects(1, ACT), ["Iallgather", "Iallgatherv"]),
-        (lambda talk: talk.spread_object(1, 0, ACT), ["Iallgather", "Ibcast"]),
+        (lambda talk: talk.gather_objects(1, ACT), ["Iallgather", "Iallgatherv", "Iallgather"]),
+        (lambda talk: talk.spread_object(1, 0, ACT), ["Iallgather", "Ibcast", "Iallgather"]),
         (lambda talk: talk.compare(["x"], 0, 0, ACT), ["Iallgather", "Ibcast"] * 2),
     ],
 )
