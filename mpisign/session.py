@@ -8,10 +8,8 @@ keeps no group of its own: a group can be replaced between two steps.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mpisign import timeline as timelines
+from mpisign.alarm import ring
 from mpisign.errors import AlreadyInitializedError, ConsistencyError, MpisignError, NotInitializedError, OptionError
 from mpisign.group import Group, check_node_map
 from mpisign.launch import check_not_alone
@@ -245,7 +244,7 @@ def _write_timeline(session: Session, path: str) -> None:
 
 
 def _shutdown_at_exit() -> None:
-    """And then MPI_Finalize, where Python stands still and only the system can look at the time.
+    """And then MPI_Finalize, where Python stands still and only another process can look at the time.
 
     It waits for every process that mpirun has started. If some are no ranks of this group, they may train for long yet.
     """
@@ -255,9 +254,11 @@ def _shutdown_at_exit() -> None:
         return
     from mpi4py import MPI
 
-    if not MPI.Is_finalized() and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL:
-        with contextlib.suppress(OverflowError):  # so long that it is for ever
-            signal.setitimer(signal.ITIMER_REAL, seconds + TEARDOWN_SECONDS)
+    if MPI.Is_finalized():
+        return
+    text = f"MPI has not ended within {seconds:g} s; stall_timeout is over. Some process of the job does not exit"
+    if (shell := ring(seconds + TEARDOWN_SECONDS, text)) is not None:
+        shell.returncode = 0  # which nobody waits for
 
 
 def _abort_on_exception(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
