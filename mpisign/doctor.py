@@ -52,6 +52,9 @@ def examine() -> list[Finding]:
     """Run every check; what all ranks have found, the same on each. **Collective.**
 
     Starts MPI, and joins the job if not done yet; if that fails, the findings are this rank's own.
+
+    Raises:
+        NotInitializedError: this process is a child of a rank.
     """
     findings = list(_versions())
     try:
@@ -61,9 +64,10 @@ def examine() -> list[Finding]:
     except (LaunchError, ImportError, RuntimeError) as error:
         return [*findings, Finding(FAIL, "MPI", f"{type(error).__name__}: {error}", _IMPORT_ADVICE)]
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (_mpi, _slurm, _ranks, _binding, _ulfm, _vote, _gpus)
-    for check in checks:
-        findings += check()
-    findings = _of_all_ranks(findings)
+    with session.operation(ACT):
+        for check in checks:
+            findings += check()
+        findings = _of_all_ranks(findings)
     if mine:
         session.shutdown()
     return findings

@@ -14,7 +14,7 @@ from mpisign import trees
 from mpisign.encoding import Optional, printable
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.method import Method
-from mpisign.session import Session, current
+from mpisign.session import Session, current, operation
 from mpisign.talk import minority
 
 __all__ = [
@@ -37,6 +37,7 @@ class HasState(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
+@operation("broadcast_object()")
 def broadcast_object(obj: Any, root_rank: int = 0) -> Any:
     """Return ``root_rank``'s object on every rank.
 
@@ -51,6 +52,7 @@ def broadcast_object(obj: Any, root_rank: int = 0) -> Any:
     return session.spread_object(obj, root_rank, "broadcast_object()")
 
 
+@operation("allgather_object()")
 def allgather_object(obj: Any) -> list[Any]:
     """Return every rank's object, in the order of the ranks, on every rank.
 
@@ -62,6 +64,7 @@ def allgather_object(obj: Any) -> list[Any]:
     return current("allgather_object()").gather_objects(obj, "allgather_object()")
 
 
+@operation("broadcast_parameters()")
 def broadcast_parameters(
     parameters: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]], root_rank: int = 0
 ) -> None:
@@ -94,6 +97,7 @@ def broadcast_parameters(
     _broadcast_tensors([tensor for _, tensor in named], root_rank, session)
 
 
+@operation("broadcast_optimizer_state()")
 def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     """Give every rank ``root_rank``'s optimizer state and group options (learning rates and so on).
 
@@ -180,6 +184,7 @@ def _new_tensors(shapes: Sequence[Any], root_rank: int) -> list[torch.Tensor]:
         raise ConsistencyError(f"rank {root_rank} has sent tensors that cannot be made here: {error}") from error
 
 
+@operation("check_consistency()")
 def check_consistency(model: torch.nn.Module, optimizer: HasState | None = None, *, buffers: bool = True) -> None:
     """Raise :class:`ConsistencyError` unless all ranks hold bit-identical parameters, buffers and groups.
 

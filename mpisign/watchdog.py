@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpisign.alarm import traceback_after
 from mpisign.errors import ConsistencyError
@@ -134,6 +134,19 @@ class Watchdog:
                 warn_at *= 2
             if self._is_over(clock):
                 self._give_up(waited, presence.missing())
+
+    def wait_for_thread(self, lock: Any, what: str, number: Callable[[], int]) -> None:
+        """Acquire a lock that another thread has during an operation; ``number`` tells one operation from the next."""
+        clock, warn_at, began = _Clock(), self._warning, number()
+        while not lock.acquire(timeout=STOPPED_SECONDS / 10):
+            if number() != began:
+                clock, warn_at, began = _Clock(), self._warning, number()
+            waited, where = clock.tick(), f"{what}, for another thread of this process, which is in {self._where()}"
+            if warn_at is not None and waited >= warn_at:
+                logger.warning("%s", self._stalled(waited, "", where))
+                warn_at *= 2
+            if self._is_over(clock):
+                self._give_up(waited, "", where)
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:

@@ -17,7 +17,7 @@ from mpisign.checkpoint.files import Stamp, write_tensors
 from mpisign.checkpoint.state import Snapshot, State, Stateful, check_loadable, collect
 from mpisign.encoding import Optional
 from mpisign.errors import CheckpointError, ConsistencyError, MpisignError, OptionError
-from mpisign.session import Session, current
+from mpisign.session import Session, current, operation
 from mpisign.talk import minority
 
 __all__ = ["save", "wait"]
@@ -31,6 +31,7 @@ _pending: _Save | None = None
 _waited_for_in: Session | None = None  # the session that will not be left before the pending save is done
 
 
+@operation(ACT)
 def save(
     path: str | os.PathLike[str],
     *,
@@ -118,6 +119,12 @@ def wait() -> None:
     Raises:
         CheckpointError: on every rank, naming the rank that could not write and why.
     """
+    if _pending is not None:
+        with operation("checkpoint.wait()"):
+            _finish()
+
+
+def _finish() -> None:
     global _pending
     saving, _pending = _pending, None
     if saving is not None:
@@ -129,7 +136,7 @@ def _let_run(saving: _Save, files: dict[str, State]) -> None:
     _pending = saving
     if saving.session is not _waited_for_in:
         _waited_for_in = saving.session
-        saving.session.farewells.callback(wait)
+        saving.session.farewells.callback(_finish)
     saving.start(files)
 
 
