@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from mpisign import trees
+from mpisign.cuts import cut
 from mpisign.encoding import Optional, printable
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.method import Method
@@ -262,7 +263,9 @@ def _broadcast_tensors(tensors: Sequence[torch.Tensor], root_rank: int, session:
         pieces = [_as_bytes(tensor) for tensor in chunk]
         message = np.concatenate(pieces) if len(pieces) > 1 else np.ascontiguousarray(pieces[0])
         with session.tracer.span("broadcast of tensors"):
-            session.wait(session.post(session.group.comm.Ibcast(message, root=root_rank), message))
+            for start, length in cut(message.size):
+                part = message[start : start + length]
+                session.wait(session.post(session.group.comm.Ibcast(part, root=root_rank), message, part))
         if session.rank == root_rank:
             continue
         start = 0

@@ -29,6 +29,7 @@ LAYERS = [
         "trees",
         "presence",
         "alarm",
+        "cuts",
         "processes",
     },
     {"watchdog", "turns", "group", "talk", "timeline", "session"},
