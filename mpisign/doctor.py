@@ -53,6 +53,9 @@ def examine() -> list[Finding]:
     """Run every check; what all ranks have found, the same on each. **Collective.**
 
     Starts MPI, and joins the job if not done yet; if that fails, the findings are this rank's own.
+
+    Raises:
+        NotInitializedError: this process is a child of a rank.
     """
     findings = list(_versions())
     try:
@@ -63,10 +66,11 @@ def examine() -> list[Finding]:
         return [*findings, Finding(FAIL, "MPI", f"{type(error).__name__}: {error}", _IMPORT_ADVICE)]
     checks: list[Callable[[], Iterator[Finding]]]
     checks = [_mpi, _slurm, _ranks, _binding, _ulfm, _arithmetic, _vote, _gpus]
-    for check in checks:
-        with session.current().telling(ACT):
-            findings += check()
-    findings = _of_all_ranks(findings)
+    with session.operation(ACT):
+        for check in checks:
+            with session.current().telling(ACT):
+                findings += check()
+        findings = _of_all_ranks(findings)
     if mine:
         session.shutdown()
     return findings

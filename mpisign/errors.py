@@ -26,7 +26,7 @@ class MpisignError(Exception):
 
 
 class NotInitializedError(MpisignError, RuntimeError):
-    """A function that needs the job's ranks was called before :func:`mpisign.init`."""
+    """A function that needs the job's ranks was called before :func:`mpisign.init`, or in a process that is no rank."""
 
 
 class AlreadyInitializedError(MpisignError, RuntimeError):
@@ -34,7 +34,7 @@ class AlreadyInitializedError(MpisignError, RuntimeError):
 
 
 class LaunchError(MpisignError, RuntimeError):
-    """The launcher started several processes, but MPI in this one sees only itself."""
+    """MPI cannot run here: it is not installed, sees only this one of several processes, or this is no rank."""
 
 
 class ConsistencyError(MpisignError, RuntimeError):

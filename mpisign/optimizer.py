@@ -24,7 +24,7 @@ from mpisign.method import Method
 from mpisign.methods import signum
 from mpisign.policy import Policy, check_positive
 from mpisign.report import StepReport
-from mpisign.session import Session, current, is_initialized
+from mpisign.session import Session, current, is_initialized, known, operation
 from mpisign.trees import shown
 
 __all__ = ["DistributedSignOptimizer"]
@@ -127,8 +127,8 @@ class DistributedSignOptimizer(Optimizer):
         self._exchanges = 0
         self._epoch: int | None = None  # until somebody says
         self.__setstate__({})
-        current("DistributedSignOptimizer()")
-        self._current_plan()
+        with operation("DistributedSignOptimizer()"):
+            self._current_plan()
         if any(one.elects for one in self._methods()):
             wrapping.warn_if_adaptive(optimizer)
 
@@ -149,6 +149,7 @@ class DistributedSignOptimizer(Optimizer):
 
     # -------------------------------------------------------------------------------------------- a step
 
+    @operation("DistributedSignOptimizer.synchronize()")
     def synchronize(self) -> None:
         """Replace every ``p.grad`` by the ranks' decision, without a step. **Collective.**
 
@@ -249,18 +250,19 @@ class DistributedSignOptimizer(Optimizer):
             )
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        try:
-            if not self._skip and self._told_plan().exchanges_models:
-                self._step_and_mix()
-                return loss
-            applied = self._synchronize_if_due()
-        except BaseException:
-            for left in ("found_inf", "grad_scale"):  # GradScaler takes them back only if step() returns
-                self.__dict__.pop(left, None)
-            raise
-        self._synchronized = False
-        if self.report is not None and not self.report.skipped and not applied:
-            self.wrapped.step()
+        with operation("DistributedSignOptimizer.step()"):
+            try:
+                if not self._skip and self._told_plan().exchanges_models:
+                    self._step_and_mix()
+                    return loss
+                applied = self._synchronize_if_due()
+            except BaseException:
+                for left in ("found_inf", "grad_scale"):  # GradScaler takes them back only if step() returns
+                    self.__dict__.pop(left, None)
+                raise
+            self._synchronized = False
+            if self.report is not None and not self.report.skipped and not applied:
+                self.wrapped.step()
         return loss
 
     def _step_and_mix(self) -> None:
@@ -292,6 +294,7 @@ class DistributedSignOptimizer(Optimizer):
         """Tell methods that change with the epoch (DGC's warm-up) where training is, on every rank, from 0."""
         self._epoch = wrapping.epoch_number(epoch)
 
+    @operation("DistributedSignOptimizer.join()")
     def join(self) -> int:
         """Sit out, abstaining, until every rank has called ``join()``. **Collective.**
 
@@ -396,7 +399,7 @@ class DistributedSignOptimizer(Optimizer):
             before(self)
         with wrapping.without_methods(self.wrapped):
             state: dict[str, Any] = self.wrapped.state_dict()
-        group = current().group if is_initialized() else None
+        group = known("state_dict()").group if is_initialized() else None
         state["mpisign"] = self._memory.state_dict(
             self._parameters(), self._exchanges, self._epoch, self.method.name, group
         )

@@ -8,27 +8,29 @@ keeps no group of its own: a group can be replaced between two steps.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import os
 import secrets
-import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mpisign import timeline as timelines
+from mpisign.alarm import ring
 from mpisign.errors import AlreadyInitializedError, ConsistencyError, MpisignError, NotInitializedError, OptionError
 from mpisign.group import Group, check_node_map
 from mpisign.launch import check_not_alone
 from mpisign.policy import check_positive
 from mpisign.presence import Presence
+from mpisign.processes import check_may_start, whose_child
 from mpisign.talk import Talk, minority
 from mpisign.trace import Tracer
+from mpisign.turns import Turns
 from mpisign.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -41,10 +43,12 @@ __all__ = [
     "device",
     "init",
     "is_initialized",
+    "known",
     "local_rank",
     "local_size",
     "node_rank",
     "num_nodes",
+    "operation",
     "rank",
     "shutdown",
     "size",
@@ -67,6 +71,7 @@ class Session(Talk):
         pickle: whether users' objects may be pickled.
         token: what the job is called, at random; the same on all ranks.
         farewells: done when all leave together, and may be collective.
+        turn: what a thread of this process must have to talk to other ranks.
     """
 
     def __init__(self, group: Group, watchdog: Watchdog, tracer: Tracer, *, pickle: bool = True) -> None:
@@ -74,9 +79,9 @@ class Session(Talk):
         self.process = os.getpid()
         self.token = secrets.token_hex(8)
         self.farewells = ExitStack()
-        self.farewells.callback(
-            self._free
-        )  # the last, and also if one before it has failed here: the others free theirs
+        # The last, and also if one before it has failed here: the others free theirs.
+        self.farewells.callback(self._free)
+        self.turn = Turns(watchdog)
         self._optimizers = 0
         self._previous_hook: Callable[..., Any] | None = None
         self.replace(group)
@@ -108,14 +113,49 @@ class Session(Talk):
 
 
 _session: Session | None = None
+_joining = threading.Lock()
 _finalize_timeout: tuple[int, float | None] = -1, None  # process and stall_timeout of the latest session
 
 
 def current(caller: str = "this function") -> Session:
-    """The session of this process. Raises :class:`NotInitializedError`, naming ``caller``."""
+    """The session of this rank.
+
+    Raises:
+        NotInitializedError: naming ``caller``: there is none, or this process is no rank.
+    """
+    session = known(caller)
+    if session.process != os.getpid():
+        raise NotInitializedError(_no_rank(caller))
+    return session
+
+
+def known(caller: str) -> Session:
+    """The same, or in a forked child its parent's, which tells who that is. Nothing may be sent there."""
     if _session is None:
+        if whose_child():
+            raise NotInitializedError(_no_rank(caller))
         raise NotInitializedError(f"{caller} needs the job's ranks: call mpisign.init() first")
     return _session
+
+
+def _no_rank(caller: str) -> str:
+    return (
+        f"{caller} in process {os.getpid()}, which is no rank: {whose_child()}. Call it in the main process, and give "
+        f"workers what they need (rank, size, a seed) as arguments"
+    )
+
+
+@contextmanager
+def operation(caller: str) -> Iterator[Session]:
+    """The session of this rank, for something that ranks do together: its other threads wait until that is over.
+
+    Nested in one thread, it is one operation. Raises as :func:`current` and :class:`Turns` do.
+    """
+    session = current(caller)
+    with session.turn(caller):
+        if session is not _session:  # while this thread has waited, another has left the job
+            raise NotInitializedError(f"{caller}: another thread has left the job meanwhile")
+        yield session
 
 
 def init(
@@ -144,10 +184,23 @@ def init(
 
     Raises:
         AlreadyInitializedError: called twice.
-        LaunchError: MPI sees one process, but the launcher started several.
+        LaunchError: MPI sees one process, but the launcher started several; or this process is a child of a rank's.
         OptionError: a time that is not positive, or a map of ranks to nodes that does not fit.
         ConsistencyError: on every rank, if they pass different maps.
     """
+    check_may_start()
+    with _joining:
+        _join(comm, abort_on_exception, stall_warning, stall_timeout, node_of, pickle)
+
+
+def _join(
+    comm: MPI.Comm | None,
+    abort_on_exception: bool,
+    stall_warning: float | None,
+    stall_timeout: float | None,
+    node_of: Sequence[int] | None,
+    pickle: bool,
+) -> None:
     global _session, _finalize_timeout
     if _session is not None:
         raise AlreadyInitializedError(
@@ -262,17 +315,30 @@ def shutdown() -> None:
     Called at exit if you do not. MPI itself stays up (mpi4py finalizes it when Python exits), so :func:`init`
     may be called again. A rank that leaves while others are in a step is an error to them, not a hang.
     """
-    global _session, _finalize_timeout
-    if _session is None:
+    leaving = _session
+    if leaving is None:
         return
     from mpi4py import MPI
 
-    leaving, _session = _session, None
+    if leaving.process != os.getpid() or MPI.Is_finalized():
+        _forget(leaving)  # a forked child is not a rank, and after MPI.Finalize() there is nobody to tell
+        return
+    with leaving.turn("shutdown()"):
+        if _session is leaving:  # no other thread has left meanwhile
+            _leave(leaving, MPI.COMM_WORLD.Get_size())
+
+
+def _forget(leaving: Session) -> None:
+    global _session
+    _session = None
     if leaving._previous_hook is not None and sys.excepthook is _abort_on_exception:
         sys.excepthook = leaving._previous_hook
-    if leaving.process != os.getpid() or MPI.Is_finalized():
-        return  # a forked child is not a rank, and after MPI.Finalize() there is nobody to tell
-    if leaving.group.size != MPI.COMM_WORLD.Get_size():
+
+
+def _leave(leaving: Session, world: int) -> None:
+    global _finalize_timeout
+    _forget(leaving)
+    if leaving.group.size != world:
         _finalize_timeout = -1, None
     leaving.say_goodbye(leaving.farewells)
 
@@ -285,7 +351,7 @@ def _write_timeline(session: Session, path: str) -> None:
 
 
 def _shutdown_at_exit() -> None:
-    """And then MPI_Finalize, where Python stands still and only the system can look at the time.
+    """And then MPI_Finalize, where Python stands still and only another process can look at the time.
 
     It waits for every process that mpirun has started. If some are no ranks of this group, they may train for long yet.
     """
@@ -295,9 +361,11 @@ def _shutdown_at_exit() -> None:
         return
     from mpi4py import MPI
 
-    if not MPI.Is_finalized() and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL:
-        with contextlib.suppress(OverflowError):  # so long that it is for ever
-            signal.setitimer(signal.ITIMER_REAL, seconds + TEARDOWN_SECONDS)
+    if MPI.Is_finalized():
+        return
+    text = f"MPI has not ended within {seconds:g} s; stall_timeout is over. Some process of the job does not exit"
+    if (shell := ring(seconds + TEARDOWN_SECONDS, text)) is not None:
+        shell.returncode = 0  # which nobody waits for
 
 
 def _abort_on_exception(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
@@ -314,48 +382,52 @@ def _abort_on_exception(kind: type[BaseException], value: BaseException, trace: 
 
 
 def is_initialized() -> bool:
-    """Whether :func:`init` has been called, and :func:`shutdown` not since."""
+    """Whether :func:`init` has been called, and :func:`shutdown` not since; a forked child has its parent's answer.
+
+    There :func:`rank`, :func:`size` and the like answer too; what needs other ranks raises NotInitializedError.
+    """
     return _session is not None
 
 
 def rank() -> int:
     """This process's number in the job, 0 .. size() - 1."""
-    return current("rank()").rank
+    return known("rank()").rank
 
 
 def size() -> int:
     """How many processes train together."""
-    return current("size()").size
+    return known("size()").size
 
 
 def local_rank() -> int:
     """This process's number among those on its node, from MPI's shared-memory split."""
-    return current("local_rank()").group.local_rank
+    return known("local_rank()").group.local_rank
 
 
 def local_size() -> int:
     """How many of the job's processes run on this node."""
-    return current("local_size()").group.local_size
+    return known("local_size()").group.local_size
 
 
 def node_rank() -> int:
     """This node's number, 0 .. num_nodes() - 1, by the lowest rank on it."""
-    return current("node_rank()").group.node_rank
+    return known("node_rank()").group.node_rank
 
 
 def num_nodes() -> int:
     """How many nodes the job runs on."""
-    return current("num_nodes()").group.num_nodes
+    return known("num_nodes()").group.num_nodes
 
 
 def device() -> torch.device:
     """The device this process should use: ``cuda:(local_rank % device_count)``, or the CPU if there is none."""
-    place = current("device()").group.local_rank
+    place = known("device()").group.local_rank
     if torch.cuda.is_available():
         return torch.device("cuda", place % torch.cuda.device_count())
     return torch.device("cpu")
 
 
+@operation("timeline()")
 def timeline(path: str | os.PathLike[str]) -> None:
     """Write what all ranks did lately into one Chrome trace, for https://ui.perfetto.dev. **Collective.**
 
@@ -371,6 +443,7 @@ def timeline(path: str | os.PathLike[str]) -> None:
     timelines.write(current("timeline()"), path)
 
 
+@operation("barrier()")
 def barrier() -> None:
     """Wait until every rank has come here. **Collective.**"""
     current("barrier()").meet("barrier()")

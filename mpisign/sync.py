@@ -11,10 +11,11 @@ import numpy.typing as npt
 import torch
 
 from mpisign import trees
+from mpisign.cuts import cut
 from mpisign.encoding import Optional
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.method import Method
-from mpisign.session import Session, current
+from mpisign.session import Session, current, operation
 from mpisign.talk import minority
 
 __all__ = [
@@ -37,6 +38,7 @@ class HasState(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
+@operation("broadcast_object()")
 def broadcast_object(obj: Any, root_rank: int = 0) -> Any:
     """Return ``root_rank``'s object on every rank.
 
@@ -52,6 +54,7 @@ def broadcast_object(obj: Any, root_rank: int = 0) -> Any:
     return session.spread_object(obj, root_rank, "broadcast_object()")
 
 
+@operation("allgather_object()")
 def allgather_object(obj: Any) -> list[Any]:
     """Return every rank's object, in the order of the ranks, on every rank.
 
@@ -63,6 +66,7 @@ def allgather_object(obj: Any) -> list[Any]:
     return current("allgather_object()").gather_objects(obj, "allgather_object()")
 
 
+@operation("broadcast_parameters()")
 def broadcast_parameters(
     parameters: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]], root_rank: int = 0
 ) -> None:
@@ -105,6 +109,7 @@ def _named_tensors(
     return named
 
 
+@operation("broadcast_optimizer_state()")
 def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     """Give every rank ``root_rank``'s optimizer state and group options (learning rates and so on).
 
@@ -204,6 +209,7 @@ def _new_tensors(shapes: Sequence[Any], root_rank: int) -> list[torch.Tensor]:
         raise ConsistencyError(f"rank {root_rank} has sent tensors that cannot be made here: {error}") from error
 
 
+@operation("check_consistency()")
 def check_consistency(model: torch.nn.Module, optimizer: HasState | None = None, *, buffers: bool = True) -> None:
     """Raise :class:`ConsistencyError` unless all ranks hold bit-identical parameters, buffers and groups.
 
@@ -290,7 +296,9 @@ def _broadcast_tensors(tensors: Sequence[torch.Tensor], root_rank: int, session:
             message = np.concatenate(pieces) if len(pieces) > 1 else np.ascontiguousarray(pieces[0])
         session.meet(act)
         with session.tracer.span("broadcast of tensors"):
-            session.wait(session.post(session.group.comm.Ibcast(message, root=root_rank), message))
+            for start, length in cut(message.size):
+                part = message[start : start + length]
+                session.wait(session.post(session.group.comm.Ibcast(part, root=root_rank), message, part))
         if session.rank != root_rank:
             with session.telling(act):
                 start = 0

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpisign import encoding, errors
+from mpisign.cuts import cut
 from mpisign.encoding import LIMIT_BYTES
 from mpisign.errors import ConsistencyError, MpisignError, OptionError
 from mpisign.group import Group
@@ -65,7 +66,7 @@ ACTS = (
 
 ACCOUNT_LENGTH = 2000  # characters of an error that another rank is told
 NAMED = 3  # ranks in a message; when a file system fails, it fails for many
-OBJECTS_LIMIT_BYTES = 2**31 - 1  # what MPI counts of all ranks' objects together
+OBJECTS_LIMIT_BYTES = 1 << 40  # of all ranks together; nobody has memory for more
 CLOCK_TRIES = 5
 CLOCK_TAG = 0x6D74
 CLOCK_LIMIT = 2**61  # nanoseconds, 73 years: differences of two times fit into 64 bits
@@ -220,27 +221,43 @@ class Talk:
             ConsistencyError: on every rank, if one has more than ``limit``.
         """
         sizes = self._check_sizes(self.meet(act, len(mine)), act, limit)
+        comm, hears = self.group.comm, root in (None, self.rank)
+        message, told = np.frombuffer(mine, np.uint8), [bytearray() for _ in sizes]
         with self.tracer.span(act):
-            message = np.frombuffer(mine, np.uint8)
-            if root is None:
-                heard = np.empty(sum(sizes), np.uint8)
-                request = self.group.comm.Iallgatherv(message, [heard, sizes])
-            else:
-                heard = np.empty(sum(sizes) if self.rank == root else 0, np.uint8)
-                request = self.group.comm.Igatherv(message, [heard, sizes] if self.rank == root else None, root=root)
-            self.wait(self.post(request, message, heard))
-        if root not in (None, self.rank):
-            return []
-        ends = np.cumsum(sizes).tolist()
-        return [heard[end - size : end].tobytes() for size, end in zip(sizes, ends, strict=True)]
+            for start, length in cut(max(sizes), self.size):
+                counts = [max(0, min(length, size - start)) for size in sizes]
+                part = message[start : start + length]
+                heard = self._room(sum(counts) if hears else 0, act)
+                if root is None:
+                    request = comm.Iallgatherv(part, [heard, counts])
+                else:
+                    request = comm.Igatherv(part, [heard, counts] if hears else None, root=root)
+                self.wait(self.post(request, message, part, heard))
+                if hears:
+                    for sofar, more in zip(told, np.split(heard, np.cumsum(counts)[:-1]), strict=True):
+                        sofar.extend(more.data)
+        return [bytes(its) for its in told] if hears else []
 
     def spread_bytes(self, mine: bytes, root: int, act: str, limit: int = LIMIT_BYTES) -> bytes:
         """``root``'s bytes on every rank. **Collective.** Raises as :meth:`gather_bytes` does."""
         size = self._check_sizes(self.meet(act, len(mine) if self.rank == root else 0), act, limit)[root]
         with self.tracer.span(act):
-            message = np.frombuffer(mine, np.uint8).copy() if self.rank == root else np.empty(size, np.uint8)
-            self.wait(self.post(self.group.comm.Ibcast(message, root=root), message))
-        return message.tobytes()
+            message = np.frombuffer(mine, np.uint8).copy() if self.rank == root else self._room(size, act)
+            for start, length in cut(size):
+                part = message[start : start + length]
+                self.wait(self.post(self.group.comm.Ibcast(part, root=root), message, part))
+        return mine if self.rank == root else message.tobytes()
+
+    def _room(self, size: int, act: str) -> npt.NDArray[np.uint8]:
+        """Memory for what others send. Raises ConsistencyError on this rank alone, so that the job can only end."""
+        with self.watchdog.unbroken(act):
+            try:
+                return np.empty(size, np.uint8)
+            except MemoryError as error:
+                raise ConsistencyError(
+                    f"{act}: the ranks send {size} bytes, for which rank {self.rank} has no memory: send tensors with "
+                    f"broadcast_parameters(), and large objects in parts"
+                ) from error
 
     def _check_sizes(self, claimed: npt.NDArray[np.int64], act: str, limit: int) -> list[int]:
         sizes: list[int] = claimed.tolist()

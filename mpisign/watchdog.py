@@ -1,13 +1,13 @@
 """How ranks wait: never in silence, and never for ever if the user has set a limit.
 
 What counts is time spent waiting while this process runs. A rank, or a whole job, that a scheduler has stopped and
-continued has not waited meanwhile.
+continued has not waited meanwhile, and as it does not stop and continue all ranks at one moment, a wait in which this
+one was stopped may last longer by as much, up to twice as long. If one rank alone is stopped, the others have waited.
 """
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import logging
 import os
 import sys
@@ -15,8 +15,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from mpisign.alarm import traceback_after
 from mpisign.errors import ConsistencyError
 from mpisign.presence import Presence
 from mpisign.trace import Tracer
@@ -32,6 +33,7 @@ SPIN_SECONDS = 0.0002  # a wait this short is worth the core; ranks may outnumbe
 NAP_SHARE = 0.05  # after that sleep a twentieth of the time waited so far, which delays nothing by more than 5 %
 NAP_SECONDS = 0.001  # and at most this long
 STOPPED_SECONDS = 0.1  # a nap that took longer than this was no nap: the process was stopped, or got no core
+SUSPENDED_SECONDS = 1.0  # and one that took longer than this was a stop, of which other ranks know
 LISTEN_SECONDS = 0.01  # after so long a wait other ranks may ask where this one is
 
 _yield: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
@@ -44,6 +46,28 @@ class Pending:
 
     def __init__(self, request: MPI.Request, buffers: tuple[object, ...]) -> None:
         self.request, self.buffers = request, buffers
+
+
+class _Clock:
+    """How long a wait has lasted while this process ran, read once a nap.
+
+    Attributes:
+        waited: seconds in which it ran.
+        stopped: seconds in which it was stopped.
+    """
+
+    def __init__(self) -> None:
+        self.waited = self.stopped = 0.0
+        self._last = time.monotonic()
+
+    def tick(self) -> float:
+        """Read the time; returns ``waited``."""
+        now = time.monotonic()
+        nap, self._last = now - self._last, now
+        self.waited += min(nap, STOPPED_SECONDS)
+        if nap > SUSPENDED_SECONDS:
+            self.stopped += nap
+        return self.waited
 
 
 class Watchdog:
@@ -96,11 +120,10 @@ class Watchdog:
         return over
 
     def _wait(self, request: MPI.Request, presence: Presence) -> None:
-        waited, last, warn_at = 0.0, time.monotonic(), self._warning
+        clock, waited, warn_at = _Clock(), 0.0, self._warning
         while not request.Test():
             _yield() if waited < SPIN_SECONDS else time.sleep(min(waited * NAP_SHARE, NAP_SECONDS))
-            now = time.monotonic()
-            waited, last = waited + min(now - last, STOPPED_SECONDS), now
+            waited = clock.tick()
             if waited < LISTEN_SECONDS:
                 continue
             presence.listen(self._where())
@@ -109,8 +132,21 @@ class Watchdog:
             if warn_at is not None and waited >= warn_at:
                 logger.warning("%s", self._stalled(waited, presence.missing()))
                 warn_at *= 2
-            if self.stall_timeout is not None and waited >= self.stall_timeout:
+            if self._is_over(clock):
                 self._give_up(waited, presence.missing())
+
+    def wait_for_thread(self, lock: Any, what: str, number: Callable[[], int]) -> None:
+        """Acquire a lock that another thread has during an operation; ``number`` tells one operation from the next."""
+        clock, warn_at, began = _Clock(), self._warning, number()
+        while not lock.acquire(timeout=STOPPED_SECONDS / 10):
+            if number() != began:
+                clock, warn_at, began = _Clock(), self._warning, number()
+            waited, where = clock.tick(), f"{what}, for another thread of this process, which is in {self._where()}"
+            if warn_at is not None and waited >= warn_at:
+                logger.warning("%s", self._stalled(waited, "", where))
+                warn_at *= 2
+            if self._is_over(clock):
+                self._give_up(waited, "", where)
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:
@@ -142,35 +178,31 @@ class Watchdog:
             ) from error
 
     def _watch(self, what: str, done: threading.Event) -> None:
-        waited, last, warn_at = 0.0, time.monotonic(), self._warning
+        clock, warn_at = _Clock(), self._warning
         while not done.wait(STOPPED_SECONDS / 10):
-            now = time.monotonic()
-            waited, last = waited + min(now - last, STOPPED_SECONDS), now
+            waited = clock.tick()
             if warn_at is not None and waited >= warn_at:
                 logger.warning("%s", self._stalled(waited, "", what))
                 warn_at *= 2
-            if self.stall_timeout is not None and waited >= self.stall_timeout:
+            if self._is_over(clock):
                 self._give_up(waited, "", what)
+
+    def _is_over(self, clock: _Clock) -> bool:
+        limit = self.stall_timeout
+        return limit is not None and clock.waited >= limit + min(clock.stopped, limit)
 
     @contextmanager
     def guard_start(self) -> Iterator[None]:
-        """Watch the start of MPI, in which Python stands still: only the C library can look at the time there.
+        """Watch the start of MPI, in which Python stands still.
 
-        What it prints at the end of ``stall_timeout`` (or, without one, of ``stall_warning``) is a traceback.
+        What is shown at the end of ``stall_timeout`` (or, without one, of ``stall_warning``) is a traceback.
         """
         seconds = self.stall_timeout or self._warning
         if seconds is None or "mpi4py.MPI" in sys.modules:
             yield
             return
-        try:
-            faulthandler.dump_traceback_later(seconds, exit=self.stall_timeout is not None, file=sys.__stderr__)  # type: ignore[arg-type]
-        except (ValueError, AttributeError, OSError, RuntimeError, OverflowError):  # no stderr, or for ever
+        with traceback_after(seconds, end=self.stall_timeout is not None):
             yield
-            return
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
 
     @contextmanager
     def unbroken(self, what: str = "") -> Iterator[None]:

@@ -17,8 +17,22 @@ ROOT = Path(mpisign.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 FOLDERS = ("mpisign", "tests", "scripts", "benchmarks", "docs")
 LAYERS = [
-    {"errors", "launch", "bitmap", "backends", "policy", "trace", "report", "encoding", "trees", "presence"},
-    {"watchdog", "group", "talk", "timeline", "session"},
+    {
+        "errors",
+        "launch",
+        "bitmap",
+        "backends",
+        "policy",
+        "trace",
+        "report",
+        "encoding",
+        "trees",
+        "presence",
+        "alarm",
+        "cuts",
+        "processes",
+    },
+    {"watchdog", "turns", "group", "talk", "timeline", "session"},
     {"preemption", "codecs", "rules", "memory", "method", "layout"},
     {"attacks", "exchange", "methods", "sync", "wrapping", "restoring", "checkpoint"},
     {"optimizer", "doctor"},

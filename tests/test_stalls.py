@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -246,6 +247,7 @@ def test_a_rank_that_never_exits_does_not_keep_the_others(tmp_path: Path) -> Non
         """,
     )
     assert "rank 1 stays away" in result.text
+    assert "MPI has not ended within 5 s; stall_timeout is over" in result.text
     assert "Alarm clock" in result.text
 
 
@@ -256,7 +258,10 @@ def test_a_rank_that_never_exits_does_not_keep_the_others(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("end", "told"),
     [
-        ("hang()", r'Timeout \(0:00:05\)!(?s:.)*session\.py", line \d+ in init\n(?s:.)*job\.py"'),
+        (
+            "hang()",
+            r'MPI has not started within 5 s; stall_timeout is(?s:.)*session\.py", line \d+ in init\n(?s:.)*job\.py"',
+        ),
         ("raise ValueError('no data')", "ValueError: no data"),
         ("sys.exit(0)", 'did not call "init" before exiting'),
         (
@@ -322,3 +327,38 @@ def test_a_rank_that_was_stopped_for_less_than_the_timeout_goes_on(tmp_path: Pat
     assert re.search(
         r"rank 0 of 3 has waited [\d.]+ s in step 1, handshake; not heard from yet: ranks \[1\]", result.text
     )
+
+
+SUSPENDED = """
+mpisign.init(stall_warning=None, stall_timeout=1.5)
+parameter = torch.nn.Parameter(torch.zeros(100_000))
+optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD([parameter], lr=1.0))
+print("rank trains", flush=True)
+end = time.monotonic() + 5.0
+while not any(mpisign.allgather_object(time.monotonic() > end)):
+    parameter.grad = torch.ones(100_000)
+    optimizer.step()
+mpisign.shutdown()
+print("rank has trained", flush=True)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", [True, False], ids=["all of it", "the ranks alone"])
+def test_a_job_that_a_scheduler_suspends_goes_on(tmp_path: Path, launcher: bool) -> None:
+    """Again and again for longer than its limit: in the start of MPI, in training and at its end; one after another."""
+    path = tmp_path / "job.py"
+    path.write_text(PRELUDE + SUSPENDED)
+    with started(2, path) as job:
+        for pause in (0.8, 0.3, 0.7, 1.5, 0.2):
+            time.sleep(pause)
+            stopped = [process for process in job.processes() if launcher or process != job.process.pid]
+            for number in (signal.SIGSTOP, signal.SIGCONT):
+                for process in stopped:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process, number)
+                    time.sleep(0.05)
+                time.sleep(2.5 if number == signal.SIGSTOP else 0.0)
+        result = job.wait(timeout=120.0)
+    assert result.returncode == 0, result.text
+    assert result.text.count("rank has trained") == 2

@@ -170,8 +170,60 @@ def test_the_start_of_mpi_is_watched() -> None:
         "    time.sleep(60)\n",
         timeout=30,
     )
-    assert ended.returncode == 1
-    assert "Timeout (0:00:00.3" in ended.stderr
+    assert ended.returncode == -signal.SIGALRM
+    assert "MPI has not started within 0.3 s; stall_timeout is over" in ended.stderr
+    assert 'File "<string>", line 5 in <module>' in ended.stderr
+
+
+@pytest.mark.parametrize("part", ["start", "end"])
+def test_a_process_stopped_in_the_start_or_the_end_of_mpi_goes_on(part: str) -> None:
+    """A scheduler stops the shell that counts too."""
+    times = {
+        "start": "with Watchdog(Tracer(), None, 1.5).guard_start():\n    stop()\n",
+        "end": "from mpisign.alarm import ring\nshell = ring(1.5, '')\nstop()\nshell.kill()\nshell.wait()\n",
+    }
+    program = (
+        "import time\n"
+        "from mpisign.trace import Tracer\n"
+        "from mpisign.watchdog import Watchdog\n"
+        "def stop():\n"
+        "    print('waiting', flush=True)\n"
+        "    time.sleep(0.5)\n" + times[part] + "print('went on', flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, process_group=0)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        os.killpg(process.pid, signal.SIGSTOP)
+        time.sleep(2.5)
+        os.killpg(process.pid, signal.SIGCONT)
+        assert (process.communicate(timeout=60)[0], process.returncode) == ("went on\n", 0)
+    finally:
+        process.kill()
+
+
+def test_a_wait_in_which_the_process_was_stopped_lasts_as_much_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are neither stopped nor continued at one moment; but who never comes is told in any case."""
+    now, ended = 0.0, []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += 30.0 if 3.0 < now < 3.1 else 0.05
+
+    monkeypatch.setattr("mpisign.watchdog.time.monotonic", lambda: now)
+    monkeypatch.setattr("mpisign.watchdog.time.sleep", sleep)
+    monkeypatch.setattr("mpisign.watchdog._yield", lambda: sleep(0.0))
+    dog, presence, _ = watchdog(timeout=5.0)
+    request = Late()
+
+    def give_up(reason: str) -> None:
+        ended.append(now)
+        request.over = True
+
+    monkeypatch.setattr(dog, "abort", give_up)
+    monkeypatch.setattr(presence, "listen", lambda where: None)
+    dog.wait(dog.post(request), presence)
+    assert ended == [pytest.approx(30.0 + 2 * 5.0, abs=0.2)]
 
 
 def test_what_was_posted_lives_until_it_is_waited_for() -> None:

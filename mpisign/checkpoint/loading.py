@@ -22,7 +22,7 @@ from mpisign.checkpoint.state import State, Stateful, map_tensors, reseed, set_r
 from mpisign.encoding import Optional, printable
 from mpisign.errors import CheckpointError, ConsistencyError
 from mpisign.memory.saved import checked
-from mpisign.session import Session, current
+from mpisign.session import Session, current, operation
 
 __all__ = ["Resumed", "load", "newest"]
 
@@ -42,6 +42,7 @@ class Resumed:
     ranks: int
 
 
+@operation("checkpoint.newest()")
 def newest(path: str | os.PathLike[str]) -> Path | None:
     """The checkpoint in a directory that was saved last, its files unread; None if there is none. **Collective.**
 
@@ -62,6 +63,7 @@ def newest(path: str | os.PathLike[str]) -> Path | None:
     return None if latest is None else path / directory.name_of(latest)
 
 
+@operation(ACT)
 def load(
     path: str | os.PathLike[str],
     *,

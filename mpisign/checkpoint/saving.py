@@ -18,7 +18,7 @@ from mpisign.checkpoint.files import Stamp, write_tensors
 from mpisign.checkpoint.state import Snapshot, State, Stateful, check_loadable, collect
 from mpisign.encoding import Optional
 from mpisign.errors import CheckpointError, ConsistencyError, MpisignError, OptionError
-from mpisign.session import Session, current
+from mpisign.session import Session, current, operation
 from mpisign.talk import minority
 
 __all__ = ["save", "wait"]
@@ -32,6 +32,7 @@ _pending: _Save | None = None
 _saves_in: Session | None = None  # the session that will not be left before the pending save is done
 
 
+@operation(ACT)
 def save(
     path: str | os.PathLike[str],
     *,
@@ -134,6 +135,12 @@ def wait() -> None:
     Raises:
         CheckpointError: on every rank, naming the rank that could not write and why.
     """
+    if _pending is not None:
+        with operation("checkpoint.wait()"):
+            _finish()
+
+
+def _finish() -> None:
     global _pending
     saving, _pending = _pending, None
     if saving is not None:
@@ -146,7 +153,7 @@ def _begin(session: Session) -> None:
     if session is not _saves_in:
         _saves_in = session
         session.farewells.callback(owner.release_all)
-        session.farewells.callback(wait)
+        session.farewells.callback(_finish)
 
 
 def _let_run(saving: _Save, files: dict[str, State]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mpisign.cuts import block_type, cut, together
 from mpisign.exchange.staging import Buffer
 from mpisign.group import Group
 from mpisign.session import Session
@@ -37,6 +38,11 @@ class AllGather:
         self.received = self._received.tensor
         self._messages = list(self.received)
         self.decision = torch.zeros((planes_down, length), dtype=dtype, device=device)
+        whole, item = planes_up * length, self._message.item
+        self._parts = [  # where each begins, and what it is of this rank's message, and of each rank's
+            (at, block_type(item, 1, width, width, width), block_type(item, 1, width, width, whole))
+            for at, width in cut(whole, item.itemsize)
+        ]
         self.bytes_sent = (group.size - 1) * self._message.nbytes
 
     def push(self) -> None:
@@ -44,7 +50,12 @@ class AllGather:
 
     def post(self, session: Session) -> Pending:
         self._message.ready()
-        return session.post(session.group.phases[1].Iallgather(self._message.mpi, self._received.mpi), self)
+        comm, message, received = session.group.phases[1], self._message.mpi, self._received.mpi
+        posted = [
+            comm.Iallgather([message[start:], 1, of_mine], [received[start:], 1, of_each])
+            for start, of_mine, of_each in self._parts
+        ]
+        return session.post(together(posted), self)
 
     def heard(self) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]:
         self._received.pull()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mpisign.bitmap.tensors import flat
+from mpisign.cuts import cut
 from mpisign.exchange.staging import Buffer
 from mpisign.group import Group
 from mpisign.layout import Bucket, Layout
@@ -43,6 +44,9 @@ class Maximum:
         self._buffer.push()
         self._buffer.ready()
         with session.tracer.span("maximum"):
-            session.wait(session.post(session.group.comm.Iallreduce(MPI.IN_PLACE, self._buffer.mpi, op=MPI.MAX), self))
+            for start, length in cut(len(self._buffer.mpi), self._buffer.item.itemsize):
+                part = self._buffer.mpi[start : start + length]
+                request = session.group.comm.Iallreduce(MPI.IN_PLACE, part, op=MPI.MAX)
+                session.wait(session.post(request, self, part))
         self._buffer.pull()
         return {segment.first_word: part for segment, part in zip(self._segments, parts, strict=True)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import numpy as np
 import torch
 
 from mpisign.backends import backend_for
@@ -31,7 +32,8 @@ class Buffer:
 
     Attributes:
         tensor: where this process computes.
-        mpi: what MPI is given: a NumPy array that shares the host memory, or the device tensor itself, flat.
+        mpi: what MPI is given, flat: a NumPy array that shares the host memory, or the device tensor itself.
+        item: NumPy's name of its type.
     """
 
     def __init__(
@@ -43,10 +45,11 @@ class Buffer:
         self._written = torch.cuda.Event() if cuda else None
         self.mpi: Any = self.tensor.view(-1)
         if not backend_for(device).staged:
-            self.mpi = self.tensor.numpy()
+            self.mpi = self.tensor.view(-1).numpy()
         elif staged or not gpu_aware():
             self._mirror = torch.zeros(shape, dtype=dtype, pin_memory=cuda)
-            self.mpi = self._mirror.numpy()
+            self.mpi = self._mirror.view(-1).numpy()
+        self.item: np.dtype[Any] = torch.empty(0, dtype=dtype).numpy().dtype
 
     @property
     def nbytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mpisign.cuts import cut
 from mpisign.exchange.plan import Plan
 from mpisign.exchange.staging import Buffer
 from mpisign.policy import StepContext
@@ -30,9 +31,11 @@ def sum_over_ranks(plan: Plan, context: StepContext, session: Session) -> None:
         buffer.push()
         buffer.ready()
         with session.tracer.span("sum of memories"):
-            there = buffer.mpi if root else None
-            session.wait(session.post(comm.Ireduce(MPI.IN_PLACE if root else buffer.mpi, there, MPI.SUM, 0), buffer))
-            session.wait(session.post(comm.Ibcast(buffer.mpi, root=0), buffer))
+            for start, length in cut(len(buffer.mpi), buffer.item.itemsize):
+                part = buffer.mpi[start : start + length]
+                mine, there = (MPI.IN_PLACE, part) if root else (part, None)
+                session.wait(session.post(comm.Ireduce(mine, there, MPI.SUM, 0), buffer, part))
+                session.wait(session.post(comm.Ibcast(part, root=0), buffer, part))
         buffer.pull()
         total.copy_(buffer.tensor)
     store.unsummed = False

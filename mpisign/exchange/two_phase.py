@@ -9,20 +9,15 @@ A message of several planes is cut across all of them, by an MPI datatype, so th
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
+from mpisign.cuts import block_type, cut, together
 from mpisign.exchange.staging import Buffer
 from mpisign.group import Group
 from mpisign.session import Session
 from mpisign.watchdog import Pending
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
 
 __all__ = ["TwoPhase"]
 
@@ -54,9 +49,23 @@ class TwoPhase:
         mine = min(shard, length - self._at)
         self._messages = [message[:, :mine] for message in self.received]
         self._decided = self._verdict.tensor[:, :mine]
-        item = torch.empty(0, dtype=dtype).numpy().dtype
-        self._slice_up = _slice_type(item, planes_up, shard, ranks)
-        self._slice_down = _slice_type(item, planes_down, shard, ranks)
+        item = self._outgoing.item
+        self._up = [  # where each part begins in a shard, and what it is of all shards, and of one by itself
+            (
+                at,
+                block_type(item, planes_up, width, shard * ranks, shard),
+                block_type(item, planes_up, width, shard, planes_up * shard),
+            )
+            for at, width in cut(shard, planes_up * ranks * item.itemsize)
+        ]
+        self._down = [
+            (
+                at,
+                block_type(item, planes_down, width, shard, planes_down * shard),
+                block_type(item, planes_down, width, shard * ranks, shard),
+            )
+            for at, width in cut(shard, planes_down * ranks * item.itemsize)
+        ]
         self.bytes_sent = (ranks - 1) * shard * dtype.itemsize * (planes_up + planes_down)
 
     def push(self) -> None:
@@ -64,8 +73,12 @@ class TwoPhase:
 
     def post(self, session: Session) -> Pending:
         self._outgoing.ready()
-        request = session.group.phases[1].Ialltoall([self._outgoing.mpi, 1, self._slice_up], self._incoming.mpi)
-        return session.post(request, self)
+        comm, outgoing, incoming = session.group.phases[1], self._outgoing.mpi, self._incoming.mpi
+        posted = [
+            comm.Ialltoall([outgoing[start:], 1, of_all], [incoming[start:], 1, of_one])
+            for start, of_all, of_one in self._up
+        ]
+        return session.post(together(posted), self)
 
     def heard(self) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]:
         self._incoming.pull()
@@ -74,8 +87,12 @@ class TwoPhase:
     def spread(self, session: Session) -> Pending:
         self._verdict.push()
         self._verdict.ready()
-        request = session.group.phases[2].Iallgather(self._verdict.mpi, [self._spread.mpi, 1, self._slice_down])
-        return session.post(request, self)
+        comm, verdict, everyones = session.group.phases[2], self._verdict.mpi, self._spread.mpi
+        posted = [
+            comm.Iallgather([verdict[start:], 1, of_one], [everyones[start:], 1, of_all])
+            for start, of_one, of_all in self._down
+        ]
+        return session.post(together(posted), self)
 
     def landed(self) -> None:
         self._spread.pull()
@@ -83,15 +100,3 @@ class TwoPhase:
     def counts_ties_for(self, rank: int) -> bool:
         """Whether ``rank``'s count of ties enters the job's: each counts those of its own shard."""
         return True
-
-
-@functools.cache  # kept until MPI ends: freeing at interpreter exit would come too late
-def _slice_type(dtype: np.dtype[Any], planes: int, shard: int, ranks: int) -> MPI.Datatype:
-    """Slice r of a (planes, shard * ranks) array, for r = 0, 1, ...: each starts ``shard`` items after the last."""
-    from mpi4py.util.dtlib import from_numpy_dtype
-
-    item = from_numpy_dtype(dtype)
-    rows = item.Create_vector(planes, shard, shard * ranks)
-    slices: MPI.Datatype = rows.Create_resized(0, shard * dtype.itemsize).Commit()
-    rows.Free()
-    return slices

@@ -1,0 +1,55 @@
+"""MPI counts in 31 bits: what is larger is cut into several operations, here.
+
+MPI 4 has larger counts, but Open MPI 5 is none. Every message is cut by this module, whatever it is for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["LIMIT_BYTES", "Together", "block_type", "cut", "together"]
+
+LIMIT_BYTES = 1 << 30
+"""What one operation sends or receives at most; lowered by tests."""
+
+
+def cut(length: int, item_bytes: int = 1) -> Iterator[tuple[int, int]]:
+    """``length`` items of so many bytes as parts of at most :data:`LIMIT_BYTES`: where each begins, and its length."""
+    most = max(1, LIMIT_BYTES // item_bytes)
+    for start in range(0, length, most):
+        yield start, min(most, length - start)
+
+
+class Together:
+    """Some requests as one: it is over when all are."""
+
+    def __init__(self, requests: Sequence[MPI.Request]) -> None:
+        self._left = list(requests)
+
+    def Test(self) -> bool:  # noqa: N802 - mpi4py's name
+        """Whether all are over; lets MPI go on with each."""
+        self._left = [request for request in self._left if not request.Test()]
+        return not self._left
+
+
+def together(requests: Sequence[MPI.Request]) -> Any:
+    """The request, or what has its ``Test``."""
+    return requests[0] if len(requests) == 1 else Together(requests)
+
+
+@functools.cache  # kept until MPI ends: freeing at interpreter exit would come too late
+def block_type(dtype: np.dtype[Any], rows: int, width: int, stride: int, extent: int) -> MPI.Datatype:
+    """``rows`` rows of ``width`` items, each ``stride`` items on; the next such block ``extent`` items on."""
+    from mpi4py.util.dtlib import from_numpy_dtype
+
+    block = from_numpy_dtype(dtype).Create_hvector(rows, width, stride * dtype.itemsize)
+    resized: MPI.Datatype = block.Create_resized(0, extent * dtype.itemsize).Commit()
+    block.Free()
+    return resized
