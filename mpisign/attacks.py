@@ -107,7 +107,7 @@ class Gaussian(Attack):
     scale: float = 200.0
 
     def __call__(self, mine: Tensor, honest: Tensor, generator: torch.Generator) -> Tensor:
-        return self.scale * torch.randn(mine.shape, dtype=mine.dtype, generator=generator)
+        return self.scale * torch.randn(mine.shape, dtype=mine.dtype, device="cpu", generator=generator)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ class RandomSigns(Attack):
     """The own magnitudes under random signs: a rank that votes by tossing coins."""
 
     def __call__(self, mine: Tensor, honest: Tensor, generator: torch.Generator) -> Tensor:
-        return torch.where(torch.rand(mine.shape, generator=generator) < 0.5, mine, -mine)
+        coins = torch.rand(mine.shape, dtype=torch.float32, device="cpu", generator=generator)
+        return torch.where(coins < 0.5, mine, -mine)
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,7 @@ class Adversary:
                 f"rank {comm.rank}: ranks {odd} play another attack than the others; this one plays {mine}: build the "
                 f"same Adversary on every rank"
             )
-        self._generator = torch.Generator().manual_seed(seed * comm.size + comm.rank)
+        self._generator = torch.Generator("cpu").manual_seed(seed * comm.size + comm.rank)
         if comm.rank in self.ranks:
             logger.warning("rank %d of %d is an adversary from here on: %r", comm.rank, comm.size, attack)
 

@@ -22,6 +22,7 @@ from mpisign.memory import Memory
 from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
 from mpisign.methods import signum
+from mpisign.plain import plain
 from mpisign.policy import Policy, check_positive
 from mpisign.report import StepReport
 from mpisign.session import Session, current, is_initialized
@@ -119,7 +120,8 @@ class DistributedSignOptimizer(Optimizer):
         self._epoch: int | None = None  # until somebody says
         self.__setstate__({})
         current("DistributedSignOptimizer()")
-        self._current_plan()
+        with plain():
+            self._current_plan()
         if any(one.elects for one in self._methods()):
             wrapping.warn_if_adaptive(optimizer)
 
@@ -140,6 +142,7 @@ class DistributedSignOptimizer(Optimizer):
 
     # -------------------------------------------------------------------------------------------- a step
 
+    @plain()
     def synchronize(self) -> None:
         """Replace every ``p.grad`` by the ranks' decision, without a step. **Collective.**
 
@@ -214,10 +217,12 @@ class DistributedSignOptimizer(Optimizer):
                 "step(closure) under skip_synchronize() would apply what the closure leaves in the gradients, which "
                 "nobody has voted on: compute the loss before optimizer.synchronize(), and call step() without closure"
             )
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             loss = None if closure is None else closure()
         try:
-            if not self._skip and self._current_plan().exchanges_models:
+            with plain():
+                mixes = not self._skip and self._current_plan().exchanges_models
+            if mixes:
                 self._step_and_mix()
                 return loss
             self._synchronize_if_due()
@@ -227,16 +232,24 @@ class DistributedSignOptimizer(Optimizer):
             raise
         self._synchronized = False
         if self.report is not None and not self.report.skipped:
-            self.wrapped.step()
+            self._step_wrapped()
         return loss
+
+    @torch.inference_mode(False)  # in which it would make state that can never be changed outside
+    def _step_wrapped(self) -> None:
+        self.wrapped.step()
 
     def _step_and_mix(self) -> None:
         """A step on this rank's own gradient, unless it is not finite, and then the exchange of models."""
-        plan = self._current_plan()
-        abstention, unscale = wrapping.scaler_says(self)
-        if abstention == header.VOTES and local_update(plan, self._exchanges, plan.gradients.read(), unscale):
-            self.wrapped.step()
-        self._exchange(plan, plan.gradients.models(), header.VOTES, 1.0)
+        with plain():
+            plan = self._current_plan()
+            abstention, unscale = wrapping.scaler_says(self)
+            votes = abstention == header.VOTES
+            steps = votes and local_update(plan, self._exchanges, plan.gradients.read(), unscale)
+        if steps:
+            self._step_wrapped()
+        with plain():
+            self._exchange(plan, plan.gradients.models(), header.VOTES, 1.0)
 
     def _synchronize_if_due(self) -> None:
         if not self._skip:
@@ -256,6 +269,7 @@ class DistributedSignOptimizer(Optimizer):
         """Tell methods that change with the epoch (DGC's warm-up) where training is, on every rank, from 0."""
         self._epoch = wrapping.epoch_number(epoch)
 
+    @plain()
     def join(self) -> int:
         """Sit out, abstaining, until every rank has called ``join()``. **Collective.**
 
@@ -363,6 +377,7 @@ class DistributedSignOptimizer(Optimizer):
             state = after(self, state) or state
         return state
 
+    @plain()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave on this rank; resuming is then exact. Not collective.
 

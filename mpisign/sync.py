@@ -14,6 +14,7 @@ from mpisign import trees
 from mpisign.encoding import Optional, printable
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.method import Method
+from mpisign.plain import plain
 from mpisign.session import Session, current
 from mpisign.talk import minority
 
@@ -94,6 +95,7 @@ def broadcast_parameters(
     _broadcast_tensors([tensor for _, tensor in named], root_rank, session)
 
 
+@plain()
 def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     """Give every rank ``root_rank``'s optimizer state and group options (learning rates and so on).
 

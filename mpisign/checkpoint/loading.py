@@ -20,6 +20,7 @@ from mpisign.checkpoint.saving import wait
 from mpisign.checkpoint.state import State, Stateful, map_tensors, reseed, set_random_state
 from mpisign.encoding import Optional, printable
 from mpisign.errors import CheckpointError, ConsistencyError
+from mpisign.plain import plain
 from mpisign.session import Session, current
 
 __all__ = ["Resumed", "load", "newest"]
@@ -55,6 +56,7 @@ def newest(path: str | os.PathLike[str]) -> Path | None:
     return None if latest is None else Path(path) / directory.name_of(latest)
 
 
+@plain()
 def load(
     path: str | os.PathLike[str],
     *,

@@ -45,7 +45,7 @@ class Buffer:
         if not backend_for(device).staged:
             self.mpi = self.tensor.numpy()
         elif staged or not gpu_aware():
-            self._mirror = torch.zeros(shape, dtype=dtype, pin_memory=cuda)
+            self._mirror = torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=cuda)
             self.mpi = self._mirror.numpy()
 
     @property

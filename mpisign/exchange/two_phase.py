@@ -54,7 +54,7 @@ class TwoPhase:
         mine = min(shard, length - self._at)
         self._messages = [message[:, :mine] for message in self.received]
         self._decided = self._verdict.tensor[:, :mine]
-        item = torch.empty(0, dtype=dtype).numpy().dtype
+        item = torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
         self._slice_up = _slice_type(item, planes_up, shard, ranks)
         self._slice_down = _slice_type(item, planes_down, shard, ranks)
         self.bytes_sent = (ranks - 1) * shard * dtype.itemsize * (planes_up + planes_down)

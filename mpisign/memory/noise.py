@@ -145,8 +145,9 @@ class ClippedNoise(Noise):
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The L2 norm of all gradients together, 0-d fp64; it waits for no GPU."""
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device="cpu")
+    return backend_for(gradients[0].device).norm(gradients)
 
 
 def gaussian_mechanism(clip: float, epsilon: float, delta: float) -> float:

@@ -38,7 +38,7 @@ def _by_krum_score(rows: Rows, f: int) -> list[int]:
     count = len(rows)
     neighbours = min(count - 1, max(1, count - f - 2))
     nearest = squared_distances(rows).sort(dim=1).values[:, 1 : 1 + neighbours]  # its distance to itself is the first
-    score = sum(nearest.unbind(1), torch.zeros(count, dtype=torch.float64))
+    score = sum(nearest.unbind(1), torch.zeros(count, dtype=torch.float64, device="cpu"))
     return score.argsort(stable=True).tolist()
 
 
