@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mpisign.errors import ConsistencyError, OptionError
+from mpisign.plain import uncompiled
 from mpisign.talk import minority
 
 if TYPE_CHECKING:
@@ -270,6 +271,7 @@ class Adversary:
         if comm.rank in self.ranks:
             logger.warning("rank %d of %d is an adversary from here on: %r", comm.rank, comm.size, attack)
 
+    @uncompiled
     @torch.no_grad()
     def corrupt(self, parameters: Iterable[Tensor]) -> None:
         """Make the adversaries send what the attack says; call it between backward and step.

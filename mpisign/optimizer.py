@@ -22,7 +22,7 @@ from mpisign.memory import Memory
 from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
 from mpisign.methods import signum
-from mpisign.plain import plain
+from mpisign.plain import plain, uncompiled
 from mpisign.policy import Policy, check_positive
 from mpisign.report import StepReport
 from mpisign.session import Session, current, is_initialized
@@ -142,6 +142,7 @@ class DistributedSignOptimizer(Optimizer):
 
     # -------------------------------------------------------------------------------------------- a step
 
+    @uncompiled
     @plain()
     def synchronize(self) -> None:
         """Replace every ``p.grad`` by the ranks' decision, without a step. **Collective.**
@@ -198,6 +199,7 @@ class DistributedSignOptimizer(Optimizer):
         finally:
             self._skip = False
 
+    @uncompiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Vote, then let the wrapped optimizer step; if nobody voted, no rank steps. **Collective.**
 
@@ -269,6 +271,7 @@ class DistributedSignOptimizer(Optimizer):
         """Tell methods that change with the epoch (DGC's warm-up) where training is, on every rank, from 0."""
         self._epoch = wrapping.epoch_number(epoch)
 
+    @uncompiled
     @plain()
     def join(self) -> int:
         """Sit out, abstaining, until every rank has called ``join()``. **Collective.**
@@ -377,6 +380,7 @@ class DistributedSignOptimizer(Optimizer):
             state = after(self, state) or state
         return state
 
+    @uncompiled
     @plain()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave on this rank; resuming is then exact. Not collective.

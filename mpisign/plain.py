@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["plain"]
+__all__ = ["plain", "uncompiled"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @contextmanager
@@ -22,3 +27,21 @@ def plain() -> Iterator[None]:
                 yield
         else:
             yield
+
+
+def uncompiled(function: F) -> F:
+    """A function that is a graph break to ``torch.compile``, and runs as it is, with all that it calls.
+
+    Dynamo is not imported for it: where nobody has, nothing is compiled.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        broken = getattr(function, "uncompiled", None)
+        if broken is None:
+            if "torch._dynamo" not in sys.modules:
+                return function(*args, **options)
+            broken = function.uncompiled = torch.compiler.disable(function)  # type: ignore[attr-defined]
+        return broken(*args, **options)
+
+    return cast(F, call)

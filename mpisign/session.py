@@ -24,6 +24,7 @@ from mpisign import timeline as timelines
 from mpisign.errors import AlreadyInitializedError, ConsistencyError, MpisignError, NotInitializedError, OptionError
 from mpisign.group import Group, check_node_map
 from mpisign.launch import check_not_alone
+from mpisign.plain import uncompiled
 from mpisign.policy import check_positive
 from mpisign.presence import Presence
 from mpisign.talk import Talk, minority
@@ -316,6 +317,7 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+@uncompiled
 def timeline(path: str | os.PathLike[str]) -> None:
     """Write what all ranks did lately into one Chrome trace, for https://ui.perfetto.dev. **Collective.**
 
@@ -331,6 +333,7 @@ def timeline(path: str | os.PathLike[str]) -> None:
     timelines.write(current("timeline()"), path)
 
 
+@uncompiled
 def barrier() -> None:
     """Wait until every rank has come here. **Collective.**"""
     current("barrier()").meet("barrier()")

@@ -14,7 +14,7 @@ from mpisign import trees
 from mpisign.encoding import Optional, printable
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.method import Method
-from mpisign.plain import plain
+from mpisign.plain import plain, uncompiled
 from mpisign.session import Session, current
 from mpisign.talk import minority
 
@@ -38,6 +38,7 @@ class HasState(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
+@uncompiled
 def broadcast_object(obj: Any, root_rank: int = 0) -> Any:
     """Return ``root_rank``'s object on every rank.
 
@@ -52,6 +53,7 @@ def broadcast_object(obj: Any, root_rank: int = 0) -> Any:
     return session.spread_object(obj, root_rank, "broadcast_object()")
 
 
+@uncompiled
 def allgather_object(obj: Any) -> list[Any]:
     """Return every rank's object, in the order of the ranks, on every rank.
 
@@ -63,6 +65,7 @@ def allgather_object(obj: Any) -> list[Any]:
     return current("allgather_object()").gather_objects(obj, "allgather_object()")
 
 
+@uncompiled
 def broadcast_parameters(
     parameters: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]], root_rank: int = 0
 ) -> None:
@@ -95,6 +98,7 @@ def broadcast_parameters(
     _broadcast_tensors([tensor for _, tensor in named], root_rank, session)
 
 
+@uncompiled
 @plain()
 def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     """Give every rank ``root_rank``'s optimizer state and group options (learning rates and so on).
@@ -182,6 +186,7 @@ def _new_tensors(shapes: Sequence[Any], root_rank: int) -> list[torch.Tensor]:
         raise ConsistencyError(f"rank {root_rank} has sent tensors that cannot be made here: {error}") from error
 
 
+@uncompiled
 def check_consistency(model: torch.nn.Module, optimizer: HasState | None = None, *, buffers: bool = True) -> None:
     """Raise :class:`ConsistencyError` unless all ranks hold bit-identical parameters, buffers and groups.
 

@@ -20,7 +20,7 @@ from mpisign.checkpoint.saving import wait
 from mpisign.checkpoint.state import State, Stateful, map_tensors, reseed, set_random_state
 from mpisign.encoding import Optional, printable
 from mpisign.errors import CheckpointError, ConsistencyError
-from mpisign.plain import plain
+from mpisign.plain import plain, uncompiled
 from mpisign.session import Session, current
 
 __all__ = ["Resumed", "load", "newest"]
@@ -39,6 +39,7 @@ class Resumed:
     ranks: int
 
 
+@uncompiled
 def newest(path: str | os.PathLike[str]) -> Path | None:
     """The checkpoint in a directory that was saved last, its files unread; None if there is none. **Collective.**
 
@@ -56,6 +57,7 @@ def newest(path: str | os.PathLike[str]) -> Path | None:
     return None if latest is None else Path(path) / directory.name_of(latest)
 
 
+@uncompiled
 @plain()
 def load(
     path: str | os.PathLike[str],

@@ -17,7 +17,7 @@ from mpisign.checkpoint.files import Stamp, write_tensors
 from mpisign.checkpoint.state import Snapshot, State, Stateful, check_loadable, collect
 from mpisign.encoding import Optional
 from mpisign.errors import CheckpointError, ConsistencyError, MpisignError, OptionError
-from mpisign.plain import plain
+from mpisign.plain import plain, uncompiled
 from mpisign.session import Session, current
 from mpisign.talk import minority
 
@@ -32,6 +32,7 @@ _pending: _Save | None = None
 _waited_for_in: Session | None = None  # the session that will not be left before the pending save is done
 
 
+@uncompiled
 @plain()
 def save(
     path: str | os.PathLike[str],
@@ -114,6 +115,7 @@ def save(
     return saving.folder
 
 
+@uncompiled
 def wait() -> None:
     """Wait until an asynchronous :func:`save` is a checkpoint; return at once if there is none. **Collective.**
 
