@@ -152,7 +152,7 @@ def test_functions_in_compiled_code(comm: MPI.Comm, folder: Path) -> None:
         "broadcast_parameters": (lambda: mpisign.broadcast_parameters(its.model.state_dict()), None),
         "broadcast_optimizer_state": (lambda: mpisign.broadcast_optimizer_state(its.optimizer), None),
         "check_consistency": (lambda: mpisign.check_consistency(its.model, its.optimizer), None),
-        "agreement": (lambda: its.optimizer.report.agreement(), None),
+        "agreement": (its.optimizer.report.agreement, None),
         "save": (lambda: str(checkpoint.save(folder, model=its.model, optimizer=its.optimizer, step=1)), None),
         "newest": (lambda: str(checkpoint.newest(folder)), None),
         "load": (lambda: checkpoint.load(folder, model=its.model, optimizer=its.optimizer).step, 1),
