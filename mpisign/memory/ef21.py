@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class EF21(Memory):
     name = "ef21"
     feedback = True
     running = True
+    common: ClassVar[tuple[str, ...]] = ("average",)
     summed = "average"
 
     def __post_init__(self) -> None:
