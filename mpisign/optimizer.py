@@ -60,6 +60,9 @@ class DistributedSignOptimizer(Optimizer):
             stays; ``"positive"`` +1.
         exchange: ``"allgather"``, ``"two_phase"`` or ``"auto"``; all decide the same votes.
         seed: of coins and noise; the same on all ranks, another for each optimizer of a job.
+        clip_grad_norm: each rank's gradient is first clipped to this L2 norm, over all parameters and without a loss
+            scale, so that one huge gradient does not stay in a momentum for hundreds of steps; a rank with a NaN or Inf
+            then abstains wholly. None for never.
         bucket_cap_mb: a message is sent when it has grown to this many MiB; 1, or 16 where every rank has a GPU.
 
     Construction is not collective, but every rank must build the same; the first step checks it.
@@ -82,6 +85,7 @@ class DistributedSignOptimizer(Optimizer):
     method: Method
     policy: Policy
     report: StepReport | None
+    clip_grad_norm: float | None = None  # of optimizers that were pickled before there was one
     _plan: Plan | None
     _session: Session | None  # where it has its _number
 
@@ -97,6 +101,7 @@ class DistributedSignOptimizer(Optimizer):
         ties: str = "coin",
         exchange: str = "auto",
         seed: int = 0,
+        clip_grad_norm: float | None = None,
         bucket_cap_mb: float | None = None,
     ) -> None:
         method = signum() if method is None else method
@@ -109,10 +114,13 @@ class DistributedSignOptimizer(Optimizer):
             check_exchange(exchange, one)
         if bucket_cap_mb is not None:
             check_positive("bucket_cap_mb", bucket_cap_mb)
+        if clip_grad_norm is not None:
+            check_positive("clip_grad_norm", clip_grad_norm, ", or None for never")
         self.wrapped = optimizer
         self.method = method
         self.policy = Policy(zeros, ties, seed)
         self.exchange = exchange
+        self.clip_grad_norm = clip_grad_norm
         self.bucket_cap_mb = bucket_cap_mb
         self._names = wrapping.names_of(optimizer, named_parameters)
         self._memory = MemoryStore(method.memory)
@@ -339,7 +347,7 @@ class DistributedSignOptimizer(Optimizer):
                 self._session, self._number = session, session.next_number()
             store, options = self._memory, (self.policy, self.exchange, self.bucket_cap_mb)
             store.follow(self._parameters(), self._memories(), session.group)
-            plan = make_plan(named, methods, *options, store, session.group, self._number)
+            plan = make_plan(named, methods, *options, store, session.group, self._number, self.clip_grad_norm)
         self._plan = plan.telling()
         self._memory.follow_rates(self.param_groups)
         return self._plan
