@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpisign.bitmap.tensors import unreadable
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.plain import uncompiled
+from mpisign.policy import check_integer, use_plain_numbers
 from mpisign.talk import minority
 
 if TYPE_CHECKING:
@@ -195,6 +197,21 @@ def replace_gradient(parameter: Tensor, sent: Tensor) -> None:
     parameter.grad.copy_(sent)
 
 
+def _checked(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """What :meth:`Adversary.corrupt` was given. Raises :class:`OptionError`, saying which one is unfit."""
+    if isinstance(parameters, (torch.nn.Module, Tensor)) or not isinstance(parameters, Iterable):
+        raise OptionError(f"parameters={type(parameters).__name__} is no list of them: pass model.parameters()")
+    listed = list(parameters)
+    for at, parameter in enumerate(listed):
+        if not isinstance(parameter, Tensor):
+            raise OptionError(f"parameter {at} is a {type(parameter).__name__}: pass model.parameters()")
+        if problem := unreadable(parameter) or (
+            "" if parameter.is_floating_point() else f"{parameter.dtype}, no float"
+        ):
+            raise OptionError(f"parameter {at} cannot be attacked, as it is {problem}")
+    return listed
+
+
 class Adversary:
     """Plays an attack on some ranks of an experiment. Building it is **collective**.
 
@@ -243,7 +260,9 @@ class Adversary:
         if not isinstance(attack, Attack):
             raise OptionError(f"attack={attack!r} is not an Attack: use one of mpisign.attacks, e.g. SignFlip()")
         self.attack, self.comm, self.view, self.place = attack, comm, view, place
-        self.ranks = sorted(set(ranks))
+        use_plain_numbers(attack)
+        seed = check_integer("seed", seed)
+        self.ranks = sorted({check_integer("a rank", rank) for rank in ranks})
         self.honest = [rank for rank in range(comm.size) if rank not in self.ranks]
         if i_know_this_is_an_attack is not True:
             raise OptionError(
@@ -282,7 +301,7 @@ class Adversary:
         Args:
             parameters: ``model.parameters()``, the same on all ranks.
         """
-        parameters = list(parameters)
+        parameters = _checked(parameters)
         playing = self.comm.rank in self.ranks
         if not playing and not self.attack.omniscient:
             return

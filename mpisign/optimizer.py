@@ -23,7 +23,7 @@ from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
 from mpisign.methods import signum
 from mpisign.plain import plain, uncompiled
-from mpisign.policy import Policy, check_positive
+from mpisign.policy import Policy, check_integer, check_positive
 from mpisign.report import StepReport
 from mpisign.session import Session, current, is_initialized
 
@@ -113,9 +113,9 @@ class DistributedSignOptimizer(Optimizer):
         for one in [method, *wrapping.methods_of(optimizer)]:
             check_exchange(exchange, one)
         if bucket_cap_mb is not None:
-            check_positive("bucket_cap_mb", bucket_cap_mb)
+            bucket_cap_mb = check_positive("bucket_cap_mb", bucket_cap_mb)
         if clip_grad_norm is not None:
-            check_positive("clip_grad_norm", clip_grad_norm, ", or None for never")
+            clip_grad_norm = check_positive("clip_grad_norm", clip_grad_norm, ", or None for never")
         self.wrapped = optimizer
         self.method = method
         self.policy = Policy(zeros, ties, seed)
@@ -277,7 +277,7 @@ class DistributedSignOptimizer(Optimizer):
 
     def set_epoch(self, epoch: int) -> None:
         """Tell methods that change with the epoch (DGC's warm-up) where training is, on every rank, from 0."""
-        self._epoch = wrapping.epoch_number(epoch)
+        self._epoch = check_integer("epoch", epoch, 0)
 
     @uncompiled
     @plain()

@@ -11,10 +11,12 @@ import numpy.typing as npt
 import torch
 
 from mpisign import trees
+from mpisign.bitmap.tensors import unreadable
 from mpisign.encoding import Optional, printable
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.method import Method
 from mpisign.plain import plain, uncompiled
+from mpisign.policy import check_integer
 from mpisign.session import Session, current
 from mpisign.talk import minority
 
@@ -49,7 +51,7 @@ def broadcast_object(obj: Any, root_rank: int = 0) -> Any:
         OptionError: ``init(pickle=False)`` has turned pickles off.
     """
     session = current("broadcast_object()")
-    _check_root(root_rank, session)
+    root_rank = _check_root(root_rank, session)
     return session.spread_object(obj, root_rank, "broadcast_object()")
 
 
@@ -76,26 +78,44 @@ def broadcast_parameters(
 
     Raises:
         ConsistencyError: names, shapes or dtypes differ between ranks; nothing has been changed then.
-        OptionError: an entry is not a tensor.
+        OptionError: an entry is not a tensor, or one that cannot be copied; the message names it.
     """
     session = current("broadcast_parameters()")
-    _check_root(root_rank, session)
-    named = list(parameters.items()) if isinstance(parameters, Mapping) else list(parameters)
+    root_rank = _check_root(root_rank, session)
+    named, problem = _named_tensors(parameters)
+    # All hear what one rank has found wrong, before it raises.
+    described = [problem] if problem else [f"{name!r} {tuple(t.shape)} {t.dtype}" for name, t in named]
+    _demand_equal(described, session, "broadcast_parameters()", "the tensors differ")
+    if problem:
+        raise OptionError(f"rank {session.rank}: {problem}")
+    _broadcast_tensors([tensor for _, tensor in named], root_rank, session)
+
+
+def _named_tensors(given: Any) -> tuple[list[tuple[str, torch.Tensor]], str]:
+    """What :func:`broadcast_parameters` was given, and what is wrong with it, or ""."""
+    usual = "pass model.state_dict() or model.named_parameters()"
+    if isinstance(given, (torch.nn.Module, torch.Tensor)) or not isinstance(given, Iterable):
+        return [], f"broadcast_parameters() takes tensors with names, and {type(given).__name__} is not that: {usual}"
+    named = list(given.items()) if isinstance(given, Mapping) else list(given)
     for entry in named:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], torch.Tensor)):
-            what = f"{entry[0]!r}" if isinstance(entry, tuple) and entry else f"{type(entry).__name__}"
-            raise OptionError(
-                f"rank {session.rank}: broadcast_parameters() takes tensors with names, and {what} is not one: pass "
-                f"model.state_dict() or model.named_parameters(), and other objects to broadcast_object()"
+            pair = isinstance(entry, tuple) and len(entry) == 2
+            what = f"{entry[0]!r} is a {type(entry[1]).__name__}" if pair else f"{type(entry).__name__} is not one"
+            return [], (
+                f"broadcast_parameters() takes tensors with names, and {what}: {usual}, and other objects (what "
+                f"get_extra_state() puts into a state dict, too) to broadcast_object()"
             )
-        if any(stride == 0 and size > 1 for stride, size in zip(entry[1].stride(), entry[1].shape, strict=True)):
-            raise OptionError(
-                f"rank {session.rank}: the elements of {entry[0]!r} overlap (it was made by expand()), so it cannot be "
-                f"written to: give broadcast_parameters() a clone"
+        name, tensor = entry
+        if why := unreadable(tensor):
+            return [], f"broadcast_parameters() cannot send {name!r}, which is {why}"
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            return [], f"{name!r} was made in inference mode, and cannot be written to outside of it: pass a clone"
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            return [], (
+                f"the elements of {name!r} overlap (it was made by expand()), so it cannot be written to: give "
+                f"broadcast_parameters() a clone"
             )
-    described = [f"{name!r} {tuple(t.shape)} {t.dtype}" for name, t in named]
-    _demand_equal(described, session, "broadcast_parameters()", "the tensors differ")
-    _broadcast_tensors([tensor for _, tensor in named], root_rank, session)
+    return named, ""
 
 
 @uncompiled
@@ -108,12 +128,16 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
 
     Raises:
         ConsistencyError: the optimizers have different groups, or what ``root_rank`` has sent does not fit.
-        OptionError: on every rank: the state holds something else than tensors, numbers, strings, None, lists, tuples
-            and dicts.
+        OptionError: it is no optimizer; or on every rank: the state holds something else than dense tensors, numbers,
+            strings, None, lists, tuples and dicts.
     """
     session = current("broadcast_optimizer_state()")
-    _check_root(root_rank, session)
+    root_rank = _check_root(root_rank, session)
     act = "broadcast_optimizer_state()"
+    if not hasattr(optimizer, "state_dict"):
+        raise OptionError(
+            f"rank {session.rank}: optimizer={type(optimizer).__name__} has no state_dict(): pass the optimizer itself"
+        )
     own = optimizer.state_dict()
     groups = [f"parameter group {at} of {len(group['params'])}" for at, group in enumerate(own["param_groups"])]
     _demand_equal(groups, session, act, "the optimizers differ")
@@ -202,16 +226,27 @@ def check_consistency(model: torch.nn.Module, optimizer: HasState | None = None,
         ConsistencyError: on every rank, naming the ranks and the first tensor that differ.
     """
     session = current("check_consistency()")
+    for name, given, needed in (("model", model, "named_parameters"), ("optimizer", optimizer, "param_groups")):
+        if given is not None and not hasattr(given, needed):
+            raise OptionError(
+                f"rank {session.rank}: {name}={type(given).__name__} has no {needed}: pass the {name} itself to "
+                f"check_consistency()"
+            )
+    tensors = [*model.named_parameters(), *(model.named_buffers() if buffers else ())]
+    problem = next((f"{name!r} is {why}" for name, tensor in tensors if (why := unreadable(tensor))), "")
     method = getattr(optimizer, "method", None)
     differ = isinstance(method, Method) and method.exchanges_models  # replicas that differ by design (MoNNA)
-    lines = [f"parameter {name!r} {_form(p) if differ else _digest(p)}" for name, p in model.named_parameters()]
-    if buffers:
-        lines += [f"buffer {name!r} {_digest(b)}" for name, b in model.named_buffers()]
+    lines = [problem] if problem else []  # all hear of it
+    for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers() if buffers else ())):
+        as_text = _form if differ and kind == "parameter" else _digest
+        lines += [f"{kind} {name!r} {as_text(tensor)}" for name, tensor in named if not problem]
     for at, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
         options = {key: value for key, value in group.items() if key != "params"}
         told = {key: value for key, value in options.items() if " at 0x" not in repr(value)}  # addresses say nothing
         lines.append(f"options of parameter group {at}: {told}")
     _demand_equal(lines, session, "check_consistency()", "ranks hold different values")
+    if problem:
+        raise OptionError(f"rank {session.rank}: check_consistency() cannot compare all tensors: {problem}")
 
 
 def _demand_equal(lines: Sequence[str], session: Session, act: str, problem: str) -> None:
@@ -239,7 +274,8 @@ def _digest(tensor: torch.Tensor) -> str:
 
 def _as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
     """A tensor's elements in row-major order as bytes (n,) uint8; shares memory where it is contiguous."""
-    as_bytes: npt.NDArray[np.uint8] = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    plain_tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    as_bytes: npt.NDArray[np.uint8] = plain_tensor.view(-1).view(torch.uint8).numpy()
     return as_bytes
 
 
@@ -274,6 +310,8 @@ def _broadcast_tensors(tensors: Sequence[torch.Tensor], root_rank: int, session:
             start += piece.size
 
 
-def _check_root(root_rank: int, session: Session) -> None:
+def _check_root(root_rank: int, session: Session) -> int:
+    root_rank = check_integer("root_rank", root_rank)
     if not 0 <= root_rank < session.size:
         raise OptionError(f"root_rank={root_rank} is not a rank of this job: it has 0 .. {session.size - 1}")
+    return root_rank

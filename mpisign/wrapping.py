@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +18,6 @@ __all__ = [
     "check_wrappable",
     "default_names",
     "drop_frozen",
-    "epoch_number",
     "methods_of",
     "names_of",
     "scaler_says",
@@ -96,17 +94,6 @@ def warn_of_epochs(method: Method) -> None:
     )
 
 
-def epoch_number(epoch: object) -> int:
-    """A plain int from 0 up, also from NumPy's or torch's. Raises :class:`OptionError`."""
-    try:
-        number = operator.index(epoch)  # type: ignore[arg-type]
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise OptionError(f"epoch={epoch!r} must be an int of 0 or more")
-    return number
-
-
 def drop_frozen(parameters: Iterable[torch.Tensor]) -> None:
     """Drop gradients that are left from before their parameters were frozen: nobody votes on them."""
     for parameter in parameters:
@@ -141,10 +128,16 @@ def names_of(
         return default_names(optimizer.param_groups)
     names: dict[torch.Tensor, str] = {}
     taken: set[str] = set()
+    if isinstance(named_parameters, (torch.nn.Module, Mapping)) or not isinstance(named_parameters, Iterable):
+        what = type(named_parameters).__name__
+        raise OptionError(f"named_parameters={what} has no (name, parameter) pairs: pass model.named_parameters()")
     for entry in named_parameters:
         pair = isinstance(entry, tuple) and len(entry) == 2
         if not (pair and isinstance(entry[0], str) and isinstance(entry[1], torch.Tensor)):
-            raise OptionError("named_parameters must give (name, parameter) pairs: pass model.named_parameters()")
+            what = "a parameter" if isinstance(entry, torch.Tensor) else f"{entry!r:.40}"
+            raise OptionError(
+                f"named_parameters must give (name, parameter) pairs, and {what} is none: pass model.named_parameters()"
+            )
         name, parameter = entry
         if parameter in names:
             raise OptionError(f"one parameter is named twice, {names[parameter]!r} and {name!r}: name it once")

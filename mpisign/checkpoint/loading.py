@@ -17,7 +17,7 @@ from mpisign.checkpoint.directory import Manifest
 from mpisign.checkpoint.files import damage, read_tensors
 from mpisign.checkpoint.merging import merged
 from mpisign.checkpoint.saving import wait
-from mpisign.checkpoint.state import State, Stateful, map_tensors, reseed, set_random_state
+from mpisign.checkpoint.state import State, Stateful, check_stateful, map_tensors, reseed, set_random_state
 from mpisign.encoding import Optional, printable
 from mpisign.errors import CheckpointError, ConsistencyError
 from mpisign.plain import plain, uncompiled
@@ -89,7 +89,9 @@ def load(
         CheckpointError: on every rank: there is no checkpoint, or it is damaged or does not fit, in which case the
             objects may have been changed in part. The message names file and rank, and another checkpoint
             that is good.
+        OptionError: a model, optimizer, scheduler or scaler is something else, such as its state dict.
     """
+    check_stateful(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     session = current(ACT)
     wait()
     folder, manifest, left_out = _choose(session, Path(path))

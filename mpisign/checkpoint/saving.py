@@ -14,10 +14,11 @@ import torch
 from mpisign.checkpoint import directory
 from mpisign.checkpoint.agreement import agree
 from mpisign.checkpoint.files import Stamp, write_tensors
-from mpisign.checkpoint.state import Snapshot, State, Stateful, check_loadable, collect
+from mpisign.checkpoint.state import Snapshot, State, Stateful, check_loadable, check_stateful, collect
 from mpisign.encoding import Optional
-from mpisign.errors import CheckpointError, ConsistencyError, MpisignError, OptionError
+from mpisign.errors import CheckpointError, ConsistencyError, MpisignError
 from mpisign.plain import plain, uncompiled
+from mpisign.policy import check_integer
 from mpisign.session import Session, current
 from mpisign.talk import minority
 
@@ -77,9 +78,8 @@ def save(
         ConsistencyError: ranks are at different steps, or pass different options.
         OptionError: an impossible option.
     """
-    for name, value, least in (("step", step, 0), ("keep", keep, 1)):
-        if not isinstance(value, int) or value < least:
-            raise OptionError(f"{name}={value!r} must be an integer of at least {least}")
+    step, keep, asynchronous = check_integer("step", step, 0), check_integer("keep", keep, 1), bool(asynchronous)
+    check_stateful(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     session = current(ACT)
     wait()
     error, files, made = None, dict[str, State](), None

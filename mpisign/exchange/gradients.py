@@ -91,6 +91,7 @@ class Gradients:
             self._layout.parameters[place],
             self._layout.strides[place],
         )
+        gradient = gradient.resolve_neg()
         if gradient.layout != torch.strided:
             raise GradientError(
                 f"rank {self._rank}: the gradient of {name!r} is {gradient.layout}; use sparse=False in the embedding, "
