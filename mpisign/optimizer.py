@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch.optim import Optimizer
@@ -47,7 +47,7 @@ class DistributedSignOptimizer(Optimizer):
     the sign; ``SGD(momentum=...)`` would average *votes*, which is a different method.
 
     Args:
-        optimizer: any torch optimizer but LBFGS, SparseAdam.
+        optimizer: any torch optimizer but LBFGS, SparseAdam and those whose ``step()`` demands a closure.
         named_parameters: ``model.named_parameters()``, for messages; every trainable parameter in it must be
             in the optimizer and the other way round. Default: names made from groups and positions.
         method: what is sent and how it is decided, e.g. :func:`mpisign.signum` (the default). A parameter group may
@@ -138,6 +138,11 @@ class DistributedSignOptimizer(Optimizer):
     param_groups = _passed_through("param_groups", "The wrapped optimizer's parameter groups themselves.")
     state = _passed_through("state", "The wrapped optimizer's state itself.")
     defaults = _passed_through("defaults", "The wrapped optimizer's defaults themselves.")
+
+    if not TYPE_CHECKING:  # else no misspelt attribute would be an error to a type checker
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise wrapping.no_attribute(self, self.__dict__.get("wrapped"), name)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer, on every rank before the same step."""
@@ -242,12 +247,8 @@ class DistributedSignOptimizer(Optimizer):
             raise
         self._synchronized = False
         if self.report is not None and not self.report.skipped:
-            self._step_wrapped()
+            wrapping.step(self.wrapped)
         return loss
-
-    @torch.inference_mode(False)  # in which it would make state that can never be changed outside
-    def _step_wrapped(self) -> None:
-        self.wrapped.step()
 
     def _step_and_mix(self) -> None:
         """A step on this rank's own gradient, unless it is not finite, and then the exchange of models."""
@@ -257,7 +258,7 @@ class DistributedSignOptimizer(Optimizer):
             votes = abstention == header.VOTES
             steps = votes and local_update(plan, self._exchanges, plan.gradients.read(), unscale)
         if steps:
-            self._step_wrapped()
+            wrapping.step(self.wrapped)
         with plain():
             self._exchange(plan, plan.gradients.models(), header.VOTES, 1.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,10 @@ __all__ = [
     "drop_frozen",
     "methods_of",
     "names_of",
+    "no_attribute",
     "scaler_says",
+    "step",
+    "wants_closure",
     "warn_if_adaptive",
     "warn_of_epochs",
     "without_methods",
@@ -51,6 +55,38 @@ def check_wrappable(optimizer: Optimizer) -> None:
         )
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise OptionError("SparseAdam cannot be wrapped: a vote is dense; use SGD and sparse=False embeddings")
+    arguments = inspect.signature(optimizer.step).parameters.values()
+    if any(it.default is it.empty and it.kind not in (it.VAR_POSITIONAL, it.VAR_KEYWORD) for it in arguments):
+        raise wants_closure(optimizer)
+
+
+def wants_closure(optimizer: Optimizer) -> OptionError:
+    """The error for an optimizer whose step computes gradients of its own."""
+    name = type(optimizer).__name__
+    return OptionError(
+        f"{name} cannot be wrapped, as its step() demands a closure: nobody has voted on the gradients that it leaves, "
+        f"and the replicas would drift apart. Wrap the optimizer inside, if it has one, or give {name}.step() a "
+        f"closure=None without which it applies the gradients that are there"
+    )
+
+
+@torch.inference_mode(False)  # in which it would make state that can never be changed outside
+def step(optimizer: Optimizer) -> None:
+    """Let a wrapped optimizer apply what is decided. Raises :class:`OptionError` if it asks for a closure."""
+    try:
+        optimizer.step()
+    except Exception as error:
+        if "closure" in str(error):  # some only say so when they are called without
+            raise wants_closure(optimizer) from error
+        raise
+
+
+def no_attribute(wrapper: Optimizer, wrapped: Optimizer | None, name: str) -> AttributeError:
+    """The error for an attribute that a wrapper has not; it says if the wrapped optimizer has it."""
+    message = f"{type(wrapper).__name__!r} object has no attribute {name!r}"
+    if not name.startswith("__") and hasattr(wrapped, name):
+        message += f"; the wrapped {type(wrapped).__name__} has one: optimizer.wrapped.{name}"
+    return AttributeError(message)
 
 
 def methods_of(optimizer: Optimizer) -> list[Method]:
