@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 from mpisign.errors import OptionError
 from mpisign.exchange import header
 from mpisign.method import Method
+from mpisign.warning import warn
 
 __all__ = [
     "check_wrappable",
@@ -55,7 +55,7 @@ def check_wrappable(optimizer: Optimizer) -> None:
         )
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise OptionError("SparseAdam cannot be wrapped: a vote is dense; use SGD and sparse=False embeddings")
-    arguments = inspect.signature(optimizer.step).parameters.values()
+    _, *arguments = inspect.signature(type(optimizer).step).parameters.values()  # schedulers replace the bound one
     if any(it.default is it.empty and it.kind not in (it.VAR_POSITIONAL, it.VAR_KEYWORD) for it in arguments):
         raise wants_closure(optimizer)
 
@@ -113,20 +113,18 @@ def without_methods(optimizer: Optimizer) -> Iterator[None]:
 def warn_if_adaptive(optimizer: Optimizer) -> None:
     """Say what an Adam-like optimizer does to the +-1 of a vote."""
     if isinstance(optimizer, ADAPTIVE):
-        warnings.warn(
+        warn(
             f"{type(optimizer).__name__} divides each coordinate by its running magnitude, and every coordinate of a "
             f"vote has magnitude 1: what remains is its momentum over votes. Usually SGD(lr=..., weight_decay=...) "
-            f"with method=mpisign.lion() or mpisign.signum() is what you want",
-            stacklevel=3,
+            f"with method=mpisign.lion() or mpisign.signum() is what you want"
         )
 
 
 def warn_of_epochs(method: Method) -> None:
     """Say that a method which changes with the epoch has not been told any."""
-    warnings.warn(
+    warn(
         f"{method.name} changes with the epoch, and nobody has said which this is, so it stays as in epoch 0: call "
-        f"optimizer.set_epoch(epoch) on every rank at the beginning of each epoch",
-        stacklevel=6,  # through torch's own wrapper of step()
+        f"optimizer.set_epoch(epoch) on every rank at the beginning of each epoch"
     )
 
 

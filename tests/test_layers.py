@@ -17,7 +17,20 @@ ROOT = Path(mpisign.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 FOLDERS = ("mpisign", "tests", "scripts", "benchmarks", "docs")
 LAYERS = [
-    {"errors", "launch", "bitmap", "backends", "plain", "policy", "trace", "report", "encoding", "trees", "presence"},
+    {
+        "errors",
+        "launch",
+        "bitmap",
+        "backends",
+        "plain",
+        "policy",
+        "trace",
+        "report",
+        "encoding",
+        "trees",
+        "presence",
+        "warning",
+    },
     {"watchdog", "group", "talk", "timeline", "session"},
     {"preemption", "codecs", "rules", "memory", "method", "layout"},
     {"attacks", "exchange", "methods", "sync", "wrapping", "checkpoint"},

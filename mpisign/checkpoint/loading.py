@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from mpisign.encoding import Optional, printable
 from mpisign.errors import CheckpointError, ConsistencyError
 from mpisign.plain import plain, uncompiled
 from mpisign.session import Session, current
+from mpisign.warning import warn
 
 __all__ = ["Resumed", "load", "newest"]
 
@@ -114,12 +114,11 @@ def load(
     agree(session, ACT, f"{folder} does not fit", error)
     if session.rank == 0:
         if left_out:
-            warnings.warn(f"training goes on from {folder}, as {'; '.join(left_out)}", stacklevel=2)
+            warn(f"training goes on from {folder}, as {'; '.join(left_out)}")
         if manifest.ranks != session.size:
-            warnings.warn(
+            warn(
                 f"{folder} was saved by {manifest.ranks} ranks and this job has {session.size}: every rank goes on "
-                f"with the mean of the old ranks' memories and fresh random numbers (see mpisign.checkpoint.load)",
-                stacklevel=2,
+                f"with the mean of the old ranks' memories and fresh random numbers (see mpisign.checkpoint.load)"
             )
     return Resumed(manifest.step, extra, folder, manifest.ranks)
 

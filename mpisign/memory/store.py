@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import secrets
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from mpisign.bitmap.tensors import flat, strides_of
 from mpisign.errors import CheckpointError
 from mpisign.group import Group
 from mpisign.memory.memory import Memory, State
+from mpisign.warning import warn
 
 __all__ = ["MemoryStore", "state_dtype"]
 
@@ -185,10 +185,9 @@ class MemoryStore:
                 if not LEAST_RATE <= abs(rate) < math.inf:
                     if rate != 0.0 and not self._warned:
                         self._warned = True
-                        warnings.warn(
+                        warn(
                             f"a learning rate of {rate!r} counts as 0: what error feedback still owes the parameters "
-                            f"is kept as it is, in units of the last rate, as it would overflow else",
-                            stacklevel=2,
+                            f"is kept as it is, in units of the last rate, as it would overflow else"
                         )
                     continue
                 if before != rate:
@@ -301,7 +300,7 @@ class MemoryStore:
         fresh = f"rank {group.rank}: the memory ({', '.join(dict.fromkeys(names))}) starts fresh: "
         if saved is None:
             if fields:
-                warnings.warn(fresh + "this is the state of a plain optimizer, which has none", stacklevel=3)
+                warn(fresh + "this is the state of a plain optimizer, which has none")
             return store
         if saved["version"] > STATE_VERSION:
             raise CheckpointError(
@@ -320,10 +319,9 @@ class MemoryStore:
         theirs = [others.get(place, saved["memory_of"]) for place in range(len(parameters))]
         if saved["rank"] != group.rank or theirs != names:
             if fields:
-                warnings.warn(
+                warn(
                     fresh + f"this is the state of rank {saved['rank']} under method {saved['method']!r}; "
-                    "to resume exactly, save and load one state a rank",
-                    stacklevel=3,
+                    "to resume exactly, save and load one state a rank"
                 )
             return store
         for place in (place for part in ("memory", "pieces", "rates") for place in saved.get(part, {})):
