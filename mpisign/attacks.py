@@ -20,7 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpisign.bitmap.tensors import unreadable
 from mpisign.errors import ConsistencyError, OptionError
+from mpisign.plain import uncompiled
+from mpisign.policy import check_integer, use_plain_numbers
 from mpisign.talk import minority
 
 if TYPE_CHECKING:
@@ -107,7 +110,7 @@ class Gaussian(Attack):
     scale: float = 200.0
 
     def __call__(self, mine: Tensor, honest: Tensor, generator: torch.Generator) -> Tensor:
-        return self.scale * torch.randn(mine.shape, dtype=mine.dtype, generator=generator)
+        return self.scale * torch.randn(mine.shape, dtype=mine.dtype, device="cpu", generator=generator)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ class RandomSigns(Attack):
     """The own magnitudes under random signs: a rank that votes by tossing coins."""
 
     def __call__(self, mine: Tensor, honest: Tensor, generator: torch.Generator) -> Tensor:
-        return torch.where(torch.rand(mine.shape, generator=generator) < 0.5, mine, -mine)
+        coins = torch.rand(mine.shape, dtype=torch.float32, device="cpu", generator=generator)
+        return torch.where(coins < 0.5, mine, -mine)
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,21 @@ def replace_gradient(parameter: Tensor, sent: Tensor) -> None:
     parameter.grad.copy_(sent)
 
 
+def _checked(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """What :meth:`Adversary.corrupt` was given. Raises :class:`OptionError`, saying which one is unfit."""
+    if isinstance(parameters, (torch.nn.Module, Tensor)) or not isinstance(parameters, Iterable):
+        raise OptionError(f"parameters={type(parameters).__name__} is no list of them: pass model.parameters()")
+    listed = list(parameters)
+    for at, parameter in enumerate(listed):
+        if not isinstance(parameter, Tensor):
+            raise OptionError(f"parameter {at} is a {type(parameter).__name__}: pass model.parameters()")
+        if problem := unreadable(parameter) or (
+            "" if parameter.is_floating_point() else f"{parameter.dtype}, no float"
+        ):
+            raise OptionError(f"parameter {at} cannot be attacked, as it is {problem}")
+    return listed
+
+
 class Adversary:
     """Plays an attack on some ranks of an experiment. Building it is **collective**.
 
@@ -241,7 +260,9 @@ class Adversary:
         if not isinstance(attack, Attack):
             raise OptionError(f"attack={attack!r} is not an Attack: use one of mpisign.attacks, e.g. SignFlip()")
         self.attack, self.comm, self.view, self.place = attack, comm, view, place
-        self.ranks = sorted(set(ranks))
+        use_plain_numbers(attack)
+        seed = check_integer("seed", seed)
+        self.ranks = sorted({check_integer("a rank", rank) for rank in ranks})
         self.honest = [rank for rank in range(comm.size) if rank not in self.ranks]
         if i_know_this_is_an_attack is not True:
             raise OptionError(
@@ -265,10 +286,11 @@ class Adversary:
                 f"rank {comm.rank}: ranks {odd} play another attack than the others; this one plays {mine}: build the "
                 f"same Adversary on every rank"
             )
-        self._generator = torch.Generator().manual_seed(seed * comm.size + comm.rank)
+        self._generator = torch.Generator("cpu").manual_seed(seed * comm.size + comm.rank)
         if comm.rank in self.ranks:
             logger.warning("rank %d of %d is an adversary from here on: %r", comm.rank, comm.size, attack)
 
+    @uncompiled
     @torch.no_grad()
     def corrupt(self, parameters: Iterable[Tensor]) -> None:
         """Make the adversaries send what the attack says; call it between backward and step.
@@ -279,7 +301,7 @@ class Adversary:
         Args:
             parameters: ``model.parameters()``, the same on all ranks.
         """
-        parameters = list(parameters)
+        parameters = _checked(parameters)
         playing = self.comm.rank in self.ranks
         if not playing and not self.attack.omniscient:
             return

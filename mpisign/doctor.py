@@ -247,7 +247,8 @@ def _kernels(device: torch.device) -> Finding:
     elements = 10_007
     try:
         cupy = import_cupy()
-        values = torch.randn(elements).to(device)
+        random = torch.Generator("cpu").manual_seed(0)
+        values = torch.randn(elements, dtype=torch.float32, device="cpu", generator=random).to(device)
         words, signs = torch.zeros(words_for(elements), dtype=WORD, device=device), torch.empty_like(values)
         backend = backend_for(device)
         backend.pack(values, words)
@@ -271,7 +272,8 @@ import torch
 from mpi4py import MPI
 
 device = torch.device(sys.argv[1])
-sent, received = torch.arange(4096, device=device), torch.zeros(4096, dtype=torch.int64, device=device)
+sent = torch.arange(4096, dtype=torch.int64, device=device)
+received = torch.zeros_like(sent)
 for collective in (MPI.COMM_SELF.Iallgather, MPI.COMM_SELF.Ialltoall):
     received.zero_()
     if device.type == "cuda":
@@ -355,7 +357,7 @@ def _vote(device: str | torch.device = "cpu", subject: str = "a real vote") -> I
         here.comm.Allgather(np.sign(mine).astype(np.int8), votes)
     expected = -np.sign(votes.sum(axis=0))
     for exchange in ("allgather", "two_phase"):
-        parameter = torch.nn.Parameter(torch.zeros(elements, device=device))
+        parameter = torch.nn.Parameter(torch.zeros(elements, dtype=torch.float32, device=device))
         parameter.grad = torch.from_numpy(mine).to(device, copy=True)
         optimizer = DistributedSignOptimizer(
             torch.optim.SGD([parameter], lr=1.0), method=signsgd(), ties="zero", exchange=exchange

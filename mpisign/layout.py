@@ -22,7 +22,7 @@ import torch
 
 from mpisign.backends import BACKENDS, backend_for
 from mpisign.bitmap.host import words_for
-from mpisign.bitmap.tensors import DTYPES, strides_of
+from mpisign.bitmap.tensors import DTYPES, strides_of, unreadable
 from mpisign.codecs import Codec
 from mpisign.errors import GradientError
 from mpisign.method import Method
@@ -111,9 +111,9 @@ class Layout:
     ) -> None:
         self.names = tuple(name for name, _ in parameters)
         self.parameters = tuple(parameter for _, parameter in parameters)
-        self.strides = tuple(strides_of(parameter) for parameter in self.parameters)
         for name, parameter in parameters:
             _check_supported(name, parameter)
+        self.strides = tuple(strides_of(parameter) for parameter in self.parameters)
         self.device = _common_device(parameters)
         self._codecs = [method.codec.of(p) for method, p in zip(methods, self.parameters, strict=True)]
         self._shards_of = shards_of
@@ -200,6 +200,8 @@ class Layout:
 
 
 def _check_supported(name: str, parameter: torch.Tensor) -> None:
+    if problem := unreadable(parameter):
+        raise GradientError(f"parameter {name!r} is {problem}")
     if parameter.dtype not in DTYPES:
         raise GradientError(
             f"parameter {name!r} is {parameter.dtype}: only float32, float64, float16 and bfloat16 can be voted "
@@ -210,8 +212,6 @@ def _check_supported(name: str, parameter: torch.Tensor) -> None:
             f"parameter {name!r} is on {parameter.device}: only CPU and CUDA tensors can be voted on; move the model "
             f"with model.to(mpisign.device())"
         )
-    if parameter.layout != torch.strided:
-        raise GradientError(f"parameter {name!r} has layout {parameter.layout}: only dense tensors can be voted on")
 
 
 def _common_device(parameters: Sequence[tuple[str, torch.Tensor]]) -> torch.device:

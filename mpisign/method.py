@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from mpisign.codecs import Codec
 from mpisign.errors import OptionError
 from mpisign.memory import Memory
+from mpisign.policy import use_plain_numbers
 from mpisign.rules import BallotRule, Rule, ValueRule, VectorRule
 
 __all__ = ["Method"]
@@ -44,6 +45,7 @@ class Method:
                 raise OptionError(
                     f"{part!r} of method {self.name!r} is no {kind.__name__}: make {kind!r} its base class"
                 )
+            use_plain_numbers(part)
             if " at 0x" in repr(part):
                 raise OptionError(
                     f"{part!r} of method {self.name!r} is told from others by its address, so ranks cannot see that "

@@ -28,6 +28,7 @@ from mpisign.memory import (
 )
 from mpisign.memory.ef21 import check_smoothness
 from mpisign.method import Method
+from mpisign.policy import check_integer
 from mpisign.rules import (
     CenteredClipping,
     GeometricMedian,
@@ -42,7 +43,6 @@ from mpisign.rules import (
     RecodedMean,
     TrimmedMean,
 )
-from mpisign.rules.coordinatewise import check_count
 
 # fmt: off
 __all__ = [
@@ -188,7 +188,7 @@ def one_bit_adam(freeze_step: int, beta1: float = 0.9, beta2: float = 0.999, eps
 
     Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence Speed", 2021, Alg. 1.
     """
-    check_count("freeze_step", freeze_step, 1)
+    freeze_step = check_integer("freeze_step", freeze_step, 1)
     squeezed = Method(OneBitAdam(beta1, beta2, eps, frozen=True), ScaledBits(), RecodedMean(), "one_bit_adam")
     return Method(OneBitAdam(beta1, beta2, eps), Dense(), Mean(), "one_bit_adam", by_step=((freeze_step, squeezed),))
 
@@ -264,7 +264,7 @@ def dgc(
     Lin et al., "Deep Gradient Compression: Reducing the Communication Bandwidth for Distributed Training", 2018,
     Algorithm 4.
     """
-    check_count("warmup_epochs", warmup_epochs)
+    warmup_epochs = check_integer("warmup_epochs", warmup_epochs, 0)
     memory = DGC(momentum, nesterov, clip, masking)
 
     def phase(share: float) -> Method:

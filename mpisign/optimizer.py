@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch.optim import Optimizer
@@ -22,7 +22,8 @@ from mpisign.memory import Memory
 from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
 from mpisign.methods import signum
-from mpisign.policy import Policy, check_positive
+from mpisign.plain import plain, uncompiled
+from mpisign.policy import Policy, check_integer, check_positive
 from mpisign.report import StepReport
 from mpisign.session import Session, current, is_initialized, known, operation
 from mpisign.trees import shown
@@ -47,7 +48,7 @@ class DistributedSignOptimizer(Optimizer):
     the sign; ``SGD(momentum=...)`` would average *votes*, which is a different method.
 
     Args:
-        optimizer: any torch optimizer but LBFGS, SparseAdam.
+        optimizer: any torch optimizer but LBFGS, SparseAdam and those whose ``step()`` demands a closure.
         named_parameters: ``model.named_parameters()``, for messages; every trainable parameter in it must be
             in the optimizer and the other way round. Default: names made from groups and positions.
         method: what is sent and how it is decided, e.g. :func:`mpisign.signum` (the default). A parameter group may
@@ -60,6 +61,9 @@ class DistributedSignOptimizer(Optimizer):
             stays; ``"positive"`` +1.
         exchange: ``"allgather"``, ``"two_phase"`` or ``"auto"``; all decide the same votes.
         seed: of coins and noise; the same on all ranks, another for each optimizer of a job.
+        clip_grad_norm: each rank's gradient is first clipped to this L2 norm, over all parameters and without a loss
+            scale, so that one huge gradient does not stay in a momentum for hundreds of steps; a rank with a NaN or Inf
+            then abstains wholly. None for never.
         bucket_cap_mb: a message is sent when it has grown to this many MiB; 1, or 16 where every rank has a GPU.
         apply: who applies a vote in :meth:`step`. ``"auto"``: where ``optimizer`` is plain ``torch.optim.SGD`` (no
             momentum, no ``maximize``, no hooks on its ``step()``) and all methods decide signs, the vote is applied
@@ -86,6 +90,7 @@ class DistributedSignOptimizer(Optimizer):
     method: Method
     policy: Policy
     report: StepReport | None
+    clip_grad_norm: float | None = None  # of optimizers that were pickled before there was one
     _plan: Plan | None
     _session: Session | None  # where it has its _number
 
@@ -101,6 +106,7 @@ class DistributedSignOptimizer(Optimizer):
         ties: str = "coin",
         exchange: str = "auto",
         seed: int = 0,
+        clip_grad_norm: float | None = None,
         bucket_cap_mb: float | None = None,
         apply: str = "auto",
     ) -> None:
@@ -113,13 +119,16 @@ class DistributedSignOptimizer(Optimizer):
         for one in [method, *wrapping.methods_of(optimizer)]:
             check_exchange(exchange, one)
         if bucket_cap_mb is not None:
-            check_positive("bucket_cap_mb", bucket_cap_mb)
+            bucket_cap_mb = check_positive("bucket_cap_mb", bucket_cap_mb)
+        if clip_grad_norm is not None:
+            clip_grad_norm = check_positive("clip_grad_norm", clip_grad_norm, ", or None for never")
         if apply not in ("auto", "optimizer"):
             raise OptionError(f"apply={apply!r} is not one of 'auto', 'optimizer'")
         self.wrapped = optimizer
         self.method = method
         self.policy = Policy(zeros, ties, seed)
         self.exchange = exchange
+        self.clip_grad_norm = clip_grad_norm
         self.bucket_cap_mb = bucket_cap_mb
         self.apply = apply
         self._names = wrapping.names_of(optimizer, named_parameters)
@@ -127,7 +136,7 @@ class DistributedSignOptimizer(Optimizer):
         self._exchanges = 0
         self._epoch: int | None = None  # until somebody says
         self.__setstate__({})
-        with operation("DistributedSignOptimizer()"):
+        with operation("DistributedSignOptimizer()"), plain():
             self._current_plan()
         if any(one.elects for one in self._methods()):
             wrapping.warn_if_adaptive(optimizer)
@@ -137,6 +146,11 @@ class DistributedSignOptimizer(Optimizer):
     param_groups = _passed_through("param_groups", "The wrapped optimizer's parameter groups themselves.")
     state = _passed_through("state", "The wrapped optimizer's state itself.")
     defaults = _passed_through("defaults", "The wrapped optimizer's defaults themselves.")
+
+    if not TYPE_CHECKING:  # else no misspelt attribute would be an error to a type checker
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise wrapping.no_attribute(self, self.__dict__.get("wrapped"), name)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer, on every rank before the same step."""
@@ -149,6 +163,7 @@ class DistributedSignOptimizer(Optimizer):
 
     # -------------------------------------------------------------------------------------------- a step
 
+    @uncompiled
     @operation("DistributedSignOptimizer.synchronize()")
     def synchronize(self) -> None:
         """Replace every ``p.grad`` by the ranks' decision, without a step. **Collective.**
@@ -164,6 +179,7 @@ class DistributedSignOptimizer(Optimizer):
         """
         self._synchronize(stepping=False)
 
+    @plain()
     def _synchronize(self, *, stepping: bool) -> bool:
         """Vote. Returns whether the decision has been applied, which it may be if this is a ``stepping`` call."""
         if self._synchronized:
@@ -229,6 +245,7 @@ class DistributedSignOptimizer(Optimizer):
         finally:
             self._skip = False
 
+    @uncompiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Vote, then let the wrapped optimizer step; if nobody voted, no rank steps. **Collective.**
 
@@ -248,11 +265,13 @@ class DistributedSignOptimizer(Optimizer):
                 "step(closure) under skip_synchronize() would apply what the closure leaves in the gradients, which "
                 "nobody has voted on: compute the loss before optimizer.synchronize(), and call step() without closure"
             )
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             loss = None if closure is None else closure()
         with operation("DistributedSignOptimizer.step()"):
             try:
-                if not self._skip and self._told_plan().exchanges_models:
+                with plain():
+                    mixes = not self._skip and self._told_plan().exchanges_models
+                if mixes:
                     self._step_and_mix()
                     return loss
                 applied = self._synchronize_if_due()
@@ -262,17 +281,22 @@ class DistributedSignOptimizer(Optimizer):
                 raise
             self._synchronized = False
             if self.report is not None and not self.report.skipped and not applied:
-                self.wrapped.step()
+                wrapping.step(self.wrapped)
         return loss
 
     def _step_and_mix(self) -> None:
         """A step on this rank's own gradient, unless it is not finite, and then the exchange of models."""
-        plan = self._current_plan()
-        with current().telling("step()"):
-            abstention, unscale = wrapping.scaler_says(self)
-            if abstention == header.VOTES and local_update(plan, self._exchanges, plan.gradients.read(), unscale):
-                self.wrapped.step()
-        self._exchange(plan, plan.gradients.models(), header.VOTES, 1.0, ModelSink(plan.layout))
+        with plain():
+            plan = self._current_plan()
+            with current().telling("step()"):
+                abstention, unscale = wrapping.scaler_says(self)
+                votes = abstention == header.VOTES
+                steps = votes and local_update(plan, self._exchanges, plan.gradients.read(), unscale)
+        if steps:
+            with current().telling("step()"):
+                wrapping.step(self.wrapped)
+        with plain():
+            self._exchange(plan, plan.gradients.models(), header.VOTES, 1.0, ModelSink(plan.layout))
 
     def _synchronize_if_due(self) -> bool:
         """Returns whether the decision has been applied already."""
@@ -292,9 +316,11 @@ class DistributedSignOptimizer(Optimizer):
 
     def set_epoch(self, epoch: int) -> None:
         """Tell methods that change with the epoch (DGC's warm-up) where training is, on every rank, from 0."""
-        self._epoch = wrapping.epoch_number(epoch)
+        self._epoch = check_integer("epoch", epoch, 0)
 
+    @uncompiled
     @operation("DistributedSignOptimizer.join()")
+    @plain()
     def join(self) -> int:
         """Sit out, abstaining, until every rank has called ``join()``. **Collective.**
 
@@ -361,7 +387,7 @@ class DistributedSignOptimizer(Optimizer):
                 self._session, self._number = session, session.next_number()
             store, options = self._memory, (self.policy, self.exchange, self.bucket_cap_mb)
             store.follow(self._parameters(), self._memories(), session.group)
-            plan = make_plan(named, methods, *options, store, session.group, self._number)
+            plan = make_plan(named, methods, *options, store, session.group, self._number, self.clip_grad_norm)
         self._plan = plan.telling()
         self._memory.follow_rates(self.param_groups)
         return self._plan
@@ -407,6 +433,8 @@ class DistributedSignOptimizer(Optimizer):
             state = after(self, state) or state
         return state
 
+    @uncompiled
+    @plain()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave on this rank; resuming is then exact. Not collective.
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ import torch
 from mpisign.bitmap.coin import TIES, coin_key, noise_stream, zeros_stream
 from mpisign.errors import OptionError
 
-__all__ = ["Policy", "StepContext", "check_choice", "check_positive"]
+__all__ = ["Policy", "StepContext", "check_choice", "check_integer", "check_positive", "use_plain_numbers"]
 
 ZEROS = ("rows", "coin", "abstain", "positive")
 TIE_RULES = ("coin", "zero", "positive")
@@ -26,10 +29,37 @@ def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
         raise OptionError(f"{option}={value!r} is not known: choose one of {listed}")
 
 
-def check_positive(option: str, value: object, alternative: str = "") -> None:
-    """Raise :class:`OptionError` unless ``value`` is a number above zero; ``alternative`` says what else is allowed."""
-    if not (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
+def check_positive(option: str, value: object, alternative: str = "") -> float:
+    """A number above zero, Python's or NumPy's, as Python's.
+
+    Raises:
+        OptionError: it is something else; ``alternative`` says what else is allowed.
+    """
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else 0.0
+    if not number > 0.0:
         raise OptionError(f"{option}={value!r} must be a positive number{alternative}")
+    return number
+
+
+def check_integer(option: str, value: object, least: int | None = None) -> int:
+    """An integer of at least ``least``, Python's, NumPy's or torch's, as Python's. Raises :class:`OptionError`."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least):
+        raise OptionError(f"{option}={value!r} must be an int" + ("" if least is None else f" of {least} or more"))
+    return number
+
+
+def use_plain_numbers(part: object) -> None:
+    """Make NumPy's and torch's numbers in a dataclass Python's, as ranks compare the ``repr``."""
+    for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
+        value = getattr(part, field.name, None)
+        if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) and not value.shape:
+            object.__setattr__(part, field.name, value.item())
+        else:
+            use_plain_numbers(value)
 
 
 @dataclass(frozen=True)
@@ -43,9 +73,7 @@ class Policy:
     def __post_init__(self) -> None:
         check_choice("zeros", self.zeros, ZEROS)
         check_choice("ties", self.ties, TIE_RULES)
-        if not isinstance(self.seed, (int, np.integer)) or isinstance(self.seed, bool):
-            raise OptionError(f"seed={self.seed!r} must be an integer")
-        object.__setattr__(self, "seed", int(self.seed))  # ranks compare the repr, and np.int64(3) has another
+        object.__setattr__(self, "seed", check_integer("seed", self.seed))  # ranks compare the repr
 
     def context(
         self, step: int, rank: int, size: int = 1, secret: str = "", identities: Sequence[int] | None = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpisign.errors import MpisignError
+from mpisign.plain import uncompiled
 
 __all__ = ["StepReport"]
 
@@ -47,6 +48,7 @@ class StepReport:
     seconds: Mapping[str, float]
     _agreement: Callable[[], list[float]] | None = field(default=None, repr=False, compare=False)
 
+    @uncompiled
     def agreement(self) -> list[float]:
         """The share of coordinates on which each rank's ballot agreed with the decision. **Collective.**
 

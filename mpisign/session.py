@@ -25,6 +25,7 @@ from mpisign.alarm import ring
 from mpisign.errors import AlreadyInitializedError, ConsistencyError, MpisignError, NotInitializedError, OptionError
 from mpisign.group import Group, check_node_map
 from mpisign.launch import check_not_alone
+from mpisign.plain import uncompiled
 from mpisign.policy import check_positive
 from mpisign.presence import Presence
 from mpisign.processes import check_may_start, whose_child
@@ -427,6 +428,7 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+@uncompiled
 @operation("timeline()")
 def timeline(path: str | os.PathLike[str]) -> None:
     """Write what all ranks did lately into one Chrome trace, for https://ui.perfetto.dev. **Collective.**
@@ -443,6 +445,7 @@ def timeline(path: str | os.PathLike[str]) -> None:
     timelines.write(current("timeline()"), path)
 
 
+@uncompiled
 @operation("barrier()")
 def barrier() -> None:
     """Wait until every rank has come here. **Collective.**"""

@@ -11,10 +11,13 @@ import numpy.typing as npt
 import torch
 
 from mpisign import trees
+from mpisign.bitmap.tensors import unreadable
 from mpisign.cuts import cut
 from mpisign.encoding import Optional
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.method import Method
+from mpisign.plain import plain, uncompiled
+from mpisign.policy import check_integer
 from mpisign.session import Session, current, operation
 from mpisign.talk import minority
 
@@ -38,6 +41,7 @@ class HasState(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
+@uncompiled
 @operation("broadcast_object()")
 def broadcast_object(obj: Any, root_rank: int = 0) -> Any:
     """Return ``root_rank``'s object on every rank.
@@ -50,10 +54,11 @@ def broadcast_object(obj: Any, root_rank: int = 0) -> Any:
     """
     session = current("broadcast_object()")
     with session.telling("broadcast_object()"):
-        _check_root(root_rank, session)
+        root_rank = _check_root(root_rank, session)
     return session.spread_object(obj, root_rank, "broadcast_object()")
 
 
+@uncompiled
 @operation("allgather_object()")
 def allgather_object(obj: Any) -> list[Any]:
     """Return every rank's object, in the order of the ranks, on every rank.
@@ -66,6 +71,7 @@ def allgather_object(obj: Any) -> list[Any]:
     return current("allgather_object()").gather_objects(obj, "allgather_object()")
 
 
+@uncompiled
 @operation("broadcast_parameters()")
 def broadcast_parameters(
     parameters: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]], root_rank: int = 0
@@ -77,39 +83,52 @@ def broadcast_parameters(
 
     Raises:
         ConsistencyError: names, shapes or dtypes differ between ranks; nothing has been changed then.
-        OptionError: an entry is not a tensor.
+        OptionError: an entry is not a tensor, or one that cannot be copied; the message names it.
     """
     act = "broadcast_parameters()"
     session = current(act)
     with session.telling(act):
-        _check_root(root_rank, session)
+        root_rank = _check_root(root_rank, session)
         named = _named_tensors(parameters, session)
         described = [f"{name!r} {tuple(t.shape)} {t.dtype}" for name, t in named]
     _demand_equal(described, session, act, "the tensors differ")
     _broadcast_tensors([tensor for _, tensor in named], root_rank, session, act)
 
 
-def _named_tensors(
-    parameters: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]], session: Session
-) -> list[tuple[str, torch.Tensor]]:
+def _named_tensors(given: Any, session: Session) -> list[tuple[str, torch.Tensor]]:
     """What can be written to, with names. Raises OptionError."""
-    named = list(parameters.items()) if isinstance(parameters, Mapping) else list(parameters)
+    usual = "pass model.state_dict() or model.named_parameters()"
+    here = f"rank {session.rank}: "
+    if isinstance(given, (torch.nn.Module, torch.Tensor)) or not isinstance(given, Iterable):
+        kind = type(given).__name__
+        raise OptionError(f"{here}broadcast_parameters() takes tensors with names, and {kind} is not that: {usual}")
+    named = list(given.items()) if isinstance(given, Mapping) else list(given)
     for entry in named:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], torch.Tensor)):
-            what = f"{entry[0]!r}" if isinstance(entry, tuple) and entry else f"{type(entry).__name__}"
+            pair = isinstance(entry, tuple) and len(entry) == 2
+            what = f"{entry[0]!r} is a {type(entry[1]).__name__}" if pair else f"{type(entry).__name__} is not one"
             raise OptionError(
-                f"rank {session.rank}: broadcast_parameters() takes tensors with names, and {what} is not one: pass "
-                f"model.state_dict() or model.named_parameters(), and other objects to broadcast_object()"
+                f"{here}broadcast_parameters() takes tensors with names, and {what}: {usual}, and other objects (what "
+                f"get_extra_state() puts into a state dict, too) to broadcast_object()"
             )
-        if any(stride == 0 and size > 1 for stride, size in zip(entry[1].stride(), entry[1].shape, strict=True)):
+        name, tensor = entry
+        if why := unreadable(tensor):
+            raise OptionError(f"{here}broadcast_parameters() cannot send {name!r}, which is {why}")
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
             raise OptionError(
-                f"rank {session.rank}: the elements of {entry[0]!r} overlap (it was made by expand()), so it cannot be "
-                f"written to: give broadcast_parameters() a clone"
+                f"{here}{name!r} was made in inference mode, and cannot be written to outside of it: pass a clone"
+            )
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise OptionError(
+                f"{here}the elements of {name!r} overlap (it was made by expand()), so it cannot be written to: give "
+                f"broadcast_parameters() a clone"
             )
     return named
 
 
+@uncompiled
 @operation("broadcast_optimizer_state()")
+@plain()
 def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     """Give every rank ``root_rank``'s optimizer state and group options (learning rates and so on).
 
@@ -118,13 +137,18 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
 
     Raises:
         ConsistencyError: the optimizers have different groups, or what ``root_rank`` has sent does not fit.
-        OptionError: on every rank: the state holds something else than tensors, numbers, strings, None, lists, tuples
-            and dicts.
+        OptionError: it is no optimizer; or on every rank: the state holds something else than dense tensors, numbers,
+            strings, None, lists, tuples and dicts.
     """
     act = "broadcast_optimizer_state()"
     session = current(act)
     with session.telling(act):
-        _check_root(root_rank, session)
+        root_rank = _check_root(root_rank, session)
+        if not hasattr(optimizer, "state_dict"):
+            raise OptionError(
+                f"rank {session.rank}: optimizer={type(optimizer).__name__} has no state_dict(): pass the optimizer "
+                f"itself"
+            )
         own = optimizer.state_dict()
         groups = [f"parameter group {at} of {len(group['params'])}" for at, group in enumerate(own["param_groups"])]
     _demand_equal(groups, session, act, "the optimizers differ")
@@ -209,6 +233,7 @@ def _new_tensors(shapes: Sequence[Any], root_rank: int) -> list[torch.Tensor]:
         raise ConsistencyError(f"rank {root_rank} has sent tensors that cannot be made here: {error}") from error
 
 
+@uncompiled
 @operation("check_consistency()")
 def check_consistency(model: torch.nn.Module, optimizer: HasState | None = None, *, buffers: bool = True) -> None:
     """Raise :class:`ConsistencyError` unless all ranks hold bit-identical parameters, buffers and groups.
@@ -226,17 +251,27 @@ def check_consistency(model: torch.nn.Module, optimizer: HasState | None = None,
     """
     session = current("check_consistency()")
     with session.telling("check_consistency()"):
-        lines = _lines(model, optimizer, buffers)
+        lines = _lines(model, optimizer, buffers, session)
     _demand_equal(lines, session, "check_consistency()", "ranks hold different values")
 
 
-def _lines(model: torch.nn.Module, optimizer: HasState | None, buffers: bool) -> list[str]:
-    """What must be equal, a line each."""
+def _lines(model: torch.nn.Module, optimizer: HasState | None, buffers: bool, session: Session) -> list[str]:
+    """What must be equal, a line each. Raises OptionError."""
+    for name, given, needed in (("model", model, "named_parameters"), ("optimizer", optimizer, "param_groups")):
+        if given is not None and not hasattr(given, needed):
+            raise OptionError(
+                f"rank {session.rank}: {name}={type(given).__name__} has no {needed}: pass the {name} itself to "
+                f"check_consistency()"
+            )
+    for name, tensor in [*model.named_parameters(), *(model.named_buffers() if buffers else ())]:
+        if why := unreadable(tensor):
+            raise OptionError(f"rank {session.rank}: check_consistency() cannot compare all tensors: {name!r} is {why}")
     method = getattr(optimizer, "method", None)
     differ = isinstance(method, Method) and method.exchanges_models  # replicas that differ by design (MoNNA)
-    lines = [f"parameter {name!r} {_form(p) if differ else _digest(p)}" for name, p in model.named_parameters()]
-    if buffers:
-        lines += [f"buffer {name!r} {_digest(b)}" for name, b in model.named_buffers()]
+    lines = []
+    for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers() if buffers else ())):
+        as_text = _form if differ and kind == "parameter" else _digest
+        lines += [f"{kind} {name!r} {as_text(tensor)}" for name, tensor in named]
     for at, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
         options = {key: value for key, value in group.items() if key != "params"}
         told = {key: value for key, value in options.items() if " at 0x" not in repr(value)}  # addresses say nothing
@@ -269,7 +304,8 @@ def _digest(tensor: torch.Tensor) -> str:
 
 def _as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
     """A tensor's elements in row-major order as bytes (n,) uint8; shares memory where it is contiguous."""
-    as_bytes: npt.NDArray[np.uint8] = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    plain_tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    as_bytes: npt.NDArray[np.uint8] = plain_tensor.view(-1).view(torch.uint8).numpy()
     return as_bytes
 
 
@@ -309,6 +345,8 @@ def _broadcast_tensors(tensors: Sequence[torch.Tensor], root_rank: int, session:
     session.meet(act)
 
 
-def _check_root(root_rank: int, session: Session) -> None:
+def _check_root(root_rank: int, session: Session) -> int:
+    root_rank = check_integer("root_rank", root_rank)
     if not 0 <= root_rank < session.size:
         raise OptionError(f"root_rank={root_rank} is not a rank of this job: it has 0 .. {session.size - 1}")
+    return root_rank

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from mpisign.bitmap.tensors import unreadable
+
 __all__ = ["dtype_of", "flatten", "name_of", "shown", "unflatten"]
 
 
@@ -42,6 +44,8 @@ def flatten(tree: Any, tensors: list[torch.Tensor], where: str = "") -> Any:  # 
         TypeError: something is of another type; names its place.
     """
     if isinstance(tree, torch.Tensor):
+        if problem := unreadable(tree):
+            raise TypeError(f"state{where} is {problem}")
         if name_of(tree.dtype) not in _DTYPES:
             raise TypeError(f"state{where} is a tensor of {tree.dtype}")
         tensors.append(tree)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
-import warnings
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,16 +15,19 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hoo
 from mpisign.errors import OptionError
 from mpisign.exchange import header
 from mpisign.method import Method
+from mpisign.warning import warn
 
 __all__ = [
     "check_wrappable",
     "default_names",
     "drop_frozen",
-    "epoch_number",
     "methods_of",
     "names_of",
+    "no_attribute",
     "scaler_says",
     "sgd_numbers",
+    "step",
+    "wants_closure",
     "warn_if_adaptive",
     "warn_of_epochs",
     "without_methods",
@@ -56,6 +58,38 @@ def check_wrappable(optimizer: Optimizer) -> None:
         )
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise OptionError("SparseAdam cannot be wrapped: a vote is dense; use SGD and sparse=False embeddings")
+    _, *arguments = inspect.signature(type(optimizer).step).parameters.values()  # schedulers replace the bound one
+    if any(it.default is it.empty and it.kind not in (it.VAR_POSITIONAL, it.VAR_KEYWORD) for it in arguments):
+        raise wants_closure(optimizer)
+
+
+def wants_closure(optimizer: Optimizer) -> OptionError:
+    """The error for an optimizer whose step computes gradients of its own."""
+    name = type(optimizer).__name__
+    return OptionError(
+        f"{name} cannot be wrapped, as its step() demands a closure: nobody has voted on the gradients that it leaves, "
+        f"and the replicas would drift apart. Wrap the optimizer inside, if it has one, or give {name}.step() a "
+        f"closure=None without which it applies the gradients that are there"
+    )
+
+
+@torch.inference_mode(False)  # in which it would make state that can never be changed outside
+def step(optimizer: Optimizer) -> None:
+    """Let a wrapped optimizer apply what is decided. Raises :class:`OptionError` if it asks for a closure."""
+    try:
+        optimizer.step()
+    except Exception as error:
+        if "closure" in str(error):  # some only say so when they are called without
+            raise wants_closure(optimizer) from error
+        raise
+
+
+def no_attribute(wrapper: Optimizer, wrapped: Optimizer | None, name: str) -> AttributeError:
+    """The error for an attribute that a wrapper has not; it says if the wrapped optimizer has it."""
+    message = f"{type(wrapper).__name__!r} object has no attribute {name!r}"
+    if not name.startswith("__") and hasattr(wrapped, name):
+        message += f"; the wrapped {type(wrapped).__name__} has one: optimizer.wrapped.{name}"
+    return AttributeError(message)
 
 
 def methods_of(optimizer: Optimizer) -> list[Method]:
@@ -82,11 +116,10 @@ def without_methods(optimizer: Optimizer) -> Iterator[None]:
 def warn_if_adaptive(optimizer: Optimizer) -> None:
     """Say what an Adam-like optimizer does to the +-1 of a vote."""
     if isinstance(optimizer, ADAPTIVE):
-        warnings.warn(
+        warn(
             f"{type(optimizer).__name__} divides each coordinate by its running magnitude, and every coordinate of a "
             f"vote has magnitude 1: what remains is its momentum over votes. Usually SGD(lr=..., weight_decay=...) "
-            f"with method=mpisign.lion() or mpisign.signum() is what you want",
-            stacklevel=3,
+            f"with method=mpisign.lion() or mpisign.signum() is what you want"
         )
 
 
@@ -115,22 +148,10 @@ def sgd_numbers(optimizer: Optimizer) -> list[tuple[float, float]] | None:
 
 def warn_of_epochs(method: Method) -> None:
     """Say that a method which changes with the epoch has not been told any."""
-    warnings.warn(
+    warn(
         f"{method.name} changes with the epoch, and nobody has said which this is, so it stays as in epoch 0: call "
-        f"optimizer.set_epoch(epoch) on every rank at the beginning of each epoch",
-        stacklevel=6,  # through torch's own wrapper of step()
+        f"optimizer.set_epoch(epoch) on every rank at the beginning of each epoch"
     )
-
-
-def epoch_number(epoch: object) -> int:
-    """A plain int from 0 up, also from NumPy's or torch's. Raises :class:`OptionError`."""
-    try:
-        number = operator.index(epoch)  # type: ignore[arg-type]
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise OptionError(f"epoch={epoch!r} must be an int of 0 or more")
-    return number
 
 
 def drop_frozen(parameters: Iterable[torch.Tensor]) -> None:
@@ -167,10 +188,16 @@ def names_of(
         return default_names(optimizer.param_groups)
     names: dict[torch.Tensor, str] = {}
     taken: set[str] = set()
+    if isinstance(named_parameters, (torch.nn.Module, Mapping)) or not isinstance(named_parameters, Iterable):
+        what = type(named_parameters).__name__
+        raise OptionError(f"named_parameters={what} has no (name, parameter) pairs: pass model.named_parameters()")
     for entry in named_parameters:
         pair = isinstance(entry, tuple) and len(entry) == 2
         if not (pair and isinstance(entry[0], str) and isinstance(entry[1], torch.Tensor)):
-            raise OptionError("named_parameters must give (name, parameter) pairs: pass model.named_parameters()")
+            what = "a parameter" if isinstance(entry, torch.Tensor) else f"{entry!r:.40}"
+            raise OptionError(
+                f"named_parameters must give (name, parameter) pairs, and {what} is none: pass model.named_parameters()"
+            )
         name, parameter = entry
         if parameter in names:
             raise OptionError(f"one parameter is named twice, {names[parameter]!r} and {name!r}: name it once")

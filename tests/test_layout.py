@@ -198,7 +198,7 @@ def test_the_fingerprint_notices_the_version_of_the_format(monkeypatch: pytest.M
     [
         (torch.zeros(3, dtype=torch.int64), "torch.int64"),
         (torch.zeros(3, dtype=torch.complex64), "torch.complex64"),
-        (torch.zeros(3, device="meta"), "on meta"),
+        (torch.zeros(3, device="meta"), "on the meta device"),
         (torch.zeros(3, 3).to_sparse(), "sparse"),
     ],
     ids=["integers", "complex", "another device", "sparse"],

@@ -168,7 +168,7 @@ NAMINGS: dict[str, tuple[Callable[[nn.Sequential], Any], str]] = {
         lambda m: [(name, at) for at, (name, _) in enumerate(m.named_parameters())],
         "named_parameters must give",
     ),
-    "a dict": (lambda m: dict(m.named_parameters()), "named_parameters must give"),
+    "a dict": (lambda m: dict(m.named_parameters()), "named_parameters=dict has no"),
 }
 
 

@@ -14,6 +14,7 @@ from torch import nn, optim
 import mpisign
 from mpisign import DistributedSignOptimizer, OptionError, wrapping
 from mpisign.exchange.header import SCALER_INF, VOTES
+from mpisign.policy import check_integer
 
 Named = Iterable[tuple[str, torch.Tensor]]
 
@@ -88,18 +89,18 @@ def test_a_method_that_was_told_no_epoch_is_named() -> None:
 
 @pytest.mark.parametrize("epoch", [3, np.int64(3), np.uint8(3), torch.tensor(3)], ids=lambda it: type(it).__name__)
 def test_epochs_are_whole_numbers_of_any_kind(epoch: Any) -> None:
-    number = wrapping.epoch_number(epoch)
+    number = check_integer("epoch", epoch, 0)
     assert (type(number), number) == (int, 3)
 
 
 @pytest.mark.parametrize("epoch", [-1, 1.0, "1", None, np.float32(1), torch.tensor(-2), torch.tensor([1, 2])], ids=str)
 def test_other_epochs_are_refused(epoch: Any) -> None:
     with pytest.raises(OptionError, match=r"epoch=.* must be an int of 0 or more"):
-        wrapping.epoch_number(epoch)
+        check_integer("epoch", epoch, 0)
 
 
 def test_the_first_epoch_is_0() -> None:
-    assert wrapping.epoch_number(0) == 0
+    assert check_integer("epoch", 0, 0) == 0
 
 
 # ------------------------------------------------------------------------------------------------ frozen, scaled

@@ -238,5 +238,9 @@ class Backend(ABC):
         """The sum of ``values`` (n,), of which no fp32 value is too large."""
 
     @abstractmethod
+    def norm(self, values: Sequence[Tensor]) -> Tensor:
+        """The L2 norm of all ``values``, (n,) each and at least one, together: 0-d fp64. Nobody waits for it."""
+
+    @abstractmethod
     def at_least(self, values: Tensor, threshold: Tensor) -> Tensor:
         """Where ``values`` have the magnitude ``threshold`` or more, or are NaN: int64 indices in order."""

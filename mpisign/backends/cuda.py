@@ -186,6 +186,11 @@ class Cuda(Backend):
     def total(self, values: Tensor) -> Tensor:
         return values.sum(dtype=torch.float64)
 
+    def norm(self, values: Sequence[Tensor]) -> Tensor:
+        norms = [torch.linalg.vector_norm(value, dtype=torch.float64) for value in values]
+        together: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return together
+
     def at_least(self, values: Tensor, threshold: Tensor) -> Tensor:
         return (~(values.abs() < threshold)).nonzero().view(-1)
 

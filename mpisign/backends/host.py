@@ -117,7 +117,7 @@ class HostBitmaps(Bitmaps):
 
     def _scratch(self, purpose: str, dtype: torch.dtype) -> Tensor:
         if (purpose, dtype) not in self._scratches:
-            self._scratches[purpose, dtype] = torch.empty(self._most, dtype=dtype)
+            self._scratches[purpose, dtype] = torch.empty(self._most, dtype=dtype, device="cpu")
         return self._scratches[purpose, dtype]
 
     def unpack(self, outs: Sequence[Tensor | None]) -> None:
@@ -156,7 +156,7 @@ class HostRandomNumbers(RandomNumbers):
 
     @functools.cached_property
     def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self._key % 2**63)
+        return torch.Generator("cpu").manual_seed(self._key % 2**63)
 
     @functools.cached_property
     def _philox(self) -> np.random.Generator:
@@ -300,8 +300,17 @@ class Host(Backend):
         return value.item()
 
     def total(self, values: Tensor) -> float:
-        quick = values.sum().item()  # torch's own L1 norm is several times slower
-        return quick if math.isfinite(quick) else values.sum(dtype=torch.float64).item()
+        # Not by torch, whose sums depend on the number of threads and the processor.
+        numbers = (values if values.dtype in NUMPY_DTYPES else values.float()).numpy()
+        with np.errstate(over="ignore", invalid="ignore"):
+            quick = float(np.add.reduce(numbers))
+            return quick if math.isfinite(quick) else float(np.add.reduce(numbers, dtype=np.float64))
+
+    def norm(self, values: Sequence[Tensor]) -> Tensor:
+        squares = (np.square(v[span].double().numpy()) for v in values for span in self.blocks(v.numel()))
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = sum(float(np.add.reduce(square)) for square in squares)
+        return torch.tensor(math.sqrt(total), dtype=torch.float64, device="cpu")
 
     def at_least(self, values: Tensor, threshold: Tensor) -> Tensor:
         # Without the sign, raw bits are in the order of the magnitudes, and those of NaN are above all.

@@ -8,7 +8,7 @@ import torch
 
 from mpisign.bitmap.host import FORMATS, FloatFormat
 
-__all__ = ["DTYPES", "flat", "format_of", "is_dense", "is_laid_as", "raw_bits", "strides_of"]
+__all__ = ["DTYPES", "flat", "format_of", "is_dense", "is_laid_as", "raw_bits", "strides_of", "unreadable"]
 
 DTYPES: dict[torch.dtype, FloatFormat] = {
     torch.float32: FORMATS["float32"],
@@ -22,6 +22,19 @@ _UNSIGNED: dict[int, type[np.unsignedinteger]] = {2: np.uint16, 4: np.uint32, 8:
 def format_of(dtype: torch.dtype) -> FloatFormat:
     """The :class:`FloatFormat` of a torch dtype. Raises KeyError if it is not a float we vote on."""
     return DTYPES[dtype]
+
+
+def unreadable(tensor: torch.Tensor) -> str:
+    """Why a tensor's elements are not numbers in memory that can be copied, for "it is ...", or ""."""
+    if torch.nn.parameter.is_lazy(tensor):
+        return "of a lazy module that has seen no batch yet: run one through the model first"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return f"{'nested' if tensor.is_nested else tensor.layout}, not dense: use .to_dense(), or sparse=False"
+    if tensor.is_quantized:
+        return f"quantized ({tensor.dtype}): use .dequantize()"
+    if tensor.is_meta:
+        return "on the meta device, without elements: use model.to_empty(device=...) first"
+    return ""
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

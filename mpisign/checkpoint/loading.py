@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,13 @@ from mpisign.checkpoint.directory import Manifest
 from mpisign.checkpoint.files import damage, read_tensors
 from mpisign.checkpoint.merging import merged
 from mpisign.checkpoint.saving import wait
-from mpisign.checkpoint.state import State, Stateful, map_tensors, reseed, set_random_state
+from mpisign.checkpoint.state import State, Stateful, check_stateful, map_tensors, reseed, set_random_state
 from mpisign.encoding import Optional, printable
 from mpisign.errors import CheckpointError, ConsistencyError
 from mpisign.memory.saved import checked
+from mpisign.plain import plain, uncompiled
 from mpisign.session import Session, current, operation
+from mpisign.warning import warn
 
 __all__ = ["Resumed", "load", "newest"]
 
@@ -42,6 +43,7 @@ class Resumed:
     ranks: int
 
 
+@uncompiled
 @operation("checkpoint.newest()")
 def newest(path: str | os.PathLike[str]) -> Path | None:
     """The checkpoint in a directory that was saved last, its files unread; None if there is none. **Collective.**
@@ -63,7 +65,9 @@ def newest(path: str | os.PathLike[str]) -> Path | None:
     return None if latest is None else path / directory.name_of(latest)
 
 
+@uncompiled
 @operation(ACT)
+@plain()
 def load(
     path: str | os.PathLike[str],
     *,
@@ -94,7 +98,9 @@ def load(
         CheckpointError: on every rank: there is no checkpoint, or it is damaged or does not fit, in which case the
             objects may have been changed in part. The message names file and rank, and another checkpoint
             that is good.
+        OptionError: a model, optimizer, scheduler or scaler is something else, such as its state dict.
     """
+    check_stateful(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     session = current(ACT)
     wait()
     with session.telling(ACT):
@@ -115,12 +121,11 @@ def load(
         else:
             reseed(own["random"], session.rank, session.size)
         if session.rank == 0 and left_out:  # here, as a warning may be an error
-            warnings.warn(f"training goes on from {folder}, as {'; '.join(left_out)}", stacklevel=2)
+            warn(f"training goes on from {folder}, as {'; '.join(left_out)}")
         if session.rank == 0 and manifest.ranks != session.size:
-            warnings.warn(
+            warn(
                 f"{folder} was saved by {manifest.ranks} ranks and this job has {session.size}: every rank goes on "
-                f"with the mean of the old ranks' memories and fresh random numbers (see mpisign.checkpoint.load)",
-                stacklevel=2,
+                f"with the mean of the old ranks' memories and fresh random numbers (see mpisign.checkpoint.load)"
             )
     except Exception as caught:  # whatever it is, the others must hear of it
         error = caught

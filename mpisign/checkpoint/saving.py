@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import shutil
 import threading
@@ -15,9 +14,11 @@ import torch
 from mpisign.checkpoint import directory, owner
 from mpisign.checkpoint.agreement import agree
 from mpisign.checkpoint.files import Stamp, write_tensors
-from mpisign.checkpoint.state import Snapshot, State, Stateful, check_loadable, collect
+from mpisign.checkpoint.state import Snapshot, State, Stateful, check_loadable, check_stateful, collect
 from mpisign.encoding import Optional
 from mpisign.errors import CheckpointError, ConsistencyError, MpisignError, OptionError
+from mpisign.plain import plain, uncompiled
+from mpisign.policy import check_integer
 from mpisign.session import Session, current, operation
 from mpisign.talk import minority
 
@@ -32,7 +33,9 @@ _pending: _Save | None = None
 _saves_in: Session | None = None  # the session that will not be left before the pending save is done
 
 
+@uncompiled
 @operation(ACT)
+@plain()
 def save(
     path: str | os.PathLike[str],
     *,
@@ -82,7 +85,11 @@ def save(
     _begin(session)
     wait()
     with session.telling(ACT):
-        path, step, keep = Path(path), _integer("step", step, 0), _integer("keep", keep, 1)
+        path, asynchronous = Path(path), bool(asynchronous)
+        step, keep = check_integer("step", step, 0), check_integer("keep", keep, 1)
+        if max(step, keep) >= directory.LIMIT:
+            raise OptionError(f"step={step} and keep={keep} must be below {directory.LIMIT}")
+        check_stateful(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     error, files, made = None, dict[str, State](), None
     said = {"step": step, "keep": keep, "asynchronous": asynchronous}
     try:
@@ -118,17 +125,7 @@ def save(
     return saving.folder
 
 
-def _integer(name: str, value: Any, least: int) -> int:
-    """Raises OptionError."""
-    try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = -1
-    if not least <= number < directory.LIMIT:
-        raise OptionError(f"{name}={value!r} must be an integer of at least {least}")
-    return number
-
-
+@uncompiled
 def wait() -> None:
     """Wait until an asynchronous :func:`save` is a checkpoint; return at once if there is none. **Collective.**
 

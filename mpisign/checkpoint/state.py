@@ -12,10 +12,22 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
-from mpisign.errors import CheckpointError
+from mpisign.bitmap.tensors import unreadable
+from mpisign.errors import CheckpointError, OptionError
 
-__all__ = ["Snapshot", "State", "Stateful", "check_loadable", "collect", "map_tensors", "reseed", "set_random_state"]
+__all__ = [
+    "Snapshot",
+    "State",
+    "Stateful",
+    "check_loadable",
+    "check_stateful",
+    "collect",
+    "map_tensors",
+    "reseed",
+    "set_random_state",
+]
 
 State = dict[str, Any]
 
@@ -51,7 +63,10 @@ class Snapshot:
         spare, used = iter(self._buffers), dict[tuple[object, ...], torch.Tensor]()
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
-            key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if unreadable(tensor):
+                return tensor.detach().clone()
+            lazily = tensor.is_conj(), tensor.is_neg()  # a view that differs in this is no other memory
+            key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), *lazily)
             if key not in used:
                 buffer = next(spare, None)
                 if buffer is None or (buffer.dtype, buffer.shape) != (tensor.dtype, tensor.shape):
@@ -91,11 +106,23 @@ def _is_plain(tree: Any) -> bool:
     return type(tree) in (torch.Tensor, torch.nn.Parameter, bool, int, float, str, type(None))
 
 
+def check_stateful(**objects: object) -> None:
+    """Raise OptionError for what a checkpoint was given and cannot ask for its state: a state dict, most often."""
+    for name, given in objects.items():
+        needed = ["state_dict", "load_state_dict", *(["named_parameters"] if name == "model" else [])]
+        lacking = [method for method in needed if not hasattr(given, method)]
+        if given is not None and lacking:
+            raise OptionError(f"{name}={type(given).__name__} has no {lacking[0]}(): pass the {name} itself")
+
+
 def collect(
     model: torch.nn.Module, optimizer: Stateful, scheduler: Stateful | None, scaler: Stateful | None
 ) -> tuple[State, State]:
     """The state that is the same on all ranks, and the state that is this rank's own; nothing is copied."""
     weights = model.state_dict()
+    for name, tensor in weights.items():
+        if isinstance(tensor, torch.Tensor) and (is_lazy(tensor) or tensor.is_meta):
+            raise CheckpointError(f"{name!r} of the model is {unreadable(tensor)}")
     replicated = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     stepping = optimizer.state_dict()
     memory = stepping.pop("mpisign", None)

@@ -46,10 +46,11 @@ class ScaledBits(Codec):
             torch.abs(part, out=scratch.resize_(part.numel()))
             norm = norm + backend.total(scratch)
         item = message[0][:1].view(torch.float32)
-        item.copy_(torch.as_tensor(norm / max(values.numel(), 1)))
-        scale = _scale_of(message, backend)
+        scale = norm / max(values.numel(), 1)
+        item.copy_(torch.as_tensor(scale, dtype=torch.float64, device=values.device))
+        written = _scale_of(message, backend)
         # It overflows where fp64 values are too large for fp32.
-        return finite & (math.isfinite(scale) if isinstance(scale, float) else scale.isfinite())
+        return finite & (math.isfinite(written) if isinstance(written, float) else written.isfinite())
 
     def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
         add_signs(message[0, 1:], out, _scale_of(message, backend_for(out.device)) * alpha)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
@@ -43,7 +44,7 @@ class TopK(Codec):
 
     def __post_init__(self) -> None:
         for name, value in (("ratio", self.ratio), ("sample", 1.0 if self.sample is None else self.sample)):
-            if not (isinstance(value, (int, float)) and 0.0 < value <= 1.0):
+            if not (isinstance(value, Real) and 0.0 < value <= 1.0):
                 raise OptionError(f"{name}={value!r} must be in (0, 1], e.g. {name}=0.001 for one coordinate in 1000")
 
     def of(self, parameter: torch.Tensor) -> TopK:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from operator import is_
 
@@ -113,10 +114,14 @@ class Encoder:
         return finite
 
     def recover(self) -> None:
-        """Clear the memory where it has overflowed: without this the rank would never vote again."""
+        """Clear what this rank's memory has of an element that has overflowed, or it would never vote again."""
+        common = self.method.memory.common
         for segment in self.segments:
-            for value in self.state(segment).values():
-                value[~torch.isfinite(value)] = 0
+            own = [value for field, value in self.state(segment).items() if field not in common]
+            if own:
+                bad = functools.reduce(torch.logical_or, [~torch.isfinite(value) for value in own])
+                for value in own:
+                    value[bad] = 0
 
     def sent(self, counted: Sequence[bool]) -> None:
         """Tell the memory which messages have counted, in the order of ``segments``."""

@@ -32,6 +32,7 @@ def _signature_of(gradients: Sequence[torch.Tensor | None]) -> tuple[object, ...
             list(map(torch.Tensor.numel, present)),
             list(map(torch.Tensor.get_device, present)),
             list(map(torch.Tensor.stride, present)),
+            bool(present) and present[0].is_inference(),
         )
     except RuntimeError:  # sparse
         return None
@@ -90,6 +91,7 @@ class Gradients:
             self._layout.parameters[place],
             self._layout.strides[place],
         )
+        gradient = gradient.resolve_neg()
         if gradient.layout != torch.strided:
             raise GradientError(
                 f"rank {self._rank}: the gradient of {name!r} is {gradient.layout}; use sparse=False in the embedding, "
@@ -104,4 +106,6 @@ class Gradients:
             # Another order of elements than the others expect (or overlapping memory): put it in order.
             ordered = torch.empty_strided(parameter.shape, strides, dtype=gradient.dtype, device=gradient.device)
             parameter.grad = gradient = ordered.copy_(gradient)
+        if gradient.is_inference():  # as one that a decision can be written to
+            parameter.grad = gradient = gradient.clone()
         return gradient

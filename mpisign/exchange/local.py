@@ -1,4 +1,4 @@
-"""A step of this rank alone, for methods that exchange models afterwards."""
+"""What concerns this rank's gradient alone: its norm, and a step by itself where models are exchanged afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpisign.exchange.plan import Plan
 from mpisign.memory.store import state_dtype
 from mpisign.session import current
 
-__all__ = ["local_update", "unscaled"]
+__all__ = ["clipped", "local_update", "unscaled"]
 
 Grads = Sequence[torch.Tensor | None]
 
@@ -30,6 +30,10 @@ def local_update(plan: Plan, step: int, gradients: Grads, unscale: float) -> boo
     context = plan.policy.context(step, group.rank, group.size, plan.store.secret, group.identities)
     finite = True
     with plan.use(), torch.no_grad():
+        if plan.clip is not None:
+            if int(plan.backend.first_bad(gradients)) < len(gradients):
+                return False
+            unscale = clipped(plan, gradients, unscale)
         for encoder in plan.local:
             its = [gradients[segment.index] for segment in encoder.segments]
             if encoder.method.memory.needs_all:
@@ -41,6 +45,14 @@ def local_update(plan: Plan, step: int, gradients: Grads, unscale: float) -> boo
             if not finite:
                 encoder.recover()
     return finite
+
+
+def clipped(plan: Plan, gradients: Grads, unscale: float) -> float:
+    """The factor that takes the loss scale out of finite gradients and clips them to the plan's norm."""
+    present = [flat(gradient) for gradient in gradients if gradient is not None]
+    norm = float(plan.backend.norm(present)) * unscale if present else 0.0
+    assert plan.clip is not None
+    return unscale if norm <= plan.clip else unscale * (plan.clip / norm)
 
 
 def unscaled(gradients: Grads, unscale: float) -> list[torch.Tensor]:

@@ -98,6 +98,7 @@ class Plan:
         gradients: reads them.
         maxima: by method, for those that need one.
         local: by batch, who makes an update of this rank alone; where models are exchanged, of their gradients.
+        clip: the norm to which each rank's whole gradient is clipped; None for never.
         counts: (2,) int64 on the device, where ties are added up; None where they are returned.
         use: who has the buffers.
     """
@@ -119,6 +120,7 @@ class Plan:
     gradients: Gradients
     maxima: dict[int, Maximum]
     local: tuple[Encoder, ...]
+    clip: float | None
     counts: torch.Tensor | None
     use: Use
 
@@ -162,6 +164,7 @@ def make_plan(
     store: MemoryStore,
     group: Group,
     number: int,
+    clip: float | None = None,
 ) -> Plan:
     """Cut the messages and allocate what they need.
 
@@ -170,6 +173,7 @@ def make_plan(
         methods: by parameter.
         exchange: ``"auto"``, ``"allgather"`` or ``"two_phase"``.
         bucket_cap_mb: a message leaves when it has grown to so many MiB; None for the default.
+        clip: the norm to which each rank's whole gradient is clipped.
         number: which of the job's optimizers this is, so that two alike are not mistaken for each other.
 
     Raises:
@@ -193,6 +197,8 @@ def make_plan(
     if len(layout.methods) > 1:
         listed += [f"{name!r} by {method.name}" for (name, _), method in zip(named, methods, strict=True)]
     settings = (f"optimizer {number} of the job", *listed, repr(policy), f"exchange {exchange!r}")
+    if clip is not None:
+        settings += (f"clip_grad_norm {clip!r}",)
     told = _told(layout, spoken, store)
     batches: list[tuple[Batch, Encoder]] = []
     for method in layout.methods:
@@ -227,6 +233,7 @@ def make_plan(
             if method.memory.needs_maximum
         },
         local=tuple(local for _, local in batches),
+        clip=clip,
         counts=torch.zeros(2, dtype=torch.int64, device=layout.device) if backend.together else None,
         use=Use(layout.device),
     )

@@ -22,7 +22,7 @@ from mpisign.errors import ConsistencyError, MpisignError
 from mpisign.exchange import header, rows
 from mpisign.exchange.agreement import agreement
 from mpisign.exchange.header import Bools, Handshake, Heard
-from mpisign.exchange.local import unscaled
+from mpisign.exchange.local import clipped, unscaled
 from mpisign.exchange.plan import Batch, Plan
 from mpisign.exchange.sink import Sink
 from mpisign.exchange.sums import sum_over_ranks
@@ -85,6 +85,7 @@ class Round:
         self._context = plan.policy.context(step, group.rank, group.size, plan.store.secret, group.identities)
         self._flights: list[Flight] = []
         self._ended: dict[str, int] = {}  # by method: the parameter at which this rank's ballot has ended
+        self._unfit = False  # its gradients are not finite, and must not be taken in, as they could not be clipped
         self._contexts: dict[str, StepContext] = {}  # by method, after what it had to see first
         self._ties: Count = 0
         self._reached = 0, 0  # how many flights are decided, and how many have landed
@@ -118,11 +119,14 @@ class Round:
 
     @torch.no_grad()
     def prepare(self, gradients: Grads) -> None:
-        """Show all gradients to the methods that must see them before any is taken in.
+        """Show all gradients to what must see them before any is taken in: clipping, and methods.
 
         Args:
             gradients: by parameter.
         """
+        if self._plan.clip is not None and self._abstention == header.VOTES and not self._plan.exchanges_models:
+            with self._inside(), self._session.tracer.span("pack"):
+                self._clip(gradients)
         for number, method in enumerate(self._plan.layout.methods):
             if method.memory.needs_all and not method.exchanges_models:
                 with self._inside():
@@ -213,12 +217,22 @@ class Round:
     def _context_of(self, method: Method) -> StepContext:
         return self._contexts.get(str(method), self._context)
 
+    def _clip(self, gradients: Grads) -> None:
+        plan = self._plan
+        segments = [segment for batch in plan.batches for segment in batch.encoder.segments]
+        first = int(plan.backend.first_bad([gradients[segment.index] for segment in segments]))
+        if first < len(segments):
+            self._unfit = True
+            self._ended = {str(method): segments[first].index for method in plan.layout.methods}
+        else:
+            self._unscale = clipped(plan, gradients, self._unscale)
+
     def _prepare(self, number: int, method: Method, gradients: Grads) -> None:
         plan, session = self._plan, self._session
         segments = [s for batch in plan.batches if batch.method is method for s in batch.encoder.segments]
         its = [gradients[segment.index] for segment in segments]
         prepared: Any = None
-        votes = self._abstention == header.VOTES
+        votes = self._abstention == header.VOTES and str(method) not in self._ended
         if votes:
             with session.tracer.span("pack"):
                 first = int(plan.backend.first_bad(its))
@@ -238,7 +252,7 @@ class Round:
         abstains = self._abstention != header.VOTES
         wholly = isinstance(method.rule, VectorRule) or method.memory.needs_all
         end = len(segments)  # the place at which this rank's ballot ends
-        if not abstains and not (key in self._ended and method.memory.needs_all):
+        if not abstains and not self._unfit and not (key in self._ended and method.memory.needs_all):
             with tracer.span("pack", batch.buckets[0].index):
                 end = int(batch.encoder.encode(gradients, self._context_of(method), self._unscale))
                 if end < len(segments):

@@ -47,9 +47,9 @@ class Buffer:
         if not backend_for(device).staged:
             self.mpi = self.tensor.view(-1).numpy()
         elif staged or not gpu_aware():
-            self._mirror = torch.zeros(shape, dtype=dtype, pin_memory=cuda)
+            self._mirror = torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=cuda)
             self.mpi = self._mirror.view(-1).numpy()
-        self.item: np.dtype[Any] = torch.empty(0, dtype=dtype).numpy().dtype
+        self.item: np.dtype[Any] = torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
 
     @property
     def nbytes(self) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ class EF21(Memory):
     name = "ef21"
     feedback = True
     running = True
+    common: ClassVar[tuple[str, ...]] = ("average",)
     summed = "average"
 
     def __post_init__(self) -> None:
@@ -94,7 +97,7 @@ def ef21_step_size(
         OptionError: a constant is out of range.
     """
     constants = check_smoothness(smoothness)
-    if not (isinstance(contraction, (int, float)) and 0.0 < contraction <= 1.0):
+    if not (isinstance(contraction, Real) and 0.0 < contraction <= 1.0):
         raise OptionError(f"contraction={contraction!r} must be in (0, 1], e.g. k/n for top-k")
     arithmetic = sum(constants) / len(constants)
     quadratic = math.sqrt(sum(constant**2 for constant in constants) / len(constants))

@@ -31,6 +31,8 @@ class Memory:
         needs_all: :meth:`prepare` must see all gradients of the method before any is taken in. If one of them is not
             finite, the rank abstains on everything. Default: whether :meth:`prepare` is overridden.
         private: no other rank shall be able to repeat its random numbers: a secret of this rank's goes into them.
+        common: fields that follow from the decisions alone, the same on all ranks: what happens to one rank must not
+            change them.
         summed: a field that holds the sum over all ranks of their :meth:`share`, or "". It is summed anew when ranks
             have come or gone.
         follows_lr: fields in units of the gradient whose product with the learning rate is what counts (an
@@ -44,6 +46,7 @@ class Memory:
     running = False
     needs_maximum = False
     private: bool = False
+    common: ClassVar[tuple[str, ...]] = ()
     summed = ""
     follows_lr: ClassVar[tuple[str, ...]] = ()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar
 
 from torch import Tensor
@@ -16,7 +17,7 @@ __all__ = ["Momentum", "check_decay"]
 
 def check_decay(name: str, value: float) -> None:
     """Raise :class:`OptionError` unless ``value`` is a decay rate in [0, 1)."""
-    if not (isinstance(value, (int, float)) and 0.0 <= value < 1.0):
+    if not (isinstance(value, Real) and 0.0 <= value < 1.0):
         raise OptionError(f"{name}={value!r} must be in [0, 1), e.g. {name}=0.9")
 
 

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -145,8 +146,9 @@ class ClippedNoise(Noise):
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The L2 norm of all gradients together, 0-d fp64; it waits for no GPU."""
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device="cpu")
+    return backend_for(gradients[0].device).norm(gradients)
 
 
 def gaussian_mechanism(clip: float, epsilon: float, delta: float) -> float:
@@ -161,7 +163,7 @@ def gaussian_mechanism(clip: float, epsilon: float, delta: float) -> float:
     """
     check_positive("clip", clip)
     for name, value in (("epsilon", epsilon), ("delta", delta)):
-        if not (isinstance(value, (int, float)) and 0.0 < value < 1.0):
+        if not (isinstance(value, Real) and 0.0 < value < 1.0):
             raise OptionError(f"{name}={value!r} must be in (0, 1), where the Gaussian mechanism's bound holds")
     return clip * math.sqrt(2.0 * math.log(1.25 / delta)) / epsilon
 

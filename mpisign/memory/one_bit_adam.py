@@ -36,6 +36,7 @@ class OneBitAdam(Memory):
     frozen: bool = False
     name = "one_bit_adam"
     fields: ClassVar[tuple[str, ...]] = ("momentum", "variance", "error")
+    common: ClassVar[tuple[str, ...]] = ("momentum", "variance")
     running = True
 
     def __post_init__(self) -> None:
@@ -66,4 +67,5 @@ class OneBitAdam(Memory):
             else:
                 momentum.lerp_(update, 1.0 - self.beta1)
                 variance.mul_(self.beta2).addcmul_(update, update, value=1.0 - self.beta2)
+                variance.clamp_(max=torch.finfo(variance.dtype).max)  # infinite, it would stop its coordinate for ever
             torch.div(momentum, torch.sqrt(variance, out=update).add_(self.eps), out=update)

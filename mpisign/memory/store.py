@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import secrets
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,8 +15,12 @@ from mpisign.errors import CheckpointError
 from mpisign.group import Group
 from mpisign.memory.memory import Memory, State
 from mpisign.memory.saved import STATE_VERSION, checked
+from mpisign.warning import warn
 
 __all__ = ["MemoryStore", "state_dtype"]
+
+LEAST_RATE = 2.0**-100
+"""A learning rate below it moves nothing, and a memory that is divided by it overflows: it counts as 0."""
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -71,6 +75,7 @@ class MemoryStore:
         self._pieces: Pieces = {}
         self._former: Pieces = {}  # of an earlier layout, or another job
         self._rates: dict[torch.Tensor, float] = {}
+        self._warned = False  # of a rate near 0
         self._drafts: dict[torch.Tensor, Laid] | None = None  # what a round has written; None outside
         self._piece_drafts: Pieces = {}
         self._spares: dict[torch.Tensor, Laid] = {}  # second buffers that are free
@@ -164,7 +169,8 @@ class MemoryStore:
     def follow_rates(self, groups: Sequence[dict[str, Any]]) -> None:
         """Rescale the fields that follow the learning rate, so that rate times field stays what it was.
 
-        A step at rate 0 leaves them alone, as there is no factor that could undo it.
+        A step at rate 0 leaves them alone, as there is no factor that could undo it, and so does one at a rate that is
+        nearly 0 or no number.
         """
         if not (self._usual.follows_lr or any(memory.follows_lr for memory in self._memories.values())):
             return
@@ -175,7 +181,15 @@ class MemoryStore:
                 if not fields:
                     continue
                 before = self._rates.get(parameter, rate)
-                if before != rate != 0.0:
+                if not LEAST_RATE <= abs(rate) < math.inf:
+                    if rate != 0.0 and not self._warned:
+                        self._warned = True
+                        warn(
+                            f"a learning rate of {rate!r} counts as 0: what error feedback still owes the parameters "
+                            f"is kept as it is, in units of the last rate, as it would overflow else"
+                        )
+                    continue
+                if before != rate:
                     state = self._states[parameter].flat if parameter in self._states else {}
                     owed = [state[field] for field in fields if field in state]
                     owed += self._pieces.get(parameter, {}).values()
@@ -184,8 +198,7 @@ class MemoryStore:
                     if parameter in self._former:  # not in place: it may be the caller's own state dict
                         former = self._former[parameter]
                         self._former[parameter] = {lo: value * (before / rate) for lo, value in former.items()}
-                if rate != 0.0:
-                    self._rates[parameter] = rate
+                self._rates[parameter] = rate
 
     # ------------------------------------------------------------------------------------- what rules keep
 
@@ -286,7 +299,7 @@ class MemoryStore:
         fresh = f"rank {group.rank}: the memory ({', '.join(dict.fromkeys(names))}) starts fresh: "
         if saved is None:
             if fields:
-                warnings.warn(fresh + "this is the state of a plain optimizer, which has none", stacklevel=3)
+                warn(fresh + "this is the state of a plain optimizer, which has none")
             return store
         saved = checked(saved, parameters, f"rank {group.rank}")
         if saved["size"] != group.size:
@@ -300,10 +313,9 @@ class MemoryStore:
         theirs = [saved["others"].get(place, saved["memory_of"]) for place in range(len(parameters))]
         if saved["rank"] != group.rank or theirs != names:
             if fields:
-                warnings.warn(
+                warn(
                     fresh + f"this is the state of rank {saved['rank']} under method {saved['method']!r}; "
-                    "to resume exactly, save and load one state a rank",
-                    stacklevel=3,
+                    "to resume exactly, save and load one state a rank"
                 )
             return store
         for place, state in saved["memory"].items():

@@ -15,19 +15,13 @@ from torch import Tensor
 
 from mpisign.backends import backend_for
 from mpisign.errors import OptionError
-from mpisign.policy import StepContext
+from mpisign.policy import StepContext, check_integer
 from mpisign.rules.rule import ValueRule
 
-__all__ = ["Median", "Rows", "TrimmedMean", "check_count", "check_enough", "median", "trimmed_mean"]
+__all__ = ["Median", "Rows", "TrimmedMean", "check_enough", "median", "trimmed_mean"]
 
 Rows = Sequence[Tensor] | Tensor
 """V vectors (n,) of one dtype and device, or the tensor (V, n) of them; V >= 1, all finite."""
-
-
-def check_count(option: str, value: object, least: int = 0) -> None:
-    """Raise :class:`OptionError` unless ``value`` is an int of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise OptionError(f"{option}={value!r} must be an int of {least} or more")
 
 
 def check_enough(rule: str, f: int, spare: int, size: int) -> None:
@@ -144,7 +138,7 @@ class TrimmedMean(ValueRule):
     name = "trimmed_mean"
 
     def __post_init__(self) -> None:
-        check_count("f", self.f)
+        check_integer("f", self.f, 0)
 
     def check(self, size: int) -> None:
         check_enough(self.name, self.f, 1, size)

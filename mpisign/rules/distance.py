@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mpisign.errors import OptionError
-from mpisign.policy import StepContext, check_positive
-from mpisign.rules.coordinatewise import Rows, check_count, check_enough
+from mpisign.policy import StepContext, check_integer, check_positive
+from mpisign.rules.coordinatewise import Rows, check_enough
 from mpisign.rules.geometry import combine, distances_to, mean_of, squared_distances
 from mpisign.rules.rule import VectorRule
 
@@ -38,7 +38,7 @@ def _by_krum_score(rows: Rows, f: int) -> list[int]:
     count = len(rows)
     neighbours = min(count - 1, max(1, count - f - 2))
     nearest = squared_distances(rows).sort(dim=1).values[:, 1 : 1 + neighbours]  # its distance to itself is the first
-    score = sum(nearest.unbind(1), torch.zeros(count, dtype=torch.float64))
+    score = sum(nearest.unbind(1), torch.zeros(count, dtype=torch.float64, device="cpu"))
     return score.argsort(stable=True).tolist()
 
 
@@ -136,7 +136,7 @@ class Krum(VectorRule):
     name = "krum"
 
     def __post_init__(self) -> None:
-        check_count("f", self.f)
+        check_integer("f", self.f, 0)
 
     def check(self, size: int) -> None:
         check_enough(self.name, self.f, 3, size)
@@ -163,9 +163,9 @@ class MultiKrum(VectorRule):
     name = "multi_krum"
 
     def __post_init__(self) -> None:
-        check_count("f", self.f)
+        check_integer("f", self.f, 0)
         if self.m is not None:
-            check_count("m", self.m, 1)
+            check_integer("m", self.m, 1)
 
     def check(self, size: int) -> None:
         check_enough(self.name, self.f, 3, size)
@@ -197,7 +197,7 @@ class GeometricMedian(VectorRule):
 
     def __post_init__(self) -> None:
         check_positive("nu", self.nu)
-        check_count("steps", self.steps, 1)
+        check_integer("steps", self.steps, 1)
 
     def decide(self, messages: Sequence[Tensor], out: Tensor, context: StepContext, first_word: int) -> int:
         geometric_median([message[0] for message in messages], self.nu, self.steps, out[0])
@@ -223,7 +223,7 @@ class CenteredClipping(VectorRule):
 
     def __post_init__(self) -> None:
         check_positive("radius", self.radius)
-        check_count("steps", self.steps, 1)
+        check_integer("steps", self.steps, 1)
 
     def decide(self, messages: Sequence[Tensor], out: Tensor, context: StepContext, first_word: int) -> int:
         center = None if context.previous is None else context.previous[0]
@@ -247,7 +247,7 @@ class NearestNeighbourAveraging(VectorRule):
     personal = True
 
     def __post_init__(self) -> None:
-        check_count("f", self.f)
+        check_integer("f", self.f, 0)
 
     def check(self, size: int) -> None:
         check_enough(self.name, self.f, 1, size)

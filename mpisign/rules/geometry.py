@@ -86,8 +86,8 @@ def squared_distances(rows: Rows) -> Tensor:
         for i, to_the_next in enumerate(differences.split(list(range(count - 1, 0, -1)))):
             torch.sub(block[i + 1 :], block[i], out=to_the_next)
         total += _fold(differences.square_())
-    result = torch.zeros(count, count, dtype=torch.float64)
-    result[torch.triu_indices(count, count, 1).unbind()] = total.cpu()
+    result = torch.zeros(count, count, dtype=torch.float64, device="cpu")
+    result[torch.triu_indices(count, count, 1, device="cpu").unbind()] = total.cpu()
     return result + result.T
 
 

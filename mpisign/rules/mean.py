@@ -74,7 +74,8 @@ class Mean(ValueRule):
 class RecodedMean(Mean):
     """The mean goes down in the codec of the way up, and what that loses is added the next time.
 
-    Whoever decides keeps the error: ``q = mean + e``, ``C(q)`` goes down, ``e <- q - C(q)`` stays.
+    Whoever decides keeps the error: ``q = mean + e``, ``C(q)`` goes down, ``e <- q - C(q)`` stays. Where q overflows,
+    it begins again at 0.
 
     Source: Tang et al., "DoubleSqueeze: Parallel Stochastic Gradient Descent with Double-Pass Error-Compensated
     Compression", 2019, Algorithm 1.
@@ -101,6 +102,7 @@ class RecodedMean(Mean):
         """
         for message, weight in zip(messages, self.weights(context), strict=True):
             codec.add(message, error, weight)
+        error.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)  # else it would stay so, and the parameters become so
         codec.encode(error, out, context, first_word)
         codec.add(out, error, -1.0)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mpisign.backends import backend_for
 from mpisign.errors import OptionError
-from mpisign.policy import StepContext
-from mpisign.rules.coordinatewise import Rows, check_count, check_enough
+from mpisign.policy import StepContext, check_integer
+from mpisign.rules.coordinatewise import Rows, check_enough
 from mpisign.rules.geometry import mean_of, squared_distances
 from mpisign.rules.mean import RecodedMean
 from mpisign.rules.rule import BallotRule, Rule, ValueRule, VectorRule
@@ -62,7 +62,7 @@ class NearestNeighbourMixing(VectorRule):
     name = "nearest_neighbour_mixing"
 
     def __post_init__(self) -> None:
-        check_count("f", self.f)
+        check_integer("f", self.f, 0)
         if isinstance(self.rule, (BallotRule, RecodedMean)):
             raise OptionError(f"{self.rule!r} decides on signs, which cannot be averaged: mix in front of a dense rule")
         if isinstance(self.rule, VectorRule):
