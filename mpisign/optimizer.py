@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,8 @@ from mpisign.method import Method
 from mpisign.methods import signum
 from mpisign.policy import Policy, check_positive
 from mpisign.report import StepReport
+from mpisign.rules import BallotRule
+from mpisign.scaling import LossScale, scaler_of
 from mpisign.session import Session, current, is_initialized
 
 __all__ = ["DistributedSignOptimizer"]
@@ -125,7 +128,17 @@ class DistributedSignOptimizer(Optimizer):
 
     # ------------------------------------------------------------------------------- the wrapped optimizer
 
-    param_groups = _passed_through("param_groups", "The wrapped optimizer's parameter groups themselves.")
+    def _groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's parameter groups themselves."""
+        scaler = scaler_of(sys._getframe(1))
+        if scaler is None:
+            return self.wrapped.param_groups
+        if self._synchronized:  # p.grad is a decision, which no scale is in
+            return self._loss_scale.stand_in(scaler, self.report, current().rank, self.wrapped)
+        self._loss_scale.visited(scaler, self.wrapped)
+        return self.wrapped.param_groups
+
+    param_groups: Any = property(_groups, lambda self, groups: setattr(self.wrapped, "param_groups", groups))
     state = _passed_through("state", "The wrapped optimizer's state itself.")
     defaults = _passed_through("defaults", "The wrapped optimizer's defaults themselves.")
 
@@ -136,22 +149,30 @@ class DistributedSignOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as torch does."""
         self.wrapped.zero_grad(set_to_none)
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
         self._synchronized = False
+        self._loss_scale.reset()
 
     # -------------------------------------------------------------------------------------------- a step
 
     def synchronize(self) -> None:
         """Replace every ``p.grad`` by the ranks' decision, without a step. **Collective.**
 
-        For work between decision and step, such as clipping; then step under :meth:`skip_synchronize`. With a
-        GradScaler call ``scaler.unscale_(optimizer)`` before, not after: it would divide the decision by a loss scale
-        that need not be the same on all ranks. A rank whose gradient has a NaN or Inf, or in which GradScaler found
-        one, abstains. A parameter on which nobody votes ends with ``p.grad = None``, which torch's optimizers skip;
-        if nobody votes on any, gradients stay as they are and :meth:`step` applies nothing.
+        For work between decision and step, such as clipping; then step under :meth:`skip_synchronize`. A GradScaler's
+        ``scaler.unscale_(optimizer)`` may come before or, as with Horovod, after: the vote is the same, and no decision
+        is divided. A rank whose gradient has a NaN or Inf, or in which GradScaler found one, abstains. A parameter on
+        which nobody votes ends with ``p.grad = None``, which torch's optimizers skip; if nobody votes on any, gradients
+        stay as they are and :meth:`step` applies nothing.
 
         Raises:
             ConsistencyError: ranks differ in layout or are at different steps; the message names them.
         """
+        self._synchronize(alone=True)
+
+    def _synchronize(self, *, alone: bool = False) -> None:
+        """``alone``: not as a part of ``step()``, so that a GradScaler may come yet."""
         if self._synchronized:
             raise SynchronizationError(
                 "synchronize() was called twice for the same gradients, which would vote on votes: apply them with "
@@ -168,7 +189,7 @@ class DistributedSignOptimizer(Optimizer):
         if self._epoch is None and changing:
             wrapping.warn_of_epochs(changing[0])
             self._epoch = 0
-        abstention, unscale = wrapping.scaler_says(self)
+        abstention, unscale = self._loss_scale.says(self, alone=alone)
         self._exchange(plan, plan.gradients.read(), abstention, unscale)
         self._synchronized = True
         if len(plan.layout.parameters) < len(parameters := self._parameters()):
@@ -206,7 +227,7 @@ class DistributedSignOptimizer(Optimizer):
 
         Raises:
             SynchronizationError: after ``synchronize()`` without ``skip_synchronize()``; inside
-                ``skip_synchronize()`` without ``synchronize()``, or by a GradScaler that had not unscaled before.
+                ``skip_synchronize()`` without ``synchronize()``, or after a vote on gradients of an unknown loss scale.
             ConsistencyError: see :meth:`synchronize`.
         """
         if self._skip and closure is not None:
@@ -225,32 +246,39 @@ class DistributedSignOptimizer(Optimizer):
             for left in ("found_inf", "grad_scale"):  # GradScaler takes them back only if step() returns
                 self.__dict__.pop(left, None)
             raise
-        self._synchronized = False
+        self._forget_gradients()
         if self.report is not None and not self.report.skipped:
-            self.wrapped.step()
+            self._apply()
         return loss
+
+    def _apply(self) -> None:
+        """Let the wrapped optimizer step, which it must not do by itself."""
+        self._applies = True
+        try:
+            self.wrapped.step()
+        finally:
+            self._applies = False
 
     def _step_and_mix(self) -> None:
         """A step on this rank's own gradient, unless it is not finite, and then the exchange of models."""
         plan = self._current_plan()
-        abstention, unscale = wrapping.scaler_says(self)
+        abstention, unscale = self._loss_scale.says(self)
         if abstention == header.VOTES and local_update(plan, self._exchanges, plan.gradients.read(), unscale):
-            self.wrapped.step()
+            self._apply()
+        self._loss_scale.reset()
         self._exchange(plan, plan.gradients.models(), header.VOTES, 1.0)
 
     def _synchronize_if_due(self) -> None:
         if not self._skip:
-            self.synchronize()
+            self._synchronize()
         elif not self._synchronized:
             raise SynchronizationError(
                 "step() under skip_synchronize() without synchronize() would apply this rank's own gradient and the "
                 "replicas would drift apart: call optimizer.synchronize() first"
             )
-        elif getattr(self, "grad_scale", None) is not None:
-            raise SynchronizationError(
-                "the gradients were synchronized with GradScaler's scale still in them: call "
-                "scaler.unscale_(optimizer) before optimizer.synchronize()"
-            )
+        else:
+            plan = self._current_plan()
+            self._loss_scale.check(all(isinstance(m.rule, BallotRule) for m in plan.layout.methods), self)
 
     def set_epoch(self, epoch: int) -> None:
         """Tell methods that change with the epoch (DGC's warm-up) where training is, on every rank, from 0."""
@@ -385,23 +413,35 @@ class DistributedSignOptimizer(Optimizer):
         self._plan = None  # it holds the old memory
         if saved is not None:
             self._exchanges, self._epoch = int(saved["step"]), saved.get("epoch")
-        self._synchronized = False
+        self._forget_gradients()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     # ------------------------------------------------------------------------------ pickle, deepcopy, print
 
     def __getstate__(self) -> dict[str, Any]:
-        lost = ("_plan", "_session", "report", "_synchronized", "_skip", "step", "found_inf", "grad_scale")
+        lost: tuple[str, ...] = (
+            "_plan",
+            "_session",
+            "report",
+            "_synchronized",
+            "_skip",
+            "_applies",
+            "_loss_scale",
+            "step",
+        )
+        lost += ("found_inf", "grad_scale")
         hooks = ("_optimizer_", "_zero_grad_profile", "_opt_called", "_warned_")
         return {k: v for k, v in self.__dict__.items() if k not in lost and not k.startswith(hooks)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._plan = self._session = None
-        self._synchronized = self._skip = False
+        self._synchronized = self._skip = self._applies = False
+        self._loss_scale = LossScale()
         self.report = None
         super().__setstate__({})  # torch makes its hook tables
+        wrapping.forbid_alone(self.wrapped, self)
 
     def __repr__(self) -> str:
         return (

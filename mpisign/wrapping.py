@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,18 +12,18 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from mpisign.errors import OptionError
-from mpisign.exchange import header
+from mpisign.errors import OptionError, SynchronizationError
 from mpisign.method import Method
+from mpisign.session import is_initialized, rank
 
 __all__ = [
     "check_wrappable",
     "default_names",
     "drop_frozen",
     "epoch_number",
+    "forbid_alone",
     "methods_of",
     "names_of",
-    "scaler_says",
     "warn_if_adaptive",
     "warn_of_epochs",
     "without_methods",
@@ -107,21 +108,29 @@ def epoch_number(epoch: object) -> int:
     return number
 
 
+def forbid_alone(optimizer: Optimizer, wrapper: Optimizer) -> None:
+    """Let the optimizer inside refuse a step that is none of its wrapper's: it would apply this rank's own gradient."""
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        return  # not one that torch has initialized
+    known = weakref.ref(wrapper)
+
+    def refuse(optimizer: Optimizer, args: Any, options: Any) -> None:
+        its: Any = known()
+        if its is not None and its.wrapped is optimizer and not its._applies and is_initialized():
+            raise SynchronizationError(
+                f"rank {rank()}: the {type(optimizer).__name__} inside a DistributedSignOptimizer was told to step by "
+                f"itself, without a vote, and the replicas would drift apart: call step(), scaler.unscale_() and "
+                f"scaler.step() with the DistributedSignOptimizer"
+            )
+
+    optimizer.register_step_pre_hook(refuse)
+
+
 def drop_frozen(parameters: Iterable[torch.Tensor]) -> None:
     """Drop gradients that are left from before their parameters were frozen: nobody votes on them."""
     for parameter in parameters:
         if not parameter.requires_grad:
             parameter.grad = None
-
-
-def scaler_says(optimizer: Optimizer) -> tuple[int, float]:
-    """Why this rank abstains, if GradScaler says so, and what to multiply its gradients with.
-
-    GradScaler leaves ``found_inf`` and ``grad_scale`` on an optimizer for the length of its ``step()``.
-    """
-    found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
-    abstention = header.SCALER_INF if found_inf is not None and float(found_inf) > 0 else header.VOTES
-    return abstention, 1.0 if scale is None else 1.0 / float(scale)
 
 
 def default_names(groups: list[dict[str, Any]]) -> dict[torch.Tensor, str]:

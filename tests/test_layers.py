@@ -20,7 +20,7 @@ LAYERS = [
     {"errors", "launch", "bitmap", "backends", "policy", "trace", "report", "encoding", "trees", "presence"},
     {"watchdog", "group", "talk", "timeline", "session"},
     {"preemption", "codecs", "rules", "memory", "method", "layout"},
-    {"attacks", "exchange", "methods", "sync", "wrapping", "checkpoint"},
+    {"attacks", "exchange", "methods", "sync", "scaling", "wrapping", "checkpoint"},
     {"optimizer", "doctor"},
     {"__init__", "__main__"},
 ]
