@@ -17,8 +17,8 @@ from mpisign.exchange import header
 from mpisign.exchange.choose import check_exchange
 from mpisign.exchange.local import local_update
 from mpisign.exchange.plan import Plan, make_plan
-from mpisign.exchange.round import Round
-from mpisign.exchange.sink import GradientSink, ModelSink, NoSink
+from mpisign.exchange.run import run, sit_out
+from mpisign.hyperparameters import Hyperparameters
 from mpisign.memory import Memory
 from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
@@ -196,16 +196,14 @@ class DistributedSignOptimizer(Optimizer):
             wrapping.drop_frozen(parameters)
 
     def _exchange(self, plan: Plan, values: list[torch.Tensor | None], abstention: int, unscale: float) -> None:
-        """A round from its beginning to its end: ``values`` by parameter become the decision, where they lie."""
-        a_round = Round(plan, self._exchanges, abstention=abstention, unscale=unscale)
-        a_round.open()
-        a_round.prepare(values)
-        for batch in plan.batches:
-            a_round.submit(batch, [values[place] for place in batch.places])
-        a_round.close()
-        sink = ModelSink(plan.layout) if plan.exchanges_models else GradientSink(plan.layout)
-        self.report = a_round.commit(sink)
+        _, self.report = run(plan, self._exchanges, values, abstention, unscale, self._intent(plan))
         self._exchanges += 1
+
+    def _intent(self, plan: Plan) -> header.Intent:
+        if plan.exchanges_models:  # replicas differ, and so may their steps
+            return header.Intent()
+        applied = self._hyperparameters.tell(self.wrapped, self._exchanges)
+        return header.Intent(applied=applied, lines=self._hyperparameters.lines)
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -248,6 +246,8 @@ class DistributedSignOptimizer(Optimizer):
             raise
         self._forget_gradients()
         if self.report is not None and not self.report.skipped:
+            if self._skip:
+                self._hyperparameters.applied(self.wrapped)
             self._apply()
         return loss
 
@@ -319,16 +319,8 @@ class DistributedSignOptimizer(Optimizer):
             raise SynchronizationError(
                 f"{self.method.name} exchanges models, which no rank can sit out: give all the same number of batches"
             )
-        a_round = Round(plan, self._exchanges, abstention=header.JOINED, joined_for=joined_for)
-        handshake = a_round.open()
-        if not handshake.all_joined:
-            nothing: list[torch.Tensor | None] = [None] * len(plan.layout.parameters)
-            a_round.prepare(nothing)
-            for batch in plan.batches:
-                a_round.submit(batch, [None] * len(batch.places))
-            a_round.close()
-        running = (batch.places for batch in plan.batches if batch.method.memory.running)
-        return handshake, a_round.commit(NoSink(plan.layout, frozenset(place for its in running for place in its)))
+        self._hyperparameters.forget()
+        return sit_out(plan, self._exchanges, joined_for)
 
     # ----------------------------------------------------------------------------------- layout and memory
 
@@ -438,7 +430,7 @@ class DistributedSignOptimizer(Optimizer):
         self.__dict__.update(state)
         self._plan = self._session = None
         self._synchronized = self._skip = self._applies = False
-        self._loss_scale = LossScale()
+        self._loss_scale, self._hyperparameters = LossScale(), Hyperparameters()
         self.report = None
         super().__setstate__({})  # torch makes its hook tables
         wrapping.forbid_alone(self.wrapped, self)

@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-CALL_FIELDS = 4  # how many numbers a call has, whatever it is for
+CALL_FIELDS = 6  # how many numbers a call has, whatever it is for
 EXIT = "exit"
 ACTS = (
     EXIT,
@@ -49,6 +49,7 @@ ACTS = (
     "check_consistency()",
     "agreement()",
     "a comparison of layouts",
+    "a comparison of options",
     "checkpoint.save()",
     "checkpoint.wait()",
     "checkpoint.load()",

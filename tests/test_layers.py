@@ -17,7 +17,19 @@ ROOT = Path(mpisign.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 FOLDERS = ("mpisign", "tests", "scripts", "benchmarks", "docs")
 LAYERS = [
-    {"errors", "launch", "bitmap", "backends", "policy", "trace", "report", "encoding", "trees", "presence"},
+    {
+        "errors",
+        "launch",
+        "hyperparameters",
+        "bitmap",
+        "backends",
+        "policy",
+        "trace",
+        "report",
+        "encoding",
+        "trees",
+        "presence",
+    },
     {"watchdog", "group", "talk", "timeline", "session"},
     {"preemption", "codecs", "rules", "memory", "method", "layout"},
     {"attacks", "exchange", "methods", "sync", "scaling", "wrapping", "checkpoint"},
