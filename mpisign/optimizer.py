@@ -12,13 +12,13 @@ import torch
 from torch.optim import Optimizer
 
 from mpisign import sync, wrapping
+from mpisign.checks import StepChecks
 from mpisign.errors import OptionError, SynchronizationError
 from mpisign.exchange import header
 from mpisign.exchange.choose import check_exchange
 from mpisign.exchange.local import local_update
 from mpisign.exchange.plan import Plan, make_plan
 from mpisign.exchange.run import run, sit_out
-from mpisign.hyperparameters import Hyperparameters
 from mpisign.memory import Memory
 from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
@@ -196,14 +196,10 @@ class DistributedSignOptimizer(Optimizer):
             wrapping.drop_frozen(parameters)
 
     def _exchange(self, plan: Plan, values: list[torch.Tensor | None], abstention: int, unscale: float) -> None:
-        _, self.report = run(plan, self._exchanges, values, abstention, unscale, self._intent(plan))
+        intent = self._checks.intent(plan, self.wrapped, self._exchanges, values)
+        handshake, self.report = run(plan, self._exchanges, values, abstention, unscale, intent)
         self._exchanges += 1
-
-    def _intent(self, plan: Plan) -> header.Intent:
-        if plan.exchanges_models:  # replicas differ, and so may their steps
-            return header.Intent()
-        applied = self._hyperparameters.tell(self.wrapped, self._exchanges)
-        return header.Intent(applied=applied, lines=self._hyperparameters.lines)
+        self._checks.heard(handshake, self.report)
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -247,7 +243,7 @@ class DistributedSignOptimizer(Optimizer):
         self._forget_gradients()
         if self.report is not None and not self.report.skipped:
             if self._skip:
-                self._hyperparameters.applied(self.wrapped)
+                self._checks.applied(self.wrapped)
             self._apply()
         return loss
 
@@ -319,7 +315,7 @@ class DistributedSignOptimizer(Optimizer):
             raise SynchronizationError(
                 f"{self.method.name} exchanges models, which no rank can sit out: give all the same number of batches"
             )
-        self._hyperparameters.forget()
+        self._checks.sits_out()
         return sit_out(plan, self._exchanges, joined_for)
 
     # ----------------------------------------------------------------------------------- layout and memory
@@ -430,7 +426,7 @@ class DistributedSignOptimizer(Optimizer):
         self.__dict__.update(state)
         self._plan = self._session = None
         self._synchronized = self._skip = self._applies = False
-        self._loss_scale, self._hyperparameters = LossScale(), Hyperparameters()
+        self._loss_scale, self._checks = LossScale(), StepChecks()
         self.report = None
         super().__setstate__({})  # torch makes its hook tables
         wrapping.forbid_alone(self.wrapped, self)

@@ -32,7 +32,7 @@ LAYERS = [
     },
     {"watchdog", "group", "talk", "timeline", "session"},
     {"preemption", "codecs", "rules", "memory", "method", "layout"},
-    {"attacks", "exchange", "methods", "sync", "scaling", "wrapping", "checkpoint"},
+    {"attacks", "exchange", "methods", "sync", "averages", "checks", "scaling", "wrapping", "checkpoint"},
     {"optimizer", "doctor"},
     {"__init__", "__main__"},
 ]
