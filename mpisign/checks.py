@@ -1,4 +1,4 @@
-"""What is looked at in every step of an optimizer besides the vote: options, averaged gradients."""
+"""What is looked at in every step of an optimizer besides the vote: options, averages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from mpisign.averages import Alike, warn_of_averaging
 from mpisign.exchange.header import Handshake, Intent
 from mpisign.exchange.plan import Plan
 from mpisign.hyperparameters import Hyperparameters
+from mpisign.method import Method
 from mpisign.report import StepReport
+from mpisign.wrapping import warn_of_momentum
 
 __all__ = ["StepChecks"]
 
@@ -21,9 +23,20 @@ class StepChecks:
 
     def __init__(self) -> None:
         self._hyperparameters, self._alike = Hyperparameters(), Alike()
-        self._begun = False
+        self._begun = self._told_of_momentum = False
 
-    def intent(self, plan: Plan, optimizer: Optimizer, step: int, values: Sequence[torch.Tensor | None]) -> Intent:
+    def options(self, optimizer: Optimizer, methods: Sequence[Method]) -> None:
+        """Warn, once, of what makes another method of a vote; ``methods`` are those of the parameter groups."""
+        self._told_of_momentum = self._told_of_momentum or warn_of_momentum(optimizer, methods)
+
+    def intent(
+        self,
+        plan: Plan,
+        optimizer: Optimizer,
+        methods: Sequence[Method],
+        step: int,
+        values: Sequence[torch.Tensor | None],
+    ) -> Intent:
         """What to tell before an exchange of ``values`` that ``optimizer`` will apply."""
         if not self._begun:
             warn_of_averaging(plan.layout.parameters)
@@ -31,6 +44,8 @@ class StepChecks:
         if plan.exchanges_models:  # replicas differ, and so may their steps
             return Intent()
         applied = self._hyperparameters.tell(optimizer, step)
+        if self._hyperparameters.changed:  # schedulers may turn momentum on
+            self.options(optimizer, methods)
         gradients = self._alike.digest(values, plan.group.size)
         return Intent(applied=applied, lines=self._hyperparameters.lines, gradients=gradients)
 

@@ -125,6 +125,7 @@ class DistributedSignOptimizer(Optimizer):
         self._current_plan()
         if any(one.elects for one in self._methods()):
             wrapping.warn_if_adaptive(optimizer)
+        self._checks.options(optimizer, self._methods())
 
     # ------------------------------------------------------------------------------- the wrapped optimizer
 
@@ -196,7 +197,7 @@ class DistributedSignOptimizer(Optimizer):
             wrapping.drop_frozen(parameters)
 
     def _exchange(self, plan: Plan, values: list[torch.Tensor | None], abstention: int, unscale: float) -> None:
-        intent = self._checks.intent(plan, self.wrapped, self._exchanges, values)
+        intent = self._checks.intent(plan, self.wrapped, self._methods(), self._exchanges, values)
         handshake, self.report = run(plan, self._exchanges, values, abstention, unscale, intent)
         self._exchanges += 1
         self._checks.heard(handshake, self.report)

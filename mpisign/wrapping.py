@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ __all__ = [
     "names_of",
     "warn_if_adaptive",
     "warn_of_epochs",
+    "warn_of_momentum",
     "without_methods",
 ]
 
@@ -86,6 +87,32 @@ def warn_if_adaptive(optimizer: Optimizer) -> None:
             f"with method=mpisign.lion() or mpisign.signum() is what you want",
             stacklevel=3,
         )
+
+
+def warn_of_momentum(optimizer: Optimizer, methods: Sequence[Method]) -> bool:
+    """Say what momentum in the wrapped optimizer does to votes. Returns whether there was something to say.
+
+    Args:
+        methods: by parameter group.
+    """
+    if isinstance(optimizer, ADAPTIVE):  # of which warn_if_adaptive() has spoken
+        return False
+    for at, (group, method) in enumerate(zip(optimizer.param_groups, methods, strict=True)):
+        momentum, betas = group.get("momentum"), group.get("betas")
+        decay = betas[0] if isinstance(betas, (tuple, list)) and betas else momentum
+        if not (method.elects and isinstance(decay, (int, float)) and 0 < decay < 1):
+            continue
+        option = f"momentum={momentum}" if decay is momentum else f"betas={betas}"
+        instead = f"mpisign.signum({decay:g})" if decay is momentum else f"mpisign.lion() or mpisign.signum({decay:g})"
+        warnings.warn(
+            f"{type(optimizer).__name__} with {option} (parameter group {at}) around the vote of {method.name} "
+            f"averages votes, which is another method. Momentum belongs to each rank, before the sign: wrap "
+            f"SGD(lr=..., weight_decay=...) with momentum=0 and pass method={instead}; OneCycleLR and CyclicLR turn "
+            f"it on unless they have cycle_momentum=False",
+            stacklevel=4,
+        )
+        return True
+    return False
 
 
 def warn_of_epochs(method: Method) -> None:
