@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -11,13 +12,14 @@ import torch
 from torch.optim import Optimizer
 
 from mpisign import restoring, sync, wrapping
+from mpisign.checks import StepChecks
 from mpisign.errors import CheckpointError, OptionError, SynchronizationError
 from mpisign.exchange import header
 from mpisign.exchange.choose import check_exchange
 from mpisign.exchange.local import local_update
 from mpisign.exchange.plan import Plan, make_plan
-from mpisign.exchange.round import Round
-from mpisign.exchange.sink import GradientSink, ModelSink, NoSink, Sink, StepSink
+from mpisign.exchange.run import run, sit_out
+from mpisign.exchange.sink import GradientSink, ModelSink, Sink, StepSink
 from mpisign.memory import Memory
 from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
@@ -25,6 +27,8 @@ from mpisign.methods import signum
 from mpisign.plain import plain, uncompiled
 from mpisign.policy import Policy, check_integer, check_positive
 from mpisign.report import StepReport
+from mpisign.rules import BallotRule
+from mpisign.scaling import LossScale, scaler_of
 from mpisign.session import Session, current, is_initialized, known, operation
 from mpisign.trees import shown
 
@@ -140,10 +144,21 @@ class DistributedSignOptimizer(Optimizer):
             self._current_plan()
         if any(one.elects for one in self._methods()):
             wrapping.warn_if_adaptive(optimizer)
+        self._checks.options(optimizer, self._methods())
 
     # ------------------------------------------------------------------------------- the wrapped optimizer
 
-    param_groups = _passed_through("param_groups", "The wrapped optimizer's parameter groups themselves.")
+    def _groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's parameter groups themselves."""
+        scaler = scaler_of(sys._getframe(1))
+        if scaler is None:
+            return self.wrapped.param_groups
+        if self._synchronized:  # p.grad is a decision, which no scale is in
+            return self._loss_scale.stand_in(scaler, self.report, current().rank, self.wrapped)
+        self._loss_scale.visited(scaler, self.wrapped)
+        return self.wrapped.param_groups
+
+    param_groups: Any = property(_groups, lambda self, groups: setattr(self.wrapped, "param_groups", groups))
     state = _passed_through("state", "The wrapped optimizer's state itself.")
     defaults = _passed_through("defaults", "The wrapped optimizer's defaults themselves.")
 
@@ -159,7 +174,11 @@ class DistributedSignOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as torch does."""
         self.wrapped.zero_grad(set_to_none)
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
         self._synchronized = False
+        self._loss_scale.reset()
 
     # -------------------------------------------------------------------------------------------- a step
 
@@ -168,20 +187,24 @@ class DistributedSignOptimizer(Optimizer):
     def synchronize(self) -> None:
         """Replace every ``p.grad`` by the ranks' decision, without a step. **Collective.**
 
-        For work between decision and step, such as clipping; then step under :meth:`skip_synchronize`. With a
-        GradScaler call ``scaler.unscale_(optimizer)`` before, not after: it would divide the decision by a loss scale
-        that need not be the same on all ranks. A rank whose gradient has a NaN or Inf, or in which GradScaler found
-        one, abstains. A parameter on which nobody votes ends with ``p.grad = None``, which torch's optimizers skip;
-        if nobody votes on any, gradients stay as they are and :meth:`step` applies nothing.
+        For work between decision and step, such as clipping; then step under :meth:`skip_synchronize`. A GradScaler's
+        ``scaler.unscale_(optimizer)`` may come before or, as with Horovod, after: the vote is the same, and no decision
+        is divided. A rank whose gradient has a NaN or Inf, or in which GradScaler found one, abstains. A parameter on
+        which nobody votes ends with ``p.grad = None``, which torch's optimizers skip; if nobody votes on any, gradients
+        stay as they are and :meth:`step` applies nothing.
 
         Raises:
             ConsistencyError: ranks differ in layout or are at different steps; the message names them.
         """
-        self._synchronize(stepping=False)
+        self._synchronize(alone=True)
 
     @plain()
-    def _synchronize(self, *, stepping: bool) -> bool:
-        """Vote. Returns whether the decision has been applied, which it may be if this is a ``stepping`` call."""
+    def _synchronize(self, *, alone: bool) -> bool:
+        """Vote. Returns whether the decision has been applied.
+
+        Args:
+            alone: not as a part of ``step()``: the decision is wanted, and a GradScaler may come yet.
+        """
         if self._synchronized:
             raise SynchronizationError(
                 "synchronize() was called twice for the same gradients, which would vote on votes: apply them with "
@@ -199,9 +222,9 @@ class DistributedSignOptimizer(Optimizer):
             wrapping.warn_of_epochs(changing[0])
             self._epoch = 0
         with current().telling("step()"):
-            abstention, unscale = wrapping.scaler_says(self)
+            abstention, unscale = self._loss_scale.says(self, alone=alone)
             values = plan.gradients.read()
-        sink = self._step_sink(plan) if stepping else None
+        sink = None if alone else self._step_sink(plan)
         self._exchange(plan, values, abstention, unscale, sink or GradientSink(plan.layout))
         self._synchronized = True
         if len(plan.layout.parameters) < len(parameters := self._parameters()):
@@ -226,15 +249,10 @@ class DistributedSignOptimizer(Optimizer):
     def _exchange(
         self, plan: Plan, values: list[torch.Tensor | None], abstention: int, unscale: float, sink: Sink
     ) -> None:
-        """A round from its beginning to its end: ``values`` by parameter become the decision, in ``sink``."""
-        a_round = Round(plan, self._exchanges, abstention=abstention, unscale=unscale)
-        a_round.open()
-        a_round.prepare(values)
-        for batch in plan.batches:
-            a_round.submit(batch, [values[place] for place in batch.places])
-        a_round.close()
-        self.report = a_round.commit(sink)
+        intent = self._checks.intent(plan, self.wrapped, self._methods(), self._exchanges, values)
+        handshake, self.report = run(plan, self._exchanges, values, abstention, unscale, intent, sink)
         self._exchanges += 1
+        self._checks.heard(handshake, self.report)
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -257,7 +275,7 @@ class DistributedSignOptimizer(Optimizer):
 
         Raises:
             SynchronizationError: after ``synchronize()`` without ``skip_synchronize()``; inside
-                ``skip_synchronize()`` without ``synchronize()``, or by a GradScaler that had not unscaled before.
+                ``skip_synchronize()`` without ``synchronize()``, or after a vote on gradients of an unknown loss scale.
             ConsistencyError: see :meth:`synchronize`.
         """
         if self._skip and closure is not None:
@@ -279,39 +297,47 @@ class DistributedSignOptimizer(Optimizer):
                 for left in ("found_inf", "grad_scale"):  # GradScaler takes them back only if step() returns
                     self.__dict__.pop(left, None)
                 raise
-            self._synchronized = False
+            self._forget_gradients()
             if self.report is not None and not self.report.skipped and not applied:
-                wrapping.step(self.wrapped)
+                if self._skip:
+                    self._checks.applied(self.wrapped)
+                self._apply()
         return loss
+
+    def _apply(self) -> None:
+        """Let the wrapped optimizer step, which it must not do by itself."""
+        self._applies = True
+        try:
+            wrapping.step(self.wrapped)
+        finally:
+            self._applies = False
 
     def _step_and_mix(self) -> None:
         """A step on this rank's own gradient, unless it is not finite, and then the exchange of models."""
         with plain():
             plan = self._current_plan()
             with current().telling("step()"):
-                abstention, unscale = wrapping.scaler_says(self)
+                abstention, unscale = self._loss_scale.says(self)
                 votes = abstention == header.VOTES
                 steps = votes and local_update(plan, self._exchanges, plan.gradients.read(), unscale)
         if steps:
             with current().telling("step()"):
-                wrapping.step(self.wrapped)
+                self._apply()
+        self._loss_scale.reset()
         with plain():
             self._exchange(plan, plan.gradients.models(), header.VOTES, 1.0, ModelSink(plan.layout))
 
     def _synchronize_if_due(self) -> bool:
         """Returns whether the decision has been applied already."""
         if not self._skip:
-            return self._synchronize(stepping=True)
+            return self._synchronize(alone=False)
         if not self._synchronized:
             raise SynchronizationError(
                 "step() under skip_synchronize() without synchronize() would apply this rank's own gradient and the "
                 "replicas would drift apart: call optimizer.synchronize() first"
             )
-        if getattr(self, "grad_scale", None) is not None:
-            raise SynchronizationError(
-                "the gradients were synchronized with GradScaler's scale still in them: call "
-                "scaler.unscale_(optimizer) before optimizer.synchronize()"
-            )
+        plan = self._current_plan()
+        self._loss_scale.check(all(isinstance(m.rule, BallotRule) for m in plan.layout.methods), self)
         return False
 
     def set_epoch(self, epoch: int) -> None:
@@ -356,16 +382,8 @@ class DistributedSignOptimizer(Optimizer):
             raise SynchronizationError(
                 f"{self.method.name} exchanges models, which no rank can sit out: give all the same number of batches"
             )
-        a_round = Round(plan, self._exchanges, abstention=header.JOINED, joined_for=joined_for)
-        handshake = a_round.open()
-        if not handshake.all_joined:
-            nothing: list[torch.Tensor | None] = [None] * len(plan.layout.parameters)
-            a_round.prepare(nothing)
-            for batch in plan.batches:
-                a_round.submit(batch, [None] * len(batch.places))
-            a_round.close()
-        running = (batch.places for batch in plan.batches if batch.method.memory.running)
-        return handshake, a_round.commit(NoSink(plan.layout, frozenset(place for its in running for place in its)))
+        self._checks.sits_out()
+        return sit_out(plan, self._exchanges, joined_for)
 
     # ----------------------------------------------------------------------------------- layout and memory
 
@@ -460,23 +478,35 @@ class DistributedSignOptimizer(Optimizer):
         self._plan = None  # it holds the old memory
         if saved is not None:
             self._exchanges, self._epoch = saved["step"], saved["epoch"]
-        self._synchronized = False
+        self._forget_gradients()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     # ------------------------------------------------------------------------------ pickle, deepcopy, print
 
     def __getstate__(self) -> dict[str, Any]:
-        lost = ("_plan", "_session", "report", "_synchronized", "_skip", "step", "found_inf", "grad_scale")
+        lost: tuple[str, ...] = (
+            "_plan",
+            "_session",
+            "report",
+            "_synchronized",
+            "_skip",
+            "_applies",
+            "_loss_scale",
+            "step",
+        )
+        lost += ("found_inf", "grad_scale")
         hooks = ("_optimizer_", "_zero_grad_profile", "_opt_called", "_warned_")
         return {k: v for k, v in self.__dict__.items() if k not in lost and not k.startswith(hooks)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._plan = self._session = None
-        self._synchronized = self._skip = False
+        self._synchronized = self._skip = self._applies = False
+        self._loss_scale, self._checks = LossScale(), StepChecks()
         self.report = None
         super().__setstate__({})  # torch makes its hook tables
+        wrapping.forbid_alone(self.wrapped, self)
 
     def __repr__(self) -> str:
         return (

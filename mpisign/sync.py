@@ -15,6 +15,7 @@ from mpisign.bitmap.tensors import unreadable
 from mpisign.cuts import cut
 from mpisign.encoding import Optional
 from mpisign.errors import ConsistencyError, OptionError
+from mpisign.hyperparameters import IMPLEMENTATION, described, line, options_of
 from mpisign.method import Method
 from mpisign.plain import plain, uncompiled
 from mpisign.policy import check_integer
@@ -36,6 +37,7 @@ class HasState(Protocol):
     """An optimizer: torch's own or ours."""
 
     param_groups: list[dict[str, Any]]
+    state: Any
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
@@ -236,14 +238,15 @@ def _new_tensors(shapes: Sequence[Any], root_rank: int) -> list[torch.Tensor]:
 @uncompiled
 @operation("check_consistency()")
 def check_consistency(model: torch.nn.Module, optimizer: HasState | None = None, *, buffers: bool = True) -> None:
-    """Raise :class:`ConsistencyError` unless all ranks hold bit-identical parameters, buffers and groups.
+    """Raise :class:`ConsistencyError` unless all ranks hold the same model and options, bit by bit.
 
     Costs one hash of the model, and a few bytes of traffic a tensor.
 
     Args:
         model: its parameters and buffers are compared.
-        optimizer: the options of its groups are compared too, if given. If its method lets replicas differ, only the
-            shapes of the parameters are compared.
+        optimizer: the options of its groups and its state (of a :class:`~mpisign.DistributedSignOptimizer` the wrapped
+            optimizer's) are compared too, if given. If its method lets replicas differ, only the shapes of the
+            parameters are compared.
         buffers: pass False where they differ by design (the running statistics of plain BatchNorm).
 
     Raises:
@@ -272,11 +275,23 @@ def _lines(model: torch.nn.Module, optimizer: HasState | None, buffers: bool, se
     for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers() if buffers else ())):
         as_text = _form if differ and kind == "parameter" else _digest
         lines += [f"{kind} {name!r} {as_text(tensor)}" for name, tensor in named]
-    for at, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
-        options = {key: value for key, value in group.items() if key != "params"}
-        told = {key: value for key, value in options.items() if " at 0x" not in repr(value)}  # addresses say nothing
-        lines.append(f"options of parameter group {at}: {told}")
+    if optimizer is not None and not differ:
+        options = options_of(optimizer.param_groups, IMPLEMENTATION)
+        lines += [line(at, name, described(value)) for at, name, value in options]
+        lines += _state_lines(optimizer, {p: name for name, p in model.named_parameters()})
     return lines
+
+
+def _state_lines(optimizer: HasState, names: Mapping[torch.Tensor, str]) -> Iterator[str]:
+    """A line for each thing that an optimizer keeps of a parameter, in one order."""
+    for at, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            its = optimizer.state.get(parameter, {})
+            for key in sorted(its, key=str):
+                text = _digest(its[key]) if isinstance(its[key], torch.Tensor) else described(its[key])
+                yield f"{key!r} of {names.get(parameter, f'group{at}.param{place}')!r} in the optimizer's state {text}"
+    for key in sorted((key for key in optimizer.state if not isinstance(key, torch.Tensor)), key=str):
+        yield f"{key!r} in the optimizer's state {described(optimizer.state[key])}"
 
 
 def _demand_equal(lines: Sequence[str], session: Session, act: str, problem: str) -> None:

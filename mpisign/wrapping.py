@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,24 +13,25 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
-from mpisign.errors import OptionError
-from mpisign.exchange import header
+from mpisign.errors import OptionError, SynchronizationError
 from mpisign.method import Method
+from mpisign.session import is_initialized, rank
 from mpisign.warning import warn
 
 __all__ = [
     "check_wrappable",
     "default_names",
     "drop_frozen",
+    "forbid_alone",
     "methods_of",
     "names_of",
     "no_attribute",
-    "scaler_says",
     "sgd_numbers",
     "step",
     "wants_closure",
     "warn_if_adaptive",
     "warn_of_epochs",
+    "warn_of_momentum",
     "without_methods",
 ]
 
@@ -129,7 +131,8 @@ def sgd_numbers(optimizer: Optimizer) -> list[tuple[float, float]] | None:
     That is torch's own class without momentum, ``maximize``, ``fused`` or ``differentiable``, with numbers and not
     tensors, and without hooks on its ``step()``.
     """
-    watched = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or "step" in vars(optimizer)
+    hooks = [hook for hook in optimizer._optimizer_step_pre_hooks.values() if not isinstance(hook, _NotAlone)]
+    watched = hooks or optimizer._optimizer_step_post_hooks or "step" in vars(optimizer)
     if type(optimizer) is not torch.optim.SGD or watched or _global_pre_hooks or _global_post_hooks:
         return None
     numbers = []
@@ -146,6 +149,31 @@ def sgd_numbers(optimizer: Optimizer) -> list[tuple[float, float]] | None:
     return numbers
 
 
+def warn_of_momentum(optimizer: Optimizer, methods: Sequence[Method]) -> bool:
+    """Say what momentum in the wrapped optimizer does to votes. Returns whether there was something to say.
+
+    Args:
+        methods: by parameter group.
+    """
+    if isinstance(optimizer, ADAPTIVE):  # of which warn_if_adaptive() has spoken
+        return False
+    for at, (group, method) in enumerate(zip(optimizer.param_groups, methods, strict=True)):
+        momentum, betas = group.get("momentum"), group.get("betas")
+        decay = betas[0] if isinstance(betas, (tuple, list)) and betas else momentum
+        if not (method.elects and isinstance(decay, (int, float)) and 0 < decay < 1):
+            continue
+        option = f"momentum={momentum}" if decay is momentum else f"betas={betas}"
+        instead = f"mpisign.signum({decay:g})" if decay is momentum else f"mpisign.lion() or mpisign.signum({decay:g})"
+        warn(
+            f"{type(optimizer).__name__} with {option} (parameter group {at}) around the vote of {method.name} "
+            f"averages votes, which is another method. Momentum belongs to each rank, before the sign: wrap "
+            f"SGD(lr=..., weight_decay=...) with momentum=0 and pass method={instead}; OneCycleLR and CyclicLR turn "
+            f"it on unless they have cycle_momentum=False"
+        )
+        return True
+    return False
+
+
 def warn_of_epochs(method: Method) -> None:
     """Say that a method which changes with the epoch has not been told any."""
     warn(
@@ -154,21 +182,33 @@ def warn_of_epochs(method: Method) -> None:
     )
 
 
+class _NotAlone:
+    """A hook with which the optimizer inside refuses a step that is none of its wrapper's."""
+
+    def __init__(self, wrapper: Optimizer) -> None:
+        self._known: weakref.ref[Any] = weakref.ref(wrapper)
+
+    def __call__(self, optimizer: Optimizer, args: Any, options: Any) -> None:
+        its = self._known()
+        if its is not None and its.wrapped is optimizer and not its._applies and is_initialized():
+            raise SynchronizationError(
+                f"rank {rank()}: the {type(optimizer).__name__} inside a DistributedSignOptimizer was told to step by "
+                f"itself, without a vote, and the replicas would drift apart: call step(), scaler.unscale_() and "
+                f"scaler.step() with the DistributedSignOptimizer"
+            )
+
+
+def forbid_alone(optimizer: Optimizer, wrapper: Optimizer) -> None:
+    """Let the optimizer inside refuse a step that is none of its wrapper's: it would apply this rank's own gradient."""
+    if hasattr(optimizer, "_optimizer_step_pre_hooks"):  # torch has initialized it
+        optimizer.register_step_pre_hook(_NotAlone(wrapper))
+
+
 def drop_frozen(parameters: Iterable[torch.Tensor]) -> None:
     """Drop gradients that are left from before their parameters were frozen: nobody votes on them."""
     for parameter in parameters:
         if not parameter.requires_grad:
             parameter.grad = None
-
-
-def scaler_says(optimizer: Optimizer) -> tuple[int, float]:
-    """Why this rank abstains, if GradScaler says so, and what to multiply its gradients with.
-
-    GradScaler leaves ``found_inf`` and ``grad_scale`` on an optimizer for the length of its ``step()``.
-    """
-    found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
-    abstention = header.SCALER_INF if found_inf is not None and float(found_inf) > 0 else header.VOTES
-    return abstention, 1.0 if scale is None else 1.0 / float(scale)
 
 
 def default_names(groups: list[dict[str, Any]]) -> dict[torch.Tensor, str]:

@@ -13,7 +13,7 @@ from parts import ONE_BUCKET, Grads, Tensor, layout_of, method_of, named, parame
 
 from mpisign.exchange import header
 from mpisign.exchange.choose import Exchange
-from mpisign.exchange.header import Handshake, Header, Heard
+from mpisign.exchange.header import Handshake, Header, Heard, Intent
 from mpisign.exchange.maximum import Maximum
 from mpisign.exchange.plan import Plan, make_plan
 from mpisign.exchange.round import Round
@@ -42,7 +42,7 @@ def shake_hands(
 ) -> Handshake:
     """**Collective.**"""
     layout = layout_of(tensors, method or method_of())
-    return header.shake_hands(session(), layout, layout.fingerprint(settings), settings, rows, step, joined_for)
+    return header.shake_hands(session(), layout, layout.fingerprint(settings), settings, rows, step, Intent(joined_for))
 
 
 def bucket_of(segments: int) -> Bucket:
@@ -123,7 +123,7 @@ class Job:
     def sit_out(self, step: int, joined_for: int) -> tuple[Handshake, StepReport]:
         """**Collective.**"""
         nothing = [None] * len(self.tensors)
-        a_round, handshake = self.begin(step, nothing, abstention=header.JOINED, joined_for=joined_for)
+        a_round, handshake = self.begin(step, nothing, abstention=header.JOINED, intent=Intent(joined_for))
         if not handshake.all_joined:
             self.submit(a_round, nothing)
             a_round.close()

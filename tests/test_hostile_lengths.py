@@ -17,13 +17,13 @@ HOSTILE = 2
 PLACES = {
     "a call": ("comm.Iallgather(np.zeros(75), np.empty(225)).Wait()", "mpisign.barrier()", r"barrier\(\)"),
     "what is told": (
-        "comm.Iallgather(call(4), np.empty(12, np.int64)).Wait()\n"
+        "comm.Iallgather(call(4), np.empty(3 * CALL_FIELDS, np.int64)).Wait()\n"
         "    comm.Iallgatherv(np.zeros(600, np.uint8), [np.empty(608, np.uint8), [4, 4, 600]]).Wait()",
         "session.gather_bytes(b'four', 'the doctor')",
         "the doctor",
     ),
     "what the root tells": (
-        "comm.Iallgather(call(4), np.empty(12, np.int64)).Wait()\n"
+        "comm.Iallgather(call(4), np.empty(3 * CALL_FIELDS, np.int64)).Wait()\n"
         "    comm.Ibcast(np.zeros(600, np.uint8), root=2).Wait()",
         "session.spread_bytes(b'', 2, 'the doctor')",
         "the doctor",
@@ -54,10 +54,10 @@ def test_a_message_that_is_too_long_is_an_error_that_ends_the_job(tmp_path: Path
             import mpisign
             from mpisign.presence import TAG
             from mpisign.session import current
-            from mpisign.talk import ACTS, CLOCK_TAG
+            from mpisign.talk import ACTS, CALL_FIELDS, CLOCK_TAG
 
             def call(size):
-                return np.array([-2 - ACTS.index("the doctor"), size, 0, 0], np.int64)
+                return np.array([-2 - ACTS.index("the doctor"), size, *[0] * (CALL_FIELDS - 2)], np.int64)
 
             mpisign.init()
             session = current()

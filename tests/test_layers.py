@@ -20,6 +20,7 @@ LAYERS = [
     {
         "errors",
         "launch",
+        "hyperparameters",
         "bitmap",
         "backends",
         "plain",
@@ -36,7 +37,7 @@ LAYERS = [
     },
     {"watchdog", "turns", "group", "talk", "timeline", "session"},
     {"preemption", "codecs", "rules", "memory", "method", "layout"},
-    {"attacks", "exchange", "methods", "sync", "wrapping", "restoring", "checkpoint"},
+    {"attacks", "exchange", "methods", "sync", "averages", "checks", "scaling", "wrapping", "restoring", "checkpoint"},
     {"optimizer", "doctor"},
     {"__init__", "__main__"},
 ]

@@ -436,15 +436,3 @@ def test_grad_scaler_with_clipping_between_synchronize_and_step(method: Method) 
         scaler.step(optimizer)
     scaler.update()
     assert parameter.tolist() == pytest.approx([-0.5] * 4)
-
-
-@each_of_four
-def test_synchronizing_scaled_gradients_is_an_error(method: Method) -> None:
-    parameter = nn.Parameter(torch.zeros(4))
-    optimizer = DistributedSignOptimizer(SGD([parameter], lr=1.0), method=method)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scaler.scale(parameter.sum()).backward()
-    optimizer.synchronize()
-    with optimizer.skip_synchronize(), pytest.raises(mpisign.SynchronizationError, match="unscale_"):
-        scaler.step(optimizer)
-    assert not parameter.any()

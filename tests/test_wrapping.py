@@ -1,4 +1,4 @@
-"""mpisign.wrapping: which optimizers are wrapped, what their parameters are called, what a GradScaler says."""
+"""mpisign.wrapping: which optimizers are wrapped, what their parameters are called."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import nn, optim
 
 import mpisign
 from mpisign import DistributedSignOptimizer, OptionError, wrapping
-from mpisign.exchange.header import SCALER_INF, VOTES
 from mpisign.policy import check_integer
 
 Named = Iterable[tuple[str, torch.Tensor]]
@@ -114,53 +113,6 @@ def test_frozen_parameters_lose_their_gradients_and_others_do_not() -> None:
     wrapping.drop_frozen(tensors)
     assert [t.grad is None for t in tensors] == [False, True, True]
     assert tensors[0].grad is kept
-
-
-@pytest.mark.parametrize(
-    ("found_inf", "scale", "expected"),
-    [
-        (None, None, (VOTES, 1.0)),
-        (torch.tensor(0.0), torch.tensor(1024.0), (VOTES, 2.0**-10)),
-        (torch.tensor(1.0), torch.tensor(1024.0), (SCALER_INF, 2.0**-10)),
-        (torch.tensor(2.0), None, (SCALER_INF, 1.0)),  # of two devices
-        (torch.tensor(0.0), None, (VOTES, 1.0)),
-        (None, torch.tensor(0.5), (VOTES, 2.0)),
-    ],
-)
-def test_what_a_scaler_leaves_on_an_optimizer(found_inf: Any, scale: Any, expected: tuple[int, float]) -> None:
-    optimizer = sgd(parts.parameters((3,)))
-    for name, value in (("found_inf", found_inf), ("grad_scale", scale)):
-        if value is not None:
-            setattr(optimizer, name, value)
-    answer = wrapping.scaler_says(optimizer)
-    assert answer == expected
-    assert [type(part) for part in answer] == [int, float]
-
-
-@pytest.mark.parametrize("unscaled", [False, True])
-@pytest.mark.parametrize("bad", [False, True])
-def test_what_torchs_scaler_leaves_there(bad: bool, unscaled: bool) -> None:
-    """An optimizer of ours with torch's own GradScaler: what it hears inside ``step()``."""
-    heard = []
-
-    class Listening(optim.SGD):
-        _step_supports_amp_scaling = True
-
-        def step(self, closure: Any = None) -> None:
-            heard.append(wrapping.scaler_says(self))
-
-    (tensor,) = tensors = parts.parameters((3,))
-    optimizer = Listening(tensors, lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scaler.scale(tensor.sum()).backward()
-    assert tensor.grad is not None
-    if bad:
-        tensor.grad[1] = torch.inf
-    if unscaled:
-        scaler.unscale_(optimizer)
-    scaler.step(optimizer)
-    assert heard == [(SCALER_INF if bad else VOTES, 1.0 if unscaled else 2.0**-10)]
-    assert wrapping.scaler_says(optimizer) == (VOTES, 1.0), "only inside step()"
 
 
 # --------------------------------------------------------------------------------------------------------- names

@@ -9,7 +9,7 @@ every exchange each rank knows all voters. Messages stay pure words, cut and rec
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,7 @@ __all__ = [
     "Handshake",
     "Header",
     "Heard",
+    "Intent",
     "shake_hands",
 ]
 
@@ -46,11 +47,34 @@ Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
+class Intent:
+    """What this rank says of itself in a handshake.
+
+    Attributes:
+        joined_for: the exchanges it has sat out since ``join()``, or None if it trains.
+        applied: a digest of what its step applies besides the decision, or 0 where that may differ.
+        lines: what the digest stands for.
+        gradients: a digest of its gradients, or 0.
+    """
+
+    joined_for: int | None = None
+    applied: int = 0
+    lines: Callable[[], Sequence[str]] = tuple
+    gradients: int = 0
+
+
+@dataclass(frozen=True)
 class Handshake:
-    """Who is here: ``joined_for[r]``, the exchanges rank r has sat out since ``join()``, or None if it trains."""
+    """Who is here.
+
+    Attributes:
+        joined_for: by rank, the exchanges it has sat out since ``join()``, or None if it trains.
+        gradients: by rank, a digest of them, or 0 where it has not been told.
+    """
 
     joined_for: tuple[int | None, ...]
     bytes_sent: int
+    gradients: tuple[int, ...] = ()
 
     @property
     def all_joined(self) -> bool:
@@ -64,9 +88,9 @@ def shake_hands(
     settings: Sequence[str],
     rows: Sequence[str],
     step: int,
-    joined_for: int | None,
+    intent: Intent,
 ) -> Handshake:
-    """Make sure that all ranks mean the same bits by the same step. **Collective.**
+    """Make sure that all ranks mean the same bits by the same step, and apply the same. **Collective.**
 
     Args:
         fingerprint: of ``layout`` and ``settings``.
@@ -76,16 +100,36 @@ def shake_hands(
         ConsistencyError: on every rank, naming those that differ and in what.
     """
     told = fingerprint ^ _digest(rows) if rows else fingerprint
-    mine = np.array([FORMAT_VERSION, step, told, 0 if joined_for is None else joined_for + 1], dtype=np.int64)
+    joined_for = 0 if intent.joined_for is None else intent.joined_for + 1
+    mine = np.array([FORMAT_VERSION, step, told, intent.applied, intent.gradients, joined_for], dtype=np.int64)
     with session.tracer.span("handshake"):
         heard = session.call(mine)
     if not (heard[:, :3] == mine[:3]).all():
         _explain(session, layout, [*settings, *(f"rows of {name!r} are told" for name in rows)], heard)
-    if (heard[:, 3] < 0).any():
-        odd = np.flatnonzero(heard[:, 3] < 0).tolist()
+    if (heard[:, 5] < 0).any():
+        odd = np.flatnonzero(heard[:, 5] < 0).tolist()
         raise ConsistencyError(f"ranks {odd} say that they have sat out less than no steps (this is {session.rank})")
-    joined = tuple(None if field == 0 else int(field) - 1 for field in heard[:, 3])
-    return Handshake(joined, (session.size - 1) * mine.nbytes)
+    joined = tuple(None if field == 0 else int(field) - 1 for field in heard[:, 5])
+    applied = heard[:, 3]
+    if not (applied == applied[0]).all():
+        _compare_applied(session, applied, [rank for rank, its in enumerate(joined) if its is None], intent.lines())
+    return Handshake(joined, (session.size - 1) * mine.nbytes, tuple(heard[:, 4].tolist()))
+
+
+def _compare_applied(session: Session, applied: np.ndarray, training: Sequence[int], lines: Sequence[str]) -> None:
+    """Raise, on all ranks, if those that train apply different things."""
+    places, usual = minority([int(applied[rank]) for rank in training])
+    if not places:
+        return
+    odd = [training[place] for place in places]
+    usual_rank = next(rank for rank in training if applied[rank] == usual)
+    here, there = session.compare(lines, odd[0], usual_rank, "a comparison of options")
+    raise ConsistencyError(
+        f"ranks {odd} apply something else to the decision than the others (this is rank {session.rank}), so replicas "
+        f"would drift apart: {here} on rank {odd[0]}, {there} on rank {usual_rank}. Change learning rates and other "
+        f"options on all ranks alike: give a scheduler the same numbers everywhere, such as a loss that was averaged "
+        f"over ranks with mpisign.allgather_object(loss), or load the same state"
+    )
 
 
 def _digest(texts: Sequence[str]) -> int:

@@ -63,7 +63,7 @@ class Round:
         step: number of this exchange, equal on all ranks.
         abstention: ``header.VOTES``, or why this rank abstains whatever its gradients are.
         unscale: factor that takes a loss scale out of the gradients.
-        joined_for: the exchanges this rank has sat out since ``join()``, or None if it trains.
+        intent: what this rank says of itself.
         reversible: write the memory to second buffers, so that the round can be dropped.
     """
 
@@ -74,11 +74,11 @@ class Round:
         *,
         abstention: int = header.VOTES,
         unscale: float = 1.0,
-        joined_for: int | None = None,
+        intent: header.Intent = header.Intent(),  # noqa: B008 - it is frozen
         reversible: bool = False,
     ) -> None:
         self._plan, self._step, self._abstention, self._unscale = plan, step, abstention, unscale
-        self._joined_for, self._reversible = joined_for, reversible
+        self._intent, self._reversible = intent, reversible
         self._session = current()
         self._began = self._session.tracer.mark()
         group = self._session.group
@@ -103,7 +103,7 @@ class Round:
         plan = self._plan
         with self._session.tracer.stepping(self._step):
             self.handshake = header.shake_hands(
-                self._session, plan.layout, plan.fingerprint, plan.settings, plan.told, self._step, self._joined_for
+                self._session, plan.layout, plan.fingerprint, plan.settings, plan.told, self._step, self._intent
             )
         if not self.handshake.all_joined:
             plan.use.step = self._step

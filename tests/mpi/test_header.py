@@ -93,7 +93,7 @@ def test_the_same_layout_at_the_same_step(comm: MPI.Comm) -> None:
     for step in (0, 1, 10**12):
         handshake = rounds.shake_hands(tensors, step)
         assert handshake.joined_for == (None,) * comm.size
-        assert handshake.bytes_sent == (comm.size - 1) * 4 * 8
+        assert handshake.bytes_sent == (comm.size - 1) * 6 * 8
 
 
 def test_who_has_joined_and_for_how_long(comm: MPI.Comm) -> None:

@@ -202,18 +202,6 @@ def test_a_scaled_gradient_votes_with_its_sign_even_where_unscaling_underflows(c
     assert tensor.tolist() == [1.0] * 64
 
 
-def test_scaled_gradients_must_be_unscaled_before_they_are_synchronized_by_hand(comm: MPI.Comm) -> None:
-    """Else the mean, and every memory, would be of gradients 1024 times too large."""
-    tensor = torch.nn.Parameter(torch.zeros(40))
-    optimizer = wrap([tensor], method=mpisign.mean())
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scaler.scale(-tensor.sum()).backward()
-    optimizer.synchronize()
-    with optimizer.skip_synchronize(), pytest.raises(mpisign.SynchronizationError, match="unscale_"):
-        scaler.step(optimizer)
-    assert not tensor.any()
-
-
 @pytest.mark.mpi(min_size=2)
 def test_a_rank_without_a_gradient_under_a_scaler(comm: MPI.Comm) -> None:
     (tensor,) = tensors = ballots.parameters((40,), dtypes=[torch.float32])
