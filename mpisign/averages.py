@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mpisign.bitmap.tensors import flat
 from mpisign.scaling import living
+from mpisign.warning import warn
 
 __all__ = ["Alike", "warn_of_averaging"]
 
@@ -31,20 +31,18 @@ def warn_of_averaging(parameters: Sequence[torch.Tensor]) -> None:
     if not (distributed.is_available() and distributed.is_initialized()):
         return
     if any(_is_of_fsdp(parameter) for parameter in parameters):
-        warnings.warn(
+        warn(
             "parameters belong to an FSDP module, which shards them and averages their gradients before the vote: "
-            "ranks then vote on shards that are not the same parameters, or on averages. Train a model without FSDP",
-            stacklevel=5,
+            "ranks then vote on shards that are not the same parameters, or on averages. Train a model without FSDP"
         )
         return
     mine = set(map(id, parameters))
     for module in living(DistributedDataParallel):
         several = distributed.get_world_size(module.process_group) > 1
         if several and not mine.isdisjoint(map(id, module.parameters())):
-            warnings.warn(
+            warn(
                 f"parameters belong to a DistributedDataParallel module, which averages gradients in full precision "
-                f"before the vote: every rank casts the same ballot then, and no traffic is saved. {FIX.capitalize()}",
-                stacklevel=5,
+                f"before the vote: every rank casts the same ballot then, and no traffic is saved. {FIX.capitalize()}"
             )
             return
 
@@ -78,9 +76,8 @@ class Alike:
         self._row = self._row + 1 if alike else 0
         if self._row == IN_A_ROW:
             self._looks = LOOKS
-            warnings.warn(
+            warn(
                 f"in {IN_A_ROW} steps in a row the gradients of all ranks were the same, so the vote decides nothing. "
                 f"Either every rank reads the same data (use a DistributedSampler, or data[mpisign.rank() :: "
-                f"mpisign.size()]), or something has averaged gradients before, such as DistributedDataParallel: {FIX}",
-                stacklevel=5,
+                f"mpisign.size()]), or something has averaged gradients before, such as DistributedDataParallel: {FIX}"
             )

@@ -5,7 +5,7 @@ MPI 4 has larger counts, but Open MPI 5 is none. Every message is cut by this mo
 
 from __future__ import annotations
 
-import functools
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["LIMIT_BYTES", "Together", "block_type", "cut", "together"]
+__all__ = ["LIMIT_BYTES", "Together", "block_type", "cut", "free_with", "together"]
 
 LIMIT_BYTES = 1 << 30
 """What one operation sends or receives at most; lowered by tests."""
@@ -44,12 +44,30 @@ def together(requests: Sequence[MPI.Request]) -> Any:
     return requests[0] if len(requests) == 1 else Together(requests)
 
 
-@functools.cache  # kept until MPI ends: freeing at interpreter exit would come too late
 def block_type(dtype: np.dtype[Any], rows: int, width: int, stride: int, extent: int) -> MPI.Datatype:
-    """``rows`` rows of ``width`` items, each ``stride`` items on; the next such block ``extent`` items on."""
+    """``rows`` rows of ``width`` items, each ``stride`` items on; the next such block ``extent`` items on.
+
+    Its owner frees it, see :func:`free_with`.
+    """
     from mpi4py.util.dtlib import from_numpy_dtype
 
     block = from_numpy_dtype(dtype).Create_hvector(rows, width, stride * dtype.itemsize)
     resized: MPI.Datatype = block.Create_resized(0, extent * dtype.itemsize).Commit()
     block.Free()
     return resized
+
+
+def free_with(owner: object, types: Sequence[MPI.Datatype]) -> None:
+    """Free ``types`` when ``owner`` is no more; what is on its way with them is not disturbed."""
+    # Not when the interpreter ends: MPI may have ended then, and frees them itself.
+    weakref.finalize(owner, _free, types).atexit = False
+
+
+def _free(types: Sequence[MPI.Datatype]) -> None:
+    from mpi4py import MPI
+
+    if MPI.Is_finalized():
+        return
+    if MPI.Query_thread() == MPI.THREAD_MULTIPLE or MPI.Is_thread_main():  # Python may clean up in any thread
+        for its in types:
+            its.Free()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mpisign.cuts import block_type, cut, together
+from mpisign.cuts import block_type, cut, free_with, together
 from mpisign.exchange.staging import Buffer
 from mpisign.group import Group
 from mpisign.session import Session
@@ -66,6 +66,7 @@ class TwoPhase:
             )
             for at, width in cut(shard, planes_down * ranks * item.itemsize)
         ]
+        free_with(self, [its for _, *types in (*self._up, *self._down) for its in types])
         self.bytes_sent = (ranks - 1) * shard * dtype.itemsize * (planes_up + planes_down)
 
     def push(self) -> None:
