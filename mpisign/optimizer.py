@@ -405,10 +405,16 @@ class DistributedSignOptimizer(Optimizer):
                 self._session, self._number = session, session.next_number()
             store, options = self._memory, (self.policy, self.exchange, self.bucket_cap_mb)
             store.follow(self._parameters(), self._memories(), session.group)
+            self._drop_plan()
             plan = make_plan(named, methods, *options, store, session.group, self._number, self.clip_grad_norm)
         self._plan = plan.telling()
         self._memory.follow_rates(self.param_groups)
         return self._plan
+
+    def _drop_plan(self) -> None:
+        if self._plan is not None:
+            self._plan.use.over()
+        self._plan = None
 
     def _told_plan(self) -> Plan:
         """The same at the beginning of what all ranks do: if there can be none here, all are told. **Collective.**"""
@@ -475,7 +481,7 @@ class DistributedSignOptimizer(Optimizer):
         with wrapping.without_methods(self.wrapped):
             restoring.load(self.wrapped, state_dict, f"rank {group.rank}")
         self._memory = memory
-        self._plan = None  # it holds the old memory
+        self._drop_plan()  # it holds the old memory
         if saved is not None:
             self._exchanges, self._epoch = saved["step"], saved["epoch"]
         self._forget_gradients()

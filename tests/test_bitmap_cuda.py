@@ -201,6 +201,20 @@ def test_a_gradient_needs_a_momentum_of_its_size_and_precision() -> None:
         batch.pack_momentum(gradients, [torch.ones(3), torch.ones(3)], (0.9, 0.9))
 
 
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int64), torch.zeros((), device="meta")]
+)
+def test_what_a_kernel_cannot_add_to_is_refused(wrong: torch.Tensor) -> None:
+    """Its atomics are of 8 bytes, on its device."""
+    bitmap = words(0)
+    with pytest.raises(ValueError, match=r"1 of torch.bool on cpu are needed"):
+        cuda.pack(torch.ones(3), bitmap, finite=wrong)
+    with pytest.raises(ValueError, match=r"1 of torch.int64 on cpu are needed"):
+        cuda.majority([bitmap], bitmap, tied=wrong)
+    with pytest.raises(ValueError, match=r"2 of torch.int64 on cpu are needed"):
+        cuda.agreement(bitmap, bitmap, 3, counts=wrong[:1] if wrong.dim() else wrong)
+
+
 def test_counters_have_a_largest_size() -> None:
     with pytest.raises(ValueError, match="no counters of 17 planes: at most 16"):
         cuda.count([words(0)], torch.zeros(17, 1, dtype=torch.int32))

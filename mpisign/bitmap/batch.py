@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -49,8 +49,13 @@ def locate(tensors: Sequence[Tensor | None]) -> Located:
 class _Table:
     """A batch's tensors as launches take them: by value, so many at a time. It is written only if they have moved."""
 
-    def __init__(self, elements: Sequence[int], structure: np.dtype[np.void]) -> None:
-        self._elements = list(elements)
+    def __init__(
+        self,
+        elements: Sequence[int],
+        structure: np.dtype[np.void],
+        formats: Mapping[torch.dtype, int] = kernels.FORMATS,
+    ) -> None:
+        self._elements, self._formats = list(elements), formats
         self.capacity = structure["at"].shape[0]
         self._written: Located | None = None
         self._tables = [np.zeros(1, structure) for _ in range(0, len(elements), self.capacity)]
@@ -70,7 +75,7 @@ class _Table:
             given, wanted = next((n, m) for n, m in zip(tensors.elements, expected, strict=True) if n != m)
             raise ValueError(f"a tensor of {given} elements stands where the batch has {wanted}")
         at, formats = np.zeros((2, len(self._elements)), np.uint64)
-        at[places], formats[places] = tensors.addresses, [kernels.FORMATS.get(dtype, 0) for dtype in tensors.dtypes]
+        at[places], formats[places] = tensors.addresses, [self._formats[dtype] for dtype in tensors.dtypes]
         for number, table in enumerate(self._tables):
             some = slice(number * self.capacity, min((number + 1) * self.capacity, at.size))
             table["at"][0, : some.stop - some.start] = at[some]
@@ -122,7 +127,7 @@ class Batch:
         self._values = _Table(elements, kernels.TENSORS)
         self._gradients, self._momenta = (_Table(elements, kernels.HALF_TENSORS) for _ in range(2))
         self._parameters = _Table(elements, kernels.HALF_TENSORS)
-        self._moved = _Table([words_for(n) for n in elements], kernels.HALF_TENSORS)
+        self._moved = _Table([words_for(n) for n in elements], kernels.HALF_TENSORS, dict.fromkeys(kernels.WORDS, 0))
         self._suited = False  # the latest momenta to the latest gradients
 
     def pack(

@@ -20,7 +20,7 @@ import torch
 
 from mpisign.bitmap import kernels
 from mpisign.bitmap.host import check_counts, check_moved, check_voters, words_for
-from mpisign.bitmap.kernels import NONE, address, first, flag
+from mpisign.bitmap.kernels import NONE, address, cell, first, flag
 from mpisign.bitmap.tensors import is_dense
 
 __all__ = [
@@ -74,7 +74,7 @@ def pack(
         np.uint64(first_word),
         np.uint64(key),
         np.uint32(kernels.ZEROS[zeros]),
-        np.uint64(finite.data_ptr()),
+        cell(finite, torch.bool, values.device),
     ]
     if n:
         kernels.launch("pack_one", _blocks(n, kernels.JOB_ELEMENTS), arguments, values.device)
@@ -190,7 +190,7 @@ def majority(
         np.uint64(first_word),
         np.uint32(kernels.TIES[ties]),
         _wide([*addresses, *outs]),
-        np.uint64(tied.data_ptr()),
+        cell(tied, torch.int64, out.device),
     ]
     if k:
         kernels.launch(f"{kind}_{_planes(len(bitmaps))}", _blocks(k, _WORDS_PER_BLOCK), arguments, out.device)
@@ -291,7 +291,7 @@ def decide_counts(
         np.uint64(first_word),
         np.uint32(kernels.TIES[ties]),
         _wide([*addresses, *outs]),
-        np.uint64(tied.data_ptr()),
+        cell(tied, torch.int64, out.device),
     ]
     if k:
         kernels.launch("decide_counts", _blocks(k, _WORDS_PER_BLOCK), arguments, out.device)
@@ -325,7 +325,7 @@ def agreement(
         np.uint64(elements),
         address(nonzero, k),
         address(moved, k),
-        np.uint64(counts.data_ptr()),
+        cell(counts, torch.int64, ballot.device, 2),
     ]
     if k:
         kernels.launch("agreement", _blocks(k, _WORDS_PER_BLOCK), arguments, ballot.device)
@@ -345,7 +345,7 @@ def any_zero(words: Tensor, *, found: Tensor | None = None) -> Tensor:
     found = torch.zeros((), dtype=torch.bool, device=words.device) if found is None else found
     bitmap = address(words, k)
     if k:
-        arguments = [bitmap, np.uint64(k), _wide([bitmap]), np.uint64(found.data_ptr())]
+        arguments = [bitmap, np.uint64(k), _wide([bitmap]), cell(found, torch.bool, words.device)]
         kernels.launch("any_zero", _blocks(k, _WORDS_PER_BLOCK), arguments, words.device)
     return found
 

@@ -39,6 +39,7 @@ __all__ = [
     "WORDS",
     "ZEROS",
     "address",
+    "cell",
     "first",
     "flag",
     "import_cupy",
@@ -139,6 +140,17 @@ def address(bitmap: torch.Tensor | None, k: int) -> np.uint64:
     if bitmap is not None and (bitmap.dtype not in WORDS or bitmap.shape != (k,) or not bitmap.is_contiguous()):
         raise ValueError(f"a bitmap of {k} contiguous 32-bit words is needed, not {bitmap.dtype} {tuple(bitmap.shape)}")
     pointer: np.uint64 = np.uint64(0 if bitmap is None else bitmap.data_ptr())
+    return pointer
+
+
+def cell(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, elements: int = 1) -> np.uint64:
+    """Where numbers lie that a kernel changes. Raises ValueError if they are others: it would write beside them."""
+    if tensor.dtype != dtype or tensor.device != device or tensor.numel() != elements or not tensor.is_contiguous():
+        raise ValueError(
+            f"{elements} of {dtype} on {device} are needed, not {tuple(tensor.shape)} of {tensor.dtype} on "
+            f"{tensor.device}"
+        )
+    pointer: np.uint64 = np.uint64(tensor.data_ptr())
     return pointer
 
 

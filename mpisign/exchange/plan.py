@@ -62,6 +62,11 @@ class Use:
             yield
             self._ended.record()
 
+    def over(self) -> None:
+        """Wait until nobody uses them, on whatever stream: they may be given away then."""
+        if self._ended is not None:
+            self._ended.synchronize()
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -39,6 +39,16 @@ types = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 Tensors = list[torch.Tensor]
 
 
+def draw(tensor: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """A gradient of which no two elements are equally large: devices choose differently among those that are."""
+    drawn = torch.randn(tensor.shape, generator=random)
+    if tensor.dtype not in (torch.float16, torch.bfloat16):
+        return drawn.to(tensor.dtype)
+    place = drawn.abs().flatten().argsort().argsort().view(tensor.shape)  # of each magnitude, in their order
+    one = torch.ones((), dtype=tensor.dtype).view(torch.int16)
+    return (one + place - tensor.numel() // 2).to(torch.int16).view(tensor.dtype).copysign(drawn.to(tensor.dtype))
+
+
 def train(method: Method, dtypes: list[torch.dtype], device: str = "cpu") -> tuple[list[Tensors], list[Tensors]]:
     """Of each of three steps, on the CPU: the gradients, a tenth of them exactly 0; decisions, parameters, memories."""
     random = torch.Generator().manual_seed(0)
@@ -47,7 +57,7 @@ def train(method: Method, dtypes: list[torch.dtype], device: str = "cpu") -> tup
     optimizer.set_epoch(1)
     given, seen = [], []
     for _ in range(3):
-        gradients = [torch.randn(t.shape, generator=random).to(t.dtype) for t in tensors]
+        gradients = [draw(t, random) for t in tensors]
         given.append([g.masked_fill_(torch.rand(g.shape, generator=random) < 0.1, 0.0) for g in gradients])
         for tensor, gradient in zip(tensors, gradients, strict=True):
             tensor.grad = gradient.to(device, copy=True)
