@@ -205,13 +205,14 @@ class DistributedSignOptimizer(Optimizer):
         Args:
             alone: not as a part of ``step()``: the decision is wanted, and a GradScaler may come yet.
         """
-        if self._synchronized:
-            raise SynchronizationError(
-                "synchronize() was called twice for the same gradients, which would vote on votes: apply them with "
-                "`with optimizer.skip_synchronize(): optimizer.step()`, or drop them with optimizer.zero_grad(); "
-                "model.zero_grad() does not tell the optimizer"
-            )
-        plan = self._told_plan()
+        with current("DistributedSignOptimizer.step()").telling("step()"):
+            if self._synchronized:
+                raise SynchronizationError(
+                    "synchronize() was called twice for the same gradients, which would vote on votes: apply them with "
+                    "`with optimizer.skip_synchronize(): optimizer.step()`, or drop them with optimizer.zero_grad(); "
+                    "model.zero_grad() does not tell the optimizer"
+                )
+            plan = self._current_plan()
         if plan.exchanges_models:
             raise SynchronizationError(
                 f"{self.method.name} exchanges parameters after the step, so there are no gradients to synchronize: "

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import pickle as pickles
 import platform
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import zip_longest
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -171,8 +171,7 @@ class Talk:
 
     # -------------------------------------------------------------------------------------- what goes wrong
 
-    @contextmanager
-    def telling(self, act: str) -> Iterator[None]:
+    def telling(self, act: str) -> Telling:
         """For what a rank does alone before the next call of all: if it raises, that call is an error on every rank.
 
         The others raise the same kind of error if it is one of mpisign's, else ConsistencyError, whatever they are in.
@@ -182,22 +181,23 @@ class Talk:
         Args:
             act: what this rank is in, for the others' message.
         """
+        return Telling(self, act)
+
+    def tell(self, error: Exception, act: str) -> None:
+        """Meet the others in their next call with an error of this rank's. **Collective.**"""
+        known = isinstance(error, MpisignError) and error.told  # those who have told it are past it
+        if known or self.watchdog.broken or self._parted:
+            return
+        text = f"{act} has failed on rank {self.rank} on {platform.node()}: {error}"
+        if not isinstance(error, MpisignError):
+            text = f"{text} ({type(error).__name__})"
+        self._failure = encoding.encode([type(error).__name__, text[:ACCOUNT_LENGTH]]).decode()
         try:
-            yield
-        except Exception as error:
-            known = isinstance(error, MpisignError) and error.told  # those who have told it are past it
-            if not (known or self.watchdog.broken or self._parted):
-                text = f"{act} has failed on rank {self.rank} on {platform.node()}: {error}"
-                if not isinstance(error, MpisignError):
-                    text = f"{text} ({type(error).__name__})"
-                self._failure = encoding.encode([type(error).__name__, text[:ACCOUNT_LENGTH]]).decode()
-                try:
-                    self.meet(FAILURE)
-                except MpisignError as others:
-                    logger.debug("%s", others)
-                finally:
-                    self._failure = ""
-            raise
+            self.meet(FAILURE)
+        except MpisignError as others:
+            logger.debug("%s", others)
+        finally:
+            self._failure = ""
 
     def _hear_failures(self, failed: list[int]) -> None:
         """Raise what the ranks that have failed tell of it; return if this rank is one of them. **Collective.**"""
@@ -375,6 +375,22 @@ class Talk:
             return False
         farewells.close()
         return True
+
+
+class Telling:
+    """A block whose errors are told; see :meth:`Talk.telling`. A class, as every step enters some."""
+
+    __slots__ = ("_act", "_talk")
+
+    def __init__(self, talk: Talk, act: str) -> None:
+        self._talk, self._act = talk, act
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):  # not an interruption
+            self._talk.tell(error, self._act)
 
 
 def _act(code: int) -> str:

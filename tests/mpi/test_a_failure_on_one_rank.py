@@ -73,6 +73,14 @@ def two_reports() -> list[mpisign.StepReport]:
     return reports
 
 
+def synchronized_twice(odd: bool) -> None:
+    optimizer = voting(torch.ones(3, 2))
+    optimizer.synchronize()
+    if not odd:
+        optimizer.zero_grad()
+    optimizer.synchronize()
+
+
 def examined(odd: bool) -> None:
     with pytest.MonkeyPatch.context() as here:
         if odd:
@@ -130,6 +138,12 @@ CASES: dict[str, Case] = {
         GradientError,
         GradientError,
         "densify it",
+    ),
+    "a second synchronize()": (
+        lambda odd, _: synchronized_twice(odd),
+        mpisign.SynchronizationError,
+        mpisign.SynchronizationError,
+        "would vote on votes",
     ),
     "a report of an earlier step": (
         lambda odd, _: two_reports()[0 if odd else 1].agreement(),
