@@ -72,10 +72,12 @@ def test_what_is_not_finite_is_told(codec: Codec, bad: float) -> None:
 def test_scaled_bits_are_a_scale_and_words_of_signs(dtype: torch.dtype, n: int) -> None:
     values = some_values(n, dtype)
     (message,) = encoded(ScaledBits(), values)
-    assert message.shape == (1 + -(-n // 32),)
+    k = -(-n // 32)
+    assert message.shape == (1 + k + -(-k // 32),)
     scale = message[:1].view(torch.float32)
     assert float(scale) == pytest.approx(float(values.abs().sum()) / max(n, 1), rel=1e-6)
-    assert (as_words(message[1:]) == oracle.to_words(values.numpy() > 0)).all()
+    assert (as_words(message[1 : 1 + k]) == oracle.to_words(values.numpy() > 0)).all()
+    assert (as_words(message[1 + k :]) == oracle.to_words(np.ones(k, np.bool_))).all(), "none is silent"
 
 
 @floats
@@ -88,24 +90,31 @@ def test_the_scaled_sign_is_a_contraction(kind: str, n: int, dtype: torch.dtype)
         p[1:] = 0
     elif kind == "heavy tail":
         p = p**5
-    loss = float((decoded(ScaledBits(), encoded(ScaledBits(), p), p) - p).double().square().sum())
+    loss, silent = (
+        float((decoded(ScaledBits(), encoded(ScaledBits(), p, Policy(zeros)), p) - p).double().square().sum())
+        for zeros in ("coin", "rows")
+    )
     square, delta = (
         float(p.double().square().sum()),
         float(p.double().abs().sum() ** 2 / (n * p.double().square().sum())),
     )
     assert loss == pytest.approx((1 - delta) * square, rel=1e-4, abs=1e-6 * square)
+    assert silent <= loss, "words of zeros are sent as they are"
+    assert (silent < loss) == (kind == "one-hot" and n > 32)
     assert delta <= 1 + 1e-12
 
 
-@pytest.mark.parametrize("zeros", ["coin", "abstain", "positive"])
+@pytest.mark.parametrize("zeros", ["coin", "rows", "abstain", "positive"])
 def test_zeros_among_scaled_signs(zeros: str) -> None:
-    """There is no third sign, so who would abstain tosses a coin, too."""
+    """There is no third sign, so who would abstain tosses a coin, too, but in words of nothing but zeros."""
     values = torch.zeros(1000)
-    values[0] = -1000.0
+    values[0] = values[999] = -500.0
     policy = Policy(zeros, seed=5)
     ours = decoded(ScaledBits(), encoded(ScaledBits(), values, policy), values)
     coins = oracle.coins(oracle.coin_key(5, 17, oracle.zeros_stream(3)), FIRST_WORD + 1, 1000)
     expected = oracle.ballot(values.double().numpy(), "positive" if zeros == "positive" else "coin", coins)
+    if zeros in ("rows", "abstain"):
+        expected[32:992] = 0
     assert ours.tolist() == expected.tolist()
 
 

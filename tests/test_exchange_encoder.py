@@ -296,7 +296,9 @@ def test_zeros_of_each_piece_toss_the_coins_of_its_own_place() -> None:
         coins = parts.zero_coins(piece.hi - piece.lo, piece.first_word + 1, step=6, rank=1)
         words = sender.words(0)[0, piece.start - segment.start : piece.stop - segment.start]
         assert words[0] == 0
-        assert np.array_equal(words[1:], parts.planes(coins, 1)[0])
+        signs, silent = np.split(words[1:], [words_for(piece.hi - piece.lo)])
+        assert np.array_equal(signs, parts.planes(coins, 1)[0])
+        assert silent.tolist() == [(1 << len(signs)) - 1], "none is, as the policy says coin"
 
 
 def test_a_memory_without_feedback_is_told_nothing() -> None:

@@ -1,4 +1,5 @@
-"""A state_dict that the first release wrote loads, and training goes on from it to the release's own bits.
+"""A state_dict that the first release wrote loads, and training goes on from it to the release's own bits, but for
+the rounding of scales.
 
 ``states/release_0.1.pt`` holds, for each of some methods with a memory, after three steps of one rank: the state_dict,
 the parameters, the gradients of the fourth step, and the parameters after it, all as the release computed them.
@@ -16,6 +17,7 @@ from torch import nn
 
 import mpisign
 from mpisign import Method
+from mpisign.codecs import ScaledBits
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -49,5 +51,8 @@ def test_it_goes_on(name: str) -> None:
     for parameter, gradient in zip(parameters, saved["gradients"], strict=True):
         parameter.grad = gradient
     optimizer.step()
-    assert all(torch.equal(now, then) for now, then in zip(parameters, saved["after"], strict=True))
+    for now, then in zip(parameters, saved["after"], strict=True):
+        # The sum that a scale is made of depended on the processor and the number of threads.
+        rounding = 1e-6 if isinstance(optimizer.method.at(9, 0).codec, ScaledBits) else 0.0
+        torch.testing.assert_close(now.detach(), then.detach(), rtol=rounding, atol=0.1 * rounding)
     assert not any(torch.equal(now, then) for now, then in zip(parameters, saved["parameters"], strict=True))

@@ -17,7 +17,7 @@ from mpisign.memory.memory import State
 from mpisign.memory.store import MemoryStore, state_dtype
 from mpisign.method import Method
 from mpisign.policy import StepContext
-from mpisign.rules import VectorRule
+from mpisign.rules import BallotRule, VectorRule
 
 __all__ = ["PIECE", "Encoder", "bitmaps_of"]
 
@@ -67,6 +67,8 @@ class Encoder:
         self._scratches: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._unscale = 1.0
         packs = isinstance(codec, SignBits) and type(codec).encode is SignBits.encode  # a subclass may do more
+        counts = isinstance(codec, SignBits) and isinstance(self.method.rule, BallotRule)
+        self._silent_at_zero = memory.noisy and counts  # if the policy has rows of zeros abstain
         self._signs_alone = packs and type(memory) is Identity
         together = self._signs_alone or (packs and _is_average(memory))
         self._bitmaps = bitmaps_of(self.segments, self._rows_of, backend) if together else None
@@ -188,16 +190,24 @@ class Encoder:
             return g, True
         wide = self._widened(g, state)
         if plain or memory.needs_all:  # or all gradients have been looked at before
-            return memory(wide, state, self._result(g, state), context, first_word), True
+            return self._remembered(wide, g, state, context, first_word), True
         finite = self._backend.all_finite(wide)  # what a memory makes of a NaN need not be one
         if not state or bool(finite):
-            return memory(wide, state, self._result(g, state), context, first_word), finite
+            return self._remembered(wide, g, state, context, first_word), finite
         bad = ~torch.isfinite(wide)
         kept = {key: value[bad] for key, value in state.items()}
         memory(wide, state, self._result(g, state), context, first_word)
         for key, value in state.items():
             value[bad] = kept[key]
         return wide, False
+
+    def _remembered(
+        self, wide: torch.Tensor, g: torch.Tensor, state: State, context: StepContext, first_word: int
+    ) -> torch.Tensor:
+        values = self.method.memory(wide, state, self._result(g, state), context, first_word)
+        if self._silent_at_zero and context.policy.zeros == "rows":
+            values.masked_fill_(wide == 0, 0.0)
+        return values
 
     # ------------------------------------------------------------------------------------ many at once
 

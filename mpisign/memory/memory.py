@@ -30,6 +30,8 @@ class Memory:
             coordinate by coordinate. It costs a dense all-reduce.
         needs_all: :meth:`prepare` must see all gradients of the method before any is taken in. If one of them is not
             finite, the rank abstains on everything. Default: whether :meth:`prepare` is overridden.
+        noisy: it votes by chance where a gradient is 0, as a coin would. Where rows of zeros count (``zeros="rows"``),
+            0 is sent there instead, so that a row without gradient abstains.
         private: no other rank shall be able to repeat its random numbers: a secret of this rank's goes into them.
         common: fields that follow from the decisions alone, the same on all ranks: what happens to one rank must not
             change them.
@@ -45,6 +47,7 @@ class Memory:
     feedback = False
     running = False
     needs_maximum = False
+    noisy: bool = False
     private: bool = False
     common: ClassVar[tuple[str, ...]] = ()
     summed = ""

@@ -32,6 +32,7 @@ class Noise(Memory, ABC):
     """A memory that keeps nothing and sends a random function of the gradient."""
 
     elementwise = False
+    noisy = True
 
     def __call__(
         self, gradient: Tensor, state: State, scratch: Tensor, context: StepContext, first_word: int
@@ -114,7 +115,7 @@ class ClippedNoise(Noise):
     """``u = g min(1, C / ||g||_2) + sigma xi``: P(+1) = Phi(clipped g / sigma). The norm is the whole gradient's.
 
     Differentially private towards whoever counts: (epsilon, delta) of a step are :func:`gaussian_mechanism`'s.
-    Accounting over steps and subsampling are the user's.
+    Accounting over steps and subsampling are the user's. Rows without gradient walk, as all else would tell of data.
 
     Args:
         private: draw the noise from a secret of 256 bits that only this rank and its checkpoints know: keep those
@@ -128,6 +129,7 @@ class ClippedNoise(Noise):
     noise: float = 1.0
     private: bool = True
     name = "clipped_noise"
+    noisy = False  # what abstains would tell
 
     def __post_init__(self) -> None:
         check_positive("clip", self.clip)
@@ -182,6 +184,10 @@ class TernarySign(Noise):
     b: float = 2.0
     private: bool = False
     name = "ternary_sign"
+
+    @property
+    def noisy(self) -> bool:  # type: ignore[override]
+        return not self.private  # else what abstains would tell
 
     def __post_init__(self) -> None:
         check_positive("A", self.a)

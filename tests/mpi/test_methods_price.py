@@ -31,8 +31,8 @@ pytestmark = pytest.mark.mpi
         (mpisign.sto_sign(4.0), lambda n: -(-n // 32)),
         (mpisign.ternary_vote(4.0, 5.0), lambda n: 2 * -(-n // 32)),
         (mpisign.sparsign(0.5), lambda n: 2 * -(-n // 32)),
-        (mpisign.ef_signsgd(), lambda n: 1 + -(-n // 32)),
-        (mpisign.double_squeeze(), lambda n: 1 + -(-n // 32)),
+        (mpisign.ef_signsgd(), lambda n: 1 + -(-n // 32) + -(-n // 1024)),
+        (mpisign.double_squeeze(), lambda n: 1 + -(-n // 32) + -(-n // 1024)),
         (mpisign.top_k(0.1), lambda n: 2 * max(1, round(0.1 * n)) if n > 1 else n),
         (mpisign.ef21(0.1), lambda n: 2 * max(1, round(0.1 * n)) if n > 1 else n),
         (mpisign.one_bit_adam(9), lambda n: n),
@@ -51,7 +51,8 @@ def test_both_ways_of_double_squeeze_cost_a_bit_a_coordinate(comm: MPI.Comm) -> 
     (tensor,) = tensors = ballots.parameters((320 * comm.size,), dtypes=[torch.float32])
     optimizer = wrap(tensors, mpisign.double_squeeze(), exchange="two_phase")
     step(optimizer, tensors, drawn(tensors, 0, comm.rank))
-    shard = 1 + tensor.numel() // 32 // comm.size  # a scale each
+    words = tensor.numel() // 32 // comm.size
+    shard = 1 + words + -(-words // 32)  # a scale, and a bit a word that says whether it is silent
     assert optimizer.report.bytes_sent - optimizer.report.header_bytes == 2 * (comm.size - 1) * 4 * shard
 
 
@@ -101,7 +102,7 @@ def test_bits_both_ways(comm: MPI.Comm, method: Method, up: int, down: int) -> N
     ("method", "bits"),
     [
         (mpisign.lion(vote=False), lambda n, dim: 32 * -(-n // 32)),
-        (mpisign.ef21(None), lambda n, dim: 32 * (1 + -(-n // 32))),
+        (mpisign.ef21(None), lambda n, dim: 32 * (1 + -(-n // 32) + -(-n // 1024))),
         (mpisign.dgc(0.05, warmup_epochs=0), lambda n, dim: 64 * max(1, round(0.05 * n)) if dim > 1 else 32 * n),
         (mpisign.dgc(0.05, warmup_epochs=3), lambda n, dim: 64 * max(1, round(0.25 * n)) if dim > 1 else 32 * n),
         (mpisign.krum(0), lambda n, dim: 32 * n),
