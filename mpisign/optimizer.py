@@ -168,7 +168,8 @@ class DistributedSignOptimizer(Optimizer):
         stay as they are and :meth:`step` applies nothing.
 
         Raises:
-            ConsistencyError: ranks differ in layout or are at different steps; the message names them.
+            ConsistencyError: ranks differ in layout, in options, or are at different steps; the message names them.
+            DeadTrainingError: see :func:`mpisign.init`.
         """
         self._synchronize(alone=True)
 
@@ -200,7 +201,7 @@ class DistributedSignOptimizer(Optimizer):
         intent = self._checks.intent(plan, self.wrapped, self._methods(), self._exchanges, values)
         handshake, self.report = run(plan, self._exchanges, values, abstention, unscale, intent)
         self._exchanges += 1
-        self._checks.heard(handshake, self.report)
+        self._checks.heard(plan, handshake, self.report)
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -223,7 +224,7 @@ class DistributedSignOptimizer(Optimizer):
         Raises:
             SynchronizationError: after ``synchronize()`` without ``skip_synchronize()``; inside
                 ``skip_synchronize()`` without ``synchronize()``, or after a vote on gradients of an unknown loss scale.
-            ConsistencyError: see :meth:`synchronize`.
+            ConsistencyError, DeadTrainingError: see :meth:`synchronize`.
         """
         if self._skip and closure is not None:
             raise SynchronizationError(
@@ -260,7 +261,10 @@ class DistributedSignOptimizer(Optimizer):
         """A step on this rank's own gradient, unless it is not finite, and then the exchange of models."""
         plan = self._current_plan()
         abstention, unscale = self._loss_scale.says(self)
-        if abstention == header.VOTES and local_update(plan, self._exchanges, plan.gradients.read(), unscale):
+        finite = abstention == header.VOTES
+        finite = finite and local_update(plan, self._exchanges, plan.gradients.read(), unscale)
+        self._checks.stepped(finite)
+        if finite:
             self._apply()
         self._loss_scale.reset()
         self._exchange(plan, plan.gradients.models(), header.VOTES, 1.0)
@@ -300,6 +304,7 @@ class DistributedSignOptimizer(Optimizer):
             self.report = report
             self._exchanges += 1
             joined_for += 1
+            self._checks.heard(self._current_plan(), handshake, report)
         waits = [steps for steps in handshake.joined_for if steps is not None]
         last = waits.index(min(waits))
         if max(waits) > min(waits):

@@ -24,10 +24,11 @@ from mpisign import timeline as timelines
 from mpisign.errors import AlreadyInitializedError, ConsistencyError, MpisignError, NotInitializedError, OptionError
 from mpisign.group import Group, check_node_map
 from mpisign.launch import check_not_alone
-from mpisign.policy import check_positive
+from mpisign.policy import check_choice, check_positive
 from mpisign.presence import Presence
 from mpisign.talk import Talk, minority
 from mpisign.trace import Tracer
+from mpisign.vigil import ON_DEAD_TRAINING
 from mpisign.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ logger = logging.getLogger(__name__)
 NODE_MAP_VARIABLE = "MPISIGN_NODE_OF"
 """For tests: ``0,0,0,1`` is what ``init(node_of=[0, 0, 0, 1])`` is."""
 
+DEAD_TRAINING_VARIABLE = "MPISIGN_ON_DEAD_TRAINING"
+
 TEARDOWN_SECONDS = 10.0  # Python's own, before MPI_Finalize, on a busy machine: nobody waits for others then
 
 
@@ -64,11 +67,21 @@ class Session(Talk):
     Attributes:
         process: its number with the operating system; a forked child inherits a session and is no rank.
         pickle: whether users' objects may be pickled.
+        on_dead_training: one of ``ON_DEAD_TRAINING``.
         farewells: done when all leave together, and may be collective.
     """
 
-    def __init__(self, group: Group, watchdog: Watchdog, tracer: Tracer, *, pickle: bool = True) -> None:
+    def __init__(
+        self,
+        group: Group,
+        watchdog: Watchdog,
+        tracer: Tracer,
+        *,
+        pickle: bool = True,
+        on_dead_training: str = ON_DEAD_TRAINING[0],
+    ) -> None:
         super().__init__(watchdog, tracer, pickle=pickle)
+        self.on_dead_training = on_dead_training
         self.process = os.getpid()
         self.farewells = ExitStack()
         self._optimizers = 0
@@ -116,6 +129,7 @@ def init(
     stall_timeout: float | None = None,
     node_of: Sequence[int] | None = None,
     pickle: bool = True,
+    on_dead_training: str | None = None,
 ) -> None:
     """Join the job: learn ranks and nodes, and get a private communicator. **Collective.**
 
@@ -131,12 +145,16 @@ def init(
             memory are on one node. The variable ``MPISIGN_NODE_OF=0,0,0,1`` is another way to say so.
         pickle: False refuses :func:`broadcast_object` and :func:`allgather_object`, which unpickle what other
             ranks send and so run their code. The library itself sends nothing that is run.
+        on_dead_training: when nobody has voted for 32 steps in a row (all gradients have a NaN or Inf): ``"warn"``, and
+            again each time it has doubled; ``"raise"`` a DeadTrainingError on all ranks. Default: what the variable
+            ``MPISIGN_ON_DEAD_TRAINING`` says, else ``"warn"``. While only some ranks cannot vote, both warn.
 
     Raises:
         AlreadyInitializedError: called twice.
         LaunchError: MPI sees one process, but the launcher started several.
-        OptionError: a time that is not positive, or a map of ranks to nodes that does not fit.
-        ConsistencyError: on every rank, if they pass different maps.
+        OptionError: a time that is not positive, a choice that there is not, or a map of ranks to nodes that does not
+            fit.
+        ConsistencyError: on every rank, if they pass different options or maps.
     """
     global _session, _finalize_timeout
     if _session is not None:
@@ -147,6 +165,9 @@ def init(
     for name, seconds in (("stall_warning", stall_warning), ("stall_timeout", stall_timeout)):
         if seconds is not None:
             check_positive(name, seconds, " of seconds, or None for never")
+    if on_dead_training is None:
+        on_dead_training = os.environ.get(DEAD_TRAINING_VARIABLE) or ON_DEAD_TRAINING[0]
+    check_choice("on_dead_training", on_dead_training, ON_DEAD_TRAINING)
     tracer = Tracer()
     watchdog = Watchdog(tracer, stall_warning, stall_timeout)
     with watchdog.guard_start():
@@ -163,13 +184,15 @@ def init(
         node_of = [int(place) if place.isdecimal() else -1 for place in os.environ[NODE_MAP_VARIABLE].split(",")]
     places = check_node_map(node_of, comm.Get_size())
     group = Group.form(_duplicate(comm, watchdog, tracer), watchdog, places, 0, comm.Get_rank(), _has_gpu())
-    session = Session(group, watchdog, tracer, pickle=pickle)
-    odd, usual = minority(session.meet("init()", int(pickle)).tolist())
+    session = Session(group, watchdog, tracer, pickle=pickle, on_dead_training=on_dead_training)
+    codes = session.meet("init()", int(pickle) + 2 * ON_DEAD_TRAINING.index(on_dead_training)).tolist()
+    odd, usual = minority(codes)
     if odd:
         group.free(watchdog)
+        here, there = _said(codes[odd[0]], usual), _said(usual, codes[odd[0]])
         raise ConsistencyError(
-            f"ranks {odd} have called init(pickle={not usual}) and the others init(pickle={bool(usual)}) (this is rank "
-            f"{session.rank}): pass the same on every rank"
+            f"ranks {odd} have called init({here}) and the others init({there}) (this is rank {session.rank}): pass "
+            f"the same on every rank"
         )
     session.align_clocks()
     _session = session
@@ -184,6 +207,16 @@ def init(
         session.farewells.callback(_write_timeline, session, path)
     atexit.unregister(_shutdown_at_exit)  # of an earlier session
     atexit.register(_shutdown_at_exit)
+
+
+def _said(code: int, other: int) -> str:
+    """The options that a rank has told, as far as they differ from another's."""
+    mine, theirs = [(f"pickle={bool(its & 1)}", f"on_dead_training={_choice(its >> 1)}") for its in (code, other)]
+    return ", ".join(here for here, there in zip(mine, theirs, strict=True) if here != there)
+
+
+def _choice(place: int) -> str:
+    return repr(ON_DEAD_TRAINING[place]) if 0 <= place < len(ON_DEAD_TRAINING) else "something unknown"
 
 
 def _duplicate(comm: MPI.Comm, watchdog: Watchdog, tracer: Tracer) -> MPI.Comm:
