@@ -1,4 +1,4 @@
-"""What is looked at in every step of an optimizer besides the vote: options, averages."""
+"""What is looked at in every step of an optimizer besides the vote: options, averages, signs of death."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from mpisign.exchange.plan import Plan
 from mpisign.hyperparameters import Hyperparameters
 from mpisign.method import Method
 from mpisign.report import StepReport
+from mpisign.session import current
+from mpisign.vigil import Vigil
 from mpisign.wrapping import warn_of_momentum
 
 __all__ = ["StepChecks"]
@@ -22,7 +24,7 @@ class StepChecks:
     """Of one optimizer: what this rank tells in its handshakes, and what it makes of what others tell."""
 
     def __init__(self) -> None:
-        self._hyperparameters, self._alike = Hyperparameters(), Alike()
+        self._hyperparameters, self._alike, self._vigil = Hyperparameters(), Alike(), Vigil()
         self._begun = self._told_of_momentum = False
 
     def options(self, optimizer: Optimizer, methods: Sequence[Method]) -> None:
@@ -49,9 +51,21 @@ class StepChecks:
         gradients = self._alike.digest(values, plan.group.size)
         return Intent(applied=applied, lines=self._hyperparameters.lines, gradients=gradients)
 
-    def heard(self, handshake: Handshake, report: StepReport) -> None:
-        """What all have told, and what came of it."""
+    def heard(self, plan: Plan, handshake: Handshake, report: StepReport) -> None:
+        """What all have told, and what came of it.
+
+        Raises:
+            DeadTrainingError: on all ranks, if nobody has voted for long and the job shall end then.
+        """
         self._alike.heard(handshake.gradients)
+        if not handshake.all_joined:
+            session = current()
+            named = list(zip(plan.layout.names, plan.layout.parameters, strict=True)) if report.skipped else ()
+            self._vigil.heard(report, session.rank, session.on_dead_training, named)
+
+    def stepped(self, done: bool) -> None:
+        """Whether this rank has made the step of its own that precedes an exchange of models."""
+        self._vigil.stepped(done, current().rank)
 
     def applied(self, optimizer: Optimizer) -> None:
         """A decision is applied some time after its vote."""

@@ -6,6 +6,7 @@ __all__ = [
     "AlreadyInitializedError",
     "CheckpointError",
     "ConsistencyError",
+    "DeadTrainingError",
     "GradientError",
     "LaunchError",
     "MpisignError",
@@ -39,6 +40,10 @@ class LaunchError(MpisignError, RuntimeError):
 
 class ConsistencyError(MpisignError, RuntimeError):
     """Ranks disagree: on the layout, the step, an option or a parameter's value."""
+
+
+class DeadTrainingError(MpisignError, RuntimeError):
+    """Nobody has voted for many steps, and ``init(on_dead_training="raise")`` ends such a job."""
 
 
 class OptionError(MpisignError, ValueError):

@@ -194,7 +194,8 @@ class DistributedSignOptimizer(Optimizer):
         stay as they are and :meth:`step` applies nothing.
 
         Raises:
-            ConsistencyError: ranks differ in layout or are at different steps; the message names them.
+            ConsistencyError: ranks differ in layout, in options, or are at different steps; the message names them.
+            DeadTrainingError: see :func:`mpisign.init`.
         """
         self._synchronize(alone=True)
 
@@ -253,7 +254,7 @@ class DistributedSignOptimizer(Optimizer):
         intent = self._checks.intent(plan, self.wrapped, self._methods(), self._exchanges, values)
         handshake, self.report = run(plan, self._exchanges, values, abstention, unscale, intent, sink)
         self._exchanges += 1
-        self._checks.heard(handshake, self.report)
+        self._checks.heard(plan, handshake, self.report)
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -277,7 +278,7 @@ class DistributedSignOptimizer(Optimizer):
         Raises:
             SynchronizationError: after ``synchronize()`` without ``skip_synchronize()``; inside
                 ``skip_synchronize()`` without ``synchronize()``, or after a vote on gradients of an unknown loss scale.
-            ConsistencyError: see :meth:`synchronize`.
+            ConsistencyError, DeadTrainingError: see :meth:`synchronize`.
         """
         if self._skip and closure is not None:
             raise SynchronizationError(
@@ -319,9 +320,10 @@ class DistributedSignOptimizer(Optimizer):
             plan = self._current_plan()
             with current().telling("step()"):
                 abstention, unscale = self._loss_scale.says(self)
-                votes = abstention == header.VOTES
-                steps = votes and local_update(plan, self._exchanges, plan.gradients.read(), unscale)
-        if steps:
+                finite = abstention == header.VOTES
+                finite = finite and local_update(plan, self._exchanges, plan.gradients.read(), unscale)
+                self._checks.stepped(finite)
+        if finite:
             with current().telling("step()"):
                 self._apply()
         self._loss_scale.reset()
@@ -367,6 +369,7 @@ class DistributedSignOptimizer(Optimizer):
             self.report = report
             self._exchanges += 1
             joined_for += 1
+            self._checks.heard(self._current_plan(), handshake, report)
         waits = [steps for steps in handshake.joined_for if steps is not None]
         last = waits.index(min(waits))
         if max(waits) > min(waits):

@@ -26,12 +26,13 @@ from mpisign.errors import AlreadyInitializedError, ConsistencyError, MpisignErr
 from mpisign.group import Group, check_node_map
 from mpisign.launch import check_not_alone
 from mpisign.plain import uncompiled
-from mpisign.policy import check_positive
+from mpisign.policy import check_choice, check_positive
 from mpisign.presence import Presence
 from mpisign.processes import check_may_start, whose_child
 from mpisign.talk import Talk, minority
 from mpisign.trace import Tracer
 from mpisign.turns import Turns
+from mpisign.vigil import ON_DEAD_TRAINING
 from mpisign.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ logger = logging.getLogger(__name__)
 NODE_MAP_VARIABLE = "MPISIGN_NODE_OF"
 """For tests: ``0,0,0,1`` is what ``init(node_of=[0, 0, 0, 1])`` is."""
 
+DEAD_TRAINING_VARIABLE = "MPISIGN_ON_DEAD_TRAINING"
+
 TEARDOWN_SECONDS = 10.0  # Python's own, before MPI_Finalize, on a busy machine: nobody waits for others then
 
 
@@ -71,12 +74,22 @@ class Session(Talk):
         process: its number with the operating system; a forked child inherits a session and is no rank.
         pickle: whether users' objects may be pickled.
         token: what the job is called, at random; the same on all ranks.
+        on_dead_training: one of ``ON_DEAD_TRAINING``.
         farewells: done when all leave together, and may be collective.
         turn: what a thread of this process must have to talk to other ranks.
     """
 
-    def __init__(self, group: Group, watchdog: Watchdog, tracer: Tracer, *, pickle: bool = True) -> None:
+    def __init__(
+        self,
+        group: Group,
+        watchdog: Watchdog,
+        tracer: Tracer,
+        *,
+        pickle: bool = True,
+        on_dead_training: str = ON_DEAD_TRAINING[0],
+    ) -> None:
         super().__init__(watchdog, tracer, pickle=pickle)
+        self.on_dead_training = on_dead_training
         self.process = os.getpid()
         self.token = secrets.token_hex(8)
         self.farewells = ExitStack()
@@ -167,6 +180,7 @@ def init(
     stall_timeout: float | None = None,
     node_of: Sequence[int] | None = None,
     pickle: bool = True,
+    on_dead_training: str | None = None,
 ) -> None:
     """Join the job: learn ranks and nodes, and get a private communicator. **Collective.**
 
@@ -182,16 +196,20 @@ def init(
             memory are on one node. The variable ``MPISIGN_NODE_OF=0,0,0,1`` is another way to say so.
         pickle: False refuses :func:`broadcast_object` and :func:`allgather_object`, which unpickle what other
             ranks send and so run their code. The library itself sends nothing that is run.
+        on_dead_training: when nobody has voted for 32 steps in a row (all gradients have a NaN or Inf): ``"warn"``, and
+            again each time it has doubled; ``"raise"`` a DeadTrainingError on all ranks. Default: what the variable
+            ``MPISIGN_ON_DEAD_TRAINING`` says, else ``"warn"``. While only some ranks cannot vote, both warn.
 
     Raises:
         AlreadyInitializedError: called twice.
         LaunchError: MPI sees one process, but the launcher started several; or this process is a child of a rank's.
-        OptionError: a time that is not positive, or a map of ranks to nodes that does not fit.
-        ConsistencyError: on every rank, if they pass different maps.
+        OptionError: a time that is not positive, a choice that there is not, or a map of ranks to nodes that does not
+            fit.
+        ConsistencyError: on every rank, if they pass different options or maps.
     """
     check_may_start()
     with _joining:
-        _join(comm, abort_on_exception, stall_warning, stall_timeout, node_of, pickle)
+        _join(comm, abort_on_exception, stall_warning, stall_timeout, node_of, pickle, on_dead_training)
 
 
 def _join(
@@ -201,6 +219,7 @@ def _join(
     stall_timeout: float | None,
     node_of: Sequence[int] | None,
     pickle: bool,
+    on_dead_training: str | None,
 ) -> None:
     global _session, _finalize_timeout
     if _session is not None:
@@ -208,7 +227,9 @@ def _join(
             f"rank {_session.rank}: mpisign.init() was called before; call it once, or mpisign.shutdown() first "
             f"(mpisign.is_initialized() tells)"
         )
-    wrong = _wrong_times({"stall_warning": stall_warning, "stall_timeout": stall_timeout})
+    if on_dead_training is None:
+        on_dead_training = os.environ.get(DEAD_TRAINING_VARIABLE) or ON_DEAD_TRAINING[0]
+    wrong = _wrong_options({"stall_warning": stall_warning, "stall_timeout": stall_timeout}, on_dead_training)
     if wrong is not None:
         stall_warning = stall_timeout = None
     tracer = Tracer()
@@ -226,13 +247,15 @@ def _join(
     if node_of is None and os.environ.get(NODE_MAP_VARIABLE):
         node_of = [int(place) if place.isdecimal() else -1 for place in os.environ[NODE_MAP_VARIABLE].split(",")]
     group = _joined(comm, watchdog, tracer, node_of, wrong)
-    session = Session(group, watchdog, tracer, pickle=pickle)
-    odd, usual = minority(session.meet("init()", int(pickle)).tolist())
+    session = Session(group, watchdog, tracer, pickle=pickle, on_dead_training=on_dead_training)
+    codes = session.meet("init()", int(pickle) + 2 * ON_DEAD_TRAINING.index(on_dead_training)).tolist()
+    odd, usual = minority(codes)
     if odd:
         group.free(watchdog)
+        here, there = _said(codes[odd[0]], usual), _said(usual, codes[odd[0]])
         raise ConsistencyError(
-            f"ranks {odd} have called init(pickle={not usual}) and the others init(pickle={bool(usual)}) (this is rank "
-            f"{session.rank}): pass the same on every rank"
+            f"ranks {odd} have called init({here}) and the others init({there}) (this is rank {session.rank}): pass "
+            f"the same on every rank"
         )
     with session.telling("init()"):
         session.align_clocks()
@@ -252,12 +275,13 @@ def _join(
     atexit.register(_shutdown_at_exit)
 
 
-def _wrong_times(times: dict[str, float | None]) -> OptionError | None:
+def _wrong_options(times: dict[str, float | None], on_dead_training: str) -> OptionError | None:
     """What is wrong with them. Only this rank may have been told it, and the others must hear of it first."""
     try:
         for name, seconds in times.items():
             if seconds is not None:
                 check_positive(name, seconds, " of seconds, or None for never")
+        check_choice("on_dead_training", on_dead_training, ON_DEAD_TRAINING)
     except OptionError as error:
         return error
     return None
@@ -279,6 +303,16 @@ def _joined(
         if wrong is not None:
             raise wrong from None
         raise
+
+
+def _said(code: int, other: int) -> str:
+    """The options that a rank has told, as far as they differ from another's."""
+    mine, theirs = [(f"pickle={bool(its & 1)}", f"on_dead_training={_choice(its >> 1)}") for its in (code, other)]
+    return ", ".join(here for here, there in zip(mine, theirs, strict=True) if here != there)
+
+
+def _choice(place: int) -> str:
+    return repr(ON_DEAD_TRAINING[place]) if 0 <= place < len(ON_DEAD_TRAINING) else "something unknown"
 
 
 def _duplicate(comm: MPI.Comm, watchdog: Watchdog, tracer: Tracer) -> MPI.Comm:

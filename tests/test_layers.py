@@ -21,6 +21,7 @@ LAYERS = [
         "errors",
         "launch",
         "hyperparameters",
+        "vigil",
         "bitmap",
         "backends",
         "plain",
