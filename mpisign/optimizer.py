@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from mpisign import restoring, sync, wrapping
+from mpisign import applying, restoring, sync, wrapping
 from mpisign.checks import StepChecks
 from mpisign.errors import CheckpointError, OptionError, SynchronizationError
 from mpisign.exchange import header
@@ -19,7 +17,7 @@ from mpisign.exchange.choose import check_exchange
 from mpisign.exchange.local import local_update
 from mpisign.exchange.plan import Plan, make_plan
 from mpisign.exchange.run import run, sit_out
-from mpisign.exchange.sink import GradientSink, ModelSink, Sink, StepSink
+from mpisign.exchange.sink import GradientSink, ModelSink, Sink
 from mpisign.memory import Memory
 from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
@@ -28,20 +26,15 @@ from mpisign.plain import plain, uncompiled
 from mpisign.policy import Policy, check_integer, check_positive
 from mpisign.report import StepReport
 from mpisign.rules import BallotRule
-from mpisign.scaling import LossScale, scaler_of
+from mpisign.scaling import LossScale
 from mpisign.session import Session, current, is_initialized, known, operation
 from mpisign.trees import shown
+from mpisign.wrapper import Wrapper
 
 __all__ = ["DistributedSignOptimizer"]
 
-logger = logging.getLogger(__name__)
 
-
-def _passed_through(name: str, doc: str) -> Any:  # a copied reference would go stale when a state is loaded
-    return property(lambda self: getattr(self.wrapped, name), lambda self, it: setattr(self.wrapped, name, it), doc=doc)
-
-
-class DistributedSignOptimizer(Optimizer):
+class DistributedSignOptimizer(Wrapper):
     """Wraps a torch optimizer so that ``step()`` applies what all ranks decide together, one bit a coordinate.
 
     ``step()`` is ``synchronize()``, which replaces every ``p.grad`` by the decision (+1, -1, or 0 where a
@@ -90,10 +83,8 @@ class DistributedSignOptimizer(Optimizer):
             torch.optim.SGD(model.parameters(), lr=1e-3), model.named_parameters())
     """
 
-    wrapped: Optimizer
     method: Method
     policy: Policy
-    report: StepReport | None
     clip_grad_norm: float | None = None  # of optimizers that were pickled before there was one
     _plan: Plan | None
     _session: Session | None  # where it has its _number
@@ -146,40 +137,6 @@ class DistributedSignOptimizer(Optimizer):
             wrapping.warn_if_adaptive(optimizer)
         self._checks.options(optimizer, self._methods())
 
-    # ------------------------------------------------------------------------------- the wrapped optimizer
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's parameter groups themselves."""
-        scaler = scaler_of(sys._getframe(1))
-        if scaler is None:
-            return self.wrapped.param_groups
-        if self._synchronized:  # p.grad is a decision, which no scale is in
-            return self._loss_scale.stand_in(scaler, self.report, current().rank, self.wrapped)
-        self._loss_scale.visited(scaler, self.wrapped)
-        return self.wrapped.param_groups
-
-    param_groups: Any = property(_groups, lambda self, groups: setattr(self.wrapped, "param_groups", groups))
-    state = _passed_through("state", "The wrapped optimizer's state itself.")
-    defaults = _passed_through("defaults", "The wrapped optimizer's defaults themselves.")
-
-    if not TYPE_CHECKING:  # else no misspelt attribute would be an error to a type checker
-
-        def __getattr__(self, name: str) -> NoReturn:
-            raise wrapping.no_attribute(self, self.__dict__.get("wrapped"), name)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the wrapped optimizer, on every rank before the same step."""
-        self.wrapped.add_param_group(param_group)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, as torch does."""
-        self.wrapped.zero_grad(set_to_none)
-        self._forget_gradients()
-
-    def _forget_gradients(self) -> None:
-        self._synchronized = False
-        self._loss_scale.reset()
-
     # -------------------------------------------------------------------------------------------- a step
 
     @uncompiled
@@ -226,27 +183,12 @@ class DistributedSignOptimizer(Optimizer):
         with current().telling("step()"):
             abstention, unscale = self._loss_scale.says(self, alone=alone)
             values = plan.gradients.read()
-        sink = None if alone else self._step_sink(plan)
+        sink = None if alone or self.apply == "optimizer" else applying.step_sink(self.wrapped, plan)
         self._exchange(plan, values, abstention, unscale, sink or GradientSink(plan.layout))
         self._synchronized = True
         if len(plan.layout.parameters) < len(parameters := self._parameters()):
             wrapping.drop_frozen(parameters)
         return sink is not None
-
-    def _step_sink(self, plan: Plan) -> StepSink | None:
-        """What applies a vote to the parameters at once, if that is what the wrapped optimizer would do."""
-        if self.apply != "auto" or not plan.steps:
-            return None
-        numbers = wrapping.sgd_numbers(self.wrapped)
-        if numbers is None:
-            return None
-        by_parameter = [
-            its
-            for its, group in zip(numbers, self.param_groups, strict=True)
-            for parameter in group["params"]
-            if parameter.requires_grad
-        ]
-        return StepSink(plan.layout, [rate for rate, _ in by_parameter], [decay for _, decay in by_parameter])
 
     def _exchange(
         self, plan: Plan, values: list[torch.Tensor | None], abstention: int, unscale: float, sink: Sink
@@ -310,7 +252,7 @@ class DistributedSignOptimizer(Optimizer):
         """Let the wrapped optimizer step, which it must not do by itself."""
         self._applies = True
         try:
-            wrapping.step(self.wrapped)
+            applying.step(self.wrapped)
         finally:
             self._applies = False
 
@@ -438,9 +380,6 @@ class DistributedSignOptimizer(Optimizer):
             for parameter in group["params"]
         }
 
-    def _parameters(self) -> list[torch.Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
     # ------------------------------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
@@ -494,21 +433,6 @@ class DistributedSignOptimizer(Optimizer):
 
     # ------------------------------------------------------------------------------ pickle, deepcopy, print
 
-    def __getstate__(self) -> dict[str, Any]:
-        lost: tuple[str, ...] = (
-            "_plan",
-            "_session",
-            "report",
-            "_synchronized",
-            "_skip",
-            "_applies",
-            "_loss_scale",
-            "step",
-        )
-        lost += ("found_inf", "grad_scale")
-        hooks = ("_optimizer_", "_zero_grad_profile", "_opt_called", "_warned_")
-        return {k: v for k, v in self.__dict__.items() if k not in lost and not k.startswith(hooks)}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._plan = self._session = None
@@ -516,7 +440,7 @@ class DistributedSignOptimizer(Optimizer):
         self._loss_scale, self._checks = LossScale(), StepChecks()
         self.report = None
         super().__setstate__({})  # torch makes its hook tables
-        wrapping.forbid_alone(self.wrapped, self)
+        applying.forbid_alone(self.wrapped, self)
 
     def __repr__(self) -> str:
         return (

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
-from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
-from mpisign.errors import OptionError, SynchronizationError
+from mpisign.errors import OptionError
 from mpisign.method import Method
-from mpisign.session import is_initialized, rank
 from mpisign.warning import warn
 
 __all__ = [
     "check_wrappable",
     "default_names",
     "drop_frozen",
-    "forbid_alone",
     "methods_of",
     "names_of",
     "no_attribute",
-    "sgd_numbers",
-    "step",
     "wants_closure",
     "warn_if_adaptive",
     "warn_of_epochs",
@@ -76,16 +69,6 @@ def wants_closure(optimizer: Optimizer) -> OptionError:
 
 
 @torch.inference_mode(False)  # in which it would make state that can never be changed outside
-def step(optimizer: Optimizer) -> None:
-    """Let a wrapped optimizer apply what is decided. Raises :class:`OptionError` if it asks for a closure."""
-    try:
-        optimizer.step()
-    except Exception as error:
-        if "closure" in str(error):  # some only say so when they are called without
-            raise wants_closure(optimizer) from error
-        raise
-
-
 def no_attribute(wrapper: Optimizer, wrapped: Optimizer | None, name: str) -> AttributeError:
     """The error for an attribute that a wrapper has not; it says if the wrapped optimizer has it."""
     message = f"{type(wrapper).__name__!r} object has no attribute {name!r}"
@@ -125,30 +108,6 @@ def warn_if_adaptive(optimizer: Optimizer) -> None:
         )
 
 
-def sgd_numbers(optimizer: Optimizer) -> list[tuple[float, float]] | None:
-    """Learning rate and weight decay of each parameter group, if a step is plain SGD's and nobody looks at it.
-
-    That is torch's own class without momentum, ``maximize``, ``fused`` or ``differentiable``, with numbers and not
-    tensors, and without hooks on its ``step()``.
-    """
-    hooks = [hook for hook in optimizer._optimizer_step_pre_hooks.values() if not isinstance(hook, _NotAlone)]
-    watched = hooks or optimizer._optimizer_step_post_hooks or "step" in vars(optimizer)
-    if type(optimizer) is not torch.optim.SGD or watched or _global_pre_hooks or _global_post_hooks:
-        return None
-    numbers = []
-    for group in optimizer.param_groups:
-        lr, decay = group["lr"], group["weight_decay"]
-        other = [group[option] for option in ("momentum", "maximize", "differentiable")] + [group.get("fused")]
-        if any(other) or not (isinstance(lr, (int, float)) and isinstance(decay, (int, float))):
-            return None
-        # Of 16 bits, torch rounds an element's decay on the host in one of two ways, by its place.
-        halves = (p.dtype.itemsize < 4 and p.device.type == "cpu" for p in group["params"])
-        if decay != 0 and any(halves):
-            return None
-        numbers.append((float(lr), float(decay)))
-    return numbers
-
-
 def warn_of_momentum(optimizer: Optimizer, methods: Sequence[Method]) -> bool:
     """Say what momentum in the wrapped optimizer does to votes. Returns whether there was something to say.
 
@@ -180,28 +139,6 @@ def warn_of_epochs(method: Method) -> None:
         f"{method.name} changes with the epoch, and nobody has said which this is, so it stays as in epoch 0: call "
         f"optimizer.set_epoch(epoch) on every rank at the beginning of each epoch"
     )
-
-
-class _NotAlone:
-    """A hook with which the optimizer inside refuses a step that is none of its wrapper's."""
-
-    def __init__(self, wrapper: Optimizer) -> None:
-        self._known: weakref.ref[Any] = weakref.ref(wrapper)
-
-    def __call__(self, optimizer: Optimizer, args: Any, options: Any) -> None:
-        its = self._known()
-        if its is not None and its.wrapped is optimizer and not its._applies and is_initialized():
-            raise SynchronizationError(
-                f"rank {rank()}: the {type(optimizer).__name__} inside a DistributedSignOptimizer was told to step by "
-                f"itself, without a vote, and the replicas would drift apart: call step(), scaler.unscale_() and "
-                f"scaler.step() with the DistributedSignOptimizer"
-            )
-
-
-def forbid_alone(optimizer: Optimizer, wrapper: Optimizer) -> None:
-    """Let the optimizer inside refuse a step that is none of its wrapper's: it would apply this rank's own gradient."""
-    if hasattr(optimizer, "_optimizer_step_pre_hooks"):  # torch has initialized it
-        optimizer.register_step_pre_hook(_NotAlone(wrapper))
 
 
 def drop_frozen(parameters: Iterable[torch.Tensor]) -> None:

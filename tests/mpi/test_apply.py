@@ -11,7 +11,7 @@ import torch
 import mpisign
 
 from . import ballots
-from .test_rows import SHAPES, gradients_with_zero_rows
+from .rows_of_zeros import SHAPES, gradients_with_zero_rows
 from .wrapped import NAN, assert_equal_on_all_ranks, give, snapshot
 
 if TYPE_CHECKING:

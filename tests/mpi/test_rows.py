@@ -12,6 +12,7 @@ import torch
 import mpisign
 
 from . import ballots
+from .rows_of_zeros import SHAPES, gradients_with_zero_rows
 from .wrapped import NAN, assert_equal_on_all_ranks, give, wrap
 
 if TYPE_CHECKING:
@@ -19,21 +20,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.mpi
 
-# Rows of 64 and of 70 elements, which share words; rows of 63, which are one; vectors, a scalar, nothing.
-SHAPES = ((9, 64), (6, 7, 10), (5, 63), (33,), (), (0,), (40, 100), (1,))
 EXCHANGES = ("allgather", "two_phase")
-
-
-def gradients_with_zero_rows(tensors: list[torch.nn.Parameter], *seeds: int) -> list[torch.Tensor]:
-    """Small integers, of which a fifth are zero; and whole rows, and whole parameters."""
-    random = ballots.generator(*seeds)
-    drawn = ballots.draw(tensors, random)
-    for gradient in drawn:
-        if torch.rand((), generator=random) < 0.3:
-            gradient.zero_()
-        elif gradient.dim() > 1:
-            gradient[torch.rand(gradient.shape[0], generator=random) < 0.4] = 0
-    return drawn
 
 
 def expected_vote(
