@@ -23,7 +23,7 @@ from mpisign import timeline as timelines
 from mpisign.alarm import ring
 from mpisign.errors import AlreadyInitializedError, ConsistencyError, MpisignError, NotInitializedError, OptionError
 from mpisign.group import Group, check_node_map
-from mpisign.launch import check_not_alone
+from mpisign.launch import check_not_alone, import_mpi
 from mpisign.policy import check_positive
 from mpisign.presence import Presence
 from mpisign.processes import check_may_start, whose_child
@@ -175,7 +175,8 @@ def init(
 
     Raises:
         AlreadyInitializedError: called twice.
-        LaunchError: MPI sees one process, but the launcher started several; or this process is a child of a rank's.
+        LaunchError: there is no MPI; it sees one process, but the launcher started several; or this process is a child
+            of a rank's.
         OptionError: a time that is not positive, or a map of ranks to nodes that does not fit.
         ConsistencyError: on every rank, if they pass different maps.
     """
@@ -204,7 +205,7 @@ def _join(
     tracer = Tracer()
     watchdog = Watchdog(tracer, stall_warning, stall_timeout)
     with watchdog.guard_start():
-        from mpi4py import MPI  # not at import: a spawned DataLoader worker that starts MPI hangs the job
+        MPI = import_mpi()  # noqa: N806 - and not before: a spawned DataLoader worker that starts MPI hangs the job
 
     if comm is None:
         comm = MPI.COMM_WORLD

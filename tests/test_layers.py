@@ -30,6 +30,7 @@ LAYERS = [
         "presence",
         "alarm",
         "cuts",
+        "vendors",
         "processes",
     },
     {"watchdog", "turns", "group", "talk", "timeline", "session"},
