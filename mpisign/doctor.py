@@ -323,16 +323,21 @@ def _gpu_aware(device: torch.device) -> Finding:
 def _ulfm() -> Iterator[Finding]:
     from mpi4py import MPI
 
-    trial = session.current().group.comm.Dup()
-    try:
-        trial.Revoke()  # mpi4py emulates the other calls where the library lacks them, but not this one
-        on = os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112 - Open MPI spells it so
-        how = "it is on in this run" if on else f"it is off in this run: {_words().survive}"
-        yield Finding(OK, "fault tolerance", f"the library has ULFM; {how}")
-    except (NotImplementedError, MPI.Exception):
-        yield Finding(OK, "fault tolerance", "no ULFM: a failed rank ends the job")
-    finally:
+    here = session.current()
+    with here.watchdog.guard("the doctor's copy of a communicator"):
+        trial = here.group.comm.Dup()
+        try:
+            trial.Revoke()  # mpi4py emulates the other calls where the library lacks them, but not this one
+            has = True
+        except (NotImplementedError, MPI.Exception):
+            has = False
         trial.Free()
+    if not has:
+        yield Finding(OK, "fault tolerance", "no ULFM: a failed rank ends the job")
+        return
+    on = os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112 - Open MPI spells it so
+    how = "it is on in this run" if on else f"it is off in this run: {_words().survive}"
+    yield Finding(OK, "fault tolerance", f"the library has ULFM; {how}")
 
 
 def _vote(device: str | torch.device = "cpu", subject: str = "a real vote") -> Iterator[Finding]:

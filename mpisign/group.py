@@ -80,7 +80,8 @@ class Group:
             comm.Allgather(mine, heard)
         rank = comm.rank
         if not (heard[:, 2:] == heard[0, 2:]).all():
-            comm.Free()
+            with watchdog.guard("MPI_Comm_free"):
+                comm.Free()
             raise ConsistencyError(
                 f"ranks were given different maps of ranks to nodes (this is rank {rank}): pass the same node_of= on "
                 f"every rank"

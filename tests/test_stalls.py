@@ -19,6 +19,7 @@ LATE_EVERYWHERE = """
 import dataclasses, json, logging, sys, time
 import torch
 import mpisign
+from mpisign import doctor
 from mpisign.memory import ErrorFeedback, Identity
 from mpisign.memory.noise import StochasticSign
 from mpisign.rules import MajorityVote
@@ -77,6 +78,16 @@ def after_coming(act):
 model = torch.nn.Linear(3, 2)
 sgd = torch.optim.SGD(model.parameters(), lr=1.0)
 folder = sys.argv[1]
+trained = mpisign.DistributedSignOptimizer(sgd, method=mpisign.signsgd())
+for parameter in model.parameters():
+    parameter.grad = torch.ones_like(parameter)
+trained.step()
+
+def in_the_background():
+    mpisign.checkpoint.save(folder + "/other", model=model, optimizer=sgd, step=1, asynchronous=True)
+    come()
+    mpisign.checkpoint.wait()
+
 acts = {
     "step 0, handshake": after_coming(stepping()),
     "step 0, bucket 0, header": stepping(memory=SlowToPack),
@@ -93,6 +104,10 @@ acts = {
     "checkpoint.save()": after_coming(lambda: mpisign.checkpoint.save(folder, model=model, optimizer=sgd, step=1)),
     "checkpoint.newest()": after_coming(lambda: mpisign.checkpoint.newest(folder)),
     "checkpoint.load()": after_coming(lambda: mpisign.checkpoint.load(folder, model=model, optimizer=sgd)),
+    "step 1, handshake": after_coming(trained.join),
+    "agreement()": after_coming(lambda: trained.report.agreement()),
+    "checkpoint.wait()": in_the_background,
+    "the doctor": after_coming(doctor.examine),
     "timeline()": after_coming(lambda: mpisign.timeline(folder + "/trace.json")),
     "exit": after_coming(mpisign.shutdown),
 }
@@ -114,7 +129,7 @@ def test_every_phase_names_who_is_missing(tmp_path: Path) -> None:
         result = job.wait(timeout=240.0)
     assert result.returncode == 0, result.text
     told = [json.loads(line) for line in result.text.splitlines() if line.startswith('["')]
-    assert len(told) == 3 * 17
+    assert len(told) == 3 * 21
     saying: dict[str, int] = {}
     for phase, rank, missing, said in told:
         for message in said:
