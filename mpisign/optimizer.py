@@ -245,16 +245,8 @@ class DistributedSignOptimizer(Wrapper):
             if self.report is not None and not self.report.skipped and not applied:
                 if self._skip:
                     self._checks.applied(self.wrapped)
-                self._apply()
+                applying.step(self.wrapped)
         return loss
-
-    def _apply(self) -> None:
-        """Let the wrapped optimizer step, which it must not do by itself."""
-        self._applies = True
-        try:
-            applying.step(self.wrapped)
-        finally:
-            self._applies = False
 
     def _step_and_mix(self) -> None:
         """A step on this rank's own gradient, unless it is not finite, and then the exchange of models."""
@@ -267,7 +259,7 @@ class DistributedSignOptimizer(Wrapper):
                 self._checks.stepped(finite)
         if finite:
             with current().telling("step()"):
-                self._apply()
+                applying.step(self.wrapped)
         self._loss_scale.reset()
         with plain():
             self._exchange(plan, plan.gradients.models(), header.VOTES, 1.0, ModelSink(plan.layout))
@@ -436,7 +428,7 @@ class DistributedSignOptimizer(Wrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._plan = self._session = None
-        self._synchronized = self._skip = self._applies = False
+        self._synchronized = self._skip = False
         self._loss_scale, self._checks = LossScale(), StepChecks()
         self.report = None
         super().__setstate__({})  # torch makes its hook tables

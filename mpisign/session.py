@@ -23,11 +23,10 @@ import torch
 from mpisign import timeline as timelines
 from mpisign.alarm import ring
 from mpisign.errors import AlreadyInitializedError, ConsistencyError, MpisignError, NotInitializedError, OptionError
-from mpisign.group import Group, check_node_map
-from mpisign.launch import check_not_alone
+from mpisign.group import Group
+from mpisign.joining import joined, told_options, wrong_options
+from mpisign.launch import check_not_alone, import_mpi
 from mpisign.plain import uncompiled
-from mpisign.policy import check_choice, check_positive
-from mpisign.presence import Presence
 from mpisign.processes import check_may_start, whose_child
 from mpisign.talk import Talk, minority
 from mpisign.trace import Tracer
@@ -202,7 +201,8 @@ def init(
 
     Raises:
         AlreadyInitializedError: called twice.
-        LaunchError: MPI sees one process, but the launcher started several; or this process is a child of a rank's.
+        LaunchError: there is no MPI; it sees one process, but the launcher started several; or this process is a child
+            of a rank's.
         OptionError: a time that is not positive, a choice that there is not, or a map of ranks to nodes that does not
             fit.
         ConsistencyError: on every rank, if they pass different options or maps.
@@ -229,13 +229,13 @@ def _join(
         )
     if on_dead_training is None:
         on_dead_training = os.environ.get(DEAD_TRAINING_VARIABLE) or ON_DEAD_TRAINING[0]
-    wrong = _wrong_options({"stall_warning": stall_warning, "stall_timeout": stall_timeout}, on_dead_training)
+    wrong = wrong_options({"stall_warning": stall_warning, "stall_timeout": stall_timeout}, on_dead_training)
     if wrong is not None:
         stall_warning = stall_timeout = None
     tracer = Tracer()
     watchdog = Watchdog(tracer, stall_warning, stall_timeout)
     with watchdog.guard_start():
-        from mpi4py import MPI  # not at import: a spawned DataLoader worker that starts MPI hangs the job
+        MPI = import_mpi()  # noqa: N806 - and not before: a spawned DataLoader worker that starts MPI hangs the job
 
     if comm is None:
         comm = MPI.COMM_WORLD
@@ -246,13 +246,13 @@ def _join(
         check_not_alone(os.environ, comm.Get_size(), library)
     if node_of is None and os.environ.get(NODE_MAP_VARIABLE):
         node_of = [int(place) if place.isdecimal() else -1 for place in os.environ[NODE_MAP_VARIABLE].split(",")]
-    group = _joined(comm, watchdog, tracer, node_of, wrong)
+    group = joined(comm, watchdog, tracer, node_of, wrong)
     session = Session(group, watchdog, tracer, pickle=pickle, on_dead_training=on_dead_training)
     codes = session.meet("init()", int(pickle) + 2 * ON_DEAD_TRAINING.index(on_dead_training)).tolist()
     odd, usual = minority(codes)
     if odd:
         group.free(watchdog)
-        here, there = _said(codes[odd[0]], usual), _said(usual, codes[odd[0]])
+        here, there = told_options(codes[odd[0]], usual), told_options(usual, codes[odd[0]])
         raise ConsistencyError(
             f"ranks {odd} have called init({here}) and the others init({there}) (this is rank {session.rank}): pass "
             f"the same on every rank"
@@ -273,75 +273,6 @@ def _join(
         session.farewells.callback(_write_timeline, session, path)
     atexit.unregister(_shutdown_at_exit)  # of an earlier session
     atexit.register(_shutdown_at_exit)
-
-
-def _wrong_options(times: dict[str, float | None], on_dead_training: str) -> OptionError | None:
-    """What is wrong with them. Only this rank may have been told it, and the others must hear of it first."""
-    try:
-        for name, seconds in times.items():
-            if seconds is not None:
-                check_positive(name, seconds, " of seconds, or None for never")
-        check_choice("on_dead_training", on_dead_training, ON_DEAD_TRAINING)
-    except OptionError as error:
-        return error
-    return None
-
-
-def _joined(
-    comm: MPI.Comm, watchdog: Watchdog, tracer: Tracer, node_of: Sequence[int] | None, wrong: OptionError | None
-) -> Group:
-    """The job's first group. **Collective.** Raises ``wrong``, and an error on the others, who may try again."""
-    places = None
-    try:
-        places = check_node_map(node_of, comm.Get_size())
-    except OptionError as error:
-        wrong = error
-    identity = comm.Get_rank() if wrong is None else -1
-    try:
-        return Group.form(_duplicate(comm, watchdog, tracer), watchdog, places, 0, identity, _has_gpu())
-    except ConsistencyError:
-        if wrong is not None:
-            raise wrong from None
-        raise
-
-
-def _said(code: int, other: int) -> str:
-    """The options that a rank has told, as far as they differ from another's."""
-    mine, theirs = [(f"pickle={bool(its & 1)}", f"on_dead_training={_choice(its >> 1)}") for its in (code, other)]
-    return ", ".join(here for here, there in zip(mine, theirs, strict=True) if here != there)
-
-
-def _choice(place: int) -> str:
-    return repr(ON_DEAD_TRAINING[place]) if 0 <= place < len(ON_DEAD_TRAINING) else "something unknown"
-
-
-def _duplicate(comm: MPI.Comm, watchdog: Watchdog, tracer: Tracer) -> MPI.Comm:
-    """A private communicator of the same ranks; the first thing that all ranks do together. **Collective.**"""
-    watchdog.comm, watchdog.rank, watchdog.size = comm, comm.Get_rank(), comm.Get_size()
-    presence = Presence(comm)
-    with tracer.span("init()"):
-        mine, request = comm.Idup()
-        watchdog.wait(watchdog.post(request, mine), presence)
-        watchdog.comm = mine
-        of_mine = Presence(mine)
-        watchdog.wait(watchdog.post(mine.Ibarrier()), of_mine)
-    with watchdog.guard("init()"):  # nothing of this must be left on the communicators
-        presence.drain()
-        of_mine.drain()
-    return mine
-
-
-def _has_gpu() -> bool:
-    """Whether torch can use one. NVML knows; CUDA, once asked, heeds no CUDA_VISIBLE_DEVICES and survives no fork."""
-    variable = "PYTORCH_NVML_BASED_CUDA_CHECK"
-    before = os.environ.get(variable)
-    os.environ[variable] = "1"
-    try:
-        return torch.cuda.is_available()
-    finally:
-        os.environ.pop(variable)
-        if before is not None:
-            os.environ[variable] = before
 
 
 def shutdown() -> None:

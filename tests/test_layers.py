@@ -33,10 +33,11 @@ LAYERS = [
         "presence",
         "alarm",
         "cuts",
+        "vendors",
         "processes",
         "warning",
     },
-    {"watchdog", "turns", "group", "talk", "timeline", "session"},
+    {"watchdog", "turns", "group", "joining", "talk", "timeline", "session"},
     {"preemption", "codecs", "rules", "memory", "method", "layout"},
     {
         "attacks",

@@ -176,7 +176,8 @@ def test_noise_that_only_this_rank_can_repeat(method: mpisign.Method) -> None:
 
     def started() -> tuple[mpisign.DistributedSignOptimizer, torch.nn.Parameter]:
         x = torch.nn.Parameter(torch.zeros(10_000))
-        return mpisign.DistributedSignOptimizer(torch.optim.SGD([x], lr=1.0), method=method, seed=3), x
+        sgd = torch.optim.SGD([x], lr=1.0)
+        return mpisign.DistributedSignOptimizer(sgd, method=method, seed=3, apply="optimizer"), x
 
     def vote(optimizer: mpisign.DistributedSignOptimizer, x: torch.nn.Parameter) -> torch.Tensor:
         x.grad = torch.zeros_like(x)
@@ -199,7 +200,9 @@ def test_noise_that_all_can_repeat() -> None:
     for _ in range(2):
         x = torch.nn.Parameter(torch.zeros(1000))
         sgd = torch.optim.SGD([x], lr=1.0)
-        optimizer = mpisign.DistributedSignOptimizer(sgd, method=mpisign.dp_sign(1.0, 0.5, private=False))
+        optimizer = mpisign.DistributedSignOptimizer(
+            sgd, method=mpisign.dp_sign(1.0, 0.5, private=False), apply="optimizer"
+        )
         x.grad = torch.zeros(1000)
         optimizer.step()
         grads.append(x.grad)

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mpirun import Job, Result, started
+from mpirun import Job, Result, started, wait_until
 
 LATE_EVERYWHERE = """
 import dataclasses, json, logging, sys, time
 import torch
 import mpisign
+from mpisign import doctor
 from mpisign.memory import ErrorFeedback, Identity
 from mpisign.memory.noise import StochasticSign
 from mpisign.rules import MajorityVote
@@ -77,6 +78,16 @@ def after_coming(act):
 model = torch.nn.Linear(3, 2)
 sgd = torch.optim.SGD(model.parameters(), lr=1.0)
 folder = sys.argv[1]
+trained = mpisign.DistributedSignOptimizer(sgd, method=mpisign.signsgd())
+for parameter in model.parameters():
+    parameter.grad = torch.ones_like(parameter)
+trained.step()
+
+def in_the_background():
+    mpisign.checkpoint.save(folder + "/other", model=model, optimizer=sgd, step=1, asynchronous=True)
+    come()
+    mpisign.checkpoint.wait()
+
 acts = {
     "step 0, handshake": after_coming(stepping()),
     "step 0, bucket 0, header": stepping(memory=SlowToPack),
@@ -93,6 +104,10 @@ acts = {
     "checkpoint.save()": after_coming(lambda: mpisign.checkpoint.save(folder, model=model, optimizer=sgd, step=1)),
     "checkpoint.newest()": after_coming(lambda: mpisign.checkpoint.newest(folder)),
     "checkpoint.load()": after_coming(lambda: mpisign.checkpoint.load(folder, model=model, optimizer=sgd)),
+    "step 1, handshake": after_coming(trained.join),
+    "agreement()": after_coming(lambda: trained.report.agreement()),
+    "checkpoint.wait()": in_the_background,
+    "the doctor": after_coming(doctor.examine),
     "timeline()": after_coming(lambda: mpisign.timeline(folder + "/trace.json")),
     "exit": after_coming(mpisign.shutdown),
 }
@@ -114,7 +129,7 @@ def test_every_phase_names_who_is_missing(tmp_path: Path) -> None:
         result = job.wait(timeout=240.0)
     assert result.returncode == 0, result.text
     told = [json.loads(line) for line in result.text.splitlines() if line.startswith('["')]
-    assert len(told) == 3 * 17
+    assert len(told) == 3 * 21
     saying: dict[str, int] = {}
     for phase, rank, missing, said in told:
         for message in said:
@@ -330,11 +345,14 @@ def test_a_rank_that_was_stopped_for_less_than_the_timeout_goes_on(tmp_path: Pat
 
 
 SUSPENDED = """
-mpisign.init(stall_warning=None, stall_timeout=1.5)
+print("a rank starts", flush=True)
+if first == 1:
+    time.sleep(1.0)  # the other waits in the start of MPI, and is stopped there
+mpisign.init(stall_warning=None, stall_timeout=3.0)
 parameter = torch.nn.Parameter(torch.zeros(100_000))
 optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD([parameter], lr=1.0))
 print("rank trains", flush=True)
-end = time.monotonic() + 5.0
+end = time.monotonic() + 3.0
 while not any(mpisign.allgather_object(time.monotonic() > end)):
     parameter.grad = torch.ones(100_000)
     optimizer.step()
@@ -350,7 +368,8 @@ def test_a_job_that_a_scheduler_suspends_goes_on(tmp_path: Path, launcher: bool)
     path = tmp_path / "job.py"
     path.write_text(PRELUDE + SUSPENDED)
     with started(2, path) as job:
-        for pause in (0.8, 0.3, 0.7, 1.5, 0.2):
+        wait_until(lambda: job.text().count("a rank starts") == 2, 60.0)
+        for pause in (0.6, 1.0, 0.2):
             time.sleep(pause)
             stopped = [process for process in job.processes() if launcher or process != job.process.pid]
             for number in (signal.SIGSTOP, signal.SIGCONT):
@@ -358,7 +377,7 @@ def test_a_job_that_a_scheduler_suspends_goes_on(tmp_path: Path, launcher: bool)
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(process, number)
                     time.sleep(0.05)
-                time.sleep(2.5 if number == signal.SIGSTOP else 0.0)
+                time.sleep(4.0 if number == signal.SIGSTOP else 0.0)
         result = job.wait(timeout=120.0)
     assert result.returncode == 0, result.text
     assert result.text.count("rank has trained") == 2

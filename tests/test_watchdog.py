@@ -175,33 +175,6 @@ def test_the_start_of_mpi_is_watched() -> None:
     assert 'File "<string>", line 5 in <module>' in ended.stderr
 
 
-@pytest.mark.parametrize("part", ["start", "end"])
-def test_a_process_stopped_in_the_start_or_the_end_of_mpi_goes_on(part: str) -> None:
-    """A scheduler stops the shell that counts too."""
-    times = {
-        "start": "with Watchdog(Tracer(), None, 1.5).guard_start():\n    stop()\n",
-        "end": "from mpisign.alarm import ring\nshell = ring(1.5, '')\nstop()\nshell.kill()\nshell.wait()\n",
-    }
-    program = (
-        "import time\n"
-        "from mpisign.trace import Tracer\n"
-        "from mpisign.watchdog import Watchdog\n"
-        "def stop():\n"
-        "    print('waiting', flush=True)\n"
-        "    time.sleep(0.5)\n" + times[part] + "print('went on', flush=True)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, process_group=0)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "waiting\n"
-        os.killpg(process.pid, signal.SIGSTOP)
-        time.sleep(2.5)
-        os.killpg(process.pid, signal.SIGCONT)
-        assert (process.communicate(timeout=60)[0], process.returncode) == ("went on\n", 0)
-    finally:
-        process.kill()
-
-
 def test_a_wait_in_which_the_process_was_stopped_lasts_as_much_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks are neither stopped nor continued at one moment; but who never comes is told in any case."""
     now, ended = 0.0, []

@@ -303,13 +303,13 @@ class Host(Backend):
         # Not by torch, whose sums depend on the number of threads and the processor.
         numbers = (values if values.dtype in NUMPY_DTYPES else values.float()).numpy()
         with np.errstate(over="ignore", invalid="ignore"):
-            quick = float(np.add.reduce(numbers))
-            return quick if math.isfinite(quick) else float(np.add.reduce(numbers, dtype=np.float64))
+            quick = float(numbers.sum())
+            return quick if math.isfinite(quick) else float(numbers.sum(dtype=np.float64))
 
     def norm(self, values: Sequence[Tensor]) -> Tensor:
         squares = (np.square(v[span].double().numpy()) for v in values for span in self.blocks(v.numel()))
         with np.errstate(over="ignore", invalid="ignore"):
-            total = sum(float(np.add.reduce(square)) for square in squares)
+            total = sum(float(square.sum()) for square in squares)
         return torch.tensor(math.sqrt(total), dtype=torch.float64, device="cpu")
 
     def at_least(self, values: Tensor, threshold: Tensor) -> Tensor:

@@ -65,7 +65,10 @@ class Functions:
 
 def checksum() -> int:
     """Of the sources, as setup.py gives it to the compiler."""
-    return functools.reduce(lambda value, path: zlib.crc32(path.read_bytes(), value), SOURCES, 0)
+    value = 0
+    for path in SOURCES:
+        value = zlib.crc32(path.read_bytes(), value)
+    return value
 
 
 @functools.cache

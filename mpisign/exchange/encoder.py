@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from operator import is_
 
@@ -121,7 +120,7 @@ class Encoder:
         for segment in self.segments:
             own = [value for field, value in self.state(segment).items() if field not in common]
             if own:
-                bad = functools.reduce(torch.logical_or, [~torch.isfinite(value) for value in own])
+                bad = ~torch.stack([torch.isfinite(value) for value in own]).all(0)
                 for value in own:
                     value[bad] = 0
 

@@ -15,6 +15,7 @@ import numpy as np
 
 import mpisign
 from mpisign import encoding
+from mpisign import joining as ways_in
 from mpisign import session as sessions
 from mpisign.checkpoint import saving
 from mpisign.session import current
@@ -166,15 +167,15 @@ def attack(
         stack.enter_context(_impatient(others))
         if joining:
             leave(comm)
-            duplicate = sessions._duplicate
+            duplicate = ways_in._duplicate
 
             def mine(*args: Any) -> Any:
                 nonlocal line
                 line = Line(duplicate(*args), number, change, others)
                 return line
 
-            stack.callback(setattr, sessions, "_duplicate", duplicate)
-            sessions._duplicate = mine  # type: ignore[assignment]
+            stack.callback(setattr, ways_in, "_duplicate", duplicate)
+            ways_in._duplicate = mine  # type: ignore[assignment]
         else:
             session = current()
             line = Line(session.group.comm, number, change, others)

@@ -1,0 +1,91 @@
+"""How ranks come together: what :func:`mpisign.init` is told, compared, and their first group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from mpisign.errors import ConsistencyError, OptionError
+from mpisign.group import Group, check_node_map
+from mpisign.policy import check_choice, check_positive
+from mpisign.presence import Presence
+from mpisign.trace import Tracer
+from mpisign.vigil import ON_DEAD_TRAINING
+from mpisign.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["joined", "told_options", "wrong_options"]
+
+
+def wrong_options(times: dict[str, float | None], on_dead_training: str) -> OptionError | None:
+    """What is wrong with them. Only this rank may have been told it, and the others must hear of it first."""
+    try:
+        for name, seconds in times.items():
+            if seconds is not None:
+                check_positive(name, seconds, " of seconds, or None for never")
+        check_choice("on_dead_training", on_dead_training, ON_DEAD_TRAINING)
+    except OptionError as error:
+        return error
+    return None
+
+
+def joined(
+    comm: MPI.Comm, watchdog: Watchdog, tracer: Tracer, node_of: Sequence[int] | None, wrong: OptionError | None
+) -> Group:
+    """The job's first group. **Collective.** Raises ``wrong``, and an error on the others, who may try again."""
+    places = None
+    try:
+        places = check_node_map(node_of, comm.Get_size())
+    except OptionError as error:
+        wrong = error
+    identity = comm.Get_rank() if wrong is None else -1
+    try:
+        return Group.form(_duplicate(comm, watchdog, tracer), watchdog, places, 0, identity, _has_gpu())
+    except ConsistencyError:
+        if wrong is not None:
+            raise wrong from None
+        raise
+
+
+def told_options(code: int, other: int) -> str:
+    """The options that a rank has told, as far as they differ from another's."""
+    mine, theirs = [(f"pickle={bool(its & 1)}", f"on_dead_training={_choice(its >> 1)}") for its in (code, other)]
+    return ", ".join(here for here, there in zip(mine, theirs, strict=True) if here != there)
+
+
+def _choice(place: int) -> str:
+    return repr(ON_DEAD_TRAINING[place]) if 0 <= place < len(ON_DEAD_TRAINING) else "something unknown"
+
+
+def _duplicate(comm: MPI.Comm, watchdog: Watchdog, tracer: Tracer) -> MPI.Comm:
+    """A private communicator of the same ranks; the first thing that all ranks do together. **Collective.**"""
+    watchdog.comm, watchdog.rank, watchdog.size = comm, comm.Get_rank(), comm.Get_size()
+    presence = Presence(comm)
+    with tracer.span("init()"):
+        mine, request = comm.Idup()
+        watchdog.wait(watchdog.post(request, mine), presence)
+        watchdog.comm = mine
+        of_mine = Presence(mine)
+        watchdog.wait(watchdog.post(mine.Ibarrier()), of_mine)
+    with watchdog.guard("init()"):  # nothing of this must be left on the communicators
+        presence.drain()
+        of_mine.drain()
+    return mine
+
+
+def _has_gpu() -> bool:
+    """Whether torch can use one. NVML knows; CUDA, once asked, heeds no CUDA_VISIBLE_DEVICES and survives no fork."""
+    variable = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        return torch.cuda.is_available()
+    finally:
+        os.environ.pop(variable)
+        if before is not None:
+            os.environ[variable] = before
