@@ -25,7 +25,8 @@ def step(optimizer: Optimizer) -> None:
     """Let a wrapped optimizer apply what is decided. Raises :class:`OptionError` if it asks for a closure."""
     _told.add(optimizer)
     try:
-        optimizer.step()
+        with torch.inference_mode(False):  # what it keeps could not be changed outside of that mode
+            optimizer.step()
     except Exception as error:
         if "closure" in str(error):  # some only say so when they are called without
             raise wants_closure(optimizer) from error

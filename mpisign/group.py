@@ -82,7 +82,8 @@ class Group:
         rank = comm.rank
         unfit = np.flatnonzero(heard[:, 0] < 0).tolist()
         if unfit:
-            comm.Free()
+            with watchdog.guard("MPI_Comm_free"):
+                comm.Free()
             raise ConsistencyError(
                 f"ranks {unfit} were given options that cannot be, and say which (this is rank {rank})"
             )

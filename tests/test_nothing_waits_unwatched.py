@@ -24,6 +24,7 @@ UNGUARDED = {
     ("presence.py", "listen"),  # a message that is here, or a notice of some bytes
     ("presence.py", "drain"),  # its callers guard it
     ("cuts.py", "block_type"),  # Free of a datatype is no communication
+    ("cuts.py", "_free"),  # likewise
 }
 APART = {"attacks.py"}  # for experiments; nothing of the library
 
