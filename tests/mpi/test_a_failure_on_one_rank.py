@@ -113,7 +113,7 @@ CASES: dict[str, Case] = {
         lambda odd, _: mpisign.broadcast_parameters({"it": 3} if odd else linear().state_dict()),  # type: ignore[dict-item]
         OptionError,
         OptionError,
-        "'it' is not one",
+        "'it' is a int",
     ),
     "an optimizer that is none": (
         lambda odd, _: mpisign.broadcast_optimizer_state(None if odd else optimizer_of(linear())),  # type: ignore[arg-type]
