@@ -131,6 +131,28 @@ def test_tensors_of_other_sizes_are_refused() -> None:
             backend.bitmaps([64], [words], [None], [0]).unpack([torch.zeros(size) for size in sizes])
 
 
+@needs_library
+def test_bitmaps_that_are_none_are_refused() -> None:
+    """Where NumPy would raise, or copy, C would write beside them."""
+    backend = backends.backend_for(torch.device("cpu"))
+    good, values = torch.zeros(2, dtype=backends.WORD), torch.ones(64)
+    planes = torch.zeros((2, 4), dtype=backends.WORD)
+    for wrong in (torch.zeros(1, dtype=backends.WORD), torch.zeros(2), torch.zeros(4, dtype=backends.WORD)[::2]):
+        for call in (
+            lambda wrong: backend.pack(values, wrong),
+            lambda wrong: backend.pack(values, good, zeros="rows", nonzero=wrong),
+            lambda wrong: backend.unpack(wrong, values),
+            lambda wrong: backend.bitmaps([64], [good], [None], [0]).apply([values], [1.0], [0.0], [wrong]),
+            lambda wrong: backend.majority([good, wrong], good),
+            lambda wrong: backend.majority([good], good, nonzeros=[good], out_nonzero=wrong),
+            lambda wrong: backend.count([wrong], planes[:, :2]),
+            lambda wrong: backend.count([good], planes[:, ::2]),
+            lambda wrong: backend.decide_counts(planes[:, :2], 2, good, out_nonzero=wrong),
+        ):
+            with pytest.raises(ValueError, match="contiguous 32-bit words"):
+                call(wrong)
+
+
 SANITIZED = """
 import pathlib, sys
 sys.path.insert(0, sys.argv[2] + "/bitmap_contract")

@@ -14,21 +14,28 @@ from mpisign.backends import host
 from mpisign.backends.backend import Bitmaps
 from mpisign.backends.host import Host
 from mpisign.bitmap import native
-from mpisign.bitmap.host import check_counts, check_moved, check_voters
+from mpisign.bitmap.host import check_counts, check_moved, check_voters, words_for
 
 __all__ = ["BACKEND", "Native"]
 
+WORDS = (torch.int32, torch.uint32)  # the types a word may have
 
-def _addresses(tensors: Sequence[Tensor | None]) -> npt.NDArray[np.uint64]:
-    return np.array([0 if tensor is None else tensor.data_ptr() for tensor in tensors], np.uint64)
+
+def _address(bitmap: Tensor | None, k: int) -> int:
+    """Where a bitmap of ``k`` words lies, 0 for None. Raises ValueError if it is not one: C would write beside it."""
+    if bitmap is None:
+        return 0
+    if bitmap.dtype not in WORDS or bitmap.shape != (k,) or not bitmap.is_contiguous():
+        raise ValueError(f"a bitmap of {k} contiguous 32-bit words is needed, not {bitmap.dtype} {tuple(bitmap.shape)}")
+    return bitmap.data_ptr()
+
+
+def _addresses(bitmaps: Sequence[Tensor | None], k: int) -> npt.NDArray[np.uint64]:
+    return np.array([_address(bitmap, k) for bitmap in bitmaps], np.uint64)
 
 
 def _at(array: npt.NDArray[Any]) -> int:
     return array.ctypes.data
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 class _Given:
@@ -69,11 +76,16 @@ class NativeBitmaps(Bitmaps):
         self._c = functions
         pieces = np.zeros(len(elements) + 1, np.uint64)
         np.cumsum([-(-n // native.PIECE) for n in elements], out=pieces[1:])
-        fixed = [pieces, np.array(elements, np.uint64), _addresses(words), _addresses(nonzeros)]
-        fixed.append(np.array(starts, np.uint64))
+        sizes = [words_for(n) for n in elements]
+        rows, others = (
+            np.array([_address(plane, k) for plane, k in zip(planes, sizes, strict=True)], np.uint64)
+            for planes in (words, nonzeros)
+        )
+        fixed = [pieces, np.array(elements, np.uint64), rows, others, np.array(starts, np.uint64)]
         self._kept = fixed, list(words), list(nonzeros)  # C has their addresses
-        places, sizes, self._words, self._nonzeros, self._starts = map(_at, fixed)
-        self._tensors = len(elements), places, sizes
+        at, counts, self._words, self._nonzeros, self._starts = map(_at, fixed)
+        self._tensors = len(elements), at, counts
+        self._sizes = sizes
         self._values, self._averages = _Given(elements), _Given(elements)
         self._averaged: Sequence[Tensor | None] | None = None
 
@@ -129,7 +141,8 @@ class NativeBitmaps(Bitmaps):
         self._values.write(parameters)
         given, nonzeros = self._values, self._nonzeros
         if any(plane is not None for plane in moved):
-            planes = _addresses([own if its is None else its for its, own in zip(moved, self._kept[2], strict=True)])
+            every = zip(moved, self._kept[2], self._sizes, strict=True)
+            planes = np.array([_address(own if its is None else its, k) for its, own, k in every], np.uint64)
             nonzeros = _at(planes)
         numbers = np.array([rates, decays], np.float64)
         self._c.apply(
@@ -186,16 +199,16 @@ class Native(Host):
         tied: Tensor | None = None,
     ) -> int:
         check_moved(out_nonzero, ties, abstentions=nonzeros is not None)
-        signs = _addresses(ballots)
-        spoken = None if nonzeros is None else _addresses(nonzeros)
-        moved = _address(out_nonzero)
+        k = out.numel()
+        signs = _addresses(ballots, k)
+        spoken = None if nonzeros is None else _addresses(nonzeros, k)
         found: int = self._c.majority(
             len(ballots),
             _at(signs),
             0 if spoken is None else _at(spoken),
-            out.numel(),
-            out.data_ptr(),
-            moved,
+            k,
+            _address(out, k),
+            _address(out_nonzero, k),
             native.TIES[ties],
             key,
             first_word,
@@ -213,13 +226,14 @@ class Native(Host):
         self._count(len(counts), len(counts[0]), [plane for count in counts for plane in count], planes)
 
     def _count(self, counts: int, per: int, rows: Sequence[Tensor], planes: Tensor) -> None:
-        at = _addresses(rows)
+        k = planes.shape[1]
+        at = _addresses(rows, k)
         self._c.count(
             counts,
             per,
             _at(at),
-            planes.shape[1],
-            planes.data_ptr(),
+            k,
+            int(_addresses(list(planes), k)[0]),
             planes.stride(0),
             len(planes),
             native.threads(),
@@ -240,15 +254,16 @@ class Native(Host):
         check_moved(out_nonzero, ties, abstentions=not isinstance(voted, int))
         check_voters(len(yes), voted)
         everywhere, counted = (voted, ()) if isinstance(voted, int) else (0, tuple(voted))
-        rows = _addresses([*yes, *counted])
+        k = out.numel()
+        rows = _addresses([*yes, *counted], k)
         found: int = self._c.decide_counts(
             len(yes),
             len(counted),
             everywhere,
             _at(rows),
-            out.numel(),
-            out.data_ptr(),
-            _address(out_nonzero),
+            k,
+            _address(out, k),
+            _address(out_nonzero, k),
             native.TIES[ties],
             key,
             first_word,

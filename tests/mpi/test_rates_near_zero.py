@@ -104,7 +104,7 @@ def test_gradients_that_overflow_what_is_kept(comm: MPI.Comm, make: Make, exchan
 def test_a_server_whose_error_overflows_begins_it_again() -> None:
     """Or everything that it decides from then on would be infinite, and every parameter."""
     codec, context = ScaledBits(), Policy().context(0, 0)
-    message, out = torch.zeros((1, codec.length(40)), dtype=torch.int32), torch.zeros((1, 3), dtype=torch.int32)
+    message, out = (torch.zeros((1, codec.length(40)), dtype=torch.int32) for _ in range(2))
     codec.encode(torch.full((40,), 3e38), message, context, 0)
     error = torch.zeros(40)
     error[:2] = torch.tensor([3e38, -3e38])
