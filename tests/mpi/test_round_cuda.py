@@ -54,7 +54,7 @@ def train(
     seen: list[tuple[Any, ...]] = []
     with gpu_branch(gpu):
         sgd = torch.optim.SGD(tensors, lr=0.25)
-        optimizer = mpisign.DistributedSignOptimizer(sgd, ballots.named(tensors), **options)
+        optimizer = mpisign.DistributedSignOptimizer(sgd, ballots.named(tensors), apply="optimizer", **options)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1.0)
         scaler.scale(torch.zeros(()))
         for gradients in steps:
