@@ -417,13 +417,35 @@ INLINE u64 GENERATION(break_ties)(
     return tied;
 }
 
+// Counts up to 15 ballots, two at a time.
+INLINE void GENERATION(count_few)(GENERATION(Counter) * counter, const Deciding *task, u64 start, u32 words) {
+    static const u32 nobody[WORDS_BLOCK];
+    u32 *restrict ones = counter->planes[0], *restrict twos = counter->planes[1];
+    u32 *restrict fours = counter->planes[2], *restrict eights = counter->planes[3];
+    counter->used = 4;
+    for (u32 i = 0; i < 4; ++i) memset(counter->planes[i], 0, words * sizeof *ones);
+    for (u64 v = 0; v < task->ballots; v += 2) {
+        const u32 *a = task->rows[v] + start, *b = v + 1 < task->ballots ? task->rows[v + 1] + start : nobody;
+        for (u32 w = 0; w < words; ++w) {
+            const u32 either = a[w] ^ b[w], two = (a[w] & b[w]) | (ones[w] & either);
+            ones[w] ^= either;
+            const u32 four = twos[w] & two;
+            twos[w] ^= two;
+            eights[w] ^= fours[w] & four;
+            fours[w] ^= four;
+        }
+    }
+}
+
 static u64 GENERATION(majority_part)(const Deciding *task, u64 start, u32 words) {
     GENERATION(Counter) yes, no;
     u32 carry[WORDS_BLOCK], equal[WORDS_BLOCK], voted[WORDS_BLOCK], decided[WORDS_BLOCK];
     const bool abstain = task->nonzeros != NULL;
     yes.used = no.used = 0;
     for (u32 w = 0; w < words; ++w) equal[w] = 0xffffffff, decided[w] = 0, voted[w] = abstain ? 0 : 0xffffffff;
-    for (u64 v = 0; v < task->ballots; ++v) {
+    const bool few = !abstain && task->ballots < 16;
+    if (few) GENERATION(count_few)(&yes, task, start, words);
+    for (u64 v = few ? task->ballots : 0; v < task->ballots; ++v) {
         const u32 *restrict ballot = task->rows[v] + start;
         memcpy(carry, ballot, words * sizeof *carry);
         GENERATION(add)(&yes, carry, words, 0);
