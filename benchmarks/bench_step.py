@@ -69,7 +69,7 @@ def main() -> None:
             (mpisign.signum(momentum=0.9), SGD(model.parameters, lr=LR)),
             (mpisign.signsgd(), SGD(model.parameters, lr=LR)),
             (mpisign.lion(), SGD(model.parameters, lr=LR)),
-            (mpisign.mean(), sgd),
+            (mpisign.mean(), SGD(model.parameters, lr=LR, momentum=0.9)),
         )
     ]
     if native.library() is not None:

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, device: torch.device, gpu: str, comm: MPI.Comm
     steps = [
         model.step(mpisign.signsgd(), SGD(model.parameters, lr=LR), args.exchange),
         model.step(mpisign.signum(momentum=0.9), SGD(model.parameters, lr=LR), args.exchange),
-        model.step(mpisign.mean(), sgd, args.exchange),
+        model.step(mpisign.mean(), SGD(model.parameters, lr=LR, momentum=0.9), args.exchange),
         Contender(FLOOR, "`SGD(momentum=0.9).step()`, no exchange", at_rest(sgd.step, device), model.restore),
     ]
     times = measure(steps, args.rounds, args.warmup, comm)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mpisign.cuts import block_type, cut, together
+from mpisign.cuts import block_type, cut, free_with, together
 from mpisign.exchange.staging import Buffer
 from mpisign.group import Group
 from mpisign.session import Session
@@ -43,6 +43,7 @@ class AllGather:
             (at, block_type(item, 1, width, width, width), block_type(item, 1, width, width, whole))
             for at, width in cut(whole, item.itemsize)
         ]
+        free_with(self, [its for _, *types in self._parts for its in types])
         self.bytes_sent = (group.size - 1) * self._message.nbytes
 
     def push(self) -> None:
@@ -51,10 +52,13 @@ class AllGather:
     def post(self, session: Session) -> Pending:
         self._message.ready()
         comm, message, received = session.group.phases[1], self._message.mpi, self._received.mpi
-        posted = [
-            comm.Iallgather([message[start:], 1, of_mine], [received[start:], 1, of_each])
-            for start, of_mine, of_each in self._parts
-        ]
+        if len(self._parts) == 1:  # nothing is cut, and MPI is quicker where it need not know of gaps
+            posted = [comm.Iallgather(message, received)]
+        else:
+            posted = [
+                comm.Iallgather([message[start:], 1, of_mine], [received[start:], 1, of_each])
+                for start, of_mine, of_each in self._parts
+            ]
         return session.post(together(posted), self)
 
     def heard(self) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]:

@@ -66,6 +66,7 @@ class TwoPhase:
             )
             for at, width in cut(shard, planes_down * ranks * item.itemsize)
         ]
+        self._one_plane = planes_up == 1, planes_down == 1
         free_with(self, [its for _, *types in (*self._up, *self._down) for its in types])
         self.bytes_sent = (ranks - 1) * shard * dtype.itemsize * (planes_up + planes_down)
 
@@ -75,10 +76,13 @@ class TwoPhase:
     def post(self, session: Session) -> Pending:
         self._outgoing.ready()
         comm, outgoing, incoming = session.group.phases[1], self._outgoing.mpi, self._incoming.mpi
-        posted = [
-            comm.Ialltoall([outgoing[start:], 1, of_all], [incoming[start:], 1, of_one])
-            for start, of_all, of_one in self._up
-        ]
+        if len(self._up) == 1:  # nothing is cut, and MPI is quicker where it need not know of gaps
+            posted = [comm.Ialltoall(outgoing if self._one_plane[0] else [outgoing, 1, self._up[0][1]], incoming)]
+        else:
+            posted = [
+                comm.Ialltoall([outgoing[start:], 1, of_all], [incoming[start:], 1, of_one])
+                for start, of_all, of_one in self._up
+            ]
         return session.post(together(posted), self)
 
     def heard(self) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]:
@@ -89,10 +93,13 @@ class TwoPhase:
         self._verdict.push()
         self._verdict.ready()
         comm, verdict, everyones = session.group.phases[2], self._verdict.mpi, self._spread.mpi
-        posted = [
-            comm.Iallgather([verdict[start:], 1, of_one], [everyones[start:], 1, of_all])
-            for start, of_one, of_all in self._down
-        ]
+        if len(self._down) == 1:
+            posted = [comm.Iallgather(verdict, everyones if self._one_plane[1] else [everyones, 1, self._down[0][2]])]
+        else:
+            posted = [
+                comm.Iallgather([verdict[start:], 1, of_one], [everyones[start:], 1, of_all])
+                for start, of_one, of_all in self._down
+            ]
         return session.post(together(posted), self)
 
     def landed(self) -> None:
