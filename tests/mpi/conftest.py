@@ -46,6 +46,12 @@ class OneRun:
         print(f"\n{title:=^120}\n{details}\n{title:=^120}", file=self.stderr, flush=True)
         self.comm.Abort(1)
 
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """What is marked as ``few`` hardly depends on the number of ranks."""
+        for item in items:
+            if item.get_closest_marker("few") and self.comm.size > 2:
+                item.add_marker(pytest.mark.skip(reason="on 1 and 2 ranks"))
+
     def pytest_plugin_registered(self, plugin: object, plugin_name: str, manager: pytest.PytestPluginManager) -> None:
         if plugin_name == "terminalreporter" and self.comm.rank != 0:
             manager.unregister(plugin)

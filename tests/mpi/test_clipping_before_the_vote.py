@@ -19,7 +19,7 @@ from .steps import assert_same_everywhere, drawn, model, step, wrap
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.few]
 
 NORM = 2.5
 SMALL = 64 / (1 << 20)  # MiB of a bucket: several messages

@@ -16,7 +16,8 @@ from mpisign import attacks, checkpoint
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-pytestmark = [pytest.mark.mpi, pytest.mark.filterwarnings("default")]  # Dynamo warns of much that it meets
+# Dynamo warns of much that it meets.
+pytestmark = [pytest.mark.mpi, pytest.mark.few, pytest.mark.filterwarnings("default")]
 Train = Callable[[], object]
 compiled = functools.partial(torch.compile, backend="eager")  # which needs no compiler, and traces all the same
 

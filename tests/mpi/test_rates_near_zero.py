@@ -23,7 +23,7 @@ from .steps import assert_same_everywhere, drawn, model, step, wrap
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.few]
 
 NEAR_ZERO = [1e-31, 1e-40, 1e-45, 1e-310, 5e-324, -1e-320]
 GPU = pytest.mark.parametrize("gpu", [False, pytest.param(True, marks=needs_compiler)], ids=["host", "cuda"])

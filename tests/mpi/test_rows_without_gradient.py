@@ -16,7 +16,7 @@ from mpisign.rules import BallotRule
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.few]
 
 RATE = 1e-3
 STEPS = 100

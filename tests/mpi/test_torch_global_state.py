@@ -24,7 +24,7 @@ from .steps import drawn, wrap
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.few]
 
 SHAPES = ((181, 182), (33,), (7, 9))  # the first is large enough for torch to share it among threads
 

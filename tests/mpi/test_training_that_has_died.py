@@ -17,7 +17,7 @@ from .wrapped import NAN, assert_equal_on_all_ranks, wrap
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.few]
 
 
 @pytest.fixture
