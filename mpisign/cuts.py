@@ -5,6 +5,7 @@ MPI 4 has larger counts, but Open MPI 5 is none. Every message is cut by this mo
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -64,9 +65,8 @@ def free_with(owner: object, types: Sequence[MPI.Datatype]) -> None:
 
 
 def _free(types: Sequence[MPI.Datatype]) -> None:
-    from mpi4py import MPI
-
-    if MPI.Is_finalized():
+    MPI = sys.modules.get("mpi4py.MPI")  # noqa: N806 - what has made them; a clean-up imports nothing
+    if MPI is None or MPI.Is_finalized():
         return
     if MPI.Query_thread() == MPI.THREAD_MULTIPLE or MPI.Is_thread_main():  # Python may clean up in any thread
         for its in types:

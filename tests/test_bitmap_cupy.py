@@ -18,7 +18,7 @@ pytestmark = [
 
 TESTS = Path(__file__).parent
 EVERY_KERNEL = "across_blocks or huge or thousands or momentum or unpack or 1_to_70 or hundreds or count or agreement"
-EVERY_KERNEL += " or without_a_one"
+EVERY_KERNEL += " or without_a_one or applies"
 
 
 def with_fake_cuda(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -60,7 +60,7 @@ def test_two_ranks(tmp_path: Path) -> None:
         assert len(run["losses"]) == 3 * 23, "719 images a rank, 32 a step"
         assert run["losses"][0] > 2
         assert min(run["losses"]) < 0.5
-    assert data["bytes_ratio"] == pytest.approx(32, rel=0.02)
+    assert data["bytes_ratio"] == pytest.approx(32, rel=0.03)
     first = [run["losses"][0] for run in data["runs"]]
     assert first[0] == first[1] != first[2] == first[3], "a seed is one set of weights and batches, for both trainings"
 
