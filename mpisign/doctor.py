@@ -256,7 +256,7 @@ def _kernels(device: torch.device) -> Finding:
         cupy = import_cupy()
         random = torch.Generator("cpu").manual_seed(0)
         values = torch.randn(elements, dtype=torch.float32, device="cpu", generator=random).to(device)
-        words, signs = torch.zeros(words_for(elements), dtype=WORD, device=device), torch.empty_like(values)
+        words, signs = torch.zeros(words_for(elements), dtype=WORD, device=device), torch.zeros_like(values)
         backend = backend_for(device)
         backend.pack(values, words)
         backend.unpack(words, signs)
