@@ -15,23 +15,17 @@ from mpisign.backends.backend import Bitmaps
 from mpisign.backends.host import Host
 from mpisign.bitmap import native
 from mpisign.bitmap.host import check_counts, check_moved, check_voters, words_for
+from mpisign.bitmap.kernels import FORMATS, TIES, ZEROS, address
 
 __all__ = ["BACKEND", "Native"]
 
-WORDS = (torch.int32, torch.uint32)  # the types a word may have
-
 
 def _address(bitmap: Tensor | None, k: int) -> int:
-    """Where a bitmap of ``k`` words lies, 0 for None. Raises ValueError if it is not one: C would write beside it."""
-    if bitmap is None:
-        return 0
-    if bitmap.dtype not in WORDS or bitmap.shape != (k,) or not bitmap.is_contiguous():
-        raise ValueError(f"a bitmap of {k} contiguous 32-bit words is needed, not {bitmap.dtype} {tuple(bitmap.shape)}")
-    return bitmap.data_ptr()
+    return int(address(bitmap, k))
 
 
 def _addresses(bitmaps: Sequence[Tensor | None], k: int) -> npt.NDArray[np.uint64]:
-    return np.array([_address(bitmap, k) for bitmap in bitmaps], np.uint64)
+    return np.array([address(bitmap, k) for bitmap in bitmaps], np.uint64)
 
 
 def _at(array: npt.NDArray[Any]) -> int:
@@ -58,7 +52,7 @@ class _Given:
         self._at[:] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         if dtypes != self.dtypes:
-            self._formats[:] = [0 if dtype is None else native.FORMATS[dtype] for dtype in dtypes]
+            self._formats[:] = [0 if dtype is None else FORMATS[dtype] for dtype in dtypes]
             self.dtypes = dtypes
 
 
@@ -78,7 +72,7 @@ class NativeBitmaps(Bitmaps):
         np.cumsum([-(-n // native.PIECE) for n in elements], out=pieces[1:])
         sizes = [words_for(n) for n in elements]
         rows, others = (
-            np.array([_address(plane, k) for plane, k in zip(planes, sizes, strict=True)], np.uint64)
+            np.array([address(plane, k) for plane, k in zip(planes, sizes, strict=True)], np.uint64)
             for planes in (words, nonzeros)
         )
         fixed = [pieces, np.array(elements, np.uint64), rows, others, np.array(starts, np.uint64)]
@@ -124,7 +118,7 @@ class NativeBitmaps(Bitmaps):
         return first
 
     def _to(self, zeros: str, key: int) -> tuple[int, ...]:
-        return self._words, self._nonzeros, self._starts, native.ZEROS[zeros], key, native.threads()
+        return self._words, self._nonzeros, self._starts, ZEROS[zeros], key, native.threads()
 
     def unpack(self, outs: Sequence[Tensor | None]) -> None:
         self._values.write(outs)
@@ -142,7 +136,7 @@ class NativeBitmaps(Bitmaps):
         given, nonzeros = self._values, self._nonzeros
         if any(plane is not None for plane in moved):
             every = zip(moved, self._kept[2], self._sizes, strict=True)
-            planes = np.array([_address(own if its is None else its, k) for its, own, k in every], np.uint64)
+            planes = np.array([address(own if its is None else its, k) for its, own, k in every], np.uint64)
             nonzeros = _at(planes)
         numbers = np.array([rates, decays], np.float64)
         self._c.apply(
@@ -209,7 +203,7 @@ class Native(Host):
             k,
             _address(out, k),
             _address(out_nonzero, k),
-            native.TIES[ties],
+            TIES[ties],
             key,
             first_word,
             native.threads(),
@@ -264,7 +258,7 @@ class Native(Host):
             k,
             _address(out, k),
             _address(out_nonzero, k),
-            native.TIES[ties],
+            TIES[ties],
             key,
             first_word,
             native.threads(),

@@ -136,7 +136,7 @@ def stream(device: torch.device) -> Any:
 
 
 def address(bitmap: torch.Tensor | None, k: int) -> np.uint64:
-    """Where a bitmap of ``k`` words lies, 0 for None. Raises ValueError if it is not one: kernels would not notice."""
+    """Where a bitmap of ``k`` words lies, 0 for None. Raises ValueError if it is not one: nobody else would notice."""
     if bitmap is not None and (bitmap.dtype not in WORDS or bitmap.shape != (k,) or not bitmap.is_contiguous()):
         raise ValueError(f"a bitmap of {k} contiguous 32-bit words is needed, not {bitmap.dtype} {tuple(bitmap.shape)}")
     pointer: np.uint64 = np.uint64(0 if bitmap is None else bitmap.data_ptr())

@@ -29,9 +29,9 @@ typedef uint64_t u64;
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 
-enum { FLOAT32, FLOAT64, FLOAT16, BFLOAT16 };                   // native.FORMATS
-enum { ZEROS_POSITIVE = 1, ZEROS_COIN = 2, ZEROS_SPOKEN = 4 };  // native.ZEROS
-enum { TIES_COIN, TIES_POSITIVE, TIES_ZERO };                   // native.TIES
+enum { FLOAT32, FLOAT64, FLOAT16, BFLOAT16 };                   // kernels.FORMATS
+enum { ZEROS_COIN = 1, ZEROS_POSITIVE = 2, ZEROS_SPOKEN = 4 };  // kernels.ZEROS
+enum { TIES_COIN, TIES_POSITIVE, TIES_ZERO };                   // kernels.TIES
 enum { PIECE = 1 << 16, BLOCK = 1024, BLOCK_WORDS = BLOCK / 32 };  // elements
 enum { WORDS_PIECE = 1 << 14, WORDS_BLOCK = 512 };              // words
 enum { MOST_PLANES = 33, MOST_THREADS = 256, LEAST_PIECES = 4 };  // of a thread: less is done before it has begun

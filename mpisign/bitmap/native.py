@@ -14,9 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mpisign.bitmap.tensors import DTYPES
-
-__all__ = ["FORMATS", "LIBRARY", "PIECE", "SOURCES", "TIES", "VARIABLE", "ZEROS", "absence", "choose", "library"]
+__all__ = ["LIBRARY", "PIECE", "SOURCES", "VARIABLE", "absence", "choose", "library"]
 
 VARIABLE = "MPISIGN_NATIVE"
 LIBRARY = Path(__file__).with_name("libmpisign.so")
@@ -24,11 +22,6 @@ SOURCES = (Path(__file__).with_name("native.c"), Path(__file__).with_name("nativ
 
 PIECE = 1 << 16
 """Elements that a thread takes at once."""
-
-FORMATS = {dtype: code for code, dtype in enumerate(DTYPES)}
-ZEROS = {"positive": 1, "coin": 2, "abstain": 4, "rows": 6}
-TIES = {"coin": 0, "positive": 1, "zero": 2}
-"""The codes of C's enumerations."""
 
 _POINTER, _U32, _U64, _DOUBLE = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_double
 _TENSORS = [_U64, _POINTER, _POINTER]

@@ -417,6 +417,18 @@ INLINE u64 GENERATION(break_ties)(
     return tied;
 }
 
+// Writes a decision, and returns how many were tied: those that are `equal` and have been voted on.
+INLINE u64 GENERATION(finish)(
+    const Deciding *task, u64 start, u32 words, u32 *restrict equal, const u32 *restrict voted,
+    u32 *restrict decided, bool can_tie) {
+    for (u32 w = 0; w < words; ++w) equal[w] = can_tie ? equal[w] & voted[w] : 0;
+    u32 *moved = task->moved ? task->moved + start : NULL;
+    const u64 tied =
+        GENERATION(break_ties)(equal, voted, decided, moved, words, task->ties, task->first_word + start);
+    memcpy(task->out + start, decided, words * sizeof *decided);
+    return tied;
+}
+
 // Counts up to 15 ballots, two at a time.
 INLINE void GENERATION(count_few)(GENERATION(Counter) * counter, const Deciding *task, u64 start, u32 words) {
     static const u32 nobody[WORDS_BLOCK];
@@ -470,13 +482,7 @@ static u64 GENERATION(majority_part)(const Deciding *task, u64 start, u32 words)
             equal[w] &= ~(more ^ less);
         }
     }
-    const bool can_tie = abstain || task->ballots % 2 == 0;
-    for (u32 w = 0; w < words; ++w) equal[w] = can_tie ? equal[w] & voted[w] : 0;
-    u32 *moved = task->moved ? task->moved + start : NULL;
-    const u64 tied =
-        GENERATION(break_ties)(equal, voted, decided, moved, words, task->ties, task->first_word + start);
-    memcpy(task->out + start, decided, words * sizeof *decided);
-    return tied;
+    return GENERATION(finish)(task, start, words, equal, voted, decided, abstain || task->ballots % 2 == 0);
 }
 
 // Counts bitmaps (`per` is 1), or adds counts of `per` planes each, into the task's planes.
@@ -520,13 +526,7 @@ static u64 GENERATION(decide_counts_part)(const Deciding *task, u64 start, u32 w
             equal[w] &= ~(twice ^ every);
         }
     }
-    const bool can_tie = all || task->ballots % 2 == 0;
-    for (u32 w = 0; w < words; ++w) equal[w] = can_tie ? equal[w] & voted[w] : 0;
-    u32 *moved = task->moved ? task->moved + start : NULL;
-    const u64 tied =
-        GENERATION(break_ties)(equal, voted, decided, moved, words, task->ties, task->first_word + start);
-    memcpy(task->out + start, decided, words * sizeof *decided);
-    return tied;
+    return GENERATION(finish)(task, start, words, equal, voted, decided, all || task->ballots % 2 == 0);
 }
 
 static const Loops GENERATION(loops) = {
