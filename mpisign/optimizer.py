@@ -154,28 +154,21 @@ class DistributedSignOptimizer(Wrapper):
             ConsistencyError: ranks differ in layout, in options, or are at different steps; the message names them.
             DeadTrainingError: see :func:`mpisign.init`.
         """
-        self._synchronize(alone=True)
+        with plain():
+            plan = self._told_plan(votes=True)
+            if plan.exchanges_models:
+                raise SynchronizationError(
+                    f"{self.method.name} exchanges parameters after the step, so there are no gradients to "
+                    f"synchronize: call optimizer.step()"
+                )
+            self._synchronize(plan, alone=True)
 
-    @plain()
-    def _synchronize(self, *, alone: bool) -> bool:
+    def _synchronize(self, plan: Plan, *, alone: bool) -> bool:
         """Vote. Returns whether the decision has been applied.
 
         Args:
             alone: not as a part of ``step()``: the decision is wanted, and a GradScaler may come yet.
         """
-        with current("DistributedSignOptimizer.step()").telling("step()"):
-            if self._synchronized:
-                raise SynchronizationError(
-                    "synchronize() was called twice for the same gradients, which would vote on votes: apply them with "
-                    "`with optimizer.skip_synchronize(): optimizer.step()`, or drop them with optimizer.zero_grad(); "
-                    "model.zero_grad() does not tell the optimizer"
-                )
-            plan = self._current_plan()
-        if plan.exchanges_models:
-            raise SynchronizationError(
-                f"{self.method.name} exchanges parameters after the step, so there are no gradients to synchronize: "
-                f"call optimizer.step()"
-            )
         changing = [method for method in self._methods() if method.by_epoch]
         if self._epoch is None and changing:
             wrapping.warn_of_epochs(changing[0])
@@ -231,12 +224,17 @@ class DistributedSignOptimizer(Wrapper):
             loss = None if closure is None else closure()
         with operation("DistributedSignOptimizer.step()"):
             try:
-                with plain():
-                    mixes = not self._skip and self._told_plan().exchanges_models
-                if mixes:
-                    self._step_and_mix()
-                    return loss
-                applied = self._synchronize_if_due()
+                if self._skip:
+                    self._check_synchronized()
+                    applied = False
+                else:
+                    with plain():
+                        plan = self._told_plan(votes=True)
+                    if plan.exchanges_models:
+                        self._step_and_mix(plan)
+                        return loss
+                    with plain():
+                        applied = self._synchronize(plan, alone=False)
             except BaseException:
                 for left in ("found_inf", "grad_scale"):  # GradScaler takes them back only if step() returns
                     self.__dict__.pop(left, None)
@@ -248,15 +246,13 @@ class DistributedSignOptimizer(Wrapper):
                 applying.step(self.wrapped)
         return loss
 
-    def _step_and_mix(self) -> None:
+    def _step_and_mix(self, plan: Plan) -> None:
         """A step on this rank's own gradient, unless it is not finite, and then the exchange of models."""
-        with plain():
-            plan = self._current_plan()
-            with current().telling("step()"):
-                abstention, unscale = self._loss_scale.says(self)
-                finite = abstention == header.VOTES
-                finite = finite and local_update(plan, self._exchanges, plan.gradients.read(), unscale)
-                self._checks.stepped(finite)
+        with plain(), current().telling("step()"):
+            abstention, unscale = self._loss_scale.says(self)
+            finite = abstention == header.VOTES
+            finite = finite and local_update(plan, self._exchanges, plan.gradients.read(), unscale)
+            self._checks.stepped(finite)
         if finite:
             with current().telling("step()"):
                 applying.step(self.wrapped)
@@ -264,10 +260,8 @@ class DistributedSignOptimizer(Wrapper):
         with plain():
             self._exchange(plan, plan.gradients.models(), header.VOTES, 1.0, ModelSink(plan.layout))
 
-    def _synchronize_if_due(self) -> bool:
-        """Returns whether the decision has been applied already."""
-        if not self._skip:
-            return self._synchronize(alone=False)
+    def _check_synchronized(self) -> None:
+        """Raise :class:`SynchronizationError` unless gradients are decisions, without a loss scale."""
         if not self._synchronized:
             raise SynchronizationError(
                 "step() under skip_synchronize() without synchronize() would apply this rank's own gradient and the "
@@ -275,7 +269,6 @@ class DistributedSignOptimizer(Wrapper):
             )
         plan = self._current_plan()
         self._loss_scale.check(all(isinstance(m.rule, BallotRule) for m in plan.layout.methods), self)
-        return False
 
     def set_epoch(self, epoch: int) -> None:
         """Tell methods that change with the epoch (DGC's warm-up) where training is, on every rank, from 0."""
@@ -354,9 +347,19 @@ class DistributedSignOptimizer(Wrapper):
             self._plan.use.over()
         self._plan = None
 
-    def _told_plan(self) -> Plan:
-        """The same at the beginning of what all ranks do: if there can be none here, all are told. **Collective.**"""
+    def _told_plan(self, *, votes: bool = False) -> Plan:
+        """The same at the beginning of what all ranks do: if there can be none here, all are told. **Collective.**
+
+        Args:
+            votes: on gradients that must be none of an earlier vote's decisions.
+        """
         with current("DistributedSignOptimizer.step()").telling("step()"):
+            if votes and self._synchronized:
+                raise SynchronizationError(
+                    "synchronize() was called twice for the same gradients, which would vote on votes: apply them with "
+                    "`with optimizer.skip_synchronize(): optimizer.step()`, or drop them with optimizer.zero_grad(); "
+                    "model.zero_grad() does not tell the optimizer"
+                )
             return self._current_plan()
 
     def _methods(self) -> list[Method]:
