@@ -6,6 +6,7 @@ Bytes sent per rank: (M - 1) * message. One latency. Nobody is trusted to count.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -39,11 +40,17 @@ class AllGather:
         self._messages = list(self.received)
         self.decision = torch.zeros((planes_down, length), dtype=dtype, device=device)
         whole, item = planes_up * length, self._message.item
-        self._parts = [  # where each begins, and what it is of this rank's message, and of each rank's
-            (at, block_type(item, 1, width, width, width), block_type(item, 1, width, width, whole))
-            for at, width in cut(whole, item.itemsize)
-        ]
-        free_with(self, [its for _, *types in self._parts for its in types])
+        self._operations: list[tuple[Any, Any]] = [(self._message.mpi, self._received.mpi)]
+        if len(parts := list(cut(whole, item.itemsize))) > 1:
+            types = [
+                (block_type(item, 1, width, width, width), block_type(item, 1, width, width, whole))
+                for _, width in parts
+            ]
+            free_with(self, [its for both in types for its in both])
+            self._operations = [
+                ([self._message.mpi[at:], 1, of_mine], [self._received.mpi[at:], 1, of_each])
+                for (at, _), (of_mine, of_each) in zip(parts, types, strict=True)
+            ]
         self.bytes_sent = (group.size - 1) * self._message.nbytes
 
     def push(self) -> None:
@@ -51,14 +58,8 @@ class AllGather:
 
     def post(self, session: Session) -> Pending:
         self._message.ready()
-        comm, message, received = session.group.phases[1], self._message.mpi, self._received.mpi
-        if len(self._parts) == 1:  # nothing is cut, and MPI is quicker where it need not know of gaps
-            posted = [comm.Iallgather(message, received)]
-        else:
-            posted = [
-                comm.Iallgather([message[start:], 1, of_mine], [received[start:], 1, of_each])
-                for start, of_mine, of_each in self._parts
-            ]
+        comm = session.group.phases[1]
+        posted = [comm.Iallgather(message, received) for message, received in self._operations]
         return session.post(together(posted), self)
 
     def heard(self) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]:

@@ -10,6 +10,7 @@ A message of several planes is cut across all of them, by an MPI datatype, so th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,11 +20,18 @@ from mpisign.group import Group
 from mpisign.session import Session
 from mpisign.watchdog import Pending
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
 __all__ = ["TwoPhase"]
 
 
 class TwoPhase:
-    """One bucket's buffers and its two collectives. See :class:`mpisign.exchange.choose.Exchange`."""
+    """One bucket's buffers and its two collectives. See :class:`mpisign.exchange.choose.Exchange`.
+
+    Attributes:
+        types: MPI's datatypes that it has made, and frees.
+    """
 
     name = "two_phase"
 
@@ -49,25 +57,10 @@ class TwoPhase:
         mine = min(shard, length - self._at)
         self._messages = [message[:, :mine] for message in self.received]
         self._decided = self._verdict.tensor[:, :mine]
-        item = self._outgoing.item
-        self._up = [  # where each part begins in a shard, and what it is of all shards, and of one by itself
-            (
-                at,
-                block_type(item, planes_up, width, shard * ranks, shard),
-                block_type(item, planes_up, width, shard, planes_up * shard),
-            )
-            for at, width in cut(shard, planes_up * ranks * item.itemsize)
-        ]
-        self._down = [
-            (
-                at,
-                block_type(item, planes_down, width, shard, planes_down * shard),
-                block_type(item, planes_down, width, shard * ranks, shard),
-            )
-            for at, width in cut(shard, planes_down * ranks * item.itemsize)
-        ]
-        self._one_plane = planes_up == 1, planes_down == 1
-        free_with(self, [its for _, *types in (*self._up, *self._down) for its in types])
+        self._up = _operations(self._outgoing, self._incoming, planes_up, shard, ranks)
+        self._down = _operations(self._spread, self._verdict, planes_down, shard, ranks)
+        self.types = [its for _, _, types in (*self._up, *self._down) for its in types]
+        free_with(self, self.types)
         self.bytes_sent = (ranks - 1) * shard * dtype.itemsize * (planes_up + planes_down)
 
     def push(self) -> None:
@@ -75,14 +68,8 @@ class TwoPhase:
 
     def post(self, session: Session) -> Pending:
         self._outgoing.ready()
-        comm, outgoing, incoming = session.group.phases[1], self._outgoing.mpi, self._incoming.mpi
-        if len(self._up) == 1:  # nothing is cut, and MPI is quicker where it need not know of gaps
-            posted = [comm.Ialltoall(outgoing if self._one_plane[0] else [outgoing, 1, self._up[0][1]], incoming)]
-        else:
-            posted = [
-                comm.Ialltoall([outgoing[start:], 1, of_all], [incoming[start:], 1, of_one])
-                for start, of_all, of_one in self._up
-            ]
+        comm = session.group.phases[1]
+        posted = [comm.Ialltoall(of_all, of_one) for of_all, of_one, _ in self._up]
         return session.post(together(posted), self)
 
     def heard(self) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]:
@@ -92,14 +79,8 @@ class TwoPhase:
     def spread(self, session: Session) -> Pending:
         self._verdict.push()
         self._verdict.ready()
-        comm, verdict, everyones = session.group.phases[2], self._verdict.mpi, self._spread.mpi
-        if len(self._down) == 1:
-            posted = [comm.Iallgather(verdict, everyones if self._one_plane[1] else [everyones, 1, self._down[0][2]])]
-        else:
-            posted = [
-                comm.Iallgather([verdict[start:], 1, of_one], [everyones[start:], 1, of_all])
-                for start, of_one, of_all in self._down
-            ]
+        comm = session.group.phases[2]
+        posted = [comm.Iallgather(of_one, of_all) for of_all, of_one, _ in self._down]
         return session.post(together(posted), self)
 
     def landed(self) -> None:
@@ -108,3 +89,27 @@ class TwoPhase:
     def counts_ties_for(self, rank: int) -> bool:
         """Whether ``rank``'s count of ties enters the job's: each counts those of its own shard."""
         return True
+
+
+def _operations(
+    everyones: Buffer, owners: Buffer, planes: int, shard: int, ranks: int
+) -> list[tuple[Any, Any, list[MPI.Datatype]]]:
+    """The operations between (planes, shard * ranks) of all shards and what shard owners have, (planes, shard) each.
+
+    Usually one.
+
+    Returns:
+        What MPI is given of ``everyones`` and of ``owners`` for each, and the datatypes in them.
+    """
+    item, parts = everyones.item, list(cut(shard, planes * ranks * everyones.item.itemsize))
+    if len(parts) == 1 and planes == 1:  # MPI is quicker where it need not know of gaps
+        return [(everyones.mpi, owners.mpi, [])]
+    operations: list[tuple[Any, Any, list[MPI.Datatype]]] = []
+    for at, width in parts:
+        types = [block_type(item, planes, width, shard * ranks, shard)]
+        of_one = owners.mpi
+        if len(parts) > 1:
+            types.append(block_type(item, planes, width, shard, planes * shard))
+            of_one = [owners.mpi[at:], 1, types[1]]
+        operations.append(([everyones.mpi[at:], 1, types[0]], of_one, types))
+    return operations

@@ -34,7 +34,7 @@ def trained(make: Make, exchange: str, sums: bool = False) -> tuple[list[torch.n
         optimizer._memory.unsummed = sums
         step(optimizer, tensors, drawn(tensors, at, mpisign.rank()))
     exchanges = optimizer._plan.exchanges
-    return tensors, max(len(one._parts if one.name == "allgather" else one._up) for one in exchanges)
+    return tensors, max(len(one._operations if one.name == "allgather" else one._up) for one in exchanges)
 
 
 ONE_OF_A_KIND = {"signum", "lion", "mean", "top_k", "krum", "sto_sign", "ef_signsgd", "sparsign"}
