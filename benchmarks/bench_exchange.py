@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from mpisign.bitmap import host
 from mpisign.exchange.choose import Exchange, choose
 from mpisign.policy import Policy
 from mpisign.session import current
+from mpisign.watchdog import Pending
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -108,22 +111,22 @@ class BitExchange:
         for start, exchange in zip(self.starts, self.exchanges, strict=True):
             exchange.message[0] = ballot[start : start + cap]
 
+    def decide(self, first_word: int, messages: Sequence[torch.Tensor], out: torch.Tensor, start: int) -> None:
+        self.rule.decide(messages, out, self.context, first_word + start)
+
     def run(self) -> list[torch.Tensor]:
         """Send everything, then decide, then collect, in the order of the library's own rounds."""
-        phase_1 = []
+        on_the_way: list[Pending | None] = []
         for exchange in self.exchanges:
             exchange.push()
-            phase_1.append(exchange.post(self.session))
-        phase_2 = []
-        for first_word, exchange, pending in zip(self.starts, self.exchanges, phase_1, strict=True):
-            self.session.wait(pending)
-            messages, out, start = exchange.heard()
-            self.rule.decide(messages, out, self.context, first_word + start)
-            phase_2.append(exchange.spread(self.session))
-        for exchange, spread in zip(self.exchanges, phase_2, strict=True):
-            if spread is not None:
-                self.session.wait(spread)
-            exchange.landed()
+            on_the_way.append(exchange.post(self.session))
+        phase = 0
+        while any(pending is not None for pending in on_the_way):
+            for place, (first_word, exchange) in enumerate(zip(self.starts, self.exchanges, strict=True)):
+                if (pending := on_the_way[place]) is not None:
+                    self.session.wait(pending)
+                    on_the_way[place] = exchange.go_on(self.session, phase, functools.partial(self.decide, first_word))
+            phase += 1
         return [exchange.decision for exchange in self.exchanges]
 
 

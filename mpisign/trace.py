@@ -29,10 +29,12 @@ PHASE_OF = {
     "phase 1": "exchange",
     "decide": "decide",
     "phase 2": "exchange",
+    "phase 3": "exchange",
+    "phase 4": "exchange",
     "unpack": "unpack",
     "count of ties": "exchange",
 }
-"""The spans of a step. They do not overlap, so their sum is the step's time but for Python between them."""
+"""The spans of a step. Together, without what lies inside another, they are its time but for Python between them."""
 
 OTHER = "other calls"
 """The phase of all other spans, such as ``barrier()``."""
@@ -41,13 +43,18 @@ CAPACITY = 1 << 15  # spans, about 5 MB
 
 
 class Span(NamedTuple):
-    """Something this rank did. Times are nanoseconds of :func:`time.perf_counter_ns`; -1: of no step or message."""
+    """Something this rank did. Times are nanoseconds of :func:`time.perf_counter_ns`; -1: of no step or message.
+
+    Attributes:
+        inner: nanoseconds of spans inside it.
+    """
 
     name: str
     step: int
     message: int
     begin: int
     end: int
+    inner: int = 0
 
 
 class Tracer:
@@ -103,7 +110,7 @@ class Tracer:
         total = dict.fromkeys(PHASES, 0)
         for span in islice(reversed(self._spans), min(self._count - since, len(self._spans))):
             if span.name in PHASE_OF:
-                total[PHASE_OF[span.name]] += span.end - span.begin
+                total[PHASE_OF[span.name]] += span.end - span.begin - span.inner
         return {phase: nanoseconds * 1e-9 for phase, nanoseconds in total.items()}
 
     def where(self) -> str:
@@ -123,11 +130,12 @@ class Tracer:
 class _Open(AbstractContextManager[None]):
     """A span that has begun."""
 
-    __slots__ = ("_began", "_record", "_tracer", "message", "name")
+    __slots__ = ("_began", "_inner", "_record", "_tracer", "message", "name")
 
     def __init__(self, tracer: Tracer, name: str, message: int) -> None:
         self._tracer, self.name, self.message = tracer, name, message
         self._record: AbstractContextManager[object] | None = None
+        self._inner = 0
 
     def __enter__(self) -> None:
         self._tracer._open.append(self)
@@ -142,4 +150,6 @@ class _Open(AbstractContextManager[None]):
             self._record.__exit__(*exception)
         tracer = self._tracer
         tracer._open.remove(self)
-        tracer._ended(Span(self.name, tracer.step, self.message, self._began, ended))
+        if tracer._open:
+            tracer._open[-1]._inner += ended - self._began
+        tracer._ended(Span(self.name, tracer.step, self.message, self._began, ended, self._inner))

@@ -190,7 +190,7 @@ class Recorder:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._exchange, name)
-        if name in ("push", "post", "heard", "spread", "landed"):
+        if name in ("push", "post", "go_on"):
             self._log.append(f"{name} {self._number}")
         return found
 

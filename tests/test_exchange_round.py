@@ -194,9 +194,9 @@ def test_a_message_leaves_before_the_next_is_encoded_and_each_is_decided_when_it
         *("encode 0", "push 0", "post 0"),
         *("encode 1", "push 1", "post 1"),
         *("encode 3", "push 2", "post 2"),
-        *("wait: step 8, bucket 0, header", "wait: step 8, bucket 0, phase 1", "heard 0", "decide 0", "spread 0"),
-        *("wait: step 8, bucket 1, header", "wait: step 8, bucket 1, phase 1", "heard 1", "decide 1", "spread 1"),
-        *("wait: step 8, bucket 2, header", "wait: step 8, bucket 2, phase 1", "heard 2", "decide 3", "spread 2"),
+        *("wait: step 8, bucket 0, header", "wait: step 8, bucket 0, phase 1", "go_on 0", "decide 0"),
+        *("wait: step 8, bucket 1, header", "wait: step 8, bucket 1, phase 1", "go_on 1", "decide 1"),
+        *("wait: step 8, bucket 2, header", "wait: step 8, bucket 2, phase 1", "go_on 2", "decide 3"),
         *("sent 1", "sent 2", "sent 3"),
         "wait: step 8, count of ties",
     ]

@@ -5,12 +5,12 @@ Bytes sent per rank: (M - 1) * message. One latency. Nobody is trusted to count.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from mpisign.cuts import block_type, cut, free_with, together
+from mpisign.exchange.decider import Deciding
 from mpisign.exchange.staging import Buffer
 from mpisign.group import Group
 from mpisign.session import Session
@@ -62,15 +62,9 @@ class AllGather:
         posted = [comm.Iallgather(message, received) for message, received in self._operations]
         return session.post(together(posted), self)
 
-    def heard(self) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]:
+    def go_on(self, session: Session, phase: int, decide: Deciding) -> None:
         self._received.pull()
-        return self._messages, self.decision, 0
-
-    def spread(self, session: Session) -> None:
-        """The decision was made here."""
-
-    def landed(self) -> None:
-        """It is where it was made."""
+        decide(self._messages, self.decision, 0)
 
     def counts_ties_for(self, rank: int) -> bool:
         """Whether ``rank``'s count of ties enters the job's: here all count the same ones, so one is enough."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from mpisign.errors import OptionError
 from mpisign.exchange.allgather import AllGather
+from mpisign.exchange.decider import Deciding
 from mpisign.exchange.two_phase import TwoPhase
 from mpisign.group import Group
 from mpisign.method import Method
@@ -29,14 +29,15 @@ CAP_MB, CAP_MB_OF_GPUS = 1.0, 16.0
 
 
 class Exchange(Protocol):
-    """One bucket's way across MPI, with its buffers, which live as long as it does.
+    """One bucket's way across MPI in one or more phases, with its buffers, which live as long as it does.
 
-    ``push`` begins to bring ``message`` (planes_up, length) to where MPI reads it; ``post`` starts the first phase.
-    When that is over, ``heard`` gives what this rank has to decide: the M messages, where the decision goes, and the
-    number of its first item. ``spread`` starts the second phase, if there is one; when that is over too, and
-    ``landed`` was called, ``decision`` (planes_down, length) is valid until the next ``post``; and where every rank
-    gets every message, ``received`` (M, planes_up, length). Each is called once a step, for all buckets in the same
-    order on all ranks.
+    ``push`` begins to bring ``message`` (planes_up, length) to where MPI reads it; ``post`` starts phase 0. When a
+    phase is over, ``go_on`` does what this rank has to do then, with what ``decide`` offers, and starts the next one;
+    None says that it was the last. Now ``decision`` (planes_down, length) is valid until the next ``post``; and where
+    every rank gets every message, ``received`` (M, planes_up, length).
+
+    Phases with the same number share a communicator, so each is begun for all buckets in the same order on all ranks;
+    a bucket may be in one while the next is in an earlier one.
     """
 
     name: str
@@ -47,9 +48,7 @@ class Exchange(Protocol):
 
     def push(self) -> None: ...
     def post(self, session: Session) -> Pending: ...
-    def heard(self) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]: ...
-    def spread(self, session: Session) -> Pending | None: ...
-    def landed(self) -> None: ...
+    def go_on(self, session: Session, phase: int, decide: Deciding) -> Pending | None: ...
     def counts_ties_for(self, rank: int) -> bool: ...
 
 

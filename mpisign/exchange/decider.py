@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,10 +16,14 @@ from mpisign.memory.store import MemoryStore
 from mpisign.policy import StepContext
 from mpisign.rules import BallotRule, RecodedMean, VectorRule
 
-__all__ = ["Decider", "Run"]
+__all__ = ["Decider", "Deciding", "Run"]
 
 Run = tuple[int, int, tuple[int, ...]]
 """(start, stop, voters) of consecutive items."""
+
+
+Deciding = Callable[[Sequence[torch.Tensor], torch.Tensor, int], None]
+"""Decides items ``start .. start + out.shape[1]`` of a bucket: (the M ranks' messages of them, out, start)."""
 
 
 class Decider:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -44,16 +46,17 @@ class Flight:
     """A message on its way.
 
     Attributes:
-        header, message: its first phase; None when they are over.
+        header: until it is here.
+        pending: its phase; None when the last one is over.
+        phase: the number of it.
         heard: what the headers say, when they are here.
-        spread: its second phase, if there is one and it has begun.
     """
 
     bucket: Bucket
     header: Pending | None
-    message: Pending | None
+    pending: Pending | None
+    phase: int = 0
     heard: Heard | None = None
-    spread: Pending | None = None
 
 
 class Round:
@@ -88,7 +91,7 @@ class Round:
         self._unfit = False  # its gradients are not finite, and must not be taken in, as they could not be clipped
         self._contexts: dict[str, StepContext] = {}  # by method, after what it had to see first
         self._ties: Count = 0
-        self._reached = 0, 0  # how many flights are decided, and how many have landed
+        self._landed = 0  # how many flights are over
         self._summed = False  # sums were made anew, as ranks have come or gone: drop() must have that done again
         self.handshake: Handshake | None = None
 
@@ -146,16 +149,16 @@ class Round:
     def advance(self) -> bool:
         """Go on with what has arrived, without waiting. Returns whether all that was submitted has been decided."""
         with self._inside():
-            while self._go_on(wait=False):
+            while self._go_on():
                 pass
-        return self._reached[1] == len(self._flights)
+        return self._landed == len(self._flights)
 
     @torch.no_grad()
     def close(self) -> None:
         """Wait until every message is decided here."""
         with self._inside():
-            while self._go_on(wait=True):
-                pass
+            while under_way := [flight for flight in self._flights[self._landed :] if flight.pending is not None]:
+                self._move(min(under_way, key=attrgetter("phase")), wait=True)
 
     def drop(self) -> None:
         """Wait for what was submitted, the same on all ranks, and forget the round.
@@ -311,29 +314,22 @@ class Round:
 
     # ------------------------------------------------------------------------------------------- progress
 
-    def _go_on(self, *, wait: bool) -> bool:
-        """Bring one message one phase further, in the order of the messages. Returns whether one was."""
-        decided, landed = self._reached
-        if decided < len(self._flights):
-            flight = self._flights[decided]
-            if self._arrived(flight, wait):
-                self._decide(flight)
-                self._reached = decided + 1, landed
-                return True
-        if landed < decided:
-            flight = self._flights[landed]
-            index = flight.bucket.index
-            if flight.spread is not None:
-                with self._session.tracer.span("phase 2", index):
-                    if not self._over(flight.spread, wait):
-                        return False
-                    self._plan.exchanges[index].landed()
-            self._reached = decided, landed + 1
-            return True
-        return False
+    def _go_on(self) -> bool:
+        """Bring what has arrived one phase further, without waiting. Returns whether there was something."""
+        moved, behind = False, sys.maxsize  # a message begins no phase before those in front of it have
+        for flight in self._flights[self._landed :]:
+            if flight.pending is None:
+                continue
+            if flight.phase < behind:
+                moved |= self._move(flight, wait=False)
+                if flight.pending is not None:
+                    behind = flight.phase
+            if behind == 0:
+                break
+        return moved
 
-    def _arrived(self, flight: Flight, wait: bool) -> bool:
-        """Whether headers and messages are here."""
+    def _move(self, flight: Flight, *, wait: bool) -> bool:
+        """Bring one message into its next phase, if this one is over. Returns whether it was."""
         session, index = self._session, flight.bucket.index
         if flight.header is not None:
             with session.tracer.span("header", index):
@@ -341,11 +337,17 @@ class Round:
                     return False
                 flight.header = None
                 flight.heard = self._plan.headers[index].heard(session)
-        if flight.message is not None:
-            with session.tracer.span("phase 1", index):
-                if not self._over(flight.message, wait):
-                    return False
-                flight.message = None
+        assert flight.pending is not None
+        with session.tracer.span(f"phase {flight.phase + 1}", index):
+            if not self._over(flight.pending, wait):
+                return False
+        with session.tracer.span("send", index):
+            flight.pending = self._plan.exchanges[index].go_on(
+                session, flight.phase, functools.partial(self._decide, flight)
+            )
+        flight.phase += 1
+        while self._landed < len(self._flights) and self._flights[self._landed].pending is None:
+            self._landed += 1
         return True
 
     def _over(self, pending: Pending, wait: bool) -> bool:
@@ -354,20 +356,18 @@ class Round:
             return True
         return self._session.test(pending)
 
-    def _decide(self, flight: Flight) -> None:
+    def _decide(self, flight: Flight, messages: Sequence[torch.Tensor], out: torch.Tensor, start: int) -> None:
+        """See :data:`mpisign.exchange.decider.Deciding`."""
         plan, session, bucket = self._plan, self._session, flight.bucket
-        exchange, method = plan.exchanges[bucket.index], bucket.method
-        messages, out, start = exchange.heard()
-        if len(out):
-            counts = exchange.counts_ties_for(session.rank)
-            tied = None if plan.counts is None else plan.counts[0 if counts else 1]
-            with session.tracer.span("decide", bucket.index):
-                decider = plan.deciders[bucket.index]
-                ties = decider.decide(self._heard(flight), self._context_of(method), messages, out, start, tied)
-            if counts and method.elects:
-                self._ties = self._ties + ties
-        with session.tracer.span("send", bucket.index):
-            flight.spread = exchange.spread(session)
+        if not len(out):
+            return
+        counts = plan.exchanges[bucket.index].counts_ties_for(session.rank)
+        tied = None if plan.counts is None else plan.counts[0 if counts else 1]
+        context = self._context_of(bucket.method)
+        with session.tracer.span("decide", bucket.index):
+            ties = plan.deciders[bucket.index].decide(self._heard(flight), context, messages, out, start, tied)
+        if counts and bucket.method.elects:
+            self._ties = self._ties + ties
 
     def _heard(self, flight: Flight) -> Heard:
         assert flight.heard is not None

@@ -9,12 +9,12 @@ A message of several planes is cut across all of them, by an MPI datatype, so th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mpisign.cuts import block_type, cut, free_with, together
+from mpisign.exchange.decider import Deciding
 from mpisign.exchange.staging import Buffer
 from mpisign.group import Group
 from mpisign.session import Session
@@ -72,19 +72,17 @@ class TwoPhase:
         posted = [comm.Ialltoall(of_all, of_one) for of_all, of_one, _ in self._up]
         return session.post(together(posted), self)
 
-    def heard(self) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]:
+    def go_on(self, session: Session, phase: int, decide: Deciding) -> Pending | None:
+        if phase == 1:
+            self._spread.pull()
+            return None
         self._incoming.pull()
-        return self._messages, self._decided, self._at
-
-    def spread(self, session: Session) -> Pending:
+        decide(self._messages, self._decided, self._at)
         self._verdict.push()
         self._verdict.ready()
         comm = session.group.phases[2]
         posted = [comm.Iallgather(of_one, of_all) for of_all, of_one, _ in self._down]
         return session.post(together(posted), self)
-
-    def landed(self) -> None:
-        self._spread.pull()
 
     def counts_ties_for(self, rank: int) -> bool:
         """Whether ``rank``'s count of ties enters the job's: each counts those of its own shard."""
