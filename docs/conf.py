@@ -13,7 +13,7 @@ myst_heading_anchors = 3
 # our signatures; their documentation is not ours to look up, so they stay plain text.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:class", r"(torch|collections\.abc|os|pathlib|MPI)\..*"),
+    ("py:class", r"(torch|collections\.abc|npt|os|pathlib|MPI)\..*"),
     ("py:class", r"mpisign\..*\.(HasState|Stateful)"),  # whatever has state_dict() and load_state_dict()
 ]
 

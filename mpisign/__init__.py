@@ -1,6 +1,7 @@
 """mpisign: distributed training by majority vote, one bit a coordinate, over MPI."""
 
 from mpisign import checkpoint
+from mpisign.collectives import allgather, allreduce, average, broadcast
 from mpisign.errors import (
     AlreadyInitializedError,
     CheckpointError,
@@ -47,6 +48,8 @@ from mpisign.preemption import REQUEUE_EXIT_CODE, stop_on_signal, stop_requested
 from mpisign.report import StepReport
 from mpisign.session import (
     barrier,
+    cross_rank,
+    cross_size,
     device,
     init,
     is_initialized,
@@ -85,14 +88,20 @@ __all__ = [
     "StepReport",
     "SynchronizationError",
     "__version__",
+    "allgather",
     "allgather_object",
+    "allreduce",
+    "average",
     "barrier",
+    "broadcast",
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "centered_clipping",
     "check_consistency",
     "checkpoint",
+    "cross_rank",
+    "cross_size",
     "device",
     "dgc",
     "double_squeeze",

@@ -142,6 +142,23 @@ class Group:
         """How many ranks are on this rank's node."""
         return self.node_of.count(self.node_rank)
 
+    @property
+    def cross_rank(self) -> int:
+        """This rank's number among those with its local rank, one a node."""
+        return self._lane.index(self.rank)
+
+    @property
+    def cross_size(self) -> int:
+        """On how many nodes there is a rank with this one's local rank."""
+        return len(self._lane)
+
+    @property
+    def _lane(self) -> list[int]:
+        """The ranks with this one's local rank, in the order of their nodes."""
+        mine = self.local_rank
+        nodes = ([rank for rank in range(self.size) if self.node_of[rank] == node] for node in range(self.num_nodes))
+        return [ranks[mine] for ranks in nodes if len(ranks) > mine]
+
     def free(self, watchdog: Watchdog) -> None:
         """Give the communicators back. **Collective.**"""
         with watchdog.guard("MPI_Comm_free"):

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Session",
     "barrier",
+    "cross_rank",
+    "cross_size",
     "current",
     "device",
     "init",
@@ -383,6 +385,16 @@ def node_rank() -> int:
 def num_nodes() -> int:
     """How many nodes the job runs on."""
     return known("num_nodes()").group.num_nodes
+
+
+def cross_rank() -> int:
+    """This process's number among those with its :func:`local_rank`, one a node; as Horovod has it."""
+    return known("cross_rank()").group.cross_rank
+
+
+def cross_size() -> int:
+    """On how many nodes there is a process with this one's :func:`local_rank`; fewer than all if nodes differ."""
+    return known("cross_size()").group.cross_size
 
 
 def device() -> torch.device:

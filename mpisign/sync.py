@@ -6,21 +6,17 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from mpisign import trees
 from mpisign.bitmap.tensors import unreadable
-from mpisign.cuts import cut
 from mpisign.encoding import Optional
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.hyperparameters import IMPLEMENTATION, described, line, options_of
 from mpisign.method import Method
 from mpisign.plain import plain, uncompiled
-from mpisign.policy import check_integer
 from mpisign.session import Session, current, operation
-from mpisign.talk import minority
+from mpisign.transfer import as_bytes, broadcast_tensors, check_root, demand_equal
 
 __all__ = [
     "allgather_object",
@@ -29,8 +25,6 @@ __all__ = [
     "broadcast_parameters",
     "check_consistency",
 ]
-
-CHUNK_BYTES = 32 << 20  # tensors travel together, in messages of at most about this size
 
 
 class HasState(Protocol):
@@ -56,7 +50,7 @@ def broadcast_object(obj: Any, root_rank: int = 0) -> Any:
     """
     session = current("broadcast_object()")
     with session.telling("broadcast_object()"):
-        root_rank = _check_root(root_rank, session)
+        root_rank = check_root(root_rank, session)
     return session.spread_object(obj, root_rank, "broadcast_object()")
 
 
@@ -90,11 +84,11 @@ def broadcast_parameters(
     act = "broadcast_parameters()"
     session = current(act)
     with session.telling(act):
-        root_rank = _check_root(root_rank, session)
+        root_rank = check_root(root_rank, session)
         named = _named_tensors(parameters, session)
         described = [f"{name!r} {tuple(t.shape)} {t.dtype}" for name, t in named]
-    _demand_equal(described, session, act, "the tensors differ")
-    _broadcast_tensors([tensor for _, tensor in named], root_rank, session, act)
+    demand_equal(described, session, act, "the tensors differ")
+    broadcast_tensors([tensor for _, tensor in named], root_rank, session, act)
 
 
 def _named_tensors(given: Any, session: Session) -> list[tuple[str, torch.Tensor]]:
@@ -145,7 +139,7 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     act = "broadcast_optimizer_state()"
     session = current(act)
     with session.telling(act):
-        root_rank = _check_root(root_rank, session)
+        root_rank = check_root(root_rank, session)
         if not hasattr(optimizer, "state_dict"):
             raise OptionError(
                 f"rank {session.rank}: optimizer={type(optimizer).__name__} has no state_dict(): pass the optimizer "
@@ -153,7 +147,7 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
             )
         own = optimizer.state_dict()
         groups = [f"parameter group {at} of {len(group['params'])}" for at, group in enumerate(own["param_groups"])]
-    _demand_equal(groups, session, act, "the optimizers differ")
+    demand_equal(groups, session, act, "the optimizers differ")
     tensors: list[torch.Tensor] = []
     told = None
     with session.telling(act):
@@ -167,7 +161,7 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     with session.telling(act):
         if session.rank != root_rank:
             tensors = _new_tensors(told["shapes"], root_rank)
-    _broadcast_tensors(tensors, root_rank, session, act)
+    broadcast_tensors(tensors, root_rank, session, act)
     with session.telling(act):
         if session.rank != root_rank:
             _load_told(optimizer, own, told, tensors, root_rank, session)
@@ -255,7 +249,7 @@ def check_consistency(model: torch.nn.Module, optimizer: HasState | None = None,
     session = current("check_consistency()")
     with session.telling("check_consistency()"):
         lines = _lines(model, optimizer, buffers, session)
-    _demand_equal(lines, session, "check_consistency()", "ranks hold different values")
+    demand_equal(lines, session, "check_consistency()", "ranks hold different values")
 
 
 def _lines(model: torch.nn.Module, optimizer: HasState | None, buffers: bool, session: Session) -> list[str]:
@@ -294,74 +288,9 @@ def _state_lines(optimizer: HasState, names: Mapping[torch.Tensor, str]) -> Iter
         yield f"{key!r} in the optimizer's state {described(optimizer.state[key])}"
 
 
-def _demand_equal(lines: Sequence[str], session: Session, act: str, problem: str) -> None:
-    """Raise on all ranks unless all have the same ``lines``, naming the minority and its first difference."""
-    summary = hashlib.blake2b("\0".join(lines).encode(), digest_size=16).digest()
-    summaries = session.gather_bytes(summary, act, limit=len(summary))
-    odd, usual = minority(summaries)
-    if not odd:
-        return
-    here, there = session.compare(lines, odd[0], summaries.index(usual), act)
-    raise ConsistencyError(
-        f"{act}: {problem}: ranks {odd} differ from the others (this is rank {session.rank}), first in {here} on rank "
-        f"{odd[0]}, where rank {summaries.index(usual)} has {there}. Start all ranks alike: "
-        f"mpisign.broadcast_parameters(model.state_dict()) and mpisign.broadcast_optimizer_state(optimizer)"
-    )
-
-
 def _form(tensor: torch.Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    return f"{_form(tensor)} #{hashlib.blake2b(_as_bytes(tensor).data, digest_size=8).hexdigest()}"
-
-
-def _as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """A tensor's elements in row-major order as bytes (n,) uint8; shares memory where it is contiguous."""
-    plain_tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    as_bytes: npt.NDArray[np.uint8] = plain_tensor.view(-1).view(torch.uint8).numpy()
-    return as_bytes
-
-
-def _chunks(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    chunk: list[torch.Tensor] = []
-    size = 0
-    for tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
-        if chunk and size + nbytes > CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-        if nbytes:
-            chunk.append(tensor)
-            size += nbytes
-    if chunk:
-        yield chunk
-
-
-@torch.no_grad()
-def _broadcast_tensors(tensors: Sequence[torch.Tensor], root_rank: int, session: Session, act: str) -> None:
-    for chunk in _chunks(tensors):
-        with session.telling(act):  # of too little memory, or of an error of the device
-            pieces = [_as_bytes(tensor) for tensor in chunk]
-            message = np.concatenate(pieces) if len(pieces) > 1 else np.ascontiguousarray(pieces[0])
-        session.meet(act)
-        with session.tracer.span("broadcast of tensors"):
-            for start, length in cut(message.size):
-                part = message[start : start + length]
-                session.wait(session.post(session.group.comm.Ibcast(part, root=root_rank), message, part))
-        if session.rank != root_rank:
-            with session.telling(act):
-                start = 0
-                for tensor, piece in zip(chunk, pieces, strict=True):
-                    received = torch.from_numpy(message[start : start + piece.size])
-                    tensor.copy_(received.view(tensor.dtype).view(tensor.shape))
-                    start += piece.size
-    session.meet(act)
-
-
-def _check_root(root_rank: int, session: Session) -> int:
-    root_rank = check_integer("root_rank", root_rank)
-    if not 0 <= root_rank < session.size:
-        raise OptionError(f"root_rank={root_rank} is not a rank of this job: it has 0 .. {session.size - 1}")
-    return root_rank
+    return f"{_form(tensor)} #{hashlib.blake2b(as_bytes(tensor).data, digest_size=8).hexdigest()}"

@@ -62,6 +62,10 @@ ACTS = (
     "checkpoint.newest()",
     "timeline()",
     "the doctor",
+    "average()",
+    "allreduce()",
+    "allgather()",
+    "broadcast()",
 )
 """What ranks do together besides steps. A call begins with -2 - its place here; a step's with a number above 0."""
 

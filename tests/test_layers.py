@@ -43,6 +43,8 @@ LAYERS = [
         "attacks",
         "exchange",
         "methods",
+        "transfer",
+        "collectives",
         "sync",
         "averages",
         "checks",
