@@ -66,6 +66,7 @@ ACTS = (
     "allreduce()",
     "allgather()",
     "broadcast()",
+    "calibration",
 )
 """What ranks do together besides steps. A call begins with -2 - its place here; a step's with a number above 0."""
 

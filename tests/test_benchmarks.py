@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from argparse import ArgumentTypeError
@@ -227,6 +228,14 @@ def test_slow_network_explains_itself():
     assert subprocess.run([script, "4"], capture_output=True, check=False).returncode == 1
 
 
+@pytest.mark.parametrize("shape", ["0", "2x0", "x4", "3+0", "3+", "two", "2x2x2", "100", "-1"])
+def test_slow_network_knows_hosts_and_ranks(shape: str):
+    command = [str(BENCHMARKS / "slow_network"), shape, "1gbit", "true"]
+    seen = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert seen.returncode == 1
+    assert "write 4, 2x4 (ranks of each) or 3+1" in seen.stderr
+
+
 def can_make_namespaces() -> bool:
     tools = all(shutil.which(tool) for tool in ("ip", "tc", "nsenter", "unshare"))
     if os.geteuid() != 0 or not tools:
@@ -236,19 +245,50 @@ def can_make_namespaces() -> bool:
     return made
 
 
-@pytest.mark.long
-@pytest.mark.skipif(not can_make_namespaces(), reason="needs root, iproute2, and the right to make network namespaces")
-def test_slow_network_runs_a_rank_on_each_host_and_leaves_nothing():
-    before = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    command = [str(BENCHMARKS / "slow_network"), "2", "100mbit", sys.executable, "-m", "mpisign", "doctor"]
+needs_namespaces = pytest.mark.skipif(
+    not can_make_namespaces(), reason="needs root, iproute2, and the right to make network namespaces"
+)
+
+
+def namespaces() -> set[str]:
+    """Those that are there, but for other tests' that come and go."""
+    text = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    return {line.split()[0] for line in text.splitlines()}
+
+
+def slow_network(*command: str) -> subprocess.Popen[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    seen = subprocess.run(
-        command, env=environment({"PATH": path}), capture_output=True, text=True, check=False, timeout=120
+    return subprocess.Popen(
+        [str(BENCHMARKS / "slow_network"), *command],
+        env=environment({"PATH": path}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    assert seen.returncode == 0, seen.stdout + seen.stderr
-    assert "2 on 2 nodes" in seen.stdout
-    after = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    assert after == before
+
+
+@pytest.mark.long
+@needs_namespaces
+@pytest.mark.parametrize(("shape", "said"), [("2", "2 on 2 nodes"), ("2x2", "4 on 2 nodes"), ("2+1", "3 on 2 nodes")])
+def test_slow_network_runs_ranks_on_each_host_and_leaves_nothing(shape: str, said: str):
+    job = slow_network(shape, "100mbit", sys.executable, "-m", "mpisign", "doctor")
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, output
+    assert said in output
+    assert not [name for name in namespaces() if name.startswith(f"mpisign{job.pid}-")]
+
+
+@pytest.mark.long
+@needs_namespaces
+def test_slow_network_that_is_ended_leaves_nothing(tmp_path: Path):
+    (script := tmp_path / "sleep.py").write_text("import time; print('asleep', flush=True); time.sleep(100)")
+    with slow_network("2", "1gbit", sys.executable, str(script)) as job:
+        assert job.stdout is not None
+        assert "asleep" in job.stdout.readline()
+        assert [name for name in namespaces() if name.startswith(f"mpisign{job.pid}-")]
+        job.terminate()
+        assert job.wait(30) == 128 + signal.SIGTERM
+    assert not [name for name in namespaces() if name.startswith(f"mpisign{job.pid}-")]
 
 
 @pytest.mark.long
