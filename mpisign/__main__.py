@@ -1,11 +1,27 @@
-"""The command line: ``python -m mpisign doctor``."""
+"""The command line: ``python -m mpisign doctor`` and ``python -m mpisign predict``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mpisign import __version__
+from mpisign import __version__, quantities
+from mpisign.cost import Links, Nodes, Rates
+from mpisign.errors import OptionError
+
+if TYPE_CHECKING:
+    from mpisign.prediction import Row, Scenario
+
+FORWARD_SHARE = 0.5  # of backward, which does about twice the work
+EXAMPLES = """\
+examples:
+  python -m mpisign predict --parameters 25.6M --nodes 16 --ranks-per-node 8 --bandwidth 10Gbit --backward 100ms
+  python -m mpisign predict --parameters 7B --nodes 64 --bandwidth 100Gbit --latency 5us --backward 1.5s --plot 7B.svg
+  mpirun -n 4 python -m mpisign predict --calibrate --parameters 25.6M --backward 200ms
+"""
 
 
 def main() -> int:
@@ -19,8 +35,30 @@ def main() -> int:
         description="Checks versions, the MPI library and its launcher, ranks and nodes, CPU binding, GPUs, fault "
         "tolerance, and one real vote against NumPy on all ranks. Exit code 1 if anything fails.",
     )
-    parser.parse_args()
+    predict = commands.add_parser(
+        "predict",
+        help="what a step will cost, by each exchange and by all-reduce, on machines that you have or not",
+        description="Predicts the milliseconds of a step by the formulas of mpisign/cost.py, from numbers that you "
+        "type or, with --calibrate under mpirun, from what this job's network does. Exposed is what a step adds to an "
+        "iteration when messages leave during backward. It says so where the library does not pay.",
+        epilog=EXAMPLES,
+        formatter_class=_HelpFormatter,
+    )
+    _add_predict(predict)
+    args = parser.parse_args()
+    return _doctor() if args.command == "doctor" else _predict(predict, args)
 
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the examples as they are written; wraps the rest."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("examples:"):
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+
+def _doctor() -> int:
     from mpisign import doctor
 
     findings = doctor.examine()
@@ -42,6 +80,136 @@ def _rank() -> int:
         return int(import_mpi().COMM_WORLD.Get_rank())
     except LaunchError:
         return 0
+
+
+# ------------------------------------------------------------------------------------------------- predict
+
+
+def _typed(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A reader of quantities as argparse wants it: what it raises is the message."""
+
+    def reader(text: str) -> Any:
+        try:
+            return read(text)
+        except OptionError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return reader
+
+
+_TYPED_LINKS = ("nodes", "ranks_per_node", "bandwidth", "latency", "overhead", "node_bandwidth", "node_latency")
+_RATES = ("pack_rate", "apply_rate")
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    """The options. Those that a calibration measures have no default here, so that one sees which were typed."""
+    number, seconds, bandwidth = map(_typed, (quantities.number, quantities.seconds, quantities.bandwidth))
+    add, unset = parser.add_argument, argparse.SUPPRESS
+    add("--parameters", type=number, default="25.6M", metavar="N", help="of the model")
+    add("--nodes", type=number, default=unset, metavar="N", help="machines (default: 16)")
+    add("--ranks-per-node", type=number, default=unset, metavar="N", help="which share its network card (default: 8)")
+    add("--bandwidth", type=bandwidth, default=unset, metavar="RATE", help="of a node's network card (default: 10Gbit)")
+    add("--latency", type=seconds, default=unset, metavar="TIME", help="between two nodes (default: 20us)")
+    add("--overhead", type=seconds, default=unset, metavar="TIME", help="of a rank for each message (default: 1us)")
+    add("--node-bandwidth", type=bandwidth, default=unset, metavar="RATE", help="inside a node (default: 20GB/s)")
+    add("--node-latency", type=seconds, default=unset, metavar="TIME", help="inside a node (default: 1us)")
+    add("--backward", type=seconds, default="100ms", metavar="TIME", help="of an iteration without communication")
+    add("--forward", type=seconds, default=unset, metavar="TIME", help="of it (default: half of --backward)")
+    add("--planes", type=int, choices=(1, 2), default=1, help="bits of a vote: 1 for signs, 2 for ternary votes")
+    add("--pack-rate", type=number, default=unset, metavar="N", help="coordinates packed a second (default: 2.4G)")
+    add("--apply-rate", type=number, default=unset, metavar="N", help="coordinates applied a second (default: 4.7G)")
+    add("--calibrate", action="store_true", help="measure this job's links and rates instead; under mpirun")
+    add(
+        "--plot", type=Path, default=unset, metavar="FILE", help="draw speed-up over bandwidth and over nodes, 1 to 10k"
+    )
+
+
+def _predict(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from mpisign import prediction, session
+
+    given = vars(args)
+    if args.calibrate:
+        typed = [f"--{name.replace('_', '-')}" for name in (*_TYPED_LINKS, *_RATES) if name in given]
+        if typed:
+            parser.error(f"--calibrate measures what {typed[0]} says: leave out one of them")
+        session.init()
+        nodes, links, rates = prediction.measured()
+        rank = session.rank()
+        session.shutdown()
+        if rank:
+            return 0
+    else:
+        nodes = Nodes.even(given.get("nodes", 16), given.get("ranks_per_node", 8))
+        overhead = given.get("overhead", 1e-6)
+        links = Links(
+            given.get("node_latency", 1e-6),
+            given.get("node_bandwidth", 20e9),
+            given.get("latency", 20e-6),
+            given.get("bandwidth", 1.25e9),
+            overhead / 10,
+            overhead,
+        )
+        usual = Rates()
+        rates = Rates(given.get("pack_rate", usual.pack), given.get("apply_rate", usual.unpack))
+    forward = given.get("forward", FORWARD_SHARE * args.backward)
+    scenario = prediction.Scenario(args.parameters, nodes, links, rates, forward, args.backward, args.planes)
+    found = prediction.rows(scenario)
+    print("\n".join(_introduced(scenario)), "\n".join(_table(found)), prediction.verdict(scenario, found), sep="\n\n")
+    if "plot" in given:
+        try:
+            prediction.plot(scenario, args.plot)
+        except OptionError as error:
+            parser.error(str(error))
+        print(f"wrote {args.plot}")
+    return 0
+
+
+def _introduced(scenario: Scenario) -> list[str]:
+    """What the prediction is of."""
+    links, rates, nodes = scenario.links, scenario.rates, scenario.nodes
+    sizes = sorted(set(nodes.sizes))
+    per_node = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    lines = [
+        f"{quantities.spoken_number(scenario.parameters)} parameters, {nodes.number} node(s) of {per_node} rank(s)"
+    ]
+    if nodes.number > 1:
+        lines.append(
+            f"across nodes: {quantities.spoken_bandwidth(links.network_bandwidth)} a card, latency "
+            f"{1e6 * links.network_latency:.3g} us, {1e6 * links.network_overhead:.3g} us a message"
+        )
+    if nodes.fullest > 1:
+        lines.append(
+            f"inside a node: {links.node_bandwidth / 1e9:.3g} GB/s, latency {1e6 * links.node_latency:.3g} us, "
+            f"{1e6 * links.node_overhead:.3g} us a message"
+        )
+    lines.append(
+        f"a second: {quantities.spoken_number(rates.pack)} coordinates packed, "
+        f"{quantities.spoken_number(rates.unpack)} applied, {rates.count / 1e9:.3g} GB of ballots counted, "
+        f"{rates.reduce / 1e9:.3g} GB of floats added"
+    )
+    lines.append(f"forward {1e3 * scenario.forward:.4g} ms, backward {1e3 * scenario.backward:.4g} ms")
+    return lines
+
+
+def _table(found: list[Row]) -> list[str]:
+    """The rows, aligned; the best exchange has an arrow."""
+    from mpisign import prediction
+
+    chosen = prediction.best(found)
+    rivals = list(found[0].speedups)
+    heads = ["", "step ms", "exposed ms", "MB a card", "iteration ms", *(f"x {rival}" for rival in rivals), ""]
+    lines = [heads]
+    for row in found:
+        numbers = (1e3 * row.step.total, 1e3 * row.step.exposed, row.step.card_bytes / 1e6, 1e3 * row.seconds)
+        speedups = (f"{row.speedups[rival]:.2f}" for rival in rivals)
+        lines.append([row.way, *(f"{value:.2f}" for value in numbers), *speedups, "<- best" * (row is chosen)])
+    widths = [max(len(line[place]) for line in lines) for place in range(len(heads))]
+    return [
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        ).rstrip()
+        for line in lines
+    ]
 
 
 if __name__ == "__main__":

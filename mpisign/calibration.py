@@ -40,6 +40,7 @@ NODE_SHARE = 0.35  # by when the node's bandwidth is known
 TRIES = 15
 BURST = 8  # small collectives at once, which tell the overhead from the latency
 FIRST_BYTES, LAST_BYTES = 64 << 10, 16 << 20  # of a rank's part in an all-to-all
+REPETITIONS = 3  # of a transfer
 LONG_ENOUGH = 0.04  # seconds of a transfer after which a longer one tells no more
 
 
@@ -184,8 +185,8 @@ class _Trial:
     def _bandwidth(self, comm: MPI.Comm, share: float, until: float) -> float:
         """Bytes a second of the node with most to send, of which a rank's part of one byte makes ``share``.
 
-        Parts are doubled until a transfer takes long enough, twice, as once may be a hiccup. The last size counts: what
-        comes before it uses up what a switch lets through at once.
+        Parts are doubled until a transfer takes long enough, the best of a few, as others may have had a hiccup. The
+        last size counts: what comes before it uses up what a switch lets through at once.
         """
         size, since = FIRST_BYTES, 0.0
         while True:
@@ -193,10 +194,10 @@ class _Trial:
             sent, received = np.zeros(block * comm.size, np.uint8), np.zeros(block * comm.size, np.uint8)
             self._slowest(0.0)
             best = inf
-            for _ in range(2):
+            for _ in range(REPETITIONS):
                 seconds, since = self._timed(functools.partial(self._transfer, comm, sent, received))
                 best = min(best, seconds)
-                if best < LONG_ENOUGH or since + best > until:
+                if since + best > until:
                     break
             if best >= LONG_ENOUGH or size >= LAST_BYTES or since + 2 * best > until:
                 return float(share * size / best)
