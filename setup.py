@@ -12,6 +12,9 @@ from setuptools.command.build_ext import build_ext
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mpisign/__init__.py").read_text()).group(1)
 
+URL = "https://github.com/mpisign/mpisign"
+README = re.sub(r"\]\((?!https?://|#)", f"]({URL}/blob/main/", (HERE / "README.md").read_text())  # links work elsewhere
+
 SCRIPTS = ["scikit-learn>=1.3", "matplotlib>=3.7", "rich>=13", "threadpoolctl>=3.1", "tqdm>=4.65"]
 IMAGENET = ["torchvision>=0.19", "tensorboard>=2.17"]
 DOCS = ["sphinx>=8.1", "myst-parser>=4", "furo>=2024.8"]
@@ -45,8 +48,30 @@ setup(
     name="mpisign",
     version=VERSION,
     description="Distributed training by majority vote: one bit a coordinate over MPI, around your own torch optimizer",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=README,
     long_description_content_type="text/markdown",
+    url=URL,
+    project_urls={
+        "Documentation": f"{URL}/tree/main/docs",
+        "Source": URL,
+        "Issues": f"{URL}/issues",
+        "Changelog": f"{URL}/blob/main/CHANGELOG.md",
+    },
+    author="The mpisign maintainers",
+    author_email="maintainers@mpisign.example",  # of a reserved domain, until it is published
+    keywords=[
+        "distributed training",
+        "data parallel",
+        "MPI",
+        "PyTorch",
+        "signSGD",
+        "majority vote",
+        "gradient compression",
+        "Byzantine robustness",
+        "error feedback",
+        "SLURM",
+        "HPC",
+    ],
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
@@ -99,10 +124,16 @@ setup(
     },
     classifiers=[
         "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
+        "Programming Language :: C",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: System :: Distributed Computing",
+        "Typing :: Typed",
     ],
 )
