@@ -164,11 +164,48 @@ def test_methods_of_a_choice(tmp_path: Path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("script", ["bench_bitmap.py", "bench_exchange.py", "bench_step.py", "bench_methods.py"])
+@pytest.mark.parametrize("model", ["transformer", "resnet50"])
+def test_training(tmp_path: Path, model: str):
+    options = ["--model", model, "--width", "8", "--batch", "2", "--size", "32"]
+    printed = run_ranks(2, "bench_training.py", *options, *reporting(tmp_path))
+    data = check_report(tmp_path, "training", printed)
+    names = {one["name"] for one in data["contenders"]}
+    assert {"signum", "DDP fp32", "DDP bf16 hook", "DDP PowerSGD hook", "no communication"} <= names
+    seconds = {one["name"]: one["seconds"] for one in data["contenders"]}
+    pairs = zip(seconds["signum"], seconds["no communication"], strict=True)
+    assert data["exposed_seconds"]["signum"] == pytest.approx(sum(a - b for a, b in pairs) / ROUNDS)
+    assert data["exposed_seconds"]["no communication"] == 0
+    assert data["card_bytes"] == {}, "one machine sends nothing through its card"
+
+
+@pytest.mark.long
+def test_progress(tmp_path: Path):
+    options = ["--elements", "100k", "--seconds", "0.02", "--message-mb", "0.005"]
+    data = check_report(tmp_path, "progress", run_ranks(3, "bench_progress.py", *options, *reporting(tmp_path)))
+    rows = {"not polled", "every 2 ms", "every 10 ms", "thread"}
+    assert rows | {"computing alone"} == {one["name"] for one in data["contenders"]}
+    for row in rows:
+        assert len(data[row]["exposed"]) == len(data[row]["computing"]) == ROUNDS
+        assert min(data[row]["exposed"]) >= 0
+        assert min(data[row]["computing"]) > 0
+
+
+@pytest.mark.long
+def test_card_of_one_machine(tmp_path: Path):
+    printed = run_ranks(2, "bench_card.py", "--elements", "80k", *reporting(tmp_path))
+    assert "no bytes are counted: there is one node" in printed
+    assert check_report(tmp_path, "card", printed)["card_bytes"] == {}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "script",
+    [f"bench_{name}.py" for name in ("bitmap", "exchange", "step", "methods", "training", "card", "progress")],
+)
 def test_help_has_defaults_and_examples(script: str):
     text = run_alone(script, "--help")
     assert "(default: 15)" in text
-    assert f"benchmarks/{script} --" in text.partition("examples:")[2]
+    assert f"benchmarks/{script}" in text.partition("examples:")[2]
 
 
 @pytest.fixture
@@ -186,6 +223,30 @@ def test_the_model_is_resnet50(load):
     shapes = list(load("bench_step").resnet50_shapes())
     assert len(shapes) == 161
     assert sum(prod(shape) for shape in shapes) == 25_557_032
+
+
+def test_the_networks_have_the_papers_sizes(load):
+    models = load("models")
+    sizes = {name: sum(p.numel() for p in make(1, 0).parameters()) for name, make in models.MODELS.items()}
+    assert sizes == {"transformer": 25_482_496, "resnet50": 25_557_032}
+    for make in models.MODELS.values():
+        task = make(2, 0, size=32, width=8)
+        task.loss().backward()
+        assert all(parameter.grad is not None for parameter in task.parameters())
+
+
+def test_bytes_are_read_from_the_systems_counters(load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    cards = load("cards")
+    (counters := tmp_path / "dev").write_text(
+        "Inter-|   Receive                                                |  Transmit\n"
+        " face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls\n"
+        "    lo:  17  1 0 0 0 0 0 0  17  1 0 0 0 0 0 0\n  eth0:9999  9 0 0 0 0 0 0 1234567  9 0 0 0 0 0 0\n"
+    )
+    monkeypatch.setattr(cards, "COUNTERS", counters)
+    assert cards.counters()["eth0"] == 1_234_567
+    assert cards.find_card("eth0") == "eth0"
+    with pytest.raises(SystemExit, match="no network device 'ib0' here, but"):
+        cards.find_card("ib0")
 
 
 def test_numbers_are_written_as_people_write_them(load):
@@ -276,6 +337,20 @@ def test_slow_network_runs_ranks_on_each_host_and_leaves_nothing(shape: str, sai
     assert job.returncode == 0, output
     assert said in output
     assert not [name for name in namespaces() if name.startswith(f"mpisign{job.pid}-")]
+
+
+@pytest.mark.long
+@needs_namespaces
+def test_bytes_out_of_a_card_are_the_formulas(tmp_path: Path):
+    """Two hosts of two ranks: frames, headers and acknowledgements are a few per cent of a megabyte."""
+    command = [sys.executable, str(BENCHMARKS / "bench_card.py"), "--elements", "8M", "--no-gloo"]
+    job = slow_network("2x2", "none", *command, *reporting(tmp_path))
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, output
+    data = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert data["node_sizes"] == [2, 2]
+    for exchange, by_parameter in (("allgather", 2 * 2 / 8), ("two_phase", 2 * 2 / 4 * 2 / 8)):
+        assert data["card_bytes"][exchange] / data["elements"] == pytest.approx(by_parameter, rel=0.03)
 
 
 @pytest.mark.long
