@@ -66,7 +66,7 @@ def step_sink(optimizer: Optimizer, plan: Plan) -> StepSink | None:
         return None
     pairs = zip(numbers, optimizer.param_groups, strict=True)
     by_parameter = [its for its, group in pairs for parameter in group["params"] if parameter.requires_grad]
-    return StepSink(plan.layout, [rate for rate, _ in by_parameter], [decay for _, decay in by_parameter])
+    return StepSink(plan.gradients.parameters, [rate for rate, _ in by_parameter], [decay for _, decay in by_parameter])
 
 
 class _NotAlone:

@@ -14,6 +14,7 @@ such messages shall be decided shard by shard, the segments themselves are cut a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ class Layout:
         segments = tuple(Segment(at, self.names[at], sizes[at], self._codecs[at], tuple(pieces[at])) for at in places)
         return Bucket(0, method, dtype, length * shards, first_word, segments)
 
-    @property
+    @functools.cached_property
     def elements(self) -> int:
         """Coordinates in all."""
         return sum(parameter.numel() for parameter in self.parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 from mpisign.codecs import Codec
@@ -90,4 +91,8 @@ class Method:
         return reached[-1] if reached else self
 
     def __str__(self) -> str:
+        return self._text
+
+    @functools.cached_property
+    def _text(self) -> str:
         return f"{self.name} ({self.memory!r}, {self.codec!r}, {self.rule!r})"

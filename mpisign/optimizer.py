@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from mpisign import applying, restoring, sync, wrapping
+from mpisign.bitmap.located import Located
 from mpisign.checks import StepChecks
 from mpisign.errors import CheckpointError, OptionError, SynchronizationError
 from mpisign.exchange import header
@@ -177,15 +178,13 @@ class DistributedSignOptimizer(Wrapper):
             abstention, unscale = self._loss_scale.says(self, alone=alone)
             values = plan.gradients.read()
         sink = None if alone or self.apply == "optimizer" else applying.step_sink(self.wrapped, plan)
-        self._exchange(plan, values, abstention, unscale, sink or GradientSink(plan.layout))
+        self._exchange(plan, values, abstention, unscale, sink or GradientSink(plan.layout, values))
         self._synchronized = True
         if len(plan.layout.parameters) < len(parameters := self._parameters()):
             wrapping.drop_frozen(parameters)
         return sink is not None
 
-    def _exchange(
-        self, plan: Plan, values: list[torch.Tensor | None], abstention: int, unscale: float, sink: Sink
-    ) -> None:
+    def _exchange(self, plan: Plan, values: Located, abstention: int, unscale: float, sink: Sink) -> None:
         intent = self._checks.intent(plan, self.wrapped, self._methods(), self._exchanges, values)
         handshake, self.report = run(plan, self._exchanges, values, abstention, unscale, intent, sink)
         self._exchanges += 1

@@ -37,7 +37,8 @@ def scaler_says(optimizer: Any) -> tuple[int, float]:
 
     GradScaler leaves ``found_inf`` and ``grad_scale`` on an optimizer for the length of its ``step()``.
     """
-    found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+    left = vars(optimizer)
+    found_inf, scale = left.get("found_inf"), left.get("grad_scale")
     abstention = header.SCALER_INF if found_inf is not None and float(found_inf) > 0 else header.VOTES
     return abstention, 1.0 if scale is None else 1.0 / float(scale)
 

@@ -136,8 +136,9 @@ class Talk:
         said, heard = mine.copy(), np.empty((self.size, mine.size), np.int64)
         said[-1] = 2 * mine[-1] + self.wants_stop
         self.wait(self.post(self.group.comm.Iallgather(said, heard), said, heard))
-        self.stopping = bool((heard[:, -1] & 1).any())
-        heard[:, -1] >>= 1
+        last = heard[:, -1]
+        self.stopping = bool((last & 1).any())
+        last >>= 1
         return heard
 
     def meet(self, act: str, number: int = 0) -> npt.NDArray[np.int64]:

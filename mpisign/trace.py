@@ -6,8 +6,7 @@ A span costs about a microsecond and a step has a few dozen, so they are always 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from itertools import islice
 from time import perf_counter_ns
 from typing import Any, NamedTuple
@@ -87,14 +86,9 @@ class Tracer:
         """
         return _Open(self, name, message)
 
-    @contextmanager
-    def stepping(self, step: int) -> Iterator[None]:
+    def stepping(self, step: int) -> AbstractContextManager[None]:
         """What is done inside belongs to this step."""
-        self.step = step
-        try:
-            yield
-        finally:
-            self.step = -1
+        return _Stepping(self, step)
 
     def spans(self, since: int = 0) -> list[Span]:
         """The spans that are still there, in the order in which they ended; of the ``since``-th ever and later."""
@@ -125,6 +119,21 @@ class Tracer:
     def _ended(self, span: Span) -> None:
         self._spans.append(span)
         self._count += 1
+
+
+class _Stepping(AbstractContextManager[None]):
+    """See :meth:`Tracer.stepping`."""
+
+    __slots__ = ("_step", "_tracer")
+
+    def __init__(self, tracer: Tracer, step: int) -> None:
+        self._tracer, self._step = tracer, step
+
+    def __enter__(self) -> None:
+        self._tracer.step = self._step
+
+    def __exit__(self, *exception: Any) -> None:
+        self._tracer.step = -1
 
 
 class _Open(AbstractContextManager[None]):

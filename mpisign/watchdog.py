@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mpisign.alarm import traceback_after
@@ -91,6 +91,7 @@ class Watchdog:
         self.comm: MPI.Comm | None = None
         self.rank, self.size = 0, 1
         self.broken = ""
+        self._talking = _Unbroken(self, naming=True)
 
     def post(self, request: MPI.Request, *buffers: object) -> Pending:
         """Keep a request and what it reads and writes alive until it is waited for, whatever comes between."""
@@ -105,14 +106,14 @@ class Watchdog:
             ConsistencyError: MPI says that the ranks' messages do not fit each other.
         """
         presence.begin()
-        with self.unbroken(), self._naming():
+        with self._talking:
             if not pending.request.Test():
                 self._wait(pending.request, presence)
         self._posted.discard(pending)
 
     def test(self, pending: Pending, presence: Presence) -> bool:
         """Whether an operation is over, without waiting; each call also lets MPI go on with it."""
-        with self.unbroken(), self._naming():
+        with self._talking:
             over = bool(pending.request.Test())
         if over:
             presence.begin()
@@ -152,30 +153,17 @@ class Watchdog:
     def guard(self, what: str) -> Iterator[None]:
         """Watch a call of MPI's that blocks, from a thread. Raises as :meth:`wait` does."""
         if self._warning is None and self.stall_timeout is None:
-            with self.unbroken(what), self._naming(what):
+            with _Unbroken(self, what, naming=True):
                 yield
             return
         done = threading.Event()
         watching = threading.Thread(target=self._watch, args=(what, done), name="mpisign watchdog", daemon=True)
         watching.start()
         try:
-            with self.unbroken(what), self._naming(what):
+            with _Unbroken(self, what, naming=True):
                 yield
         finally:
             done.set()
-
-    @contextmanager
-    def _naming(self, what: str = "") -> Iterator[None]:
-        """Turn MPI's own errors into ConsistencyError."""
-        try:
-            yield
-        except Exception as error:
-            if type(error).__module__.partition(".")[0] != "mpi4py":
-                raise
-            raise ConsistencyError(
-                f"rank {self.rank} of {self.size}: MPI has failed in {what or self._where()}: {error}. A rank has sent "
-                f"something else than the others expect, or has died"
-            ) from error
 
     def _watch(self, what: str, done: threading.Event) -> None:
         clock, warn_at = _Clock(), self._warning
@@ -204,17 +192,12 @@ class Watchdog:
         with traceback_after(seconds, end=self.stall_timeout is not None):
             yield
 
-    @contextmanager
-    def unbroken(self, what: str = "") -> Iterator[None]:
+    def unbroken(self, what: str = "") -> AbstractContextManager[None]:
         """An exception inside leaves the others in the middle of something: nothing may follow.
 
         What was posted by then is kept for ever, as MPI may still write there.
         """
-        try:
-            yield
-        except BaseException:
-            self.broken = self.broken or what or self._where()
-            raise
+        return _Unbroken(self, what)
 
     def abort(self, reason: str, code: int = 1) -> None:
         """End every process of the job at once, saying why."""
@@ -238,3 +221,27 @@ class Watchdog:
 
     def _where(self) -> str:
         return self._tracer.where() or "an exchange"
+
+
+class _Unbroken(AbstractContextManager[None]):
+    """See :meth:`Watchdog.unbroken`; with ``naming``, MPI's own errors become ConsistencyError. A step enters many."""
+
+    __slots__ = ("_dog", "_naming", "_what")
+
+    def __init__(self, dog: Watchdog, what: str = "", *, naming: bool = False) -> None:
+        self._dog, self._what, self._naming = dog, what, naming
+
+    def __enter__(self) -> None:
+        """Nothing is to be done before."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            return
+        dog = self._dog
+        where = self._what or dog._where()
+        dog.broken = dog.broken or where
+        if self._naming and type(error).__module__.partition(".")[0] == "mpi4py":
+            raise ConsistencyError(
+                f"rank {dog.rank} of {dog.size}: MPI has failed in {where}: {error}. A rank has sent something else "
+                f"than the others expect, or has died"
+            ) from error

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpisign.backends.backend import Backend, Bitmaps, Count, RandomNumbers
 from mpisign.bitmap import cuda
-from mpisign.bitmap.batch import Batch, Located, locate
+from mpisign.bitmap.batch import Batch
 from mpisign.bitmap.kernels import import_cupy
 
 __all__ = ["BACKEND", "Cuda"]
@@ -23,8 +23,6 @@ class CudaBitmaps(Bitmaps):
         self, elements: Sequence[int], words: Sequence[Tensor], nonzeros: Sequence[Tensor | None], starts: Sequence[int]
     ) -> None:
         self._batch = Batch(elements, words, nonzeros=nonzeros, first_words=starts)
-        self._averages: Sequence[Tensor | None] = ()
-        self._located: Located | None = None  # those
 
     def pack(self, values: Sequence[Tensor | None], *, zeros: str, key: int) -> Tensor:
         return self._batch.pack(values, zeros=zeros, key=key)
@@ -39,9 +37,7 @@ class CudaBitmaps(Bitmaps):
         zeros: str,
         key: int,
     ) -> Tensor:
-        if averages is not self._averages or self._located is None:
-            self._averages, self._located = averages, locate(averages)
-        return self._batch.pack_momentum(gradients, self._located, betas, unscale=unscale, zeros=zeros, key=key)
+        return self._batch.pack_momentum(gradients, averages, betas, unscale=unscale, zeros=zeros, key=key)
 
     def unpack(self, outs: Sequence[Tensor | None]) -> None:
         self._batch.unpack(outs)

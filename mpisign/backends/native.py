@@ -16,6 +16,7 @@ from mpisign.backends.host import Host
 from mpisign.bitmap import native
 from mpisign.bitmap.host import check_counts, check_moved, check_voters, words_for
 from mpisign.bitmap.kernels import FORMATS, TIES, ZEROS, address
+from mpisign.bitmap.located import Places, locate
 
 __all__ = ["BACKEND", "Native"]
 
@@ -33,27 +34,38 @@ def _at(array: npt.NDArray[Any]) -> int:
 
 
 class _Given:
-    """Tensors of fixed sizes, as C takes them: where they are, and of which types; 0 for one that is not there."""
+    """Tensors of fixed sizes, as C takes them: where they are, and of which types; 0 for one that is not there.
+
+    Attributes:
+        places: of those that were written last.
+    """
 
     def __init__(self, elements: Sequence[int]) -> None:
-        self._elements = list(elements)
-        self._at = np.zeros(len(self._elements), np.uint64)
-        self._formats = np.zeros(len(self._elements), np.uint8)
-        self.dtypes: list[torch.dtype | None] = []
-        self.addresses, self.formats = _at(self._at), _at(self._formats)
+        self._elements = np.array(elements, np.int64)
+        self.places: Places | None = None
+        self.addresses = self.formats = 0
 
-    def write(self, tensors: Sequence[Tensor | None]) -> None:
+    def write(self, tensors: Sequence[Tensor | None]) -> Places:
         """Raises ValueError if they are not of the sizes: C would write beside them."""
-        sizes = [None if tensor is None else tensor.numel() for tensor in tensors]
-        if sizes != self._elements:
-            for size, expected in zip(sizes, self._elements, strict=True):
-                if size is not None and size != expected:
-                    raise ValueError(f"a tensor of {size} elements stands where there are {expected}")
-        self._at[:] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-        if dtypes != self.dtypes:
-            self._formats[:] = [0 if dtype is None else FORMATS[dtype] for dtype in dtypes]
-            self.dtypes = dtypes
+        places, before = locate(tensors).places, self.places
+        if places is before:
+            return places
+        if not places.same_forms(before):
+            if len(tensors) != len(self._elements):
+                raise ValueError(f"{len(tensors)} tensors were given where there are {len(self._elements)}")
+            others = (places.elements != self._elements) & (places.elements >= 0)
+            if others.any():
+                given, wanted = places.elements[others][0], self._elements[others][0]
+                raise ValueError(f"a tensor of {given} elements stands where there are {wanted}")
+        self.places, self.addresses, self.formats = places, _at(places.at), _at(places.formats)
+        return places
+
+
+def _suit(values: Places, averages: Places) -> bool:
+    """Whether each value has an average, of a double if it is a double."""
+    double = FORMATS[torch.float64]
+    fits = (averages.elements >= 0) & ((values.formats == double) == (averages.formats == double))
+    return bool((fits | (values.elements < 0)).all())
 
 
 class NativeBitmaps(Bitmaps):
@@ -81,7 +93,7 @@ class NativeBitmaps(Bitmaps):
         self._tensors = len(elements), at, counts
         self._sizes = sizes
         self._values, self._averages = _Given(elements), _Given(elements)
-        self._averaged: Sequence[Tensor | None] | None = None
+        self._suited: tuple[Places, Places] | None = None  # values and averages that go together
 
     def pack(self, values: Sequence[Tensor | None], *, zeros: str, key: int) -> int:
         self._values.write(values)
@@ -98,13 +110,11 @@ class NativeBitmaps(Bitmaps):
         zeros: str,
         key: int,
     ) -> int:
-        self._values.write(gradients)
-        if averages is not self._averaged:  # who gives the same list again has moved nothing
-            self._averages.write(averages)
-            self._averaged = averages
-        pairs = zip(self._values.dtypes, self._averages.dtypes, strict=True)
-        if any(g is not None and (g == torch.float64) != (m == torch.float64) for g, m in pairs):
-            raise ValueError("a gradient has no average, or one of another precision")
+        pair = self._values.write(gradients), self._averages.write(averages)
+        if self._suited is None or not all(map(Places.same_forms, pair, self._suited)):
+            if not _suit(*pair):
+                raise ValueError("a gradient has no average, or one of another precision")
+            self._suited = pair
         first: int = self._c.pack_average(
             *self._tensors,
             self._values.addresses,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -14,36 +12,11 @@ import torch
 from mpisign.bitmap import kernels
 from mpisign.bitmap.host import words_for
 from mpisign.bitmap.kernels import NONE, address, first
+from mpisign.bitmap.located import Places, locate
 
-__all__ = ["Batch", "Located", "locate"]
+__all__ = ["Batch"]
 
 Tensor = torch.Tensor
-_dtype = attrgetter("dtype")
-
-
-@dataclass(frozen=True)
-class Located:
-    """All that a launch has to know of tensors. It holds while they do not move, and does not keep them alive.
-
-    Attributes:
-        places: which of a batch's tensors there are, or None for all of them; the other lists have an entry for each.
-    """
-
-    places: list[int] | None
-    elements: list[int]
-    addresses: list[int]
-    dtypes: list[torch.dtype]
-
-
-def locate(tensors: Sequence[Tensor | None]) -> Located:
-    """Look at a batch's tensors, so that several calls need not."""
-    # A model has hundreds of tensors, so each of these lines is one loop in C or a short one in Python.
-    present = [tensor for tensor in tensors if tensor is not None]
-    complete = len(present) == len(tensors)
-    places = None if complete else [place for place, tensor in enumerate(tensors) if tensor is not None]
-    return Located(
-        places, list(map(Tensor.numel, present)), list(map(Tensor.data_ptr, present)), list(map(_dtype, present))
-    )
 
 
 class _Table:
@@ -55,32 +28,28 @@ class _Table:
         structure: np.dtype[np.void],
         formats: Mapping[torch.dtype, int] = kernels.FORMATS,
     ) -> None:
-        self._elements, self._formats = list(elements), formats
+        self._elements, self._formats = np.array(elements, np.int64), formats
         self.capacity = structure["at"].shape[0]
-        self._written: Located | None = None
+        self._written: Places | None = None
         self._tables = [np.zeros(1, structure) for _ in range(0, len(elements), self.capacity)]
         self.by_value = [kernels.opaque(table) for table in self._tables]
 
-    def write(self, tensors: Sequence[Tensor | None] | Located) -> bool:
+    def write(self, tensors: Sequence[Tensor | None]) -> bool:
         """Returns whether they are news. Raises ValueError if they are not of the batch's number and sizes."""
-        if not isinstance(tensors, Located):
-            if len(tensors) != len(self._elements):
-                raise ValueError(f"{len(tensors)} tensors were given to a batch of {len(self._elements)}")
-            tensors = locate(tensors)
-        if tensors == self._written:
+        places = locate(tensors, self._formats).places
+        if places.same(self._written):
             return False
-        places = slice(None) if tensors.places is None else tensors.places
-        expected = self._elements if tensors.places is None else [self._elements[place] for place in tensors.places]
-        if tensors.elements != expected:
-            given, wanted = next((n, m) for n, m in zip(tensors.elements, expected, strict=True) if n != m)
+        if len(tensors) != len(self._elements):
+            raise ValueError(f"{len(tensors)} tensors were given to a batch of {len(self._elements)}")
+        others = (places.elements != self._elements) & (places.elements >= 0)
+        if others.any():
+            given, wanted = places.elements[others][0], self._elements[others][0]
             raise ValueError(f"a tensor of {given} elements stands where the batch has {wanted}")
-        at, formats = np.zeros((2, len(self._elements)), np.uint64)
-        at[places], formats[places] = tensors.addresses, [self._formats[dtype] for dtype in tensors.dtypes]
         for number, table in enumerate(self._tables):
-            some = slice(number * self.capacity, min((number + 1) * self.capacity, at.size))
-            table["at"][0, : some.stop - some.start] = at[some]
-            table["format"][0, : some.stop - some.start] = formats[some]
-        self._written = tensors
+            some = slice(number * self.capacity, min((number + 1) * self.capacity, len(tensors)))
+            table["at"][0, : some.stop - some.start] = places.at[some]
+            table["format"][0, : some.stop - some.start] = places.formats[some]
+        self._written = places
         return True
 
     def suit(self, momenta: _Table) -> bool:
@@ -132,7 +101,7 @@ class Batch:
 
     def pack(
         self,
-        values: Sequence[Tensor | None] | Located,
+        values: Sequence[Tensor | None],
         *,
         zeros: str = "coin",
         key: int = 0,
@@ -154,8 +123,8 @@ class Batch:
 
     def pack_momentum(
         self,
-        gradients: Sequence[Tensor | None] | Located,
-        momenta: Sequence[Tensor | None] | Located,
+        gradients: Sequence[Tensor | None],
+        momenta: Sequence[Tensor | None],
         betas: tuple[float, float],
         *,
         unscale: float = 1.0,
@@ -188,7 +157,7 @@ class Batch:
         self._launch("pack_momentum", tables, [*rates, *_packing(zeros, key, bad)], based=True)
         return bad
 
-    def unpack(self, outs: Sequence[Tensor | None] | Located) -> None:
+    def unpack(self, outs: Sequence[Tensor | None]) -> None:
         """Unpack into each of ``outs`` as :func:`mpisign.bitmap.cuda.unpack` does; those that are None are left out."""
         self._values.write(outs)
         self._launch("unpack_many", [self._values], [])

@@ -366,6 +366,11 @@ def _elements(values: Tensor) -> np.uint64:
 
 
 def _by_value(addresses: Sequence[np.uint64]) -> npt.NDArray[np.void]:
+    return _by_value_of(tuple(addresses))
+
+
+@functools.lru_cache(maxsize=64)  # buffers stay where they are from step to step
+def _by_value_of(addresses: tuple[np.uint64, ...]) -> npt.NDArray[np.void]:
     by_value = np.zeros(1, kernels.BITMAPS)
     some = addresses[: kernels.BITMAP_CAPACITY]
     by_value["at"][0, : len(some)] = some

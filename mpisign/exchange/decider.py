@@ -56,30 +56,28 @@ class Decider:
         if isinstance(rule, RecodedMean):
             self._recode(rule, heard, context, messages, out, start)
             return 0
-        context = dataclasses.replace(context, tied=tied)
         if self._previous is not None:
             for segment in self._bucket.segments:
                 self._previous[0, segment.start : segment.stop].copy_(self._kept(segment))
-            context = dataclasses.replace(context, previous=self._previous)
         ties: Count = 0
         for run_start, run_stop, ranks in self.runs(heard):
             span = self._overlap(run_start, run_stop, start, out)
             if span is None or not ranks:
                 continue
             voting = [messages[rank][:, span] for rank in ranks]
-            here = dataclasses.replace(context, voters=ranks)
+            here = dataclasses.replace(context, tied=tied, previous=self._previous, voters=ranks)
             ties = ties + rule.decide(voting, out[:, span], here, self._bucket.first_word + start + span.start)
         if isinstance(rule, BallotRule):
             for place in heard.spoken:
-                ties = ties + self._decide_rows(rule, heard, place, context, messages, out, start)
+                here = dataclasses.replace(context, tied=tied, previous=self._previous)
+                ties = ties + self._decide_rows(rule, heard, place, here, messages, out, start)
         return ties
 
     def runs(self, heard: Heard) -> list[Run]:
         """Who votes on what: usually one run, the whole bucket. Segments of which rows are told are left out."""
-        segments = self._bucket.segments
-        told = heard.spoken
-        if not told and (heard.votes == heard.votes[:, :1]).all():
-            return [(segments[0].start, segments[-1].stop, heard.voters(0))]
+        segments, told = self._bucket.segments, heard.spoken
+        if heard.unanimous is not None:
+            return [(segments[0].start, segments[-1].stop, heard.unanimous)]
         if isinstance(self._bucket.method.rule, VectorRule):  # whoever votes votes on everything, with zeros
             return [(segments[0].start, segments[-1].stop, tuple(np.flatnonzero(heard.votes.any(1)).tolist()))]
         runs: list[Run] = []

@@ -50,6 +50,7 @@ class Decoder:
             for bucket, exchange in zip(buckets, exchanges, strict=True)
             for place, segment in enumerate(bucket.segments)
         ]
+        self._indices = tuple(segment.index for *_, segment in self._places)
         # Whether what comes down is what is applied, in whatever type.
         down = self._codec_down
         simple = not (self._method.memory.running or isinstance(self._method.rule, RecodedMean))
@@ -65,8 +66,7 @@ class Decoder:
         Args:
             heard: by bucket.
         """
-        voted = [bool(any_votes) for its in heard for any_votes in np.any(its.votes, axis=0)]
-        outs = [sink.target(segment.index, its) for (*_, segment), its in zip(self._places, voted, strict=True)]
+        outs = sink.targets(self._indices, [its for one in heard for its in one.voted])
         said = {bucket.index: its for bucket, its in zip(self._buckets, heard, strict=True)}
         if isinstance(sink, StepSink):
             self._apply(outs, said, sink)
@@ -81,9 +81,7 @@ class Decoder:
                 out, (*_, segment) = outs[place], self._places[place]
                 assert out is not None
                 rows.silence(flat(out), silent, *self._form_of(segment))
-        for (*_, segment), out in zip(self._places, outs, strict=True):
-            if out is not None:
-                sink.written(segment.index, out)
+        sink.written(self._indices, outs)
 
     @property
     def bits(self) -> bool:
@@ -97,7 +95,7 @@ class Decoder:
             (_, exchange, _, segment) = self._places[place]
             device = exchange.decision.device
             moved[place] = rows.spoken_words(~silent, *self._form_of(segment), self._backend, device)
-        rates, decays = sink.numbers([segment.index for *_, segment in self._places])
+        rates, decays = sink.numbers(self._indices)
         self._bitmaps.apply(outs, rates, decays, moved)
 
     def _silent(self, outs: Sequence[torch.Tensor | None], said: Mapping[int, Heard]) -> dict[int, Bools]:

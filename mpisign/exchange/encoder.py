@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_
 
 import torch
 
 from mpisign.backends import Backend, Bitmaps, First, Flag
+from mpisign.bitmap.located import Located, Places, locate
 from mpisign.bitmap.tensors import flat
 from mpisign.codecs import SignBits
 from mpisign.layout import Bucket, Layout, Segment
@@ -71,8 +71,8 @@ class Encoder:
         self._signs_alone = packs and type(memory) is Identity
         together = self._signs_alone or (packs and _is_average(memory))
         self._bitmaps = bitmaps_of(self.segments, self._rows_of, backend) if together else None
-        self._averages: list[torch.Tensor | None] = []
-        self._fitting: list[torch.dtype | None] = []
+        self._averages: tuple[int, Located] | None = None  # of all, and the store's moves then
+        self._fitting: Places | None = None
 
     def encode(self, gradients: Sequence[torch.Tensor | None], context: StepContext, unscale: float) -> First:
         """Fill the messages.
@@ -85,8 +85,8 @@ class Encoder:
             The place among ``segments`` of the first that is not finite.
         """
         self._unscale = 1.0 if self._signs_alone else unscale
-        if self._bitmaps is not None and self._fits(gradients):
-            return self._encode_together(self._bitmaps, gradients, context)
+        if self._bitmaps is not None and self._fits(located := locate(gradients)):
+            return self._encode_together(self._bitmaps, located, context)
         flags: list[Flag] = []
         for segment, gradient, rows in zip(self.segments, gradients, self._rows_of, strict=True):
             if gradient is not None:
@@ -210,36 +210,37 @@ class Encoder:
 
     # ------------------------------------------------------------------------------------ many at once
 
-    def _fits(self, gradients: Sequence[torch.Tensor | None]) -> bool:
+    def _fits(self, gradients: Located) -> bool:
         """Whether each gradient is of a type that its average can take in."""
         if self.method.memory.betas is None:
             return True
-        dtypes = [None if gradient is None else gradient.dtype for gradient in gradients]
-        if dtypes != self._fitting:
-            pairs = zip(dtypes, self._parameters, strict=True)
-            if any(dtype is not None and state_dtype(dtype) != state_dtype(p.dtype) for dtype, p in pairs):
+        if not gradients.places.same_forms(self._fitting):
+            pairs = zip(gradients, self._parameters, strict=True)
+            if any(g is not None and state_dtype(g.dtype) != state_dtype(p.dtype) for g, p in pairs):
                 return False
-            self._fitting = dtypes
+            self._fitting = gradients.places
         return True
 
-    def _encode_together(
-        self, bitmaps: Bitmaps, gradients: Sequence[torch.Tensor | None], context: StepContext
-    ) -> First:
+    def _encode_together(self, bitmaps: Bitmaps, gradients: Located, context: StepContext) -> First:
         assert isinstance(self.method.codec, SignBits)
         zeros, betas = self.method.codec.zeros(context.policy), self.method.memory.betas
         if betas is None:
             return bitmaps.pack(gradients, zeros=zeros, key=context.zeros_key)
-        (field,) = self.method.memory.fields
-        averages: list[torch.Tensor | None] = [
-            None if gradient is None else self._store.of(parameter)[field]
-            for gradient, parameter in zip(gradients, self._parameters, strict=True)
-        ]
-        if len(averages) == len(self._averages) and all(map(is_, averages, self._averages)):
-            averages = self._averages  # the same list says that nothing has moved
-        self._averages = averages
+        averages = self._averages_for(gradients)
         return bitmaps.pack_average(
             gradients, averages, betas, unscale=self._unscale, zeros=zeros, key=context.zeros_key
         )
+
+    def _averages_for(self, gradients: Located) -> Sequence[torch.Tensor | None]:
+        """This rank's, each made when its parameter first has a gradient."""
+        (field,) = self.method.memory.fields
+        if not gradients.places.complete:
+            pairs = zip(gradients, self._parameters, strict=True)
+            return [None if gradient is None else self._store.of(parameter)[field] for gradient, parameter in pairs]
+        if self._averages is None or self._averages[0] != self._store.moves:
+            averages = locate([self._store.of(parameter)[field] for parameter in self._parameters])
+            self._averages = self._store.moves, averages
+        return self._averages[1]
 
     # ------------------------------------------------------------------------------------------- precision
 

@@ -8,6 +8,7 @@ every exchange each rank knows all voters. Messages stay pure words, cut and rec
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,9 @@ def shake_hands(
     mine = np.array([FORMAT_VERSION, step, told, intent.applied, intent.gradients, joined_for], dtype=np.int64)
     with session.tracer.span("handshake"):
         heard = session.call(mine)
+    sent = (session.size - 1) * mine.nbytes
+    if heard.tobytes() == session.size * mine.tobytes() and not joined_for:  # all train, as nearly always
+        return Handshake((None,) * session.size, sent, (intent.gradients,) * session.size)
     if not (heard[:, :3] == mine[:3]).all():
         _explain(session, layout, [*settings, *(f"rows of {name!r} are told" for name in rows)], heard)
     if (heard[:, 5] < 0).any():
@@ -113,7 +117,7 @@ def shake_hands(
     applied = heard[:, 3]
     if not (applied == applied[0]).all():
         _compare_applied(session, applied, [rank for rank, its in enumerate(joined) if its is None], intent.lines())
-    return Handshake(joined, (session.size - 1) * mine.nbytes, tuple(heard[:, 4].tolist()))
+    return Handshake(joined, sent, tuple(heard[:, 4].tolist()))
 
 
 def _compare_applied(session: Session, applied: np.ndarray, training: Sequence[int], lines: Sequence[str]) -> None:
@@ -179,6 +183,18 @@ class Heard:
     zero_rows: Bools
     spoken: dict[int, Bools]
 
+    @functools.cached_property
+    def voted(self) -> list[bool]:
+        """By segment, whether somebody votes on it."""
+        return [bool(its) for its in np.any(self.votes, axis=0)]
+
+    @functools.cached_property
+    def unanimous(self) -> tuple[int, ...] | None:
+        """Who votes on all segments, if nobody votes on some of them alone, nor on some rows of one; else None."""
+        if self.spoken or (self.votes != self.votes[:, :1]).any():
+            return None
+        return self.voters(0)
+
     def voters(self, segment: int) -> tuple[int, ...]:
         """The ranks that vote on the segment at this place."""
         return tuple(np.flatnonzero(self.votes[:, segment]).tolist())
@@ -200,6 +216,7 @@ class Header:
         self._heard = np.zeros((ranks, self._mine.size), np.uint8)
         self.bytes_sent = (ranks - 1) * self._mine.size
         self._simple = np.concatenate([[VOTES, *b"\xff\xff\xff\xff"], self._pack([np.ones(self._segments, np.bool_)])])
+        self._parsed: tuple[bytes, Heard] | None = None  # what was heard last, and what it says
 
     def _pack(self, parts: Sequence[Bools]) -> npt.NDArray[np.uint8]:
         bits = np.zeros(self._bits, np.bool_)
@@ -236,10 +253,13 @@ class Header:
 
     def heard(self, session: Session) -> Heard:
         """What all have said. Raises ConsistencyError on every rank if somebody's cannot be."""
+        told = self._heard.tobytes()
+        if self._parsed is None or self._parsed[0] != told:  # nearly always they say what they have said before
+            self._parsed = told, self._parse(session.rank)
+        return self._parsed[1]
+
+    def _parse(self, rank_here: int) -> Heard:
         heard = self._heard
-        if (heard == self._simple).all():  # all vote on everything, as nearly always
-            everything = np.ones((len(heard), self._segments), np.bool_)
-            return Heard((VOTES,) * len(heard), everything, (-1,) * len(heard), ~everything, {})
         status = heard[:, 0].tolist()
         ended = heard[:, 1:5].copy().view(np.int32)[:, 0].tolist()
         unknown = [
@@ -251,7 +271,7 @@ class Header:
             raise ConsistencyError(
                 f"ranks {unknown} abstain for a reason that this mpisign does not know "
                 f"({status[unknown[0]]}, {ended[unknown[0]]}; this is "
-                f"rank {session.rank}): run the same version on every rank"
+                f"rank {rank_here}): run the same version on every rank"
             )
         bits = np.unpackbits(heard[:, 5:], axis=1, count=self._bits, bitorder="little").astype(np.bool_)
         votes, at = bits[:, : self._segments], self._segments

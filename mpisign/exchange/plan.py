@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -51,16 +52,16 @@ class Use:
             self._ended = torch.cuda.Event()
             self._ended.record(torch.cuda.current_stream(device))  # the buffers are zero from here on
 
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
+    def __call__(self) -> AbstractContextManager[None]:
         """Select the device; what was done inside the last time, maybe on another stream, comes first."""
-        if self._ended is None:
-            yield
-            return
+        return contextlib.nullcontext() if self._ended is None else self._on_device(self._ended)
+
+    @contextlib.contextmanager
+    def _on_device(self, ended: torch.cuda.Event) -> Iterator[None]:
         with torch.cuda.device(self._device):
-            torch.cuda.current_stream().wait_event(self._ended)
+            torch.cuda.current_stream().wait_event(ended)
             yield
-            self._ended.record()
+            ended.record()
 
     def over(self) -> None:
         """Wait until nobody uses them, on whatever stream: they may be given away then."""
@@ -153,6 +154,8 @@ class Plan:
 
     def telling(self) -> Plan:
         """The same plan, with headers that tell rows of all parameters in which somebody has had a row of zeros."""
+        if not (self.store.rows or self.told):  # as in nearly every step
+            return self
         told = _told(self.layout, self.spoken, self.store)
         if told == self.told:
             return self

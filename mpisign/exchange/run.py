@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
+from mpisign.bitmap.located import Located
 from mpisign.exchange import header
 from mpisign.exchange.header import Handshake, Intent
 from mpisign.exchange.plan import Plan
@@ -19,7 +18,7 @@ __all__ = ["run", "sit_out"]
 def run(
     plan: Plan,
     step: int,
-    values: Sequence[torch.Tensor | None],
+    values: Located,
     abstention: int,
     unscale: float,
     intent: Intent,
@@ -30,7 +29,7 @@ def run(
     handshake = a_round.open()
     a_round.prepare(values)
     for batch in plan.batches:
-        a_round.submit(batch, [values[place] for place in batch.places])
+        a_round.submit(batch, values.chosen(batch.places))
     a_round.close()
     return handshake, a_round.commit(sink)
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from mpisign.bitmap.located import Located
 from mpisign.bitmap.tensors import is_laid_as
 from mpisign.layout import Layout
 
@@ -16,24 +17,36 @@ __all__ = ["GradientSink", "ModelSink", "NoSink", "Sink", "StepSink"]
 class Sink(Protocol):
     """Gives a decision the memory it is written to."""
 
-    def target(self, place: int, voted: bool) -> torch.Tensor | None:
-        """Where the decision on a layout's parameter goes, dense in the wire's order; None for nowhere.
+    def targets(self, places: tuple[int, ...], voted: Sequence[bool]) -> Sequence[torch.Tensor | None]:
+        """Where the decisions on these parameters of a layout go, dense in the wire's order; None for nowhere.
 
         Args:
-            voted: somebody has voted on it; if not, there is no decision.
+            voted: whether somebody has voted on it; if not, there is no decision.
         """
 
-    def written(self, place: int, target: torch.Tensor) -> None:
-        """It is there."""
+    def written(self, places: tuple[int, ...], targets: Sequence[torch.Tensor | None]) -> None:
+        """They are there."""
 
 
 class GradientSink:
-    """Into ``p.grad``, which becomes None where nobody has voted, and is made where this rank had none."""
+    """Into ``p.grad``, which becomes None where nobody has voted, and is made where this rank had none.
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+    Args:
+        gradients: what every ``p.grad`` is now, by parameter, if that is known.
+    """
 
-    def target(self, place: int, voted: bool) -> torch.Tensor | None:
+    def __init__(self, layout: Layout, gradients: Located | None = None) -> None:
+        self._layout, self._gradients = layout, gradients
+
+    def targets(self, places: tuple[int, ...], voted: Sequence[bool]) -> Sequence[torch.Tensor | None]:
+        if self._gradients is not None and self._gradients.places.complete and all(voted):
+            return self._gradients.chosen(places)
+        return list(map(self._target, places, voted))
+
+    def written(self, places: tuple[int, ...], targets: Sequence[torch.Tensor | None]) -> None:
+        """They are where they belong."""
+
+    def _target(self, place: int, voted: bool) -> torch.Tensor | None:
         parameter, strides = self._layout.parameters[place], self._layout.strides[place]
         if not voted:
             parameter.grad = None
@@ -43,9 +56,6 @@ class GradientSink:
             )
         return parameter.grad
 
-    def written(self, place: int, target: torch.Tensor) -> None:
-        """It is where it belongs."""
-
 
 class ModelSink:
     """Into the parameters themselves."""
@@ -53,7 +63,16 @@ class ModelSink:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
 
-    def target(self, place: int, voted: bool) -> torch.Tensor | None:
+    def targets(self, places: tuple[int, ...], voted: Sequence[bool]) -> Sequence[torch.Tensor | None]:
+        return list(map(self._target, places, voted))
+
+    def written(self, places: tuple[int, ...], targets: Sequence[torch.Tensor | None]) -> None:
+        for place, target in zip(places, targets, strict=True):
+            parameter = self._layout.parameters[place]
+            if target is not None and target.data_ptr() != parameter.data_ptr():
+                parameter.detach().copy_(target)
+
+    def _target(self, place: int, voted: bool) -> torch.Tensor | None:
         if not voted:
             return None
         parameter, strides = self._layout.parameters[place].detach(), self._layout.strides[place]
@@ -61,31 +80,30 @@ class ModelSink:
             return parameter
         return torch.empty_strided(parameter.shape, strides, dtype=parameter.dtype, device=parameter.device)
 
-    def written(self, place: int, target: torch.Tensor) -> None:
-        parameter = self._layout.parameters[place]
-        if target.data_ptr() != parameter.data_ptr():
-            parameter.detach().copy_(target)
-
 
 class StepSink:
     """Nowhere either: bits are applied to the parameters at once, as a step of SGD, and ``p.grad`` stays.
 
     Args:
+        parameters: where they are now.
         rates, decays: by parameter, SGD's ``lr`` and ``weight_decay``.
     """
 
-    def __init__(self, layout: Layout, rates: Sequence[float], decays: Sequence[float]) -> None:
-        self._layout, self._rates, self._decays = layout, rates, decays
+    def __init__(self, parameters: Located, rates: Sequence[float], decays: Sequence[float]) -> None:
+        self._parameters, self._rates, self._decays = parameters, rates, decays
 
-    def target(self, place: int, voted: bool) -> torch.Tensor | None:
-        return self._layout.parameters[place].detach() if voted else None
+    def targets(self, places: tuple[int, ...], voted: Sequence[bool]) -> Sequence[torch.Tensor | None]:
+        chosen = self._parameters.chosen(places)
+        return chosen if all(voted) else [its if vote else None for its, vote in zip(chosen, voted, strict=True)]
 
     def numbers(self, places: Sequence[int]) -> tuple[list[float], list[float]]:
         """The rates and decays of these parameters."""
         return [self._rates[place] for place in places], [self._decays[place] for place in places]
 
-    def written(self, place: int, target: torch.Tensor) -> None:
-        torch.autograd.graph.increment_version(target)  # as an operation of torch's would
+    def written(self, places: tuple[int, ...], targets: Sequence[torch.Tensor | None]) -> None:
+        for target in targets:
+            if target is not None:
+                torch.autograd.graph.increment_version(target)  # as an operation of torch's would
 
 
 class NoSink:
@@ -94,11 +112,14 @@ class NoSink:
     def __init__(self, layout: Layout, running: frozenset[int]) -> None:
         self._layout, self._running = layout, running
 
-    def target(self, place: int, voted: bool) -> torch.Tensor | None:
+    def targets(self, places: tuple[int, ...], voted: Sequence[bool]) -> Sequence[torch.Tensor | None]:
+        return list(map(self._target, places, voted))
+
+    def written(self, places: tuple[int, ...], targets: Sequence[torch.Tensor | None]) -> None:
+        """They were not needed."""
+
+    def _target(self, place: int, voted: bool) -> torch.Tensor | None:
         if not voted or place not in self._running:
             return None
         parameter, strides = self._layout.parameters[place], self._layout.strides[place]
         return torch.empty_strided(parameter.shape, strides, dtype=parameter.dtype, device=parameter.device)
-
-    def written(self, place: int, target: torch.Tensor) -> None:
-        """It was not needed."""

@@ -61,11 +61,13 @@ class MemoryStore:
         sharded: what a rule keeps is another piece on every rank, not the same on all.
         unsummed: ranks have come or gone since a memory's ``summed`` was the sum over them.
         secret: what only this rank knows, in hexadecimal, if a memory's noise is private; else empty.
+        moves: how often :meth:`of` has begun to give other tensors.
     """
 
     def __init__(self, memory: Memory) -> None:
         self._usual = memory  # of parameters of which follow() has not said another
         self._memories: dict[torch.Tensor, Memory] = {}
+        self._follows_rates = bool(memory.follows_lr)
         self.secret = secrets.token_hex(32) if memory.private else ""
         self.rows: set[torch.Tensor] = set()
         self.sharded = self.unsummed = False
@@ -80,10 +82,15 @@ class MemoryStore:
         self._piece_drafts: Pieces = {}
         self._spares: dict[torch.Tensor, Laid] = {}  # second buffers that are free
         self._piece_spares: Pieces = {}
+        self.moves = 0
 
     def memory_of(self, parameter: torch.Tensor) -> Memory:
         """The memory whose state it is."""
         return self._memories.get(parameter, self._usual)
+
+    def _set_memories(self, memories: Mapping[torch.Tensor, Memory]) -> None:
+        self._memories = dict(memories)
+        self._follows_rates = any(memory.follows_lr for memory in (self._usual, *memories.values()))
 
     def of(self, parameter: torch.Tensor) -> State:
         """The state of one parameter by field, flat, to be read and written; made on first use."""
@@ -95,6 +102,7 @@ class MemoryStore:
             for field, value in kept.flat.items():
                 spare.flat[field].copy_(value)
             self._drafts[parameter] = spare
+            self.moves += 1
         return self._drafts[parameter].flat
 
     def _kept(self, parameter: torch.Tensor) -> Laid:
@@ -107,6 +115,7 @@ class MemoryStore:
     def draft(self) -> None:
         """From here on write to second buffers."""
         self._drafts = {}
+        self.moves += 1
 
     def commit(self) -> None:
         """What was written since :meth:`draft` is the state from here on. Harmless without a draft."""
@@ -120,6 +129,7 @@ class MemoryStore:
                 self._piece_spares.setdefault(parameter, {})[lo] = self._pieces[parameter][lo]
                 self._pieces[parameter][lo] = piece
         self._drafts, self._piece_drafts = None, {}
+        self.moves += 1
 
     def drop(self) -> None:
         """Forget what was written since :meth:`draft`."""
@@ -129,6 +139,7 @@ class MemoryStore:
         for parameter, drafts in self._piece_drafts.items():
             self._piece_spares.setdefault(parameter, {}).update(drafts)
         self._drafts, self._piece_drafts = None, {}
+        self.moves += 1
 
     # ------------------------------------------------------------------------------------------- changes
 
@@ -136,7 +147,7 @@ class MemoryStore:
         """Take note of changes: forget parameters no longer held, and lay the state out anew where they differ."""
         regrouped = self._is_regrouped(group)
         self._place, self._members = (group.rank, group.size), group.identities
-        self._memories = dict(memories)
+        self._set_memories(memories)
         self.unsummed = self._is_unsummed(regrouped)
         # A sum of which some parts cannot be summed anew now is worth nothing later.
         held = {p for p in parameters if p.requires_grad or not (regrouped and self.memory_of(p).summed)}
@@ -150,6 +161,7 @@ class MemoryStore:
         self._rates = {parameter: rate for parameter, rate in self._rates.items() if parameter in held}
         states = {parameter: laid for parameter, laid in self._states.items() if parameter in held}
         self._states = {parameter: self._followed(parameter, laid) for parameter, laid in states.items()}
+        self.moves += 1
 
     def _followed(self, parameter: torch.Tensor, laid: Laid) -> Laid:
         """The state as the parameter and its memory are now: the same one where they have not changed."""
@@ -172,7 +184,7 @@ class MemoryStore:
         A step at rate 0 leaves them alone, as there is no factor that could undo it, and so does one at a rate that is
         nearly 0 or no number.
         """
-        if not (self._usual.follows_lr or any(memory.follows_lr for memory in self._memories.values())):
+        if not self._follows_rates:
             return
         for group in groups:
             rate = float(group.get("lr", 1.0))
@@ -293,7 +305,8 @@ class MemoryStore:
             CheckpointError: saved by a job of another size, by a newer version, for other parameters, or damaged.
         """
         store = MemoryStore(self._usual)
-        store._memories, store._place = dict(memories), (group.rank, group.size)
+        store._set_memories(memories)
+        store._place = group.rank, group.size
         names = [store.memory_of(parameter).name for parameter in parameters]
         fields = any(store.memory_of(parameter).fields for parameter in parameters)
         fresh = f"rank {group.rank}: the memory ({', '.join(dict.fromkeys(names))}) starts fresh: "
