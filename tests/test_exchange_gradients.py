@@ -12,6 +12,7 @@ from torch import nn
 
 import mpisign
 from mpisign import GradientError
+from mpisign.bitmap.located import locate
 from mpisign.exchange.gradients import Gradients
 
 
@@ -82,6 +83,39 @@ def test_strides_of_dimensions_of_one_say_nothing() -> None:
     tensor.grad = odd
     (gradient,) = read(parts.gradients_of(tensors), tensors)
     assert gradient is odd
+
+
+def test_a_negative_view_is_read_as_what_it_stands_for_in_every_step() -> None:
+    (tensor,) = tensors = parts.parameters((3, 4))
+    given = parts.gradients_of(tensors)
+    for step in range(3):
+        values = torch.arange(12.0).view(3, 4) + step
+        tensor.grad = torch._neg_view(values) if step != 1 else values
+        (gradient,) = read(given, tensors)
+        assert gradient is tensor.grad
+        assert gradient is not None
+        assert not gradient.is_neg()
+        assert torch.equal(gradient, values if step == 1 else -values)
+
+
+def test_what_is_read_is_known_by_where_it_lies() -> None:
+    """Whoever packs or unpacks takes these numbers and does not ask the tensors."""
+    tensors = parts.parameters((4, 3), (5,), (0,))
+    given = parts.gradients_of(tensors)
+    for step, absent in enumerate([None, None, 1, 0, None]):
+        drawn: list[torch.Tensor | None] = [*parts.draw(tensors, step)]
+        if absent is not None:
+            drawn[absent] = None
+        parts.give(tensors, drawn)
+        located = given.read()
+        places = located.places
+        assert places.complete == (absent is None)
+        assert places.at.tolist() == [0 if g is None else g.data_ptr() for g in located]
+        assert places.elements.tolist() == [-1 if g is None else g.numel() for g in located]
+        for order in ((2, 0), (1, 2, 0), (0, 1, 2)):
+            chosen = located.chosen(order)
+            assert all(mine is located[place] for mine, place in zip(chosen, order, strict=True))
+            assert chosen.places.same(locate(list(chosen)).places)
 
 
 # ------------------------------------------------------------------------------------------------------ refusals

@@ -35,8 +35,8 @@ class _Look:
     absent: list[bool]
     dtypes: list[torch.dtype]
     elements: list[int]
-    devices: list[int]
     strides: list[tuple[int, ...]]
+    negative: bool
     inference: bool
     addresses: list[int] = field(compare=False)
 
@@ -50,8 +50,8 @@ def _look_at(gradients: Sequence[torch.Tensor | None]) -> _Look | None:
             absent,
             list(map(_dtype, present)),
             list(map(torch.Tensor.numel, present)),
-            list(map(torch.Tensor.get_device, present)),
             list(map(torch.Tensor.stride, present)),
+            any(map(torch.Tensor.is_neg, present)),
             bool(present) and present[0].is_inference(),
             list(map(torch.Tensor.data_ptr, present)),
         )
@@ -120,7 +120,8 @@ class Gradients:
             self._layout.parameters[place],
             self._layout.strides[place],
         )
-        gradient = gradient.resolve_neg()
+        if gradient.is_neg():
+            parameter.grad = gradient = gradient.resolve_neg()
         if gradient.layout != torch.strided:
             raise GradientError(
                 f"rank {self._rank}: the gradient of {name!r} is {gradient.layout}; use sparse=False in the embedding, "
