@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import functools
-from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,8 +12,11 @@ import torch.distributed as dist
 from harness import Contender, Report, Table, Target, compare, count, gloo, measure, mib, one_thread, parser, ring_bytes
 
 import mpisign
-from mpisign.bitmap import host
-from mpisign.exchange.choose import Exchange, choose
+from mpisign.exchange.decider import Deciding
+from mpisign.exchange.header import VOTES, Heard
+from mpisign.exchange.plan import make_plan
+from mpisign.exchange.settling import settled
+from mpisign.memory.store import MemoryStore
 from mpisign.policy import Policy
 from mpisign.session import current
 from mpisign.watchdog import Pending
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 ALLREDUCE, OUT_OF_PLACE = "Allreduce fp32", "Allreduce, not in place"
 GLOO_FP32, GLOO_BF16 = "gloo fp32", "gloo bf16"
-TWO_PHASE, ALLGATHER = "two_phase", "allgather"
+EXCHANGES = TWO_PHASE, ALLGATHER, HIERARCHICAL = "two_phase", "allgather", "hierarchical"
 
 WORDS = """\
 One gradient, already in the form each scheme sends: packed words for mpisign, bf16 for gloo in bf16. `two_phase`
@@ -55,15 +56,14 @@ def main() -> None:
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
-    bits = {
-        option: BitExchange(option, args.elements, int(args.bucket_mb * 2**20)) for option in (TWO_PHASE, ALLGATHER)
-    }
-    two_phase, allgather = (torch.cat(exchange.run(), dim=1) for exchange in bits.values())
-    if not comm.allreduce(torch.equal(two_phase, allgather), MPI.LAND):
-        raise RuntimeError("the two exchanges decided different bits")
+    bits = {option: BitExchange(option, args.elements, int(args.bucket_mb * 2**20)) for option in EXCHANGES}
+    first, *others = (torch.cat(exchange.run(), dim=1) for exchange in bits.values())
+    if not comm.allreduce(all(torch.equal(first, other) for other in others), MPI.LAND):
+        raise RuntimeError("the exchanges decided different bits")
     contenders = [
         Contender(TWO_PHASE, "all-to-all, each rank decides a shard, all-gather", bits[TWO_PHASE].run),
         Contender(ALLGATHER, "all-gather, each rank decides everything", bits[ALLGATHER].run),
+        Contender(HIERARCHICAL, "counted in each node's memory, then across in two phases", bits[HIERARCHICAL].run),
         *reductions(comm, args.elements),
     ]
     if args.gloo:
@@ -74,8 +74,8 @@ def main() -> None:
         return
 
     names = [one.name for one in contenders]
-    references = [name for name in names if name not in (TWO_PHASE, ALLGATHER)]
-    sent = {option: sum(one.bytes_sent for one in exchange.exchanges) for option, exchange in bits.items()}
+    references = [name for name in names if name not in EXCHANGES]
+    sent = {option: exchange.bytes_sent for option, exchange in bits.items()}
     report = Report(
         "exchange",
         f"Exchanging {args.elements:,} coordinates, {comm.size} rank(s)",
@@ -98,36 +98,38 @@ class BitExchange:
 
     def __init__(self, option: str, elements: int, bucket_bytes: int) -> None:
         self.session, method = current(), mpisign.signsgd()
-        self.rule = method.rule
-        self.context = Policy().context(step=0, rank=self.session.rank)
-        words, cap = host.words_for(elements), max(1, bucket_bytes // 4)
-        self.starts = list(range(0, words, cap))
-        self.exchanges: list[Exchange] = [
-            choose(option, method, min(cap, words - start), torch.int32, 1, 1, self.session.group, torch.device("cpu"))
-            for start in self.starts
-        ]
+        self.context = Policy().context(step=0, rank=self.session.rank, size=self.session.size)
+        each = 32 * max(1, bucket_bytes // 4)
+        tensors = [torch.empty(min(each, elements - at)) for at in range(0, elements, each)]
+        named = [(str(number), tensor) for number, tensor in enumerate(tensors)]
+        options: Any = (Policy(), option, 1e-6, MemoryStore(method.memory), self.session.group, 1)  # a message each
+        self.plan = settled(make_plan(named, [method] * len(named), *options), self.session, None)
         seeded = torch.Generator().manual_seed(self.session.rank)
-        ballot = torch.randint(-(2**31), 2**31, (words,), dtype=torch.int32, generator=seeded)
-        for start, exchange in zip(self.starts, self.exchanges, strict=True):
-            exchange.message[0] = ballot[start : start + cap]
-
-    def decide(self, first_word: int, messages: Sequence[torch.Tensor], out: torch.Tensor, start: int) -> None:
-        self.rule.decide(messages, out, self.context, first_word + start)
+        for exchange in self.plan.exchanges:
+            exchange.message.random_(-(2**31), 2**31, generator=seeded)
 
     def run(self) -> list[torch.Tensor]:
-        """Send everything, then decide, then collect, in the order of the library's own rounds."""
+        """Send everything, then go through all phases, in the order of the library's own rounds."""
+        session, plan, channels = self.session, self.plan, self.session.group.channels
+        everybody = np.ones((session.size, 1), np.bool_)
+        heard = Heard((VOTES,) * session.size, everybody, (-1,) * session.size, ~everybody, {})
         on_the_way: list[Pending | None] = []
-        for exchange in self.exchanges:
+        for exchange in plan.exchanges:
             exchange.push()
-            on_the_way.append(exchange.post(self.session))
+            on_the_way.append(exchange.post(session, channels))
+        deciding = [Deciding(one, heard, self.context, None, nullcontext) for one in plan.deciders]
         phase = 0
         while any(pending is not None for pending in on_the_way):
-            for place, (first_word, exchange) in enumerate(zip(self.starts, self.exchanges, strict=True)):
+            for place, exchange in enumerate(plan.exchanges):
                 if (pending := on_the_way[place]) is not None:
-                    self.session.wait(pending)
-                    on_the_way[place] = exchange.go_on(self.session, phase, functools.partial(self.decide, first_word))
+                    session.wait(pending)
+                    on_the_way[place] = exchange.go_on(session, channels, phase, deciding[place])
             phase += 1
-        return [exchange.decision for exchange in self.exchanges]
+        return [exchange.decision for exchange in plan.exchanges]
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(exchange.bytes_sent for exchange in self.plan.exchanges)
 
 
 def gradient(rank: int, elements: int) -> torch.Tensor:
@@ -175,11 +177,14 @@ def gloo_reductions(rank: int, elements: int) -> list[Contender]:
 def traffic(elements: int, ranks: int, sent: dict[str, int]) -> Table:
     """Bytes a rank sends: by formula, and for the library's exchanges as they count them."""
     fp32 = ring_bytes(elements, 4, ranks)
+    group = current().group
+    nodes, each, planes = group.num_nodes, group.lanes, group.largest_node.bit_length() + 1
     formulas = [
         ("fp32 ring (Allreduce, gloo)", "2 (M-1)/M 4d", fp32),
         ("bf16 ring (gloo)", "2 (M-1)/M 2d", fp32 / 2),
         (TWO_PHASE, "2 (M-1)/M d/8", fp32 / 32),
         (ALLGATHER, "(M-1) d/8", (ranks - 1) * elements / 8),
+        (HIERARCHICAL, "(N-1)/N (ceil(log2(G+1)) + 1) d/8G", (nodes - 1) / nodes * planes * elements / 8 / each),
     ]
     rows = [
         [

@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["LIMIT_BYTES", "Together", "block_type", "cut", "free_with", "together"]
+__all__ = ["LIMIT_BYTES", "Together", "block_type", "cut", "free_with", "shard_operations", "together"]
 
 LIMIT_BYTES = 1 << 30
 """What one operation sends or receives at most; lowered by tests."""
@@ -56,6 +56,30 @@ def block_type(dtype: np.dtype[Any], rows: int, width: int, stride: int, extent:
     resized: MPI.Datatype = block.Create_resized(0, extent * dtype.itemsize).Commit()
     block.Free()
     return resized
+
+
+def shard_operations(
+    everyones: Any, owners: Any, item: np.dtype[Any], planes: int, shard: int, ranks: int
+) -> list[tuple[Any, Any, list[MPI.Datatype]]]:
+    """The operations between (planes, shard * ranks) of all shards and what shard owners have, (planes, shard) each.
+
+    Usually one. All are flat.
+
+    Returns:
+        What MPI is given of ``everyones`` and of ``owners`` for each, and the datatypes in them.
+    """
+    parts = list(cut(shard, planes * ranks * item.itemsize))
+    if len(parts) == 1 and planes == 1:  # MPI is quicker where it need not know of gaps
+        return [(everyones, owners, [])]
+    operations: list[tuple[Any, Any, list[MPI.Datatype]]] = []
+    for at, width in parts:
+        types = [block_type(item, planes, width, shard * ranks, shard)]
+        of_one = owners
+        if len(parts) > 1:
+            types.append(block_type(item, planes, width, shard, planes * shard))
+            of_one = [owners[at:], 1, types[1]]
+        operations.append(([everyones[at:], 1, types[0]], of_one, types))
+    return operations
 
 
 def free_with(owner: object, types: Sequence[MPI.Datatype]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,33 @@ if TYPE_CHECKING:
 
     from mpisign.watchdog import Watchdog
 
-__all__ = ["Group", "check_node_map"]
+__all__ = ["Channels", "Group", "check_node_map"]
+
+
+class Channels(NamedTuple):
+    """Communicators for the phases of messages, one each: each phase begins strictly in the order of the messages.
+
+    So a rank may be in one phase of a message while another is in another.
+
+    Attributes:
+        headers: between all, as are ``first`` and ``second``, for the phases of flat exchanges.
+        ballots, decisions: between the ranks of a node: the former and the latter are in its shared memory.
+        tallies, verdicts: between the ranks of a lane: counts go up, and what they decide comes down.
+    """
+
+    headers: MPI.Comm
+    first: MPI.Comm
+    second: MPI.Comm
+    ballots: MPI.Comm
+    tallies: MPI.Comm
+    verdicts: MPI.Comm
+    decisions: MPI.Comm
+
+    @classmethod
+    def open(cls, comm: MPI.Comm, node: MPI.Comm, lane: MPI.Comm, watchdog: Watchdog) -> Channels:
+        """New ones. **Collective** over ``comm``."""
+        with watchdog.guard("MPI's duplicates of communicators"):
+            return cls(*(one.Dup() for one in (comm, comm, comm, node, lane, lane, node)))
 
 
 @dataclass(frozen=True)
@@ -28,8 +54,7 @@ class Group:
         comm: between all, private to the library.
         node: between those on this rank's node.
         lane: between those with the same local rank, one a node, in the order of the nodes.
-        phases: for headers, and for the first and second phases of messages. Each is used strictly in the order of the
-            messages, so that a rank may be in one phase of a message while another is in another.
+        channels: for messages, of all optimizers that send nothing before their step.
         rank, size: this rank's number, and how many there are.
         node_of: (size,) the number of each rank's node; nodes are numbered by their lowest rank.
         generation: how many groups this job has had before.
@@ -42,7 +67,7 @@ class Group:
     comm: MPI.Comm
     node: MPI.Comm
     lane: MPI.Comm
-    phases: tuple[MPI.Comm, MPI.Comm, MPI.Comm]
+    channels: Channels
     rank: int
     size: int
     node_of: tuple[int, ...]
@@ -99,23 +124,24 @@ class Group:
         places = tuple(order[label] for label in labels)
         local = places[:rank].count(places[rank])
         with watchdog.guard("MPI's split into nodes and lanes"):
-            return cls(
-                comm=comm,
-                node=comm.Split(places[rank], rank),
-                lane=comm.Split(local, rank),
-                phases=(comm.Dup(), comm.Dup(), comm.Dup()),
-                rank=rank,
-                size=comm.size,
-                node_of=places,
-                generation=generation,
-                identities=tuple(heard[:, 0].tolist()),
-                gpus=bool(heard[:, 1].all()),
-            )
+            node, lane = comm.Split(places[rank], rank), comm.Split(local, places[rank])
+        return cls(
+            comm=comm,
+            node=node,
+            lane=lane,
+            channels=Channels.open(comm, node, lane, watchdog),
+            rank=rank,
+            size=comm.size,
+            node_of=places,
+            generation=generation,
+            identities=tuple(heard[:, 0].tolist()),
+            gpus=bool(heard[:, 1].all()),
+        )
 
     @classmethod
     def alone(cls, comm: Any, *, gpus: bool = False) -> Group:
         """A group of this process, over anything that has the calls of a communicator."""
-        return cls(comm, comm, comm, (comm,) * 3, 0, 1, (0,), 0, (0,), gpus)
+        return cls(comm, comm, comm, Channels(*(comm,) * 7), 0, 1, (0,), 0, (0,), gpus)
 
     @property
     def identity(self) -> int:
@@ -159,11 +185,26 @@ class Group:
         nodes = ([rank for rank in range(self.size) if self.node_of[rank] == node] for node in range(self.num_nodes))
         return [ranks[mine] for ranks in nodes if len(ranks) > mine]
 
+    @property
+    def lanes(self) -> int:
+        """How many lanes lead to every node: the ranks of the smallest one."""
+        return min(self.node_of.count(node) for node in set(self.node_of))
+
+    @property
+    def largest_node(self) -> int:
+        """How many ranks the largest node has."""
+        return max(self.node_of.count(node) for node in set(self.node_of))
+
+    @property
+    def neighbours(self) -> tuple[int, ...]:
+        """The ranks of this rank's node, itself included."""
+        return tuple(rank for rank, node in enumerate(self.node_of) if node == self.node_rank)
+
     def free(self, watchdog: Watchdog) -> None:
         """Give the communicators back. **Collective.**"""
         with watchdog.guard("MPI_Comm_free"):
             self.presence.drain()
-            for comm in (*self.phases, self.lane, self.node, self.comm):
+            for comm in (*self.channels, self.lane, self.node, self.comm):
                 comm.Free()
 
 

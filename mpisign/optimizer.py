@@ -16,26 +16,25 @@ from mpisign.errors import CheckpointError, OptionError, SynchronizationError
 from mpisign.exchange import header
 from mpisign.exchange.choose import check_exchange
 from mpisign.exchange.local import local_update
-from mpisign.exchange.plan import Plan, make_plan
+from mpisign.exchange.plan import Plan
 from mpisign.exchange.run import run, sit_out
 from mpisign.exchange.sink import GradientSink, ModelSink, Sink
-from mpisign.memory import Memory
 from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
 from mpisign.methods import signum
 from mpisign.plain import plain, uncompiled
+from mpisign.planned import Planned
 from mpisign.policy import Policy, check_integer, check_positive
 from mpisign.report import StepReport
 from mpisign.rules import BallotRule
 from mpisign.scaling import LossScale
-from mpisign.session import Session, current, is_initialized, known, operation
+from mpisign.session import current, is_initialized, known, operation
 from mpisign.trees import shown
-from mpisign.wrapper import Wrapper
 
 __all__ = ["DistributedSignOptimizer"]
 
 
-class DistributedSignOptimizer(Wrapper):
+class DistributedSignOptimizer(Planned):
     """Wraps a torch optimizer so that ``step()`` applies what all ranks decide together, one bit a coordinate.
 
     ``step()`` is ``synchronize()``, which replaces every ``p.grad`` by the decision (+1, -1, or 0 where a
@@ -57,7 +56,8 @@ class DistributedSignOptimizer(Wrapper):
             one more bit a coordinate. ``"positive"``: +1, as the paper's code did.
         ties: who wins a tie: ``"coin"`` a fair coin, the same on all ranks; ``"zero"`` nobody: the coordinate
             stays; ``"positive"`` +1.
-        exchange: ``"allgather"``, ``"two_phase"`` or ``"auto"``; all decide the same votes.
+        exchange: ``"allgather"``, ``"two_phase"``, ``"hierarchical"`` (votes are counted in each node first, so that
+            fewer bytes leave a network card that several ranks share) or ``"auto"``; all decide the same votes.
         seed: of coins and noise; the same on all ranks, another for each optimizer of a job.
         clip_grad_norm: each rank's gradient is first clipped to this L2 norm, over all parameters and without a loss
             scale, so that one huge gradient does not stay in a momentum for hundreds of steps; a rank with a NaN or Inf
@@ -83,12 +83,6 @@ class DistributedSignOptimizer(Wrapper):
         optimizer = mpisign.DistributedSignOptimizer(
             torch.optim.SGD(model.parameters(), lr=1e-3), model.named_parameters())
     """
-
-    method: Method
-    policy: Policy
-    clip_grad_norm: float | None = None  # of optimizers that were pickled before there was one
-    _plan: Plan | None
-    _session: Session | None  # where it has its _number
 
     _step_supports_amp_scaling = True  # GradScaler hands us its findings instead of skipping step() on its own
 
@@ -186,7 +180,9 @@ class DistributedSignOptimizer(Wrapper):
 
     def _exchange(self, plan: Plan, values: Located, abstention: int, unscale: float, sink: Sink) -> None:
         intent = self._checks.intent(plan, self.wrapped, self._methods(), self._exchanges, values)
-        handshake, self.report = run(plan, self._exchanges, values, abstention, unscale, intent, sink)
+        handshake, self.report = run(
+            plan, self._exchanges, values, abstention, unscale, intent, sink, self._remade_plan
+        )
         self._exchanges += 1
         self._checks.heard(plan, handshake, self.report)
 
@@ -313,66 +309,7 @@ class DistributedSignOptimizer(Wrapper):
                 f"{self.method.name} exchanges models, which no rank can sit out: give all the same number of batches"
             )
         self._checks.sits_out()
-        return sit_out(plan, self._exchanges, joined_for)
-
-    # ----------------------------------------------------------------------------------- layout and memory
-
-    def _current_plan(self) -> Plan:
-        """The plan for parameters, methods and the group as they are now; made anew only if they changed."""
-        session = current("DistributedSignOptimizer.step()")
-        active: list[torch.Tensor] = []
-        methods: list[Method] = []
-        for group in self.param_groups:
-            method = group.get("method", self.method).at(self._exchanges, self._epoch or 0)
-            mine = [p for p in group["params"] if p.requires_grad]
-            active += mine
-            methods += [method] * len(mine)
-        plan = self._plan
-        if plan is None or not plan.fits(active, methods, session.group):
-            names = {**wrapping.default_names(self.param_groups), **self._names}  # groups may have been added since
-            named = [(names[p], p) for p in active]
-            if session is not self._session:
-                self._session, self._number = session, session.next_number()
-            store, options = self._memory, (self.policy, self.exchange, self.bucket_cap_mb)
-            store.follow(self._parameters(), self._memories(), session.group)
-            self._drop_plan()
-            plan = make_plan(named, methods, *options, store, session.group, self._number, self.clip_grad_norm)
-        self._plan = plan.telling()
-        self._memory.follow_rates(self.param_groups)
-        return self._plan
-
-    def _drop_plan(self) -> None:
-        if self._plan is not None:
-            self._plan.use.over()
-        self._plan = None
-
-    def _told_plan(self, *, votes: bool = False) -> Plan:
-        """The same at the beginning of what all ranks do: if there can be none here, all are told. **Collective.**
-
-        Args:
-            votes: on gradients that must be none of an earlier vote's decisions.
-        """
-        with current("DistributedSignOptimizer.step()").telling("step()"):
-            if votes and self._synchronized:
-                raise SynchronizationError(
-                    "synchronize() was called twice for the same gradients, which would vote on votes: apply them with "
-                    "`with optimizer.skip_synchronize(): optimizer.step()`, or drop them with optimizer.zero_grad(); "
-                    "model.zero_grad() does not tell the optimizer"
-                )
-            return self._current_plan()
-
-    def _methods(self) -> list[Method]:
-        """The method of each parameter group."""
-        return [group.get("method", self.method) for group in self.param_groups]
-
-    def _memories(self) -> dict[torch.Tensor, Memory]:
-        """By parameter, the memory of its method as it is now."""
-        step, epoch = self._exchanges, self._epoch or 0
-        return {
-            parameter: method.at(step, epoch).memory
-            for group, method in zip(self.param_groups, self._methods(), strict=True)
-            for parameter in group["params"]
-        }
+        return sit_out(plan, self._exchanges, joined_for, self._remade_plan)
 
     # ------------------------------------------------------------------------------------------ checkpoints
 

@@ -26,6 +26,7 @@ from mpisign.errors import AlreadyInitializedError, ConsistencyError, MpisignErr
 from mpisign.group import Group
 from mpisign.joining import joined, told_options, wrong_options
 from mpisign.launch import check_not_alone, import_mpi
+from mpisign.network import Network
 from mpisign.plain import uncompiled
 from mpisign.processes import check_may_start, whose_child
 from mpisign.talk import Talk, minority
@@ -77,6 +78,7 @@ class Session(Talk):
         token: what the job is called, at random; the same on all ranks.
         on_dead_training: one of ``ON_DEAD_TRAINING``.
         farewells: done when all leave together, and may be collective.
+        network: what is known of the ways between the group's ranks.
         turn: what a thread of this process must have to talk to other ranks.
     """
 
@@ -97,6 +99,7 @@ class Session(Talk):
         # The last, and also if one before it has failed here: the others free theirs.
         self.farewells.callback(self._free)
         self.turn = Turns(watchdog)
+        self.network = Network()
         self._optimizers = 0
         self._previous_hook: Callable[..., Any] | None = None
         self.replace(group)
@@ -113,6 +116,8 @@ class Session(Talk):
         before, self.group = getattr(self, "group", None), group
         if before is not None and before.identities[0] != group.identities[0]:
             self.clocks.clear()  # they tell how far a rank 0 is ahead that is no more
+        if before is not None:
+            self.network = Network()
         self._presence = group.presence
         self.watchdog.comm, self.watchdog.rank, self.watchdog.size = group.comm, group.rank, group.size
         return before

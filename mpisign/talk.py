@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-CALL_FIELDS = 6  # how many numbers a call has, whatever it is for
+CALL_FIELDS = 7  # how many numbers a call has, whatever it is for
 EXIT = "exit"
 FAILURE = "a failure"  # of a rank, which takes part in this instead of what the others do
 ACCOUNT = "the account of a failure"
@@ -56,6 +56,7 @@ ACTS = (
     "agreement()",
     "a comparison of layouts",
     "a comparison of options",
+    "a plan",
     "checkpoint.save()",
     "checkpoint.wait()",
     "checkpoint.load()",

@@ -54,7 +54,7 @@ def bucket_of(segments: int) -> Bucket:
 def tell(header_of: Header, status: int, votes: Sequence[bool], *args: Any, **options: Any) -> Heard:
     """Send a header and wait for all. **Collective.**"""
     its = session()
-    its.wait(header_of.post(its, status, np.array(votes, np.bool_), *args, **options))
+    its.wait(header_of.post(its, its.group.channels, status, np.array(votes, np.bool_), *args, **options))
     return header_of.heard(its)
 
 
@@ -94,6 +94,7 @@ class Job:
         self.plan = self.plan.telling()
         a_round = Round(self.plan, step, **options)
         handshake = a_round.open()
+        self.plan = a_round.plan
         if not handshake.all_joined:
             a_round.prepare(values)
         return a_round, handshake

@@ -13,6 +13,7 @@ from mpisign.codecs import Dense, SignBits
 from mpisign.exchange.choose import Exchange, cap_bytes, check_exchange, choose
 from mpisign.memory import Identity
 from mpisign.methods import Method
+from mpisign.network import Network
 from mpisign.rules import GeometricMedian, MajorityVote, Rule
 from mpisign.session import current
 
@@ -26,7 +27,7 @@ def method_of(rule: Rule | None = None) -> Method:
 def chosen(option: str, ranks: int, length: int, up: int = 1, down: int = 1, rule: Rule | None = None) -> Exchange:
     """What a job of so many ranks would take; making it needs no other rank."""
     world = dataclasses.replace(current().group, size=ranks)
-    return choose(option, method_of(rule), length, torch.int32, up, down, world, HOST)
+    return choose(option, method_of(rule), length, torch.int32, up, down, world, Network(), HOST)
 
 
 @pytest.mark.usefixtures("world")

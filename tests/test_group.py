@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mpisign
-from mpisign.group import Group, check_node_map
+from mpisign.group import Channels, Group, check_node_map
 
 # By map: (node_rank, local_rank, local_size) of each rank, written down by hand.
 MAPS: dict[str, tuple[tuple[int, ...], list[tuple[int, int, int]]]] = {
@@ -32,7 +32,17 @@ def groups(node_of: tuple[int, ...], identities: Sequence[int] | None = None) ->
     nobody: Any = None
     known = tuple(range(len(node_of)) if identities is None else identities)
     return [
-        Group(nobody, nobody, nobody, (nobody,) * 3, rank, len(node_of), node_of, generation=0, identities=known)
+        Group(
+            nobody,
+            nobody,
+            nobody,
+            Channels(*(nobody,) * 7),
+            rank,
+            len(node_of),
+            node_of,
+            generation=0,
+            identities=known,
+        )
         for rank in range(len(node_of))
     ]
 

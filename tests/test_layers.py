@@ -39,7 +39,7 @@ LAYERS = [
         "processes",
         "warning",
     },
-    {"watchdog", "turns", "group", "joining", "talk", "timeline", "session"},
+    {"watchdog", "turns", "network", "group", "joining", "talk", "timeline", "session"},
     {"preemption", "calibration", "codecs", "rules", "memory", "method", "layout"},
     {
         "attacks",
@@ -53,6 +53,7 @@ LAYERS = [
         "scaling",
         "wrapping",
         "wrapper",
+        "planned",
         "applying",
         "restoring",
         "checkpoint",

@@ -16,6 +16,7 @@ import torch
 
 import mpisign
 from mpisign import ConsistencyError
+from mpisign.group import Channels
 from mpisign.session import current
 from mpisign.talk import ACTS, first_difference, minority
 from mpisign.watchdog import Pending
@@ -125,14 +126,14 @@ def interrupted(at: int) -> Iterator[Handed]:
         wait(pending)
 
     session.wait = waiting  # type: ignore[method-assign]
-    phases = session.group.phases
+    channels = session.group.channels
     object.__setattr__(session.group, "comm", handed)
-    object.__setattr__(session.group, "phases", tuple(Handed(one, handed.given) for one in phases))
+    object.__setattr__(session.group, "channels", Channels(*(Handed(one, handed.given) for one in channels)))
     try:
         yield handed
     finally:
         object.__setattr__(session.group, "comm", handed._comm)
-        object.__setattr__(session.group, "phases", phases)
+        object.__setattr__(session.group, "channels", channels)
         del session.wait
 
 

@@ -12,7 +12,7 @@ import torch
 from mpisign.cuts import block_type, cut, free_with, together
 from mpisign.exchange.decider import Deciding
 from mpisign.exchange.staging import Buffer
-from mpisign.group import Group
+from mpisign.group import Channels, Group
 from mpisign.session import Session
 from mpisign.watchdog import Pending
 
@@ -56,16 +56,11 @@ class AllGather:
     def push(self) -> None:
         self._message.push()
 
-    def post(self, session: Session) -> Pending:
+    def post(self, session: Session, channels: Channels) -> Pending:
         self._message.ready()
-        comm = session.group.phases[1]
-        posted = [comm.Iallgather(message, received) for message, received in self._operations]
+        posted = [channels.first.Iallgather(message, received) for message, received in self._operations]
         return session.post(together(posted), self)
 
-    def go_on(self, session: Session, phase: int, decide: Deciding) -> None:
+    def go_on(self, session: Session, channels: Channels, phase: int, deciding: Deciding) -> None:
         self._received.pull()
-        decide(self._messages, self.decision, 0)
-
-    def counts_ties_for(self, rank: int) -> bool:
-        """Whether ``rank``'s count of ties enters the job's: here all count the same ones, so one is enough."""
-        return rank == 0
+        deciding.decide(self._messages, self.decision, 0, counts=session.rank == 0)  # of ties: all find the same

@@ -9,17 +9,20 @@ import torch
 from mpisign.errors import OptionError
 from mpisign.exchange.allgather import AllGather
 from mpisign.exchange.decider import Deciding
+from mpisign.exchange.hierarchical import Hierarchical
 from mpisign.exchange.two_phase import TwoPhase
-from mpisign.group import Group
+from mpisign.group import Channels, Group
 from mpisign.method import Method
+from mpisign.network import Network
 from mpisign.policy import Policy, check_choice
-from mpisign.rules import RecodedMean, VectorRule
+from mpisign.rules import RecodedMean, TallyRule, VectorRule
 from mpisign.session import Session
+from mpisign.warning import warn
 from mpisign.watchdog import Pending
 
-__all__ = ["CHOICES", "Exchange", "cap_bytes", "check_exchange", "choose", "shards_for"]
+__all__ = ["CHOICES", "Exchange", "cap_bytes", "check_exchange", "choose", "named", "shards_for"]
 
-CHOICES = ("auto", "allgather", "two_phase")
+CHOICES = ("auto", "allgather", "two_phase", "hierarchical")
 
 SECOND_PHASE_BYTES = 65536
 """What a second latency is worth: about 50 us at 10 Gbit/s."""
@@ -32,7 +35,7 @@ class Exchange(Protocol):
     """One bucket's way across MPI in one or more phases, with its buffers, which live as long as it does.
 
     ``push`` begins to bring ``message`` (planes_up, length) to where MPI reads it; ``post`` starts phase 0. When a
-    phase is over, ``go_on`` does what this rank has to do then, with what ``decide`` offers, and starts the next one;
+    phase is over, ``go_on`` does what this rank has to do then, with what ``deciding`` offers, and starts the next one;
     None says that it was the last. Now ``decision`` (planes_down, length) is valid until the next ``post``; and where
     every rank gets every message, ``received`` (M, planes_up, length).
 
@@ -47,14 +50,23 @@ class Exchange(Protocol):
     bytes_sent: int
 
     def push(self) -> None: ...
-    def post(self, session: Session) -> Pending: ...
-    def go_on(self, session: Session, phase: int, decide: Deciding) -> Pending | None: ...
-    def counts_ties_for(self, rank: int) -> bool: ...
+    def post(self, session: Session, channels: Channels) -> Pending: ...
+    def go_on(self, session: Session, channels: Channels, phase: int, deciding: Deciding) -> Pending | None: ...
 
 
 def check_exchange(option: str, method: Method) -> None:
-    """Raise :class:`OptionError` if ``option`` is unknown or the method cannot be decided shard by shard."""
+    """Warn if a method cannot take ``option`` and takes another; see :func:`named`.
+
+    Raises:
+        OptionError: ``option`` is unknown, or asks for shards where none can be decided.
+    """
     check_choice("exchange", option, CHOICES)
+    if option == "hierarchical" and not isinstance(method.rule, TallyRule):
+        shards = not isinstance(method.rule, VectorRule) and method.rule.down(method.codec, Policy(), 2) is not None
+        warn(
+            f"exchange='hierarchical' counts ballots inside each node, and the rule {method.rule.name!r} of "
+            f"{method.name} does not count: it takes {'two_phase' if shards else 'allgather'}"
+        )
     if option == "two_phase" and isinstance(method.rule, VectorRule):
         raise OptionError(
             f"exchange='two_phase' decides shards, but the rule {method.rule.name!r} needs whole vectors: "
@@ -75,7 +87,7 @@ def cap_bytes(bucket_cap_mb: float | None, group: Group) -> float:
 
 def shards_for(option: str, method: Method, size: int) -> int:
     """Into how many parts the layout must cut parameters: M where a re-encoding rule decides shard by shard."""
-    two_phase = option == "two_phase" or (option == "auto" and size > 2)
+    two_phase = option in ("two_phase", "hierarchical") or (option == "auto" and size > 2)
     return size if isinstance(method.rule, RecodedMean) and two_phase else 1
 
 
@@ -87,21 +99,48 @@ def choose(
     planes_up: int,
     planes_down: int,
     group: Group,
+    network: Network,
     device: torch.device,
 ) -> Exchange:
-    """Make the exchange of one bucket of ``length`` items on ``device``.
+    """Make the exchange of one bucket of ``length`` items on ``device``: the one that :func:`named` says.
 
     Args:
         planes_down: 0 where no decision comes down.
-
-    ``"auto"`` takes all-gather unless it would send at least 64 KiB more than two-phase does, which is never
-    so with one or two ranks; a rule that needs whole vectors always gets all-gather.
     """
-    message = length * dtype.itemsize * planes_up
-    decision = length * dtype.itemsize * planes_down
-    saved = (group.size - 1) * message - (group.size - 1) / group.size * (message + decision)
-    pays = planes_down > 0 and not isinstance(method.rule, VectorRule) and saved >= SECOND_PHASE_BYTES
-    if isinstance(method.rule, RecodedMean):  # the layout was cut for it, so it is the same for every bucket
-        pays = shards_for(option, method, group.size) > 1
-    kind = TwoPhase if option == "two_phase" or (option == "auto" and pays) else AllGather
+    name = named(option, method, length * dtype.itemsize, planes_up, planes_down, group, network)
+    if name == "hierarchical":
+        assert isinstance(method.rule, TallyRule)
+        return Hierarchical(length, dtype, planes_up, planes_down, group, device, method.rule)
+    kind = TwoPhase if name == "two_phase" else AllGather
     return kind(length, dtype, planes_up, planes_down, group, device)
+
+
+def named(
+    option: str, method: Method, plane: int, planes_up: int, planes_down: int, group: Group, network: Network
+) -> str:
+    """Which exchange messages of ``plane`` bytes a plane take.
+
+    A rule that needs whole vectors always gets all-gather, and one on values two phases instead of a hierarchy.
+    ``"auto"`` goes by what crosses the network: it takes all-gather unless that sends at least 64 KiB more than two
+    phases do, which is never so with one or two ranks; and a hierarchy in place of these where several ranks of a node
+    share its card, and 64 KiB are saved there.
+    """
+    if planes_down == 0 or isinstance(method.rule, VectorRule):
+        return "allgather"
+    if isinstance(method.rule, RecodedMean):  # the layout was cut for it, so it is the same for every bucket
+        return "two_phase" if shards_for(option, method, group.size) > 1 else "allgather"
+    tallies = isinstance(method.rule, TallyRule) and network.shares
+    if option == "hierarchical":
+        return "hierarchical" if tallies else "two_phase"
+    if option != "auto":
+        return option
+    ranks, nodes, largest = group.size, group.num_nodes, group.largest_node
+    flat = (ranks - 1) * plane * planes_up, (ranks - 1) / ranks * plane * (planes_up + planes_down)
+    best = "two_phase" if flat[0] - flat[1] >= SECOND_PHASE_BYTES else "allgather"
+    if tallies and nodes > 1 and group.lanes > 1:
+        assert isinstance(method.rule, TallyRule)
+        counts, planes = method.rule.tally_shape(planes_up, largest)
+        by_card = (nodes - 1) / nodes * plane * (counts * planes + planes_down)
+        if largest * min(flat) * (ranks - largest) / (ranks - 1) - by_card >= SECOND_PHASE_BYTES:
+            return "hierarchical"
+    return best

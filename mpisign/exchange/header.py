@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpisign.errors import ConsistencyError
+from mpisign.group import Channels
 from mpisign.layout import FORMAT_VERSION, Bucket, Layout
 from mpisign.session import Session
 from mpisign.talk import minority
@@ -56,12 +57,18 @@ class Intent:
         applied: a digest of what its step applies besides the decision, or 0 where that may differ.
         lines: what the digest stands for.
         gradients: a digest of its gradients, or 0.
+        fresh: its plan is new, and nothing of it is shared with other ranks yet.
+        void: what it has sent before the handshake must not count.
+        posted: how many batches it has sent before.
     """
 
     joined_for: int | None = None
     applied: int = 0
     lines: Callable[[], Sequence[str]] = tuple
     gradients: int = 0
+    fresh: bool = False
+    void: bool = False
+    posted: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,11 +78,17 @@ class Handshake:
     Attributes:
         joined_for: by rank, the exchanges it has sat out since ``join()``, or None if it trains.
         gradients: by rank, a digest of them, or 0 where it has not been told.
+        fresh: some rank's plan is new.
+        void: what some rank has sent before the handshake must not count.
+        posted: the most batches that a rank has sent before.
     """
 
     joined_for: tuple[int | None, ...]
     bytes_sent: int
     gradients: tuple[int, ...] = ()
+    fresh: bool = False
+    void: bool = False
+    posted: int = 0
 
     @property
     def all_joined(self) -> bool:
@@ -102,22 +115,34 @@ def shake_hands(
     """
     told = fingerprint ^ _digest(rows) if rows else fingerprint
     joined_for = 0 if intent.joined_for is None else intent.joined_for + 1
-    mine = np.array([FORMAT_VERSION, step, told, intent.applied, intent.gradients, joined_for], dtype=np.int64)
+    early = 4 * intent.posted + 2 * intent.void + intent.fresh
+    said = FORMAT_VERSION, step, told, intent.applied, intent.gradients, early, joined_for
+    mine = np.array(said, np.int64)
     with session.tracer.span("handshake"):
         heard = session.call(mine)
     sent = (session.size - 1) * mine.nbytes
     if heard.tobytes() == session.size * mine.tobytes() and not joined_for:  # all train, as nearly always
-        return Handshake((None,) * session.size, sent, (intent.gradients,) * session.size)
+        alike = (intent.gradients,) * session.size
+        return Handshake((None,) * session.size, sent, alike, intent.fresh, intent.void, intent.posted)
     if not (heard[:, :3] == mine[:3]).all():
         _explain(session, layout, [*settings, *(f"rows of {name!r} are told" for name in rows)], heard)
-    if (heard[:, 5] < 0).any():
-        odd = np.flatnonzero(heard[:, 5] < 0).tolist()
-        raise ConsistencyError(f"ranks {odd} say that they have sat out less than no steps (this is {session.rank})")
-    joined = tuple(None if field == 0 else int(field) - 1 for field in heard[:, 5])
+    for column, what in ((5, "sent less than no messages"), (6, "sat out less than no steps")):
+        if (heard[:, column] < 0).any():
+            odd = np.flatnonzero(heard[:, column] < 0).tolist()
+            raise ConsistencyError(f"ranks {odd} say that they have {what} (this is {session.rank})")
+    joined = tuple(None if field == 0 else int(field) - 1 for field in heard[:, 6])
     applied = heard[:, 3]
     if not (applied == applied[0]).all():
         _compare_applied(session, applied, [rank for rank, its in enumerate(joined) if its is None], intent.lines())
-    return Handshake(joined, sent, tuple(heard[:, 4].tolist()))
+    told_early = heard[:, 5]
+    return Handshake(
+        joined,
+        sent,
+        tuple(heard[:, 4].tolist()),
+        fresh=bool((told_early & 1).any()),
+        void=bool((told_early & 2).any()),
+        posted=int(told_early.max()) // 4,
+    )
 
 
 def _compare_applied(session: Session, applied: np.ndarray, training: Sequence[int], lines: Sequence[str]) -> None:
@@ -229,6 +254,7 @@ class Header:
     def post(
         self,
         session: Session,
+        channels: Channels,
         status: int,
         votes: Bools,
         ended: int = -1,
@@ -248,7 +274,7 @@ class Header:
             self._mine[0] = status
             self._mine[1:5] = np.frombuffer(np.int32(ended).tobytes(), np.uint8)
             self._mine[5:] = self._pack(parts)
-        request = session.group.phases[0].Iallgather(self._mine, self._heard)
+        request = channels.headers.Iallgather(self._mine, self._heard)
         return session.post(request, self)
 
     def heard(self, session: Session) -> Heard:

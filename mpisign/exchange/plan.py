@@ -31,6 +31,7 @@ from mpisign.layout import Bucket, Layout
 from mpisign.memory import Identity
 from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
+from mpisign.network import Network
 from mpisign.policy import Policy
 from mpisign.rules import BallotRule
 
@@ -42,10 +43,12 @@ class Use:
 
     Attributes:
         step: number of the latest exchange, whose bits they hold.
+        settled: all ranks have them, and those of a node share what they must.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.step = -1
+        self.settled = False
         self._device = device
         self._ended: torch.cuda.Event | None = None
         if device.type == "cuda":
@@ -173,15 +176,17 @@ def make_plan(
     group: Group,
     number: int,
     clip: float | None = None,
+    network: Network | None = None,
 ) -> Plan:
     """Cut the messages and allocate what they need.
 
     Args:
         named: (name, parameter) in registration order; all ranks must have the same.
         methods: by parameter.
-        exchange: ``"auto"``, ``"allgather"`` or ``"two_phase"``.
+        exchange: one of ``choose.CHOICES``.
         bucket_cap_mb: a message leaves when it has grown to so many MiB; None for the default.
         clip: the norm to which each rank's whole gradient is clipped.
+        network: what is known of the ways between the ranks; None for nothing.
         number: which of the job's optimizers this is, so that two alike are not mistaken for each other.
 
     Raises:
@@ -200,7 +205,9 @@ def make_plan(
     store.sharded = any(shards_for(exchange, method, size) > 1 for method in layout.methods)
     backend = backend_for(layout.device)
     spoken = tuple(_spoken(bucket, policy, layout.device) for bucket in layout.buckets)
-    exchanges = tuple(_exchange(exchange, bucket, policy, group, layout.device) for bucket in layout.buckets)
+    exchanges = tuple(
+        _exchange(exchange, bucket, policy, group, network or Network(), layout.device) for bucket in layout.buckets
+    )
     listed = [f"method {method}" for method in layout.methods]
     if len(layout.methods) > 1:
         listed += [f"{name!r} by {method.name}" for (name, _), method in zip(named, methods, strict=True)]
@@ -223,7 +230,7 @@ def make_plan(
         backend=backend,
         store=store,
         exchanges=exchanges,
-        deciders=tuple(Decider(layout, bucket, backend, store) for bucket in layout.buckets),
+        deciders=tuple(Decider(layout, bucket, store) for bucket in layout.buckets),
         headers=_headers(layout, spoken, told, size),
         spoken=spoken,
         scattered=frozenset(
@@ -270,12 +277,14 @@ def _batch(
     return Batch(tuple(buckets), places, encoder, decoder), local
 
 
-def _exchange(option: str, bucket: Bucket, policy: Policy, group: Group, device: torch.device) -> Exchange:
+def _exchange(
+    option: str, bucket: Bucket, policy: Policy, group: Group, network: Network, device: torch.device
+) -> Exchange:
     method = bucket.method
     down = method.rule.down(method.codec, policy, group.size)
     planes_down = 0 if down is None else down.planes(policy)
     planes_up = method.codec.planes(policy)
-    return choose(option, method, bucket.length, bucket.dtype, planes_up, planes_down, group, device)
+    return choose(option, method, bucket.length, bucket.dtype, planes_up, planes_down, group, network, device)
 
 
 def _spoken(bucket: Bucket, policy: Policy, device: torch.device) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -23,9 +23,11 @@ from mpisign.backends import Count
 from mpisign.errors import ConsistencyError, MpisignError
 from mpisign.exchange import header, rows
 from mpisign.exchange.agreement import agreement
+from mpisign.exchange.decider import Deciding
 from mpisign.exchange.header import Bools, Handshake, Heard
 from mpisign.exchange.local import clipped, unscaled
 from mpisign.exchange.plan import Batch, Plan
+from mpisign.exchange.settling import settled
 from mpisign.exchange.sink import Sink
 from mpisign.exchange.sums import sum_over_ranks
 from mpisign.layout import Bucket
@@ -49,7 +51,7 @@ class Flight:
         header: until it is here.
         pending: its phase; None when the last one is over.
         phase: the number of it.
-        heard: what the headers say, when they are here.
+        heard, deciding: what the headers say, and who decides accordingly, when they are here.
     """
 
     bucket: Bucket
@@ -57,6 +59,7 @@ class Flight:
     pending: Pending | None
     phase: int = 0
     heard: Heard | None = None
+    deciding: Deciding | None = None
 
 
 class Round:
@@ -68,6 +71,9 @@ class Round:
         unscale: factor that takes a loss scale out of the gradients.
         intent: what this rank says of itself.
         reversible: write the memory to second buffers, so that the round can be dropped.
+
+    Attributes:
+        plan: after :meth:`open` maybe another one.
     """
 
     def __init__(
@@ -80,34 +86,41 @@ class Round:
         intent: header.Intent = header.Intent(),  # noqa: B008 - it is frozen
         reversible: bool = False,
     ) -> None:
-        self._plan, self._step, self._abstention, self._unscale = plan, step, abstention, unscale
+        self.plan, self._step, self._abstention, self._unscale = plan, step, abstention, unscale
         self._intent, self._reversible = intent, reversible
         self._session = current()
         self._began = self._session.tracer.mark()
         group = self._session.group
+        self._channels = group.channels
         self._context = plan.policy.context(step, group.rank, group.size, plan.store.secret, group.identities)
         self._flights: list[Flight] = []
         self._ended: dict[str, int] = {}  # by method: the parameter at which this rank's ballot has ended
         self._unfit = False  # its gradients are not finite, and must not be taken in, as they could not be clipped
         self._contexts: dict[str, StepContext] = {}  # by method, after what it had to see first
-        self._ties: Count = 0
         self._landed = 0  # how many flights are over
         self._summed = False  # sums were made anew, as ranks have come or gone: drop() must have that done again
         self.handshake: Handshake | None = None
 
     # ---------------------------------------------------------------------------------------------- phases
 
-    def open(self) -> Handshake:
+    def open(self, remake: Callable[[], Plan] | None = None) -> Handshake:
         """Make sure that all ranks mean the same bits by the same step.
+
+        Args:
+            remake: makes the plan anew, if some rank has a new one and what it needs is not to be had.
 
         Raises:
             ConsistencyError: on every rank, naming those that differ and in what. Nothing has been changed.
         """
-        plan = self._plan
-        with self._session.tracer.stepping(self._step):
+        plan, session = self.plan, self._session
+        intent = dataclasses.replace(self._intent, fresh=not plan.use.settled)
+        with session.tracer.stepping(self._step):
             self.handshake = header.shake_hands(
-                self._session, plan.layout, plan.fingerprint, plan.settings, plan.told, self._step, self._intent
+                session, plan.layout, plan.fingerprint, plan.settings, plan.told, self._step, intent
             )
+            if self.handshake.fresh:
+                with session.watchdog.unbroken(f"step {self._step}"):
+                    plan = self.plan = settled(plan, session, remake)
         if not self.handshake.all_joined:
             plan.use.step = self._step
             if self._reversible:
@@ -127,10 +140,10 @@ class Round:
         Args:
             gradients: by parameter.
         """
-        if self._plan.clip is not None and self._abstention == header.VOTES and not self._plan.exchanges_models:
+        if self.plan.clip is not None and self._abstention == header.VOTES and not self.plan.exchanges_models:
             with self._inside(), self._session.tracer.span("pack"):
                 self._clip(gradients)
-        for number, method in enumerate(self._plan.layout.methods):
+        for number, method in enumerate(self.plan.layout.methods):
             if method.memory.needs_all and not method.exchanges_models:
                 with self._inside():
                     self._prepare(number, method, gradients)
@@ -169,13 +182,13 @@ class Round:
         if not self._reversible:
             raise MpisignError("this round has changed the memory: only one that is reversible can be dropped")
         self.close()
-        self._plan.store.drop()
-        self._plan.store.unsummed |= self._summed
+        self.plan.store.drop()
+        self.plan.store.unsummed |= self._summed
 
     @torch.no_grad()
     def commit(self, sink: Sink) -> StepReport:
         """Write all decisions to where they belong; memories hear what has counted. Returns the report."""
-        plan, session = self._plan, self._session
+        plan, session = self.plan, self._session
         if self.handshake is not None and self.handshake.all_joined:
             return self._report([], True, None)
         with self._inside():
@@ -213,7 +226,7 @@ class Round:
         with (
             session.tracer.stepping(self._step),
             session.watchdog.unbroken(f"step {self._step}"),
-            self._plan.use(),
+            self.plan.use(),
         ):
             yield
 
@@ -221,7 +234,7 @@ class Round:
         return self._contexts.get(str(method), self._context)
 
     def _clip(self, gradients: Grads) -> None:
-        plan = self._plan
+        plan = self.plan
         segments = [segment for batch in plan.batches for segment in batch.encoder.segments]
         first = int(plan.backend.first_bad([gradients[segment.index] for segment in segments]))
         if first < len(segments):
@@ -231,7 +244,7 @@ class Round:
             self._unscale = clipped(plan, gradients, self._unscale)
 
     def _prepare(self, number: int, method: Method, gradients: Grads) -> None:
-        plan, session = self._plan, self._session
+        plan, session = self.plan, self._session
         segments = [s for batch in plan.batches if batch.method is method for s in batch.encoder.segments]
         its = [gradients[segment.index] for segment in segments]
         prepared: Any = None
@@ -250,7 +263,7 @@ class Round:
             self._contexts[str(method)] = dataclasses.replace(self._context, prepared=prepared)
 
     def _submit(self, batch: Batch, gradients: Grads) -> None:
-        plan, tracer = self._plan, self._session.tracer
+        plan, tracer = self.plan, self._session.tracer
         method, segments, key = batch.method, batch.encoder.segments, str(batch.method)
         abstains = self._abstention != header.VOTES
         wholly = isinstance(method.rule, VectorRule) or method.memory.needs_all
@@ -283,12 +296,13 @@ class Round:
         if status == header.VOTES and ended is not None:
             status = header.NON_FINITE
             place = next((at for at, segment in enumerate(bucket.segments) if segment.index == ended), -1)
-        told = self._plan.headers[bucket.index].post(session, status, votes, place, zero_rows, spoken)
-        self._flights.append(Flight(bucket, told, self._plan.exchanges[bucket.index].post(session)))
+        told = self.plan.headers[bucket.index].post(session, self._channels, status, votes, place, zero_rows, spoken)
+        posted = self.plan.exchanges[bucket.index].post(session, self._channels)
+        self._flights.append(Flight(bucket, told, posted))
 
     def _zero_rows(self, batch: Batch, votes: Bools) -> tuple[Bools, dict[int, dict[int, Bools]]]:
         """Which segments have rows of zeros, and, by bucket, on which rows of those that are told this rank votes."""
-        plan = self._plan
+        plan = self.plan
         found = np.zeros(len(votes), np.bool_)
         spoken: dict[int, dict[int, Bools]] = {}
         end = 0
@@ -336,15 +350,16 @@ class Round:
                 if not self._over(flight.header, wait):
                     return False
                 flight.header = None
-                flight.heard = self._plan.headers[index].heard(session)
+                flight.heard = self.plan.headers[index].heard(session)
+                flight.deciding = self._deciding(flight.bucket, flight.heard)
         assert flight.pending is not None
+        assert flight.deciding is not None
         with session.tracer.span(f"phase {flight.phase + 1}", index):
             if not self._over(flight.pending, wait):
                 return False
         with session.tracer.span("send", index):
-            flight.pending = self._plan.exchanges[index].go_on(
-                session, flight.phase, functools.partial(self._decide, flight)
-            )
+            exchange = self.plan.exchanges[index]
+            flight.pending = exchange.go_on(session, self._channels, flight.phase, flight.deciding)
         flight.phase += 1
         while self._landed < len(self._flights) and self._flights[self._landed].pending is None:
             self._landed += 1
@@ -356,18 +371,11 @@ class Round:
             return True
         return self._session.test(pending)
 
-    def _decide(self, flight: Flight, messages: Sequence[torch.Tensor], out: torch.Tensor, start: int) -> None:
-        """See :data:`mpisign.exchange.decider.Deciding`."""
-        plan, session, bucket = self._plan, self._session, flight.bucket
-        if not len(out):
-            return
-        counts = plan.exchanges[bucket.index].counts_ties_for(session.rank)
-        tied = None if plan.counts is None else plan.counts[0 if counts else 1]
+    def _deciding(self, bucket: Bucket, heard: Heard) -> Deciding:
+        plan, tracer = self.plan, self._session.tracer
         context = self._context_of(bucket.method)
-        with session.tracer.span("decide", bucket.index):
-            ties = plan.deciders[bucket.index].decide(self._heard(flight), context, messages, out, start, tied)
-        if counts and bucket.method.elects:
-            self._ties = self._ties + ties
+        span = functools.partial(tracer.span, "decide", bucket.index)
+        return Deciding(plan.deciders[bucket.index], heard, context, plan.counts, span)
 
     def _heard(self, flight: Flight) -> Heard:
         assert flight.heard is not None
@@ -377,10 +385,11 @@ class Round:
 
     def _count_ties(self) -> tuple[Pending, np.ndarray] | None:
         """Begin to add up the ranks' ties."""
-        plan, session = self._plan, self._session
+        plan, session = self.plan, self._session
         if not plan.elects:
             return None
-        ties = self._ties
+        counting_ties = [flight.deciding for flight in self._flights if flight.bucket.method.elects and flight.deciding]
+        ties: Count = sum(deciding.ties for deciding in counting_ties)
         if plan.counts is not None:
             with session.tracer.span("decide"):
                 ties = int(ties) + int(plan.counts[0])
@@ -389,7 +398,7 @@ class Round:
 
     def _checked(self, ties: int) -> int:
         """The ties of all ranks, if there can be so many."""
-        if not 0 <= ties <= self._plan.layout.elements:
+        if not 0 <= ties <= self.plan.layout.elements:
             raise ConsistencyError(
                 f"step {self._step}: the ranks have counted {ties} ties together, which cannot be: run the same "
                 f"version of mpisign on every rank, and only processes that you trust"
@@ -397,7 +406,7 @@ class Round:
         return ties
 
     def _report(self, said: Sequence[Heard], skipped: bool, ties: int | None) -> StepReport:
-        plan, session = self._plan, self._session
+        plan, session = self.plan, self._session
         assert self.handshake is not None
         others = session.size - 1
         headers = self.handshake.bytes_sent

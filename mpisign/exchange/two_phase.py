@@ -9,19 +9,14 @@ A message of several planes is cut across all of them, by an MPI datatype, so th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 
-from mpisign.cuts import block_type, cut, free_with, together
+from mpisign.cuts import free_with, shard_operations, together
 from mpisign.exchange.decider import Deciding
 from mpisign.exchange.staging import Buffer
-from mpisign.group import Group
+from mpisign.group import Channels, Group
 from mpisign.session import Session
 from mpisign.watchdog import Pending
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
 
 __all__ = ["TwoPhase"]
 
@@ -57,8 +52,9 @@ class TwoPhase:
         mine = min(shard, length - self._at)
         self._messages = [message[:, :mine] for message in self.received]
         self._decided = self._verdict.tensor[:, :mine]
-        self._up = _operations(self._outgoing, self._incoming, planes_up, shard, ranks)
-        self._down = _operations(self._spread, self._verdict, planes_down, shard, ranks)
+        item = self._outgoing.item
+        self._up = shard_operations(self._outgoing.mpi, self._incoming.mpi, item, planes_up, shard, ranks)
+        self._down = shard_operations(self._spread.mpi, self._verdict.mpi, item, planes_down, shard, ranks)
         self.types = [its for _, _, types in (*self._up, *self._down) for its in types]
         free_with(self, self.types)
         self.bytes_sent = (ranks - 1) * shard * dtype.itemsize * (planes_up + planes_down)
@@ -66,48 +62,18 @@ class TwoPhase:
     def push(self) -> None:
         self._outgoing.push()
 
-    def post(self, session: Session) -> Pending:
+    def post(self, session: Session, channels: Channels) -> Pending:
         self._outgoing.ready()
-        comm = session.group.phases[1]
-        posted = [comm.Ialltoall(of_all, of_one) for of_all, of_one, _ in self._up]
+        posted = [channels.first.Ialltoall(of_all, of_one) for of_all, of_one, _ in self._up]
         return session.post(together(posted), self)
 
-    def go_on(self, session: Session, phase: int, decide: Deciding) -> Pending | None:
+    def go_on(self, session: Session, channels: Channels, phase: int, deciding: Deciding) -> Pending | None:
         if phase == 1:
             self._spread.pull()
             return None
         self._incoming.pull()
-        decide(self._messages, self._decided, self._at)
+        deciding.decide(self._messages, self._decided, self._at)
         self._verdict.push()
         self._verdict.ready()
-        comm = session.group.phases[2]
-        posted = [comm.Iallgather(of_one, of_all) for of_all, of_one, _ in self._down]
+        posted = [channels.second.Iallgather(of_one, of_all) for of_all, of_one, _ in self._down]
         return session.post(together(posted), self)
-
-    def counts_ties_for(self, rank: int) -> bool:
-        """Whether ``rank``'s count of ties enters the job's: each counts those of its own shard."""
-        return True
-
-
-def _operations(
-    everyones: Buffer, owners: Buffer, planes: int, shard: int, ranks: int
-) -> list[tuple[Any, Any, list[MPI.Datatype]]]:
-    """The operations between (planes, shard * ranks) of all shards and what shard owners have, (planes, shard) each.
-
-    Usually one.
-
-    Returns:
-        What MPI is given of ``everyones`` and of ``owners`` for each, and the datatypes in them.
-    """
-    item, parts = everyones.item, list(cut(shard, planes * ranks * everyones.item.itemsize))
-    if len(parts) == 1 and planes == 1:  # MPI is quicker where it need not know of gaps
-        return [(everyones.mpi, owners.mpi, [])]
-    operations: list[tuple[Any, Any, list[MPI.Datatype]]] = []
-    for at, width in parts:
-        types = [block_type(item, planes, width, shard * ranks, shard)]
-        of_one = owners.mpi
-        if len(parts) > 1:
-            types.append(block_type(item, planes, width, shard, planes * shard))
-            of_one = [owners.mpi[at:], 1, types[1]]
-        operations.append(([everyones.mpi[at:], 1, types[0]], of_one, types))
-    return operations

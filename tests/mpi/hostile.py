@@ -18,6 +18,7 @@ from mpisign import encoding
 from mpisign import joining as ways_in
 from mpisign import session as sessions
 from mpisign.checkpoint import saving
+from mpisign.group import Channels
 from mpisign.session import current
 from mpisign.talk import Talk
 from mpisign.watchdog import Pending
@@ -179,8 +180,8 @@ def attack(
         else:
             session = current()
             line = Line(session.group.comm, number, change, others)
-            phases = tuple(Line(one, number, change, others, line) for one in session.group.phases)
-            for name, its in (("comm", line), ("phases", phases)):
+            channels = Channels(*(Line(one, number, change, others, line) for one in session.group.channels))
+            for name, its in (("comm", line), ("channels", channels)):
                 object.__setattr__(session.group, name, its)
         met: BaseException | None = None
         try:
@@ -193,7 +194,7 @@ def attack(
         buried.append(line)
         if not joining:
             object.__setattr__(session.group, "comm", line._comm)
-            object.__setattr__(session.group, "phases", tuple(one._comm for one in phases))
+            object.__setattr__(session.group, "channels", Channels(*(one._comm for one in channels)))
     return comm.allgather(_portable(met)), comm.bcast(line.sent if line is not None else [], hostile)
 
 

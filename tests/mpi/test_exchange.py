@@ -146,8 +146,8 @@ def test_bytes_sent_are_the_formula_plus_the_header(comm: MPI.Comm, exchange: st
     report = optimizer.report
     assert report.exchange == (exchange,) * len(tensors)
     assert report.bytes_sent - report.header_bytes == messages
-    # Version, step, fingerprint and join count; with each message a status, where the ballot ends and a bit; the ties.
-    assert report.header_bytes == others * (6 * 8 + len(tensors) * (1 + 4 + 1) + 8)
+    # The handshake: seven numbers; with each message a status, where the ballot ends and a bit; the ties.
+    assert report.header_bytes == others * (7 * 8 + len(tensors) * (1 + 4 + 1) + 8)
 
 
 def test_the_header_is_small_beside_the_message(comm: MPI.Comm) -> None:

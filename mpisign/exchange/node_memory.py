@@ -1,0 +1,98 @@
+"""Memory that the ranks of a node share: a file in /dev/shm that all have mapped and that has no name any more.
+
+MPI's own windows do not survive the failure of a rank. All of the file's space is claimed before anybody writes to it,
+as in a container /dev/shm may have 64 MB, and the first byte too many would be a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mpisign.session import Session
+
+__all__ = ["FOLDER", "NodeMemory"]
+
+FOLDER = Path("/dev/shm")
+TOKEN_BYTES = 16
+HEAD_BYTES = 64  # before what is asked for, so that it begins at a line of a cache
+
+
+class NodeMemory:
+    """Zeroed bytes, the same ones for all ranks of a node.
+
+    Attributes:
+        bytes: (size,) of them.
+    """
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self._mapped = mapped
+        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(mapped, np.uint8)[HEAD_BYTES:]
+
+    @classmethod
+    def share(cls, session: Session, size: int) -> tuple[NodeMemory | None, str]:
+        """Get ``size`` bytes on every node. **Collective** over all ranks.
+
+        Args:
+            size: the same on the ranks of a node.
+
+        Returns:
+            None if some rank of the job could not get it, and why, in words; the same on all ranks.
+        """
+        group, whole = session.group, size + HEAD_BYTES
+        leader = group.neighbours[0]
+        path, why = FOLDER / f"mpisign-{secrets.token_hex(TOKEN_BYTES)}", ""
+        mapped: mmap.mmap | None = None
+        try:
+            if session.rank == leader:
+                try:
+                    mapped = _create(path, whole)
+                except OSError as error:
+                    why = f"rank {session.rank} gets no {whole / 2**20:.3g} MiB in {FOLDER} ({error.strerror})"
+            names = session.gather_values(path.name if mapped else "", str, "a plan")
+            if mapped is None and names[leader]:
+                try:
+                    mapped = _open(FOLDER / names[leader], whole)
+                except (OSError, ValueError) as error:
+                    why = f"rank {session.rank} does not see what rank {leader} has in {FOLDER} ({error})"
+            reasons = [its for its in session.gather_values(why, str, "a plan") if its]
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()  # it lives on as long as somebody has mapped it
+        if reasons or mapped is None:
+            return None, "; ".join(reasons[:3])
+        return cls(mapped), ""
+
+
+def _create(path: Path, size: int) -> mmap.mmap:
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.posix_fallocate(handle, 0, size)  # OSError where there is no space, instead of SIGBUS later
+        mapped = mmap.mmap(handle, size)
+    except BaseException:
+        path.unlink()
+        raise
+    finally:
+        os.close(handle)
+    mapped[:TOKEN_BYTES] = bytes.fromhex(path.name.rpartition("-")[2])
+    return mapped
+
+
+def _open(path: Path, size: int) -> mmap.mmap:
+    """Raises OSError or ValueError where the file is not what the leader has made."""
+    if path.parent != FOLDER:
+        raise ValueError(f"{path} is elsewhere")
+    handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        mapped = mmap.mmap(handle, size)
+    finally:
+        os.close(handle)
+    if mapped[:TOKEN_BYTES].hex() != path.name.rpartition("-")[2]:
+        raise ValueError(f"{path} is another file")
+    return mapped

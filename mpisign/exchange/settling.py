@@ -1,0 +1,52 @@
+"""What ranks do together once for a plan that some of them have just made, after they have agreed on what is in it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from mpisign.errors import MpisignError
+from mpisign.exchange.hierarchical import Hierarchical
+from mpisign.exchange.node_memory import NodeMemory
+from mpisign.exchange.plan import Plan
+from mpisign.session import Session
+
+__all__ = ["settled"]
+
+logger = logging.getLogger(__name__)
+
+
+def settled(plan: Plan, session: Session, remake: Callable[[], Plan] | None) -> Plan:
+    """The plan with all that it shares with other ranks; or another, if that is not to be had. **Collective.**
+
+    Args:
+        remake: makes it anew with what is known of the network now.
+
+    Raises:
+        MpisignError: it has to be made anew, and nobody can.
+    """
+    if not _share(plan, session):
+        if remake is None:
+            raise MpisignError("the ranks of a node cannot share memory, and this plan demands it")
+        plan = remake()
+    plan.use.settled = True
+    return plan
+
+
+def _share(plan: Plan, session: Session) -> bool:
+    """Give hierarchical exchanges their part of the node's memory. Returns whether it was there."""
+    exchanges = [one for one in plan.exchanges if isinstance(one, Hierarchical)]
+    if not exchanges:
+        return True
+    ends = [0]
+    for exchange in exchanges:
+        ends.append(ends[-1] + -(-exchange.node_bytes // 64) * 64)
+    memory, why = NodeMemory.share(session, ends[-1])
+    if memory is None:
+        session.network.shares = False
+        if session.rank == 0:
+            logger.warning("no exchange is hierarchical in this job, and messages take two phases: %s", why)
+        return False
+    for exchange, start in zip(exchanges, ends[:-1], strict=True):
+        exchange.attach(memory.bytes[start : start + exchange.node_bytes])
+    return True

@@ -1,0 +1,98 @@
+"""An optimizer's plan, and all that it is made of: parameters, methods, memory, and where the ranks are."""
+
+from __future__ import annotations
+
+import torch
+
+from mpisign import wrapping
+from mpisign.errors import SynchronizationError
+from mpisign.exchange.plan import Plan, make_plan
+from mpisign.memory import Memory
+from mpisign.memory.store import MemoryStore
+from mpisign.method import Method
+from mpisign.policy import Policy
+from mpisign.session import Session, current
+from mpisign.wrapper import Wrapper
+
+__all__ = ["Planned"]
+
+
+class Planned(Wrapper):
+    """A wrapper with a plan, which is made anew only if what it was made of has changed."""
+
+    method: Method
+    policy: Policy
+    exchange: str
+    bucket_cap_mb: float | None
+    clip_grad_norm: float | None = None  # of optimizers that were pickled before there was one
+    _names: dict[torch.Tensor, str]
+    _memory: MemoryStore
+    _exchanges: int
+    _epoch: int | None
+    _synchronized: bool
+    _plan: Plan | None
+    _session: Session | None  # where it has its _number
+    _number: int
+
+    def _current_plan(self) -> Plan:
+        """The plan for parameters, methods and the group as they are now; made anew only if they changed."""
+        session = current("DistributedSignOptimizer.step()")
+        active: list[torch.Tensor] = []
+        methods: list[Method] = []
+        for group in self.param_groups:
+            method = group.get("method", self.method).at(self._exchanges, self._epoch or 0)
+            mine = [p for p in group["params"] if p.requires_grad]
+            active += mine
+            methods += [method] * len(mine)
+        plan = self._plan
+        if plan is None or not plan.fits(active, methods, session.group):
+            names = {**wrapping.default_names(self.param_groups), **self._names}  # groups may have been added since
+            named = [(names[p], p) for p in active]
+            if session is not self._session:
+                self._session, self._number = session, session.next_number()
+            store, options = self._memory, (self.policy, self.exchange, self.bucket_cap_mb)
+            store.follow(self._parameters(), self._memories(), session.group)
+            self._drop_plan()
+            plan = make_plan(
+                named, methods, *options, store, session.group, self._number, self.clip_grad_norm, session.network
+            )
+        self._plan = plan.telling()
+        self._memory.follow_rates(self.param_groups)
+        return self._plan
+
+    def _remade_plan(self) -> Plan:
+        self._drop_plan()
+        return self._current_plan()
+
+    def _drop_plan(self) -> None:
+        if self._plan is not None:
+            self._plan.use.over()
+        self._plan = None
+
+    def _told_plan(self, *, votes: bool = False) -> Plan:
+        """The same at the beginning of what all ranks do: if there can be none here, all are told. **Collective.**
+
+        Args:
+            votes: on gradients that must be none of an earlier vote's decisions.
+        """
+        with current("DistributedSignOptimizer.step()").telling("step()"):
+            if votes and self._synchronized:
+                raise SynchronizationError(
+                    "synchronize() was called twice for the same gradients, which would vote on votes: apply them with "
+                    "`with optimizer.skip_synchronize(): optimizer.step()`, or drop them with optimizer.zero_grad(); "
+                    "model.zero_grad() does not tell the optimizer"
+                )
+            return self._current_plan()
+
+    def _methods(self) -> list[Method]:
+        """The method of each parameter group."""
+        return [group.get("method", self.method) for group in self.param_groups]
+
+    def _memories(self) -> dict[torch.Tensor, Memory]:
+        """By parameter, the memory of its method as it is now."""
+        step, epoch = self._exchanges, self._epoch or 0
+        return {
+            parameter: method.at(step, epoch).memory
+            for group, method in zip(self.param_groups, self._methods(), strict=True)
+            for parameter in group["params"]
+        }
