@@ -8,7 +8,7 @@ Words are numbered method by method, so that neither the cap nor where other met
 
 A message whose items mean something only together (a scale and its bits) cannot be cut into shards anywhere. Where
 such messages shall be decided shard by shard, the segments themselves are cut at the shards' borders, at multiples of
-32 elements, into pieces that are encoded one by one.
+32 elements, into pieces. Their coins are numbered by words of elements, so that cuts do not change them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,19 +28,19 @@ from mpisign.bitmap.tensors import DTYPES, strides_of, unreadable
 from mpisign.codecs import Codec
 from mpisign.errors import GradientError
 from mpisign.method import Method
-from mpisign.rules import VectorRule
+from mpisign.rules import PieceRule, VectorRule
 
 __all__ = ["FORMAT_VERSION", "Bucket", "Layout", "Segment"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the wire format; ranks that run different ones refuse each other."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements ``lo .. hi`` of a parameter as items ``start .. stop`` of its bucket's message.
+    """Elements ``lo .. hi`` of a parameter as items ``start .. stop`` of its bucket's message, in ``codec``.
 
-    ``first_word``: the same start in the numbering that runs through all buckets, from which coins are drawn.
+    ``first_word``: its place in the numbering that runs through all buckets, from which coins are drawn.
     """
 
     lo: int
@@ -47,6 +48,7 @@ class Piece:
     start: int
     stop: int
     first_word: int
+    codec: Codec
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ class Layout:
         first_word = 0
         for method, places, dtype in closed:
             buckets.append(self._fill(method, first_word, places, dtype))
-            first_word += buckets[-1].length
+            by_words = isinstance(method.rule, PieceRule)
+            first_word += sum(map(self._words, places)) if by_words else buckets[-1].length
         buckets.sort(key=lambda bucket: -bucket.segments[-1].index)  # as backward completes them
         return tuple(dataclasses.replace(bucket, index=index) for index, bucket in enumerate(buckets))
 
@@ -167,16 +170,24 @@ class Layout:
                 room = quota
             spans[-1].append((place, lo, size))
             room -= words_for(size - lo)
-        length = max(sum(self._codecs[place].length(hi - lo) for place, lo, hi in shard) for shard in spans)
+        cut = [[(place, lo, hi, self._codecs[place].part(lo, hi)) for place, lo, hi in shard] for shard in spans]
+        length = max(sum(codec.length(hi - lo) for _, lo, hi, codec in shard) for shard in cut)
+        ends = itertools.accumulate(map(self._words, places), initial=first_word)
+        words = dict(zip(places, ends, strict=False))
         pieces: dict[int, list[Piece]] = {place: [] for place in places}
-        for number, shard in enumerate(spans):
+        for number, shard in enumerate(cut):
             start = number * length
-            for place, lo, hi in shard:
-                stop = start + self._codecs[place].length(hi - lo)
-                pieces[place].append(Piece(lo, hi, start, stop, first_word + start))
+            for place, lo, hi, codec in shard:
+                stop = start + codec.length(hi - lo)
+                first = words[place] + lo // 32 if isinstance(method.rule, PieceRule) else first_word + start
+                pieces[place].append(Piece(lo, hi, start, stop, first, codec))
                 start = stop
         segments = tuple(Segment(at, self.names[at], sizes[at], self._codecs[at], tuple(pieces[at])) for at in places)
         return Bucket(0, method, dtype, length * shards, first_word, segments)
+
+    def _words(self, place: int) -> int:
+        """How far a parameter that may be cut moves the numbering on: by its words, and one for a scale."""
+        return words_for(self.parameters[place].numel()) + 1
 
     @functools.cached_property
     def elements(self) -> int:

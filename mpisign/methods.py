@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from mpisign.codecs import Codec, Dense, ScaledBits, SignBits, TopK, Trits
+from mpisign.codecs import Codec, Dense, Quantized, ScaledBits, ScaledRows, SignBits, TopK, Trits
 from mpisign.errors import OptionError
 from mpisign.memory import (
     DGC,
@@ -41,6 +41,7 @@ from mpisign.rules import (
     NearestNeighbourAveraging,
     NearestNeighbourMixing,
     RecodedMean,
+    ScaledVote,
     TrimmedMean,
 )
 
@@ -48,8 +49,8 @@ from mpisign.rules import (
 __all__ = [
     "centered_clipping", "dgc", "double_squeeze", "dp_sign", "ef21", "ef21_sgdm", "ef21_w", "ef_signsgd",
     "geometric_median", "krum", "lion", "mean", "median", "monna", "multi_krum", "nearest_neighbour_mixing",
-    "noisy_median", "noisy_signsgd", "one_bit_adam", "signsgd", "signum", "sparsign", "sto_sign", "ternary_vote",
-    "top_k", "trimmed_mean",
+    "noisy_median", "noisy_signsgd", "one_bit_adam", "qsgd", "scaled_vote", "signsgd", "signum", "sparsign",
+    "sto_sign", "ternary_vote", "terngrad", "top_k", "trimmed_mean",
 ]
 # fmt: on
 
@@ -86,6 +87,22 @@ def lion(beta1: float = 0.9, beta2: float = 0.99, vote: bool = True) -> Method:
     Liu et al., "Communication Efficient Distributed Training with Distributed Lion", 2024, Algorithm 1 (MaVo, Avg).
     """
     return Method(LionMomentum(beta1, beta2), SignBits(), MajorityVote() if vote else MeanOfSigns(), "lion")
+
+
+def scaled_vote(momentum: float = 0.0, error_feedback: bool = False) -> Method:
+    """The majority's sign times the median of the voters' mean magnitudes, one a row: a vote that knows how far to go.
+
+    Take it for what has a size of its own, as differences between parameters have, or to keep the learning rate of
+    SGD. Robust as :func:`signsgd`, and fewer than half of the ranks do not move the scales either. A row that most
+    ranks do not use stays. With ``momentum`` the average is sent; with ``error_feedback`` what a rank's scaled signs
+    lose is added to its next vote, for which nothing is guaranteed under a vote. Give one of the two.
+
+    What it sends is a message of Karimireddy et al., 2019 (see :func:`ef_signsgd`) a row; how it decides, no paper's.
+    """
+    if error_feedback and momentum:
+        raise OptionError("scaled_vote takes momentum= or error_feedback=True, not both: an error has no average")
+    memory = ErrorFeedback() if error_feedback else _remembering(momentum)
+    return Method(memory, ScaledRows(), ScaledVote(), "scaled_vote")
 
 
 def noisy_signsgd(scale: float, relative: bool = False) -> Method:
@@ -153,6 +170,33 @@ def sparsign(budget: float) -> Method:
     Heterogeneity", 2023, Algorithm 1.
     """
     return Method(SparseSign(budget), Trits(), MajorityVote(), "sparsign")
+
+
+# ------------------------------------------------------------------------------------- unbiased quantization
+
+
+def qsgd(levels: int = 7, bucket: int = 512) -> Method:
+    """The mean of gradients rounded at random to ``levels`` shares of their norm: right on any data, and noisy.
+
+    ``1 + levels.bit_length()`` bits a coordinate and a norm each ``bucket`` of them; all-gather only. The rate is
+    SGD's, as long as the noise is bearable: smaller buckets and more levels make less of it. Not robust.
+
+    Alistarh et al., "QSGD: Communication-Efficient SGD via Gradient Quantization and Encoding", 2017, section 3.1;
+    lengths are fixed, where the paper has Elias codes.
+    """
+    return Method(Identity(), Quantized(levels, "l2", bucket), Mean(), "qsgd")
+
+
+def terngrad(clip: float | None = None) -> Method:
+    """The mean of ``s sign(g) b``, s the parameter's largest ``|g|``, b 1 with probability ``|g| / s``, else 0.
+
+    Right on any data without ``clip``, which cuts magnitudes at so many standard deviations of a parameter's gradient
+    (the paper's is 2.5) for less noise. All-gather only. Every rank has a scale of its own: the paper's common one
+    would need another exchange. Not robust.
+
+    Wen et al., "TernGrad: Ternary Gradients to Reduce Communication in Distributed Deep Learning", 2017, Algorithm 1.
+    """
+    return Method(Identity(), Quantized(1, "max", None, clip), Mean(), "terngrad")
 
 
 # -------------------------------------------------------------------------------------------- error feedback

@@ -37,6 +37,11 @@ def against(make: Callable[[int], Method], spare: int = 1) -> Make:
 # By method, then by what follows its name in the test's: "" for nothing. One that is not here has its defaults.
 ARGUMENTS: dict[str, dict[str, Make]] = {
     "lion": {"": lambda size: mpisign.lion(), "mean": lambda size: mpisign.lion(vote=False)},
+    "scaled_vote": {
+        "": lambda size: mpisign.scaled_vote(),
+        "momentum": lambda size: mpisign.scaled_vote(0.9),
+        "error feedback": lambda size: mpisign.scaled_vote(error_feedback=True),
+    },
     "noisy_signsgd": {
         "": lambda size: mpisign.noisy_signsgd(0.5),
         "relative": lambda size: mpisign.noisy_signsgd(0.5, relative=True),
@@ -48,6 +53,8 @@ ARGUMENTS: dict[str, dict[str, Make]] = {
     },
     "ternary_vote": {"": lambda size: mpisign.ternary_vote(4.0, 5.0)},
     "sparsign": {"": lambda size: mpisign.sparsign(0.5)},
+    "qsgd": {"": lambda size: mpisign.qsgd(), "coarse": lambda size: mpisign.qsgd(2, bucket=64)},
+    "terngrad": {"": lambda size: mpisign.terngrad(), "clip": lambda size: mpisign.terngrad(2.0)},
     "one_bit_adam": {
         "": lambda size: mpisign.one_bit_adam(freeze_step=1),
         "late": lambda size: mpisign.one_bit_adam(freeze_step=3),
@@ -136,8 +143,8 @@ def exchanges(method: Method) -> tuple[str, ...]:
 
 
 def is_random(method: Method) -> bool:
-    """Whether its memory draws random numbers."""
-    return isinstance(method.memory, Noise)
+    """Whether its memory or its codec draws random numbers."""
+    return isinstance(method.memory, Noise) or method.codec.random
 
 
 def packs_signs(method: Method) -> bool:

@@ -221,3 +221,40 @@ def nearest_neighbour_averaging(rows: Floats, f: int, pivot: int) -> Floats:
 
 def nearest_neighbour_mixing(rows: Floats, f: int) -> Floats:
     return np.stack([nearest_neighbour_averaging(rows, f, i) for i in range(len(rows))])
+
+
+# ------------------------------------------------------------------------------------------------ scaled vote
+
+
+def count_rows(shape: Sequence[int]) -> int:
+    """How many scales a parameter has: one an index of its first dimension, if that is worth it."""
+    elements = int(np.prod(shape, dtype=int))
+    return shape[0] if len(shape) > 1 and shape[0] > 0 and elements // shape[0] >= 64 else 1
+
+
+def scales(values: Floats, row: npt.NDArray[np.integer]) -> Floats:
+    """The mean magnitude of each row; ``row`` (n,) says in which each element is."""
+    return np.array([np.abs(values[row == r], dtype=np.float64).mean() for r in np.unique(row)]).astype(np.float32)
+
+
+def scaled_vote(
+    updates: Sequence[Floats],
+    row: npt.NDArray[np.integer],
+    step: int,
+    first_word: int = 0,
+    *,
+    ranks: Sequence[int] | None = None,
+    zeros: str = "rows",
+    ties: str = "coin",
+    seed: int = 0,
+) -> Floats:
+    """The majority's sign times the median of the scales, of ``ranks`` on one parameter; all in the wire's order."""
+    n, ranks = len(row), range(len(updates)) if ranks is None else ranks
+    said = np.stack([scales(update, row) for update in updates])
+    ballots = []
+    for rank, update, its in zip(ranks, updates, said, strict=True):
+        coin = coins(coin_key(seed, step, zeros_stream(rank)), first_word, n)
+        vote = ballot(update, "coin" if zeros == "rows" else zeros, coin)
+        ballots.append(np.where(its[row] > 0, vote, 0).astype(np.int8))
+    decision, _ = majority(ballots, ties, coins(coin_key(seed, step, TIES), first_word, n))
+    return decision * np.median(said, axis=0)[row]

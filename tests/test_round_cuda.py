@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mpisign
 from mpisign import DistributedSignOptimizer, Method
 from mpisign.bitmap import kernels
-from mpisign.codecs import ScaledBits
+from mpisign.codecs import ScaledBits, ScaledRows
 from mpisign.memory import Memory, Momentum
 from mpisign.memory.memory import State
 from mpisign.policy import StepContext
@@ -29,8 +29,18 @@ pytestmark = [needs_compiler, pytest.mark.usefixtures("world")]
 METHODS = list(among(1, packs_signs).values())
 VOTES = [method for method in METHODS if method.elects]  # whose decisions are signs, too
 OTHERS = among(1, lambda method: not packs_signs(method) and not method.memory.private)  # whose noise repeats
-SCALED = {name: method for name, method in OTHERS.items() if isinstance(method.at(1, 0).codec, ScaledBits)}
-UNIFORM = ("sto_sign", "ternary_vote", "sparsign")  # a GPU draws other numbers for them
+SCALED = {
+    name: method for name, method in OTHERS.items() if isinstance(method.at(1, 0).codec, (ScaledBits, ScaledRows))
+}
+UNIFORM = (
+    "sto_sign",
+    "ternary_vote",
+    "sparsign",
+    "qsgd",
+    "qsgd coarse",
+    "terngrad",
+    "terngrad clip",
+)  # a GPU draws other numbers for them
 EXACT = {name: method for name, method in OTHERS.items() if name not in (*SCALED, *UNIFORM)}
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SHAPES = [(3, 5, 7), (64,), (), (0,), (1,), (33, 2), (127,), (16400,)]

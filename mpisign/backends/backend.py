@@ -238,6 +238,10 @@ class Backend(ABC):
         """The sum of ``values`` (n,), of which no fp32 value is too large."""
 
     @abstractmethod
+    def magnitudes(self, values: Tensor) -> Tensor:
+        """The sum of the magnitudes of each row of ``values`` (r, n), in fp64: (r,). Nobody waits for it."""
+
+    @abstractmethod
     def norm(self, values: Sequence[Tensor]) -> Tensor:
         """The L2 norm of all ``values``, (n,) each and at least one, together: 0-d fp64. Nobody waits for it."""
 

@@ -182,6 +182,9 @@ class Cuda(Backend):
     def total(self, values: Tensor) -> Tensor:
         return values.sum(dtype=torch.float64)
 
+    def magnitudes(self, values: Tensor) -> Tensor:
+        return values.abs().sum(1, dtype=torch.float64)
+
     def norm(self, values: Sequence[Tensor]) -> Tensor:
         norms = [torch.linalg.vector_norm(value, dtype=torch.float64) for value in values]
         together: Tensor = torch.linalg.vector_norm(torch.stack(norms))

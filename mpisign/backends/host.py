@@ -306,6 +306,19 @@ class Host(Backend):
             quick = float(numbers.sum())
             return quick if math.isfinite(quick) else float(numbers.sum(dtype=np.float64))
 
+    def magnitudes(self, values: Tensor) -> Tensor:
+        rows, n = values.shape
+        width = max(1, min(n, self.cache))
+        sums = np.zeros(rows)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for at in range(0, rows, max(1, self.cache // width)):
+                block = values[at : at + max(1, self.cache // width)]
+                for lo in range(0, n, width):
+                    part = block[:, lo : lo + width]
+                    numbers = (part if part.dtype in NUMPY_DTYPES else part.float()).numpy()
+                    sums[at : at + len(block)] += np.abs(numbers).sum(axis=1, dtype=np.float64)
+        return torch.from_numpy(sums)
+
     def norm(self, values: Sequence[Tensor]) -> Tensor:
         squares = (np.square(v[span].double().numpy()) for v in values for span in self.blocks(v.numel()))
         with np.errstate(over="ignore", invalid="ignore"):

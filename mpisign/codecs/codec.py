@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from mpisign.backends import Flag
 from mpisign.policy import Policy, StepContext
 
-__all__ = ["Codec", "Planes"]
+__all__ = ["Codec", "Part", "Planes"]
 
 
 Planes = torch.Tensor | Sequence[torch.Tensor]
 """The rows of a message: (planes, k), or as many (k,)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements ``lo .. hi`` of a parameter, and the ``message`` (planes, k) of ``codec`` in which they are sent."""
+
+    codec: Codec
+    lo: int
+    hi: int
+    message: Planes
+    first_word: int
 
 
 class Codec(ABC):
@@ -27,15 +39,21 @@ class Codec(ABC):
         elementwise: whether it may be called on pieces of a parameter that start at a multiple of 32.
         ballots: items are words of sign bits, which can be voted on.
         plain: items are the values themselves, so that any rule can work on messages as they are.
+        random: it draws random numbers, from the context alone.
     """
 
     name = "codec"
     elementwise = False
     ballots = False
     plain = False
+    random = False
 
     def of(self, parameter: torch.Tensor) -> Codec:
         """The codec for this parameter, told by its shape: usually this one. All must have the same wire types."""
+        return self
+
+    def part(self, lo: int, hi: int) -> Codec:
+        """The codec for elements ``lo .. hi`` of a parameter that is cut, ``lo`` a multiple of 32: usually this one."""
         return self
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -60,6 +78,14 @@ class Codec(ABC):
         Returns:
             Whether all values were finite; on a GPU a 0-d tensor, so that nobody waits.
         """
+
+    def encode_parts(self, values: torch.Tensor, parts: Sequence[Part], context: StepContext) -> Flag:
+        """Encode all of a parameter, flat ``values`` (n,), in its parts. Returns whether all were finite."""
+        finite: Flag = True
+        for part in parts:
+            its = values[part.lo : part.hi]
+            finite = finite & part.codec.encode(its, part.message, context, part.first_word)
+        return finite
 
     @abstractmethod
     def add(self, message: torch.Tensor, out: torch.Tensor, alpha: float) -> None:

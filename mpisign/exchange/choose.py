@@ -15,7 +15,7 @@ from mpisign.group import Channels, Group
 from mpisign.method import Method
 from mpisign.network import Network
 from mpisign.policy import Policy, check_choice
-from mpisign.rules import RecodedMean, TallyRule, VectorRule
+from mpisign.rules import PieceRule, TallyRule, VectorRule
 from mpisign.session import Session
 from mpisign.warning import warn
 from mpisign.watchdog import Pending
@@ -86,9 +86,9 @@ def cap_bytes(bucket_cap_mb: float | None, group: Group) -> float:
 
 
 def shards_for(option: str, method: Method, size: int) -> int:
-    """Into how many parts the layout must cut parameters: M where a re-encoding rule decides shard by shard."""
+    """Into how many parts the layout must cut parameters: M where a rule of pieces decides shard by shard."""
     two_phase = option in ("two_phase", "hierarchical") or (option == "auto" and size > 2)
-    return size if isinstance(method.rule, RecodedMean) and two_phase else 1
+    return size if isinstance(method.rule, PieceRule) and two_phase else 1
 
 
 def choose(
@@ -127,7 +127,7 @@ def named(
     """
     if planes_down == 0 or isinstance(method.rule, VectorRule):
         return "allgather"
-    if isinstance(method.rule, RecodedMean):  # the layout was cut for it, so it is the same for every bucket
+    if isinstance(method.rule, PieceRule):  # the layout was cut for it, so it is the same for every bucket
         return "two_phase" if shards_for(option, method, group.size) > 1 else "allgather"
     tallies = isinstance(method.rule, TallyRule) and network.shares
     if option == "hierarchical":

@@ -15,7 +15,7 @@ from mpisign.exchange.header import Bools, Heard
 from mpisign.layout import Bucket, Layout, Segment
 from mpisign.memory.store import MemoryStore
 from mpisign.policy import StepContext
-from mpisign.rules import BallotRule, RecodedMean, TallyRule, VectorRule
+from mpisign.rules import BallotRule, PieceRule, TallyRule, VectorRule
 
 __all__ = ["Decider", "Deciding", "Run"]
 
@@ -50,7 +50,7 @@ class Decider:
             tied: as in :class:`~mpisign.policy.StepContext`.
         """
         rule = self._bucket.method.rule
-        if isinstance(rule, RecodedMean):
+        if isinstance(rule, PieceRule):
             self._recode(rule, heard, context, messages, out, start)
             return 0
         if self._previous is not None:
@@ -198,14 +198,14 @@ class Decider:
 
     def _recode(
         self,
-        rule: RecodedMean,
+        rule: PieceRule,
         heard: Heard,
         context: StepContext,
         messages: Sequence[torch.Tensor],
         out: torch.Tensor,
         start: int,
     ) -> None:
-        """The pieces that lie in ``out``: their mean, with the error kept here, in the codec again."""
+        """The pieces that lie in ``out``, in the codec again."""
         # Where several ranks decide this, all do it alike.
         context = dataclasses.replace(context, zeros_key=context.ties_key)
         for place, segment in enumerate(self._bucket.segments):
@@ -213,11 +213,12 @@ class Decider:
             for piece in segment.pieces:
                 if ranks and start <= piece.start and piece.stop <= start + out.shape[1]:
                     span = slice(piece.start - start, piece.stop - start)
+                    parameter = self._layout.parameters[segment.index]
                     rule.recode(
                         [messages[rank][:, span] for rank in ranks],
-                        self._store.piece(self._layout.parameters[segment.index], piece.lo, piece.hi),
+                        self._store.piece(parameter, piece.lo, piece.hi) if rule.keeps else parameter.new_empty(0),
                         out[:, span],
-                        segment.codec,
+                        piece.codec,
                         dataclasses.replace(context, voters=ranks),
                         piece.first_word,
                     )

@@ -19,7 +19,7 @@ from mpisign.exchange.sink import Sink, StepSink
 from mpisign.layout import Bucket, Layout, Segment
 from mpisign.memory.store import state_dtype
 from mpisign.policy import Policy, StepContext
-from mpisign.rules import RecodedMean, ValueRule
+from mpisign.rules import PieceRule, ValueRule
 
 __all__ = ["Decoder"]
 
@@ -53,7 +53,7 @@ class Decoder:
         self._indices = tuple(segment.index for *_, segment in self._places)
         # Whether what comes down is what is applied, in whatever type.
         down = self._codec_down
-        simple = not (self._method.memory.running or isinstance(self._method.rule, RecodedMean))
+        simple = not (self._method.memory.running or isinstance(self._method.rule, PieceRule))
         self._direct = down is not None and (down.plain or down.ballots) and simple
         self._bitmaps: Bitmaps | None = None
         if self._direct and isinstance(down, SignBits) and type(down).decode is SignBits.decode:
@@ -137,12 +137,13 @@ class Decoder:
         for piece in segment.pieces:
             target = wide[piece.lo : piece.hi]
             if self._codec_down is not None:
-                codec = segment.codec if self._codec_down is self._method.codec else self._codec_down
+                own = isinstance(rule, PieceRule) or self._codec_down is self._method.codec
+                codec = piece.codec if own else self._codec_down
                 codec.decode(exchange.decision[:, piece.start : piece.stop], target, context)
                 continue
             messages = [exchange.received[rank][:, piece.start : piece.stop] for rank in voters]
             assert isinstance(rule, ValueRule)
-            _combine(rule, segment.codec, messages, target, context, piece.first_word)
+            _combine(rule, piece.codec, messages, target, context, piece.first_word)
         if memory.running:
             memory.received(wide, self._encoder.state(segment))
         if wide is not out:

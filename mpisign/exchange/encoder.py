@@ -10,6 +10,7 @@ from mpisign.backends import Backend, Bitmaps, First, Flag
 from mpisign.bitmap.located import Located, Places, locate
 from mpisign.bitmap.tensors import flat
 from mpisign.codecs import SignBits
+from mpisign.codecs.codec import Part, Planes
 from mpisign.layout import Bucket, Layout, Segment
 from mpisign.memory import Identity, Memory
 from mpisign.memory.memory import State
@@ -136,7 +137,7 @@ class Encoder:
                 message = torch.stack([row[piece.start : piece.stop] for row in rows]) if len(rows) > 1 else None
                 message = rows[0][None, piece.start : piece.stop] if message is None else message
                 part = {key: value[piece.lo : piece.hi] for key, value in state.items()}
-                self.method.memory.sent(message, segment.codec, part)
+                self.method.memory.sent(message, piece.codec, part)
 
     def state(self, segment: Segment) -> State:
         """The memory's state of a parameter as flat views, by field."""
@@ -150,10 +151,11 @@ class Encoder:
         finite: Flag = True
         if not self._piecewise:
             values, finite = self._remember(g, state, context, segment.first_word)
-            for piece in segment.pieces:
-                its = values[piece.lo : piece.hi]
-                finite = finite & self._write(segment, its, rows, piece.start, piece.stop, context, piece.first_word)
-            return finite
+            parts = [
+                Part(piece.codec, piece.lo, piece.hi, _between(rows, piece.start, piece.stop), piece.first_word)
+                for piece in segment.pieces
+            ]
+            return finite & segment.codec.encode_parts(values, parts, context)
         length = segment.codec.length
         for lo in range(0, segment.numel, max(self._scratch_size, 1)):
             hi = min(lo + self._scratch_size, segment.numel)
@@ -161,24 +163,9 @@ class Encoder:
             values, ok = self._remember(g[lo:hi], part, context, segment.first_word + length(lo))
             start, stop = segment.start + length(lo), segment.start + length(hi)
             finite = finite & ok
-            finite = finite & self._write(segment, values, rows, start, stop, context, segment.first_word + length(lo))
+            message, first_word = _between(rows, start, stop), segment.first_word + length(lo)
+            finite = finite & segment.codec.encode(values, message, context, first_word)
         return finite
-
-    def _write(
-        self,
-        segment: Segment,
-        values: torch.Tensor,
-        rows: Sequence[torch.Tensor],
-        start: int,
-        stop: int,
-        context: StepContext,
-        first_word: int,
-    ) -> Flag:
-        if len(rows) > 1:
-            message: Sequence[torch.Tensor] | torch.Tensor = [row[start:stop] for row in rows]
-        else:
-            message = rows[0][None, start:stop]
-        return segment.codec.encode(values, message, context, first_word)
 
     def _remember(
         self, g: torch.Tensor, state: State, context: StepContext, first_word: int
@@ -259,6 +246,11 @@ class Encoder:
         if (purpose, dtype) not in self._scratches:
             self._scratches[purpose, dtype] = torch.empty(self._scratch_size, dtype=dtype, device=self._layout.device)
         return self._scratches[purpose, dtype]
+
+
+def _between(rows: Sequence[torch.Tensor], start: int, stop: int) -> Planes:
+    """Items of a message."""
+    return [row[start:stop] for row in rows] if len(rows) > 1 else rows[0][None, start:stop]
 
 
 def _precision(g: torch.Tensor, state: State) -> torch.dtype:

@@ -6,7 +6,8 @@ from mpisign.rules.coordinatewise import Median, TrimmedMean
 from mpisign.rules.distance import CenteredClipping, GeometricMedian, Krum, MultiKrum, NearestNeighbourAveraging
 from mpisign.rules.mean import Mean, MeanOfSigns, RecodedMean
 from mpisign.rules.mixing import NearestNeighbourMixing
-from mpisign.rules.rule import BallotRule, Rule, TallyRule, ValueRule, VectorRule
+from mpisign.rules.rule import BallotRule, PieceRule, Rule, TallyRule, ValueRule, VectorRule
+from mpisign.rules.scaled_vote import ScaledVote
 from mpisign.rules.vote import MajorityVote
 
 __all__ = [
@@ -21,8 +22,10 @@ __all__ = [
     "MultiKrum",
     "NearestNeighbourAveraging",
     "NearestNeighbourMixing",
+    "PieceRule",
     "RecodedMean",
     "Rule",
+    "ScaledVote",
     "TallyRule",
     "TrimmedMean",
     "ValueRule",

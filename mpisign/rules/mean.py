@@ -11,7 +11,7 @@ from mpisign.backends import Count, backend_for
 from mpisign.codecs import Codec, Counts
 from mpisign.errors import OptionError
 from mpisign.policy import Policy, StepContext
-from mpisign.rules.rule import TallyRule, ValueRule
+from mpisign.rules.rule import PieceRule, TallyRule, ValueRule
 
 __all__ = ["Mean", "MeanOfSigns", "RecodedMean"]
 
@@ -71,7 +71,7 @@ class Mean(ValueRule):
 
 
 @dataclass(frozen=True)
-class RecodedMean(Mean):
+class RecodedMean(Mean, PieceRule):
     """The mean goes down in the codec of the way up, and what that loses is added the next time.
 
     Whoever decides keeps the error: ``q = mean + e``, ``C(q)`` goes down, ``e <- q - C(q)`` stays. Where q overflows,
@@ -82,6 +82,7 @@ class RecodedMean(Mean):
     """
 
     name = "recoded_mean"
+    keeps = True
 
     def down(self, codec: Codec, policy: Policy, size: int) -> Codec:
         return codec
@@ -89,22 +90,18 @@ class RecodedMean(Mean):
     def recode(
         self,
         messages: Sequence[torch.Tensor],
-        error: torch.Tensor,
+        kept: torch.Tensor,
         out: torch.Tensor,
         codec: Codec,
         context: StepContext,
         first_word: int,
     ) -> None:
-        """Decide one piece of a parameter: messages (planes, k) of ``codec`` into ``out`` (planes, k).
-
-        Args:
-            error: (n,) what is kept of it; changed in place.
-        """
+        """See :meth:`PieceRule.recode`; the error is what is ``kept``."""
         for message, weight in zip(messages, self.weights(context), strict=True):
-            codec.add(message, error, weight)
-        error.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)  # else it would stay so, and the parameters become so
-        codec.encode(error, out, context, first_word)
-        codec.add(out, error, -1.0)
+            codec.add(message, kept, weight)
+        kept.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)  # else it would stay so, and the parameters become so
+        codec.encode(kept, out, context, first_word)
+        codec.add(out, kept, -1.0)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from mpisign.errors import OptionError
 from mpisign.policy import StepContext, check_integer
 from mpisign.rules.coordinatewise import Rows, check_enough
 from mpisign.rules.geometry import mean_of, squared_distances
-from mpisign.rules.mean import RecodedMean
-from mpisign.rules.rule import BallotRule, Rule, ValueRule, VectorRule
+from mpisign.rules.rule import BallotRule, PieceRule, Rule, ValueRule, VectorRule
 
 __all__ = ["NearestNeighbourMixing", "nearest_neighbour_mixing"]
 
@@ -63,7 +62,7 @@ class NearestNeighbourMixing(VectorRule):
 
     def __post_init__(self) -> None:
         check_integer("f", self.f, 0)
-        if isinstance(self.rule, (BallotRule, RecodedMean)):
+        if isinstance(self.rule, (BallotRule, PieceRule)):
             raise OptionError(f"{self.rule!r} decides on signs, which cannot be averaged: mix in front of a dense rule")
         if isinstance(self.rule, VectorRule):
             for trait in ("remembers", "personal"):

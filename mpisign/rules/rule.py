@@ -14,7 +14,7 @@ from mpisign.policy import Policy, StepContext
 if TYPE_CHECKING:
     from mpisign.codecs import Codec
 
-__all__ = ["BallotRule", "Rule", "TallyRule", "ValueRule", "VectorRule"]
+__all__ = ["BallotRule", "PieceRule", "Rule", "TallyRule", "ValueRule", "VectorRule"]
 
 
 class Rule(ABC):
@@ -144,6 +144,44 @@ class ValueRule(Rule):
         With them, messages that are not plain values are added up one after the other, never side by side.
         """
         return None
+
+
+class PieceRule(ValueRule):
+    """Decides parameters, or pieces of them, one by one, and sends them down in the form of a message.
+
+    For messages whose items mean something only together. Where shards are decided, parameters are cut at their ends.
+
+    Attributes:
+        keeps: whoever decides keeps a number for each element.
+    """
+
+    keeps = False
+
+    def down(self, codec: Codec, policy: Policy, size: int) -> Codec:
+        return codec
+
+    def decide(
+        self, messages: Sequence[torch.Tensor], out: torch.Tensor, context: StepContext, first_word: int
+    ) -> Count:
+        raise NotImplementedError("it decides pieces: see recode()")
+
+    @abstractmethod
+    def recode(
+        self,
+        messages: Sequence[torch.Tensor],
+        kept: torch.Tensor,
+        out: torch.Tensor,
+        codec: Codec,
+        context: StepContext,
+        first_word: int,
+    ) -> None:
+        """Decide one piece of a parameter: messages (planes, k) of ``codec`` into ``out`` (planes of ``down``, k).
+
+        Args:
+            kept: what is kept of it, changed in place: (n,), in a memory's precision; (0,) if the rule keeps nothing.
+            codec: of this piece.
+            first_word: number of its first 32 elements, the position of the ties' coin.
+        """
 
 
 class VectorRule(Rule):

@@ -11,7 +11,7 @@ from torch import nn
 
 import mpisign
 from mpisign.memory import ClippedNoise
-from mpisign.rules import BallotRule
+from mpisign.rules import BallotRule, PieceRule
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -75,7 +75,7 @@ def test_votes(comm: MPI.Comm, make: Make, exchange: str) -> None:
     assert used > unused
 
 
-@walk_exchanges(lambda method: method.memory.feedback or method.name == "mean")
+@walk_exchanges(lambda m: m.memory.feedback or m.codec.random or m.name == "mean" or isinstance(m.rule, PieceRule))
 def test_means(comm: MPI.Comm, make: Make, exchange: str) -> None:
     """They stay where they are, exactly, also where signs and a scale are sent."""
     unused, used = moved(comm, make(comm.size), exchange, 20)
