@@ -11,7 +11,7 @@ import logging
 import os
 import statistics
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -35,13 +35,29 @@ ACT = "calibration"
 VARIABLE = "MPISIGN_CALIBRATE"
 
 BUDGET_SECONDS = 0.3
-LATENCY_SHARE = 0.1  # of the budget, for the small messages of each of the two
-NODE_SHARE = 0.35  # by when the node's bandwidth is known
-TRIES = 15
+TRIES = 15  # of small messages
 BURST = 8  # small collectives at once, which tell the overhead from the latency
-FIRST_BYTES, LAST_BYTES = 64 << 10, 16 << 20  # of a rank's part in an all-to-all
 REPETITIONS = 3  # of a transfer
-LONG_ENOUGH = 0.04  # seconds of a transfer after which a longer one tells no more
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How one of the two kinds of links is tried.
+
+    ``latency`` and ``bandwidth``: the shares of the budget after which no further trial begins. ``first`` and ``last``:
+    bytes of a rank's part in the smallest and the largest transfer. ``long``: seconds after which a longer transfer
+    tells no more.
+    """
+
+    latency: float
+    bandwidth: float
+    first: int
+    last: int
+    long: float
+
+
+# A switch lets some hundred KiB through at once, and a slow network needs a second for the next MiB.
+NETWORK, NODE = _Kind(0.1, 0.65, 64 << 10, 16 << 20, 0.04), _Kind(0.75, 1.0, 1 << 20, 4 << 20, 0.01)
 
 
 def wanted() -> bool:
@@ -118,21 +134,18 @@ class _Trial:
 
     def links(self) -> Links:
         """Of the node with most ranks, and of the card with most to do."""
-        group, share = self._group, LATENCY_SHARE * self._budget
-        inside, across = max(self._sizes) > 1, group.num_nodes > 1
+        group = self._group
         node = network = (0.0, 0.0)
         node_bandwidth = network_bandwidth = inf
-        if across:
+        if group.num_nodes > 1:
             self._small(group.lane)  # connections are made by the first message
-            network = self._latency(group.lane, self._lanes[0], share)
-        if inside:
-            self._small(group.node)
-            node = self._latency(group.node, max(self._sizes), 2 * share)
-            sent = [size * (size - 1) / size for size in self._sizes]
-            node_bandwidth = self._bandwidth(group.node, max(sent), NODE_SHARE * self._budget)
-        if across:
+            network = self._latency(group.lane, self._lanes[0], NETWORK)
             of_a_node = [sum((lane - 1) / lane for lane in self._lanes[:size]) for size in self._sizes]
-            network_bandwidth = self._bandwidth(group.lane, max(of_a_node), self._budget)
+            network_bandwidth = self._bandwidth(group.lane, max(of_a_node), NETWORK)
+        if max(self._sizes) > 1:
+            self._small(group.node)
+            node = self._latency(group.node, max(self._sizes), NODE)
+            node_bandwidth = self._bandwidth(group.node, max(self._sizes) - 1, NODE)
         found = np.array(
             astuple(Links(node[0], node_bandwidth, network[0], network_bandwidth, node[1], network[1])), np.float64
         )
@@ -166,13 +179,13 @@ class _Trial:
         for pending in posted:
             self._session.wait(pending)
 
-    def _latency(self, comm: MPI.Comm, ranks: int, until: float) -> tuple[float, float]:
+    def _latency(self, comm: MPI.Comm, ranks: int, kind: _Kind) -> tuple[float, float]:
         """Latency, and overhead a message, of all-to-alls among so many ranks: one, and several at once."""
         self._slowest(0.0)
         ones: list[float] = []
         bursts: list[float] = []
         since = 0.0
-        while not ones or (len(ones) < TRIES and since < until):
+        while not ones or (len(ones) < TRIES and since < kind.latency * self._budget):
             one, _ = self._timed(lambda: self._small(comm))
             burst, since = self._timed(lambda: self._small(comm, BURST))
             ones.append(one)
@@ -182,26 +195,30 @@ class _Trial:
         overhead = min(overhead, one / (ranks - 1))
         return one - (ranks - 1) * overhead, overhead
 
-    def _bandwidth(self, comm: MPI.Comm, share: float, until: float) -> float:
+    def _bandwidth(self, comm: MPI.Comm, share: float, kind: _Kind) -> float:
         """Bytes a second of the node with most to send, of which a rank's part of one byte makes ``share``.
 
         Parts are doubled until a transfer takes long enough, the best of a few, as others may have had a hiccup. The
-        last size counts: what comes before it uses up what a switch lets through at once.
+        last size counts: what comes before it uses up what a switch lets through at once. Where time is over before it
+        could be repeated, the one before it counts too.
         """
-        size, since = FIRST_BYTES, 0.0
+        size, until, before = kind.first, kind.bandwidth * self._budget, 0.0
         while True:
             block = max(1, size // comm.size)
             sent, received = np.zeros(block * comm.size, np.uint8), np.zeros(block * comm.size, np.uint8)
             self._slowest(0.0)
-            best = inf
-            for _ in range(REPETITIONS):
+            times: list[float] = []
+            since = 0.0
+            while len(times) < REPETITIONS and (not times or since + min(times) < until):
                 seconds, since = self._timed(functools.partial(self._transfer, comm, sent, received))
-                best = min(best, seconds)
-                if since + best > until:
-                    break
-            if best >= LONG_ENOUGH or size >= LAST_BYTES or since + 2 * best > until:
-                return float(share * size / best)
-            size *= 2
+                times.append(seconds)
+            best = min(times)
+            found = float(share * size / best)
+            if len(times) < REPETITIONS:
+                return max(found, before)
+            if best >= kind.long or size >= kind.last or since + 2 * best > until:
+                return found
+            size, before = 2 * size, found
 
     def _transfer(self, comm: MPI.Comm, sent: Any, received: Any) -> None:
         self._wait(comm.Ialltoall(sent, received), sent, received)

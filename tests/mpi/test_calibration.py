@@ -64,7 +64,8 @@ def test_without_time_it_ends_with_its_first_transfers(comm: MPI.Comm, monkeypat
     kinds = (comm.size > 2) + (comm.size > 1)
     assert len(transfers) == kinds
     assert comm.allgather(links) == [links] * comm.size
-    assert set(transfers) <= {calibration.FIRST_BYTES // ranks * ranks for ranks in range(1, comm.size + 1)}
+    firsts = (calibration.NETWORK.first, calibration.NODE.first)
+    assert set(transfers) <= {first // ranks * ranks for first in firsts for ranks in range(1, comm.size + 1)}
 
 
 def test_it_is_measured_once_for_the_same_nodes(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch) -> None:

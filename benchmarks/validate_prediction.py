@@ -1,0 +1,207 @@
+"""How well the cost model predicts: calibrated on hosts of a slow network, against steps that are measured there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import harness
+import torch
+import torch.distributed as dist
+from harness import Contender, Table, count, gloo, measure, one_thread
+
+import mpisign
+from mpisign import DistributedSignOptimizer, cost, prediction
+from mpisign.cost import Links, Nodes, Rates
+from mpisign.exchange import choose
+from mpisign.quantities import spoken_bandwidth
+
+HERE = Path(__file__).parent
+SHAPES, RATES = ("2", "4", "8", "2x2", "2x4", "4x2"), ("100mbit", "1gbit", "none")
+EXCHANGES = tuple(name for name in choose.CHOICES if name != "auto")
+REDUCTIONS = {"ring fp32": torch.float32, "ring bf16": torch.bfloat16}
+TENSORS = 8
+MESSAGE_MB = 1.0
+LR = 1e-4
+
+WORDS = """\
+On hosts of `benchmarks/slow_network`, `mpisign.calibration` measures the links and `predict --calibrate` the rates of
+computing; `mpisign/cost.py` predicts a step from these; then the steps are measured, in turns:
+`DistributedSignOptimizer(SGD(lr), method=signum()).step()` by each exchange in messages of 1 MiB, after backward and
+without overlap, and gloo's all-reduce, which is a ring, in fp32 and bf16. Seconds are of the slowest rank.
+The error is the prediction over the median measurement, less one, and in brackets over the fastest one. The hosts share
+the cores of one machine: where ranks outnumber them, or the network is free, it is computing that is predicted, and
+whatever else this machine does (its load is below) disturbs measurement and calibration, not always alike."""
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--elements", type=count, default=8_000_000, help="parameters (default: 8M)")
+    options.add_argument("--rounds", type=count, default=5, help="measured steps by each exchange (default: 5)")
+    options.add_argument("--shapes", nargs="+", default=SHAPES, help="of hosts, as slow_network takes them")
+    options.add_argument("--rates", nargs="+", default=RATES, help="of their networks")
+    options.add_argument("--results", type=Path, default=harness.RESULTS, metavar="FOLDER", help="for the report")
+    options.add_argument("--measure", type=Path, metavar="FILE", help="be a rank, and let rank 0 write what it found")
+    args = options.parse_args()
+    if args.measure:
+        measure_here(args)
+        return
+    cases = []
+    for shape in args.shapes:
+        for rate in args.rates:
+            case = run(args, shape, rate)
+            cases.append(case)
+            print(table([case]).in_markdown(), flush=True)
+    print("\n".join(f"wrote {path}" for path in write(cases, args)))
+
+
+def run(args: argparse.Namespace, shape: str, rate: str) -> dict[str, Any]:
+    """One case, in a job of its own."""
+    args.results.mkdir(parents=True, exist_ok=True)
+    file = args.results / f"validation-{os.getpid()}.json"
+    # fmt: off
+    command = [str(HERE / "slow_network"), shape, rate, sys.executable, __file__, "--measure", str(file),
+               "--elements", str(args.elements), "--rounds", str(args.rounds)]
+    # fmt: on
+    try:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=600)
+        found: dict[str, Any] = json.loads(file.read_text())
+    finally:
+        file.unlink(missing_ok=True)
+    return {"shape": shape, "rate": rate, **found}
+
+
+# --------------------------------------------------------------------------------------------- on the hosts
+
+
+def measure_here(args: argparse.Namespace) -> None:
+    """Calibrate, predict and measure. **Collective.**"""
+    one_thread()
+    mpisign.init()
+
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    elements = args.elements // TENSORS * TENSORS
+    optimizers = {exchange: steps(exchange, elements, comm.rank) for exchange in EXCHANGES}
+    contenders = [Contender(name, "", optimizer.step) for name, optimizer in optimizers.items()]
+    measure(contenders, 1, 0, comm)  # connections and first touches
+    began = perf_counter()
+    nodes, links, rates = prediction.measured()
+    calibrating = perf_counter() - began
+    times = measure(contenders, args.rounds, 1, comm)
+    with gloo(comm):
+        rings = [ring(name, dtype, elements) for name, dtype in REDUCTIONS.items()]
+        times.update(measure(rings, max(1, args.rounds // 2), 1, comm))
+    if comm.rank != 0:
+        return
+    predicted = {way: predict(way, links, nodes, elements, rates) for way in times}
+    found = {
+        "nodes": list(nodes.sizes),
+        "links": vars(links) | {key: None for key, value in vars(links).items() if value == float("inf")},
+        "rates": vars(rates),
+        "calibrating_seconds": calibrating,
+        "choice": cost.choose(links, nodes, cost.Message(MESSAGE_MB * 2**20), EXCHANGES, rates)[0],
+        "seconds": times,
+        "predicted": predicted,
+    }
+    args.measure.write_text(json.dumps(found))
+
+
+def predict(way: str, links: Links, nodes: Nodes, elements: int, rates: Rates) -> float:
+    """Seconds of a step; of a ring all its computing."""
+    size = MESSAGE_MB * 2**20 if way in EXCHANGES else None
+    return cost.step(way, links, nodes, elements, message_bytes=size, rates=rates).total
+
+
+def steps(exchange: str, elements: int, rank: int) -> DistributedSignOptimizer:
+    own = torch.Generator().manual_seed(1 + rank)
+    parameters = [torch.nn.Parameter(torch.zeros(elements // TENSORS)) for _ in range(TENSORS)]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=own)
+    sgd = torch.optim.SGD(parameters, lr=LR)
+    return DistributedSignOptimizer(sgd, method=mpisign.signum(), exchange=exchange, bucket_cap_mb=MESSAGE_MB)
+
+
+def ring(name: str, dtype: torch.dtype, elements: int) -> Contender:
+    vector = torch.zeros(elements, dtype=dtype)
+    return Contender(name, "", lambda: dist.all_reduce(vector))
+
+
+# ---------------------------------------------------------------------------------------------- the report
+
+
+def table(cases: Sequence[dict[str, Any]]) -> Table:
+    """A row for each case and way."""
+    rows = []
+    for case in cases:
+        for way, seconds in case["seconds"].items():
+            times = statistics.median(seconds), min(seconds), case["predicted"][way]
+            error = f"{error_of(case, way):+.0%} ({case['predicted'][way] / min(seconds) - 1:+.0%})"
+            rows.append([f"{case['shape']} at {case['rate']}", way, *(f"{1e3 * it:.1f}" for it in times), error])
+    return Table("Steps", ["hosts", "by", "median ms", "fastest ms", "predicted ms", "error"], rows)
+
+
+def error_of(case: dict[str, Any], way: str) -> float:
+    """The prediction over the median of what was measured, less one."""
+    return float(case["predicted"][way] / statistics.median(case["seconds"][way]) - 1)
+
+
+def errors(cases: Sequence[dict[str, Any]]) -> Table:
+    """How large the errors are, by way and rate."""
+    rows = []
+    for rate in dict.fromkeys(case["rate"] for case in cases):
+        for way in cases[0]["seconds"]:
+            found = [error_of(case, way) for case in cases if case["rate"] == rate]
+            rows.append(
+                [rate, way, f"{statistics.median(map(abs, found)):.0%}", f"{min(found):+.0%}", f"{max(found):+.0%}"]
+            )
+    return Table("Errors", ["rate", "by", "median of sizes", "lowest", "highest"], rows)
+
+
+def calibrations(cases: Sequence[dict[str, Any]]) -> Table:
+    """What was calibrated, and whether the exchange that it would choose was the fastest."""
+    rows = []
+    for case in cases:
+        links, medians = case["links"], {way: statistics.median(its) for way, its in case["seconds"].items()}
+        fastest = min(EXCHANGES, key=lambda way: medians.get(way, float("inf")))
+        node = "" if links["node_bandwidth"] is None else f"{links['node_bandwidth'] / 1e9:.2f} GB/s"
+        lost = medians[case["choice"]] / medians[fastest] - 1
+        waits = f"{1e6 * links['network_latency']:.0f} + {1e6 * links['network_overhead']:.0f}"
+        row = [f"{case['shape']} at {case['rate']}", spoken_bandwidth(links["network_bandwidth"]), waits, node]
+        rows.append([*row, case["choice"], fastest, f"{lost:.0%}"])
+    columns = ["hosts", "card", "latency + overhead, us", "inside a node", "chosen", "fastest", "lost by the choice"]
+    return Table("Calibrations and choices", columns, rows)
+
+
+def write(cases: Sequence[dict[str, Any]], args: argparse.Namespace) -> list[Path]:
+    """The report and its raw numbers."""
+    date = f"{datetime.now().astimezone():%Y-%m-%d}"
+    stem = args.results / f"{date}-prediction"
+    about = {**harness._machine(), **harness._versions(True)}
+    title = f"Predicted against measured steps of {args.elements:,} parameters"
+    parts = [
+        f"# {title}, {date}",
+        f"```\n{harness._command()}\n```",
+        WORDS,
+        *(one.in_markdown() for one in (errors(cases), calibrations(cases), table(cases))),
+        "### Where\n\n" + "\n".join(f"- **{key}**: {value}" for key, value in about.items()),
+        f"The seconds of every repetition are in `{stem.name}.json`.",
+    ]
+    files = [stem.with_suffix(".md"), stem.with_suffix(".json")]
+    files[0].write_text("\n\n".join(parts) + "\n")
+    files[1].write_text(json.dumps({"date": date, "elements": args.elements, "cases": list(cases), **about}, indent=1))
+    return files
+
+
+if __name__ == "__main__":
+    main()
