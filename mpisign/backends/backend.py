@@ -185,6 +185,10 @@ class Backend(ABC):
     def no_zero(self, words: Tensor) -> bool:
         """Whether every word has a 1."""
 
+    def any_zero(self, words: Tensor) -> Flag:
+        """Whether some word has no 1. Where that is a tensor, it holds until this is asked again."""
+        return not self.no_zero(words)
+
     @abstractmethod
     def count(self, ballots: Sequence[Tensor], planes: Tensor) -> None:
         """:func:`mpisign.bitmap.host.count`: how many of ``ballots`` have a 1, bit-sliced, into ``planes`` (p, k)."""

@@ -135,7 +135,10 @@ class Cuda(Backend):
         return found if tied is None else 0
 
     def no_zero(self, words: Tensor) -> bool:
-        return not cuda.any_zero(words, found=_flag(words.device).zero_())
+        return not self.any_zero(words)
+
+    def any_zero(self, words: Tensor) -> Tensor:
+        return cuda.any_zero(words, found=_flag(words.device).zero_())
 
     def count(self, ballots: Sequence[Tensor], planes: Tensor) -> None:
         cuda.count(ballots, planes)

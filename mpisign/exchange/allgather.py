@@ -5,6 +5,7 @@ Bytes sent per rank: (M - 1) * message. One latency. Nobody is trusted to count.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,8 +37,11 @@ class AllGather:
         self._message = Buffer((planes_up, length), dtype, device)
         self._received = Buffer((group.size, planes_up, length), dtype, device)
         self.message = self._message.tensor
-        self.received = self._received.tensor
-        self._messages = list(self.received)
+        messages = list(self._received.tensor)
+        self._here = group.rank if self._received.mirrored else None
+        if self._here is not None:  # this rank's own message is on the device already, and need not come back
+            messages[self._here] = self.message
+        self.received: Sequence[torch.Tensor] = messages
         self.decision = torch.zeros((planes_down, length), dtype=dtype, device=device)
         whole, item = planes_up * length, self._message.item
         self._operations: list[tuple[Any, Any]] = [(self._message.mpi, self._received.mpi)]
@@ -62,5 +66,5 @@ class AllGather:
         return session.post(together(posted), self)
 
     def go_on(self, session: Session, channels: Channels, phase: int, deciding: Deciding) -> None:
-        self._received.pull()
-        deciding.decide(self._messages, self.decision, 0, counts=session.rank == 0)  # of ties: all find the same
+        self._received.pull(self._here)
+        deciding.decide(self.received, self.decision, 0, counts=session.rank == 0)  # of ties: all find the same

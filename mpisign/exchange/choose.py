@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -37,7 +38,7 @@ class Exchange(Protocol):
     ``push`` begins to bring ``message`` (planes_up, length) to where MPI reads it; ``post`` starts phase 0. When a
     phase is over, ``go_on`` does what this rank has to do then, with what ``deciding`` offers, and starts the next one;
     None says that it was the last. Now ``decision`` (planes_down, length) is valid until the next ``post``; and where
-    every rank gets every message, ``received`` (M, planes_up, length).
+    every rank gets every message, ``received``, M of (planes_up, length).
 
     Phases with the same number share a communicator, so each is begun for all buckets in the same order on all ranks;
     a bucket may be in one while the next is in an earlier one.
@@ -46,7 +47,7 @@ class Exchange(Protocol):
     name: str
     message: torch.Tensor
     decision: torch.Tensor
-    received: torch.Tensor
+    received: Sequence[torch.Tensor]
     bytes_sent: int
 
     def push(self) -> None: ...

@@ -13,6 +13,7 @@ up, decisions down, and a barrier again. Who is trusted: the owner of a shard, a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ class Hierarchical:
         self._message = Buffer((planes_up, length), dtype, device, staged=True)
         self._decision = Buffer((planes_down, length), dtype, device, staged=True)
         self.message, self.decision = self._message.tensor, self._decision.tensor
-        self.received = torch.empty((0, planes_up, length), dtype=dtype, device=device)
+        self.received: Sequence[torch.Tensor] = ()
         self._up_shape, self._down_shape = (len(self._ranks), planes_up, length), (lanes, planes_down, shard * nodes)
         self._spans = [
             slice(min(lane * shard * nodes, length), min((lane + 1) * shard * nodes, length)) for lane in range(lanes)

@@ -19,6 +19,7 @@ from mpisign.bitmap.tensors import is_laid_as
 from mpisign.codecs import SignBits
 from mpisign.errors import OptionError
 from mpisign.exchange import rows
+from mpisign.exchange.answers import Answers
 from mpisign.exchange.choose import Exchange, cap_bytes, choose, shards_for
 from mpisign.exchange.decider import Decider
 from mpisign.exchange.decoder import Decoder
@@ -109,6 +110,7 @@ class Plan:
         local: by batch, who makes an update of this rank alone; where models are exchanged, of their gradients.
         clip: the norm to which each rank's whole gradient is clipped; None for never.
         counts: (2,) int64 on the device, where ties are added up; None where they are returned.
+        answers: what the device tells this rank; None where nobody waits for it.
         use: who has the buffers.
     """
 
@@ -131,6 +133,7 @@ class Plan:
     local: tuple[Encoder, ...]
     clip: float | None
     counts: torch.Tensor | None
+    answers: Answers | None
     use: Use
 
     @property
@@ -250,6 +253,7 @@ def make_plan(
         local=tuple(local for _, local in batches),
         clip=clip,
         counts=torch.zeros(2, dtype=torch.int64, device=layout.device) if backend.together else None,
+        answers=Answers(layout.device) if backend.together else None,
         use=Use(layout.device),
     )
 

@@ -21,11 +21,12 @@ import torch
 
 from mpisign.backends import Count
 from mpisign.errors import ConsistencyError, MpisignError
-from mpisign.exchange import header, rows
+from mpisign.exchange import header
 from mpisign.exchange.agreement import agreement
 from mpisign.exchange.decider import Deciding
 from mpisign.exchange.header import Bools, Handshake, Heard
 from mpisign.exchange.local import clipped, unscaled
+from mpisign.exchange.packed import push_and_ask, rows_of_zeros
 from mpisign.exchange.plan import Batch, Plan
 from mpisign.exchange.settling import settled
 from mpisign.exchange.sink import Sink
@@ -194,7 +195,10 @@ class Round:
         with self._inside():
             said = [self._heard(flight) for flight in self._flights]
             skipped = not any(bool(heard.votes.any()) for heard in said)
-            tally = self._count_ties()
+            tally = self._count_ties() if plan.answers is None else None
+            if plan.answers is not None and plan.counts is not None and plan.elects:
+                plan.answers.ask("ties", plan.counts[0])
+                plan.answers.asked()
             for batch in plan.batches:
                 heard = [said[bucket.index] for bucket in batch.buckets]
                 with session.tracer.span("unpack", batch.buckets[0].index):
@@ -205,6 +209,8 @@ class Round:
                     for bucket, its in zip(batch.buckets, heard, strict=True):
                         if its.votes.any():
                             plan.deciders[bucket.index].remember(plan.exchanges[bucket.index].decision)
+            if plan.answers is not None:  # who asks a GPU lets it unpack meanwhile
+                tally = self._count_ties()
             plan.store.commit()
             for bucket, its in zip(plan.layout.buckets, said, strict=True):
                 for place in np.flatnonzero(np.any(its.zero_rows, axis=0)).tolist():
@@ -231,7 +237,7 @@ class Round:
             yield
 
     def _context_of(self, method: Method) -> StepContext:
-        return self._contexts.get(str(method), self._context)
+        return self._contexts.get(str(method), self._context) if self._contexts else self._context
 
     def _clip(self, gradients: Grads) -> None:
         plan = self.plan
@@ -268,9 +274,14 @@ class Round:
         abstains = self._abstention != header.VOTES
         wholly = isinstance(method.rule, VectorRule) or method.memory.needs_all
         end = len(segments)  # the place at which this rank's ballot ends
+        pushed, zeros = False, None
         if not abstains and not self._unfit and not (key in self._ended and method.memory.needs_all):
             with tracer.span("pack", batch.buckets[0].index):
-                end = int(batch.encoder.encode(gradients, self._context_of(method), self._unscale))
+                first = batch.encoder.encode(gradients, self._context_of(method), self._unscale)
+                if pushed := plan.answers is not None and not plan.told:  # else rows of zeros may change messages yet
+                    end, zeros = push_and_ask(plan, batch, first)
+                else:
+                    end = int(first)
                 if end < len(segments):
                     batch.encoder.recover()
         votes = np.array([gradient is not None for gradient in gradients], np.bool_)
@@ -279,9 +290,9 @@ class Round:
             votes[0 if wholly else end :] = False
         elif abstains or key in self._ended:
             votes[:] = False
-        zero_rows, spoken = self._zero_rows(batch, votes)
+        zero_rows, spoken = rows_of_zeros(plan, batch, votes, zeros)
         with tracer.span("send", batch.buckets[0].index):
-            for bucket in batch.buckets:
+            for bucket in () if pushed else batch.buckets:
                 plan.exchanges[bucket.index].push()
             at = 0
             for bucket in batch.buckets:
@@ -299,32 +310,6 @@ class Round:
         told = self.plan.headers[bucket.index].post(session, self._channels, status, votes, place, zero_rows, spoken)
         posted = self.plan.exchanges[bucket.index].post(session, self._channels)
         self._flights.append(Flight(bucket, told, posted))
-
-    def _zero_rows(self, batch: Batch, votes: Bools) -> tuple[Bools, dict[int, dict[int, Bools]]]:
-        """Which segments have rows of zeros, and, by bucket, on which rows of those that are told this rank votes."""
-        plan = self.plan
-        found = np.zeros(len(votes), np.bool_)
-        spoken: dict[int, dict[int, Bools]] = {}
-        end = 0
-        for bucket, planes in zip(batch.buckets, batch.encoder.rows, strict=True):
-            words, start, end = plan.spoken[bucket.index], end, end + len(bucket.segments)
-            look = bool(plan.told) or bucket.index in plan.scattered
-            if words is None or not (look or not plan.backend.no_zero(words)):
-                continue
-            for place, segment in enumerate(bucket.segments):
-                at = start + place
-                if not votes[at]:
-                    continue
-                shape, strides = tuple(plan.layout.parameters[segment.index].shape), plan.layout.strides[segment.index]
-                mine = slice(segment.start, segment.stop)
-                zero = rows.zero_rows(words[mine], shape, strides, plan.backend)
-                found[at] = zero is not None
-                if segment.name in plan.told:
-                    speaks = np.ones(rows.count_rows(shape), np.bool_) if zero is None else ~zero
-                    spoken.setdefault(bucket.index, {})[place] = speaks
-                    if zero is not None:  # an abstention's bits are 0
-                        planes[0][mine] &= rows.spoken_words(speaks, shape, strides, plan.backend, words.device)
-        return found, spoken
 
     # ------------------------------------------------------------------------------------------- progress
 
@@ -390,9 +375,9 @@ class Round:
             return None
         counting_ties = [flight.deciding for flight in self._flights if flight.bucket.method.elects and flight.deciding]
         ties: Count = sum(deciding.ties for deciding in counting_ties)
-        if plan.counts is not None:
+        if plan.answers is not None:
             with session.tracer.span("decide"):
-                ties = int(ties) + int(plan.counts[0])
+                ties = int(ties) + plan.answers.told("ties")
         counting, counted = np.array([[int(ties)], [0]], np.int64)
         return session.post(session.group.comm.Iallreduce(counting, counted), counting, counted), counted
 

@@ -52,6 +52,11 @@ class Buffer:
         self.item: np.dtype[Any] = torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
 
     @property
+    def mirrored(self) -> bool:
+        """Whether MPI is given other memory than this process computes in."""
+        return self._mirror is not None
+
+    @property
     def nbytes(self) -> int:
         return self.tensor.nbytes
 
@@ -67,7 +72,15 @@ class Buffer:
         if self._written is not None:
             self._written.synchronize()
 
-    def pull(self) -> None:
-        """Make what MPI has received visible to what the current stream computes next."""
-        if self._mirror is not None:
-            self.tensor.copy_(self._mirror, non_blocking=True)
+    def pull(self, without: int | None = None) -> None:
+        """Make what MPI has received visible to what the current stream computes next.
+
+        Args:
+            without: leave out this row.
+        """
+        if self._mirror is None:
+            return
+        spans = [slice(None)] if without is None else [slice(without), slice(without + 1, None)]
+        for span in spans:
+            if len(its := self.tensor[span]):
+                its.copy_(self._mirror[span], non_blocking=True)

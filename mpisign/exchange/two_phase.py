@@ -9,6 +9,8 @@ A message of several planes is cut across all of them, by an MPI datatype, so th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from mpisign.cuts import free_with, shard_operations, together
@@ -46,7 +48,7 @@ class TwoPhase:
         self._verdict = Buffer((planes_down, shard), dtype, device)
         self._spread = Buffer((planes_down, shard * ranks), dtype, device)
         self.message = self._outgoing.tensor[:, :length]
-        self.received = self._incoming.tensor
+        self.received: Sequence[torch.Tensor] = list(self._incoming.tensor)
         self.decision = self._spread.tensor[:, :length]
         self._at = min(group.rank * shard, length)  # where this rank's shard begins
         mine = min(shard, length - self._at)
