@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from gpu_branch import gpu_branch
 
 from mpisign.exchange.staging import Buffer, gpu_aware
 
@@ -39,6 +40,17 @@ def test_the_memory_never_moves() -> None:
         buffer.ready()
         buffer.pull()
         assert buffer.tensor.data_ptr() == buffer.mpi.ctypes.data == at
+
+
+@pytest.mark.parametrize(("ranks", "without"), [(3, 0), (3, 1), (3, 2), (1, 0), (2, None)])
+def test_a_row_that_is_left_out_stays_as_it_is(ranks: int, without: int | None) -> None:
+    with gpu_branch():
+        buffer = Buffer((ranks, 2, 4), torch.int32, HOST)
+    assert buffer.mirrored
+    buffer.tensor.fill_(3)
+    buffer.mpi[...] = 4
+    buffer.pull(without)
+    assert [row.unique().tolist() for row in buffer.tensor] == [[3] if row == without else [4] for row in range(ranks)]
 
 
 @pytest.mark.parametrize(("value", "aware"), [(None, False), ("", False), ("0", False), ("1", True), ("yes", True)])

@@ -17,9 +17,10 @@ from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpisign
-from mpisign import DistributedSignOptimizer, Method
+from mpisign import DistributedSignOptimizer, Method, session
 from mpisign.bitmap import kernels
 from mpisign.codecs import ScaledBits, ScaledRows
+from mpisign.exchange.allgather import AllGather
 from mpisign.memory import Memory, Momentum
 from mpisign.memory.memory import State
 from mpisign.policy import StepContext
@@ -350,3 +351,53 @@ def test_a_steady_step_makes_no_tensor_but_flags_and_counts(method: Method, scal
             allocations.largest = 0
             scaler.step(optimizer)
     assert allocations.largest <= 8
+
+
+# ------------------------------------------------------------------------------------------------ waiting for it
+
+
+class Waits:
+    """In the place of a CUDA event: which span is open, and which kernels were launched, when it is waited for."""
+
+    def __init__(self, launches: list[str]) -> None:
+        self._launches, self._waited = launches, True
+        self.seen: list[tuple[str, list[str]]] = []
+
+    def record(self) -> None:
+        self._waited = False
+
+    def synchronize(self) -> None:
+        if not self._waited:
+            self.seen.append((session.current().tracer.where(), list(self._launches)))
+        self._waited = True
+
+
+def test_a_step_waits_once_for_its_packing_and_once_for_its_ties_when_unpacking_is_under_way() -> None:
+    """What packing takes is told as packing: nothing else has waited for it."""
+    tensors = parameters([torch.float32])
+    with gpu_branch() as launches:
+        optimizer = DistributedSignOptimizer(SGD(tensors, lr=0.5), method=mpisign.signum(0.9), apply="optimizer")
+        give(tensors, [torch.randn(tensor.shape) for tensor in tensors])
+        plan = optimizer._current_plan()
+        assert plan.answers is not None
+        waits = Waits(launches)
+        plan.answers._copied = waits  # type: ignore[assignment]
+        optimizer.step()
+    assert [where for where, _ in waits.seen] == ["step 0, bucket 0, pack", "step 0, decide"]
+    packing, deciding = (launched for _, launched in waits.seen)
+    assert packing == ["pack_momentum", "any_zero"]
+    assert deciding[-1] == "unpack_many"
+
+
+def test_a_ranks_own_message_stays_on_the_device() -> None:
+    tensors = parameters([torch.float32])
+    with gpu_branch():
+        optimizer = DistributedSignOptimizer(SGD(tensors, lr=0.5), method=mpisign.signsgd(), exchange="allgather")
+        give(tensors, [torch.randn(tensor.shape) for tensor in tensors])
+        (exchange,) = optimizer._current_plan().exchanges
+        assert isinstance(exchange, AllGather)
+        exchange._received.tensor.fill_(5)
+        optimizer.step()
+    assert exchange.received[0] is exchange.message
+    assert (exchange._received.tensor == 5).all(), "nothing came back"
+    assert torch.equal(exchange.decision, exchange.message), "of one rank alone"
