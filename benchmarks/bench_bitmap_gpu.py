@@ -69,7 +69,7 @@ def run(args: Namespace, device: torch.device, gpu: str) -> None:
     counting = deciders(DECIDED * n, args.ballots, device, repeat)
     resnet = resnet50(device, repeat)
     averaging = averagers(values, repeat)
-    contenders = [copying, *packing, *averaging, *unpacking, *counting, *resnet]
+    contenders = repeat.those_that_run([copying, *packing, *averaging, *unpacking, *counting, *resnet])
     times = measure(contenders, args.rounds, args.warmup)
 
     decide, misaligned, _ = names(counting)
@@ -91,10 +91,10 @@ def run(args: Namespace, device: torch.device, gpu: str) -> None:
     size = f"{n:,} x float32"
     tables = [
         bandwidths(times, moved, args.repeats),
-        compare(f"Pack {size}", times, names(packing), [COPY, "torch pack", "cupy.packbits"]),
-        compare(f"Momentum and pack {size}", times, names(averaging), [COPY, LERP]),
-        compare(f"Unpack {size}", times, names(unpacking), [COPY, "torch unpack", "cupy.unpackbits"]),
-        compare(f"Decide {args.ballots} bitmaps of {DECIDED * n:,} bits", times, names(counting), names(counting)[2:]),
+        against(f"Pack {size}", times, names(packing), [COPY, "torch pack", "cupy.packbits"]),
+        against(f"Momentum and pack {size}", times, names(averaging), [COPY, LERP]),
+        against(f"Unpack {size}", times, names(unpacking), [COPY, "torch unpack", "cupy.unpackbits"]),
+        against(f"Decide {args.ballots} bitmaps of {DECIDED * n:,} bits", times, names(counting), names(counting)[2:]),
         published(times, n * args.repeats),
         small(times, args.repeats),
     ]
@@ -105,13 +105,13 @@ def run(args: Namespace, device: torch.device, gpu: str) -> None:
     report = Report(
         "bitmap-gpu",
         f"Bit arithmetic on one {gpu}",
-        WORDS.format(repeats=args.repeats, decided=DECIDED),
+        "\n".join([WORDS.format(repeats=args.repeats, decided=DECIDED), *repeat.told_of_failures()]),
         args,
         contenders,
         times,
         targets,
         tables,
-        extra={"gpu": gpu, "cuda": torch.version.cuda, "bytes_moved_by_a_launch": moved},
+        extra={"failed": repeat.failures, "gpu": gpu, "cuda": torch.version.cuda, "bytes_moved_by_a_launch": moved},
     )
     report.show()
     if args.report:
@@ -119,10 +119,53 @@ def run(args: Namespace, device: torch.device, gpu: str) -> None:
 
 
 class Repeat:
-    """Makes contenders of kernels: many launches and one synchronisation, which then weighs little."""
+    """Makes contenders of kernels: many launches and one synchronisation, which then weighs little.
+
+    Attributes:
+        failures: by rival, why it does not run here. It is left out.
+    """
 
     def __init__(self, launches: int, device: torch.device) -> None:
         self._launches, self._device = launches, device
+        self.failures: dict[str, str] = {}
+        self._rivals: set[str] = set()
+
+    def rival(self, name: str, what: str, launch: Callable[[], object]) -> Contender:
+        """Somebody else's, which may not compile on this machine."""
+        self._rivals.add(name)
+        return self(name, what, launch)
+
+    def try_rival(self, name: str, ours: Tensor, theirs: Callable[[], Any]) -> None:
+        """Compare a rival's result, if it has one. Raises RuntimeError if it is another than ours."""
+        try:
+            found = theirs()
+        except Exception as error:  # of its compiler, its driver, its memory
+            self._leave_out(name, error)
+            return
+        if not torch.equal(ours, found if isinstance(found, Tensor) else torch.utils.dlpack.from_dlpack(found)):
+            raise RuntimeError(f"{name} gives other results than mpisign.bitmap.cuda")
+
+    def those_that_run(self, contenders: Sequence[Contender]) -> list[Contender]:
+        """Without the rivals that fail; what is the library's own must run."""
+        able = []
+        for one in contenders:
+            if one.name in self.failures:
+                continue
+            if one.name in self._rivals:
+                try:
+                    one.run()
+                except Exception as error:
+                    self._leave_out(one.name, error)
+                    continue
+            able.append(one)
+        return able
+
+    def told_of_failures(self) -> list[str]:
+        return [f"`{name}` does not run on this machine and is left out: {why}." for name, why in self.failures.items()]
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        lines = str(error).strip().splitlines() or [""]
+        self.failures[name] = f"{type(error).__name__}: {lines[0]}"[:200]
 
     def __call__(self, name: str, what: str, launch: Callable[[], object]) -> Contender:
         def run() -> None:
@@ -150,10 +193,11 @@ def names(contenders: Sequence[Contender]) -> list[str]:
     return [one.name for one in contenders]
 
 
-def require_equal(what: str, ours: Tensor, theirs: Tensor) -> None:
-    """A rival that computes something else is no rival."""
-    if not torch.equal(ours, theirs):
-        raise RuntimeError(f"{what} gives other results than mpisign.bitmap.cuda")
+def against(title: str, times: Times, contenders: Sequence[str], references: Sequence[str]) -> Table:
+    """As harness.compare, of those that run here."""
+    return compare(
+        title, times, [one for one in contenders if one in times], [one for one in references if one in times]
+    )
 
 
 def on_torch_stream(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -197,8 +241,8 @@ def packers(values: Tensor, repeat: Repeat) -> list[Contender]:
 
     packer(values, "positive")()
     expected = words.view(torch.uint8)
-    require_equal("torch pack", expected[: n // 8], torch_pack())
-    require_equal("cupy.packbits", expected[: (n + 7) // 8], torch.utils.dlpack.from_dlpack(cupy_pack()))
+    repeat.try_rival("torch pack", expected[: n // 8], torch_pack)
+    repeat.try_rival("cupy.packbits", expected[: (n + 7) // 8], cupy_pack)
     return [
         repeat(PACK, "`zeros='coin'`; normal data, almost no zeros", packer(values)),
         repeat("pack, 10 % zeros", "`zeros='coin'`, a tenth of the data exactly 0", packer(gaps)),
@@ -206,8 +250,8 @@ def packers(values: Tensor, repeat: Repeat) -> list[Contender]:
         repeat(PACK_ROWS, "`zeros='rows'`, the library's default: the coin, and two planes", packer(values, "rows")),
         repeat(PACK_BF16, "bfloat16 values", packer(half)),
         repeat("pack, misaligned", "fp32 values that start 4 bytes after aligned memory", packer(shifted)),
-        repeat("torch pack", "`((x >= 0).view(-1, 8) * powers_of_two).sum(1)`", torch_pack),
-        repeat("cupy.packbits", "`cupy.packbits(x >= 0, bitorder='little')`", on_torch_stream(cupy_pack, device)),
+        repeat.rival("torch pack", "`((x >= 0).view(-1, 8) * powers_of_two).sum(1)`", torch_pack),
+        repeat.rival("cupy.packbits", "`cupy.packbits(x >= 0, bitorder='little')`", on_torch_stream(cupy_pack, device)),
     ]
 
 
@@ -226,7 +270,7 @@ def averagers(values: Tensor, repeat: Repeat) -> list[Contender]:
 
     pack_momentum()
     lerp_then_pack()
-    require_equal(LERP, words, expected)
+    repeat.try_rival(LERP, words, lambda: expected)
     return [
         repeat(
             PACK_MOMENTUM, "a gradient into its fp32 momentum (0.9), and the signs of that, in one pass", pack_momentum
@@ -252,13 +296,13 @@ def unpackers(values: Tensor, repeat: Repeat) -> list[Contender]:
         return cupy.unpackbits(array, bitorder="little")[:n].astype(cupy.float32) * 2 - 1
 
     cuda.unpack(words, out)
-    require_equal("torch unpack", out, torch_unpack())
-    require_equal("cupy.unpackbits", out, torch.utils.dlpack.from_dlpack(cupy_unpack()))
+    repeat.try_rival("torch unpack", out, torch_unpack)
+    repeat.try_rival("cupy.unpackbits", out, cupy_unpack)
     return [
         repeat(UNPACK, "signs to +-1, into the gradient", lambda: cuda.unpack(words, out)),
         repeat("unpack, two planes", "+-1 or 0, from two bitmaps", lambda: cuda.unpack(words, out, nonzero=nonzero)),
-        repeat("torch unpack", "`((bytes[:, None] >> arange(8)) & 1).to(dtype) * 2 - 1`", torch_unpack),
-        repeat(
+        repeat.rival("torch unpack", "`((bytes[:, None] >> arange(8)) & 1).to(dtype) * 2 - 1`", torch_unpack),
+        repeat.rival(
             "cupy.unpackbits",
             "`cupy.unpackbits(bytes, bitorder='little').astype('f4') * 2 - 1`",
             on_torch_stream(cupy_unpack, device),
@@ -286,7 +330,7 @@ def deciders(n: int, ballots: int, device: torch.device, repeat: Repeat) -> list
         repeat(
             f"majority of {ballots}, misaligned", "the same of bitmaps that start at any multiple of 4", majority(True)
         ),
-        repeat(
+        repeat.rival(
             f"torch int8 sum of {ballots}",
             "one int8 for each vote: `votes.sum(0, dtype=torch.int8) > 0`",
             lambda: votes.sum(0, dtype=torch.int8) > 0,

@@ -77,6 +77,43 @@ def test_the_bitmaps_that_are_decided_start_where_the_report_says(
     assert launches == ["majority_3", "majority_3"]
 
 
+@pytest.mark.parametrize("when", ["first result", "timed run"])
+def test_a_rival_that_does_not_run_is_left_out_and_named(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    script = importlib.import_module("bench_bitmap_gpu")
+    repeat, ones = script.Repeat(1, torch.device("cpu")), torch.ones(3)
+
+    def broken() -> torch.Tensor:
+        raise OSError("nvrtc: error: invalid value for --gpu-architecture\nand more")
+
+    repeat.try_rival("rival", ones, ones.clone if when == "timed run" else broken)
+    contenders = [
+        repeat("ours", "", int),
+        repeat.rival("rival", "", broken),
+        repeat.rival("another", "", int),
+    ]
+    assert script.names(repeat.those_that_run(contenders)) == ["ours", "another"]
+    why = "OSError: nvrtc: error: invalid value for --gpu-architecture"
+    assert repeat.failures == {"rival": why}
+    assert repeat.told_of_failures() == [f"`rival` does not run on this machine and is left out: {why}."]
+    times = {"ours": [1.0], "another": [2.0]}
+    table = script.against("Times", times, ["ours", "rival", "another"], ["rival", "another"])
+    assert table.columns == ["", "median ms", "fastest ms", "x another"]
+    assert [row[0] for row in table.rows] == ["ours", "another"]
+
+
+def test_a_rival_that_computes_something_else_and_what_is_ours_and_fails_are_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    repeat = importlib.import_module("bench_bitmap_gpu").Repeat(1, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="rival gives other results than"):
+        repeat.try_rival("rival", torch.ones(3), lambda: torch.zeros(3))
+    (ours,) = repeat.those_that_run([repeat("ours", "", lambda: 1 // 0)])
+    with pytest.raises(ZeroDivisionError):
+        ours.run()
+
+
 @pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
