@@ -161,12 +161,29 @@ def refused(bitmap: torch.Tensor) -> list[Any]:
 )
 def test_what_is_no_bitmap_is_refused(bitmap: torch.Tensor) -> None:
     for call in refused(bitmap):
-        with pytest.raises(ValueError, match="a bitmap of 1 contiguous 32-bit words is needed"):
+        with pytest.raises(ValueError, match="a bitmap of 1 contiguous 32-bit words on cpu is needed"):
+            call()
+
+
+def test_a_bitmap_on_another_device_is_refused() -> None:
+    """Its address would be read as one of this device's."""
+    elsewhere, good = torch.zeros(1, dtype=torch.int32, device="meta"), words(0)
+    for call in (
+        lambda: cuda.pack(torch.ones(32), elsewhere),
+        lambda: cuda.unpack(good, torch.ones(32), nonzero=elsewhere),
+        lambda: cuda.majority([good, elsewhere], good),
+        lambda: cuda.decide_counts(good[None], 1, good, ties="zero", out_nonzero=elsewhere),
+        lambda: cuda.count([elsewhere], torch.zeros(1, 1, dtype=torch.int32)),
+        lambda: cuda.add_counts([elsewhere[None]], torch.zeros(1, 1, dtype=torch.int32)),
+        lambda: cuda.agreement(good, elsewhere, 32),
+        lambda: Batch([32, 32], [good, elsewhere]),
+    ):
+        with pytest.raises(ValueError, match=r"words on cpu is needed, not torch\.int32 .* on meta"):
             call()
 
 
 def test_a_bitmap_with_gaps_is_refused() -> None:
-    with pytest.raises(ValueError, match="a bitmap of 2 contiguous 32-bit words is needed"):
+    with pytest.raises(ValueError, match="a bitmap of 2 contiguous 32-bit words on cpu is needed"):
         cuda.pack(torch.ones(64), torch.zeros(4, dtype=torch.int32)[::2])
 
 

@@ -20,13 +20,15 @@ from mpisign.bitmap.located import Places, locate
 
 __all__ = ["BACKEND", "Native"]
 
+HOST = torch.device("cpu")
+
 
 def _address(bitmap: Tensor | None, k: int) -> int:
-    return int(address(bitmap, k))
+    return int(address(bitmap, k, HOST))
 
 
 def _addresses(bitmaps: Sequence[Tensor | None], k: int) -> npt.NDArray[np.uint64]:
-    return np.array([address(bitmap, k) for bitmap in bitmaps], np.uint64)
+    return np.array([address(bitmap, k, HOST) for bitmap in bitmaps], np.uint64)
 
 
 def _at(array: npt.NDArray[Any]) -> int:
@@ -84,7 +86,7 @@ class NativeBitmaps(Bitmaps):
         np.cumsum([-(-n // native.PIECE) for n in elements], out=pieces[1:])
         sizes = [words_for(n) for n in elements]
         rows, others = (
-            np.array([address(plane, k) for plane, k in zip(planes, sizes, strict=True)], np.uint64)
+            np.array([address(plane, k, HOST) for plane, k in zip(planes, sizes, strict=True)], np.uint64)
             for planes in (words, nonzeros)
         )
         fixed = [pieces, np.array(elements, np.uint64), rows, others, np.array(starts, np.uint64)]
@@ -146,7 +148,7 @@ class NativeBitmaps(Bitmaps):
         given, nonzeros = self._values, self._nonzeros
         if any(plane is not None for plane in moved):
             every = zip(moved, self._kept[2], self._sizes, strict=True)
-            planes = np.array([address(own if its is None else its, k) for its, own, k in every], np.uint64)
+            planes = np.array([address(own if its is None else its, k, HOST) for its, own, k in every], np.uint64)
             nonzeros = _at(planes)
         numbers = np.array([rates, decays], np.float64)
         self._c.apply(

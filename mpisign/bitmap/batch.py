@@ -89,7 +89,9 @@ class Batch:
         self._segments = segments  # which keeps the bitmaps' memory
         self._device = words[0].device if words else torch.device("cpu")
         self._bad = first(self._device)
-        jobs = [_jobs(place % kernels.TENSOR_CAPACITY, *segment) for place, segment in enumerate(segments)]
+        jobs = [
+            _jobs(place % kernels.TENSOR_CAPACITY, self._device, *segment) for place, segment in enumerate(segments)
+        ]
         self._ends = [0, *np.cumsum([some.size for some in jobs]).tolist()]  # of each tensor's jobs
         all_jobs = np.concatenate([np.zeros(0, kernels.JOB), *jobs])
         self._jobs = torch.from_numpy(all_jobs.view(np.uint8)).to(self._device)
@@ -196,13 +198,15 @@ def _packing(zeros: str, key: int, bad: Tensor) -> list[Any]:
     return [np.uint64(key), np.uint32(kernels.ZEROS[zeros]), np.uint64(bad.data_ptr())]
 
 
-def _jobs(tensor: int, n: int, words: Tensor, nonzero: Tensor | None, first_word: int) -> npt.NDArray[np.void]:
+def _jobs(
+    tensor: int, device: torch.device, n: int, words: Tensor, nonzero: Tensor | None, first_word: int
+) -> npt.NDArray[np.void]:
     """A tensor of ``n`` elements cut into the work of blocks."""
     start = np.arange(0, n, kernels.JOB_ELEMENTS, dtype=np.uint64)
     jobs = np.zeros(start.size, kernels.JOB)
-    jobs["words"] = address(words, words_for(n)) + start // 8
+    jobs["words"] = address(words, words_for(n), device) + start // 8
     if nonzero is not None:
-        jobs["nonzero"] = address(nonzero, words_for(n)) + start // 8
+        jobs["nonzero"] = address(nonzero, words_for(n), device) + start // 8
     jobs["first_word"] = np.uint64(first_word) + start // 32
     jobs["start"] = start
     jobs["tensor"] = tensor

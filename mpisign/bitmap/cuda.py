@@ -69,8 +69,8 @@ def pack(
         _elements(values),
         np.uint32(kernels.FORMATS[values.dtype]),
         np.uint64(n),
-        address(words, words_for(n)),
-        address(nonzero, words_for(n)),
+        address(words, words_for(n), values.device),
+        address(nonzero, words_for(n), values.device),
         np.uint64(first_word),
         np.uint64(key),
         np.uint32(kernels.ZEROS[zeros]),
@@ -93,8 +93,8 @@ def unpack(words: Tensor, out: Tensor, *, nonzero: Tensor | None = None) -> None
         _elements(out),
         np.uint32(kernels.FORMATS[out.dtype]),
         np.uint64(n),
-        address(words, words_for(n)),
-        address(nonzero, words_for(n)),
+        address(words, words_for(n), out.device),
+        address(nonzero, words_for(n), out.device),
     ]
     if n:
         kernels.launch("unpack_one", _blocks(n, kernels.JOB_ELEMENTS), arguments, out.device)
@@ -177,8 +177,8 @@ def majority(
         bitmaps, kind = list(ballots), "majority"
     else:
         bitmaps, kind = [plane for pair in zip(ballots, nonzeros, strict=True) for plane in pair], "majority_abstain"
-    addresses = [address(bitmap, k) for bitmap in bitmaps]
-    outs = [address(out, k), address(out_nonzero, k)]
+    addresses = [address(bitmap, k, out.device) for bitmap in bitmaps]
+    outs = [address(out, k, out.device), address(out_nonzero, k, out.device)]
     table = _on_device(addresses, out.device)
     arguments = [
         _by_value(addresses),
@@ -207,8 +207,8 @@ def count(ballots: Sequence[Tensor], planes: Tensor) -> None:
     if len(planes) < len(ballots).bit_length():
         raise ValueError(f"{len(planes)} planes cannot count {len(ballots)} ballots")
     k, stride = planes.shape[1], planes.stride(0)
-    addresses = [address(ballot, k) for ballot in ballots]
-    rows = [address(plane, k) for plane in planes]
+    addresses = [address(ballot, k, planes.device) for ballot in ballots]
+    rows = [address(plane, k, planes.device) for plane in planes]
     table = _on_device(addresses, planes.device)
     arguments = [
         _by_value(addresses),
@@ -234,8 +234,8 @@ def add_counts(counts: Sequence[Tensor], planes: Tensor) -> None:
     """
     check_counts([len(count) for count in counts], len(planes))
     k = planes.shape[1]
-    addresses = [address(plane, k) for count in counts for plane in count]
-    rows = [address(plane, k) for plane in planes]
+    addresses = [address(plane, k, planes.device) for count in counts for plane in count]
+    rows = [address(plane, k, planes.device) for plane in planes]
     table = _on_device(addresses, planes.device)
     arguments = [
         _by_value(addresses),
@@ -278,8 +278,8 @@ def decide_counts(
     k = out.numel()
     tied = torch.zeros((), dtype=torch.int64, device=out.device) if tied is None else tied
     everywhere, counted = (voted, ()) if isinstance(voted, int) else (0, tuple(voted))
-    addresses = [address(plane, k) for plane in (*yes, *counted)]
-    outs = [address(out, k), address(out_nonzero, k)]
+    addresses = [address(plane, k, out.device) for plane in (*yes, *counted)]
+    outs = [address(out, k, out.device), address(out_nonzero, k, out.device)]
     arguments = [
         _by_value(addresses),
         np.uint32(len(yes)),
@@ -320,11 +320,11 @@ def agreement(
     counts = torch.zeros(2, dtype=torch.int64, device=ballot.device) if counts is None else counts
     k = words_for(elements)
     arguments = [
-        address(ballot, k),
-        address(decision, k),
+        address(ballot, k, ballot.device),
+        address(decision, k, ballot.device),
         np.uint64(elements),
-        address(nonzero, k),
-        address(moved, k),
+        address(nonzero, k, ballot.device),
+        address(moved, k, ballot.device),
         cell(counts, torch.int64, ballot.device, 2),
     ]
     if k:
@@ -343,7 +343,7 @@ def any_zero(words: Tensor, *, found: Tensor | None = None) -> Tensor:
     """
     k = words.numel()
     found = torch.zeros((), dtype=torch.bool, device=words.device) if found is None else found
-    bitmap = address(words, k)
+    bitmap = address(words, k, words.device)
     if k:
         arguments = [bitmap, np.uint64(k), _wide([bitmap]), cell(found, torch.bool, words.device)]
         kernels.launch("any_zero", _blocks(k, _WORDS_PER_BLOCK), arguments, words.device)

@@ -135,10 +135,19 @@ def stream(device: torch.device) -> Any:
     return _stream(torch.cuda.current_stream(device).cuda_stream, device)
 
 
-def address(bitmap: torch.Tensor | None, k: int) -> np.uint64:
-    """Where a bitmap of ``k`` words lies, 0 for None. Raises ValueError if it is not one: nobody else would notice."""
-    if bitmap is not None and (bitmap.dtype not in WORDS or bitmap.shape != (k,) or not bitmap.is_contiguous()):
-        raise ValueError(f"a bitmap of {k} contiguous 32-bit words is needed, not {bitmap.dtype} {tuple(bitmap.shape)}")
+def address(bitmap: torch.Tensor | None, k: int, device: torch.device) -> np.uint64:
+    """Where a bitmap of ``k`` words lies on ``device``, 0 for None.
+
+    Raises:
+        ValueError: it is not one, or elsewhere: nobody else would notice before a kernel has read or written there.
+    """
+    if bitmap is not None and not (
+        bitmap.dtype in WORDS and bitmap.shape == (k,) and bitmap.is_contiguous() and bitmap.device == device
+    ):
+        raise ValueError(
+            f"a bitmap of {k} contiguous 32-bit words on {device} is needed, not {bitmap.dtype} {tuple(bitmap.shape)} "
+            f"on {bitmap.device}"
+        )
     pointer: np.uint64 = np.uint64(0 if bitmap is None else bitmap.data_ptr())
     return pointer
 

@@ -111,22 +111,33 @@ template <int GRADIENT> struct Momentum {
         return words_of_tile<E>(lane, negative, nonzero);
     }
 
+    // The first `elements` of a tile anywhere in memory: several words are loaded before the first is voted on, and
+    // lanes behind the end take 0 into 0, so that no branch stands between a load and the next.
     __device__ __forceinline__ void part(u32 at, u32 elements, u32 lane, u32& negative, u32& nonzero, u32& bad) const {
+        constexpr u32 AT_ONCE = 32 / sizeof(Bits);
         const u32 words = min((elements + 31) / 32, TILE / 32);
-#pragma unroll 4
-        for (u32 word = 0; word < words; ++word) {
-            const u32 place = word * 32 + lane;
-            u32 votes_no = 0, votes = 0;
-            if (place < elements) {
-                Bits momentum = __ldcs(momenta + at + place);
-                local_update(__ldcs(gradients + at + place), momentum, votes_no, votes, bad);
-                __stcs(momenta + at + place, momentum);
+#pragma unroll 1
+        for (u32 first = 0; first < words; first += AT_ONCE) {
+            const u32 place = first * 32 + lane;
+            Gradient news[AT_ONCE];
+            Bits olds[AT_ONCE];
+#pragma unroll
+            for (u32 k = 0; k < AT_ONCE; ++k) {
+                const bool exists = place + k * 32 < elements;
+                news[k] = exists ? __ldcs(gradients + at + place + k * 32) : 0;
+                olds[k] = exists ? __ldcs(momenta + at + place + k * 32) : 0;
             }
-            votes_no = __ballot_sync(ALL, votes_no);
-            votes = __ballot_sync(ALL, votes);
-            if (lane == word) {
-                negative = votes_no;
-                nonzero = votes;
+#pragma unroll
+            for (u32 k = 0; k < AT_ONCE; ++k) {
+                u32 votes_no = 0, votes = 0;
+                local_update(news[k], olds[k], votes_no, votes, bad);
+                if (place + k * 32 < elements) __stcs(momenta + at + place + k * 32, olds[k]);
+                votes_no = __ballot_sync(ALL, votes_no);
+                votes = __ballot_sync(ALL, votes);
+                if (lane == first + k) {
+                    negative = votes_no;
+                    nonzero = votes;
+                }
             }
         }
     }
