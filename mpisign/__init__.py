@@ -17,6 +17,7 @@ from mpisign.errors import (
 from mpisign.method import Method
 from mpisign.methods import (
     centered_clipping,
+    cge,
     dgc,
     double_squeeze,
     dp_sign,
@@ -40,11 +41,14 @@ from mpisign.methods import (
     signsgd,
     signum,
     sparsign,
+    stc,
     sto_sign,
     ternary_vote,
     terngrad,
     top_k,
     trimmed_mean,
+    weighted_vote,
+    zero_one_adam,
 )
 from mpisign.optimizer import DistributedSignOptimizer
 from mpisign.preemption import REQUEUE_EXIT_CODE, stop_on_signal, stop_requested
@@ -101,6 +105,7 @@ __all__ = [
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "centered_clipping",
+    "cge",
     "check_consistency",
     "checkpoint",
     "cross_rank",
@@ -138,6 +143,7 @@ __all__ = [
     "signum",
     "size",
     "sparsign",
+    "stc",
     "sto_sign",
     "stop_on_signal",
     "stop_requested",
@@ -146,4 +152,6 @@ __all__ = [
     "timeline",
     "top_k",
     "trimmed_mean",
+    "weighted_vote",
+    "zero_one_adam",
 ]

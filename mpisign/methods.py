@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from mpisign.codecs import Codec, Dense, Quantized, ScaledBits, ScaledRows, SignBits, TopK, Trits
+from mpisign.codecs import Codec, Dense, Quantized, ScaledBits, ScaledRows, SignBits, SparseTernary, TopK, Trits
 from mpisign.errors import OptionError
 from mpisign.memory import (
     DGC,
@@ -32,6 +32,7 @@ from mpisign.policy import check_integer
 from mpisign.rules import (
     CenteredClipping,
     GeometricMedian,
+    GradientElimination,
     Krum,
     MajorityVote,
     Mean,
@@ -43,14 +44,15 @@ from mpisign.rules import (
     RecodedMean,
     ScaledVote,
     TrimmedMean,
+    WeightedVote,
 )
 
 # fmt: off
 __all__ = [
-    "centered_clipping", "dgc", "double_squeeze", "dp_sign", "ef21", "ef21_sgdm", "ef21_w", "ef_signsgd",
+    "centered_clipping", "cge", "dgc", "double_squeeze", "dp_sign", "ef21", "ef21_sgdm", "ef21_w", "ef_signsgd",
     "geometric_median", "krum", "lion", "mean", "median", "monna", "multi_krum", "nearest_neighbour_mixing",
     "noisy_median", "noisy_signsgd", "one_bit_adam", "qsgd", "scaled_vote", "signsgd", "signum", "sparsign",
-    "sto_sign", "ternary_vote", "terngrad", "top_k", "trimmed_mean",
+    "stc", "sto_sign", "ternary_vote", "terngrad", "top_k", "trimmed_mean", "weighted_vote", "zero_one_adam",
 ]
 # fmt: on
 
@@ -172,6 +174,14 @@ def sparsign(budget: float) -> Method:
     return Method(SparseSign(budget), Trits(), MajorityVote(), "sparsign")
 
 
+def weighted_vote(momentum: float = 0.9) -> Method:
+    """:func:`signum`, ranks weighing as often as they are with the majority: see :class:`mpisign.rules.WeightedVote`.
+
+    Take it where a minority may vote blindly or the wrong way round. Zeros do not vote; 2 bits a coordinate both ways.
+    """
+    return Method(_remembering(momentum), Trits(), WeightedVote(), "weighted_vote")
+
+
 # ------------------------------------------------------------------------------------- unbiased quantization
 
 
@@ -237,6 +247,28 @@ def one_bit_adam(freeze_step: int, beta1: float = 0.9, beta2: float = 0.999, eps
     return Method(OneBitAdam(beta1, beta2, eps), Dense(), Mean(), "one_bit_adam", by_step=((freeze_step, squeezed),))
 
 
+def zero_one_adam(
+    freeze_step: int = 100_000, kappa: int = 16, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8
+) -> Method:
+    """:func:`one_bit_adam` whose second moment is updated on a schedule, with one bit between from the beginning.
+
+    The j-th update is followed by the next after ``2^floor(j / kappa)`` steps, on exact means, until ``freeze_step``.
+    Every step is exchanged: the paper's local steps are no part of a method. At an update the momentum, too, is exact,
+    where the paper sends it in bits beside. Not robust.
+
+    Lu et al., "Maximizing Communication Efficiency for Large-scale Training via 0/1 Adam", 2022, Algorithm 1.
+    """
+    freeze_step, kappa = check_integer("freeze_step", freeze_step, 1), check_integer("kappa", kappa, 1)
+    exact = Method(OneBitAdam(beta1, beta2, eps), Dense(), Mean(), "zero_one_adam")
+    squeezed = Method(OneBitAdam(beta1, beta2, eps, frozen=True), ScaledBits(), RecodedMean(), "zero_one_adam")
+    changes, at, updates = {}, 0, 0
+    while at < freeze_step:
+        changes[at], changes[at + 1] = exact, squeezed  # and exact again, if the next update is there
+        at += 2 ** (updates // kappa)
+        updates += 1
+    return replace(exact, by_step=tuple(sorted(changes.items())))
+
+
 def _contraction(ratio: float | None) -> Codec:
     """Top-k of ``ratio``, or the scaled sign."""
     return ScaledBits() if ratio is None else TopK(ratio)
@@ -284,6 +316,16 @@ def top_k(ratio: float = 0.01, sample: float | None = None) -> Method:
     Stich et al., "Sparsified SGD with Memory", 2018, Algorithm 1.
     """
     return Method(ErrorFeedback(), TopK(ratio, sample), Mean(), "top_k")
+
+
+def stc(ratio: float = 0.01) -> Method:
+    """Sparse ternary compression: the largest as signs of one magnitude, with error feedback, up and down.
+
+    32 bits a coordinate sent. Take it for many ranks on slow networks, and data of any kind. Not robust.
+
+    Sattler et al., "Robust and Communication-Efficient Federated Learning from Non-IID Data", 2019, Algorithm 2.
+    """
+    return Method(ErrorFeedback(), SparseTernary(ratio), RecodedMean(), "stc")
 
 
 def dgc(
@@ -357,6 +399,11 @@ def krum(f: int, momentum: float = 0.9) -> Method:
 def multi_krum(f: int, m: int | None = None, momentum: float = 0.9) -> Method:
     """The mean of the m vectors that Krum likes best: see :class:`mpisign.rules.MultiKrum`."""
     return Method(_remembering(momentum), Dense(), MultiKrum(f, m), "multi_krum")
+
+
+def cge(f: int, momentum: float = 0.9) -> Method:
+    """The mean without the f longest vectors: see :class:`mpisign.rules.GradientElimination`."""
+    return Method(_remembering(momentum), Dense(), GradientElimination(f), "cge")
 
 
 def geometric_median(nu: float = 0.1, steps: int = 3, momentum: float = 0.9) -> Method:

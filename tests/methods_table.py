@@ -59,6 +59,8 @@ ARGUMENTS: dict[str, dict[str, Make]] = {
         "": lambda size: mpisign.one_bit_adam(freeze_step=1),
         "late": lambda size: mpisign.one_bit_adam(freeze_step=3),
     },
+    "zero_one_adam": {"": lambda size: mpisign.zero_one_adam(6, kappa=1)},
+    "stc": {"": lambda size: mpisign.stc(0.1)},
     "ef21": {"": lambda size: mpisign.ef21(0.1), "signs": lambda size: mpisign.ef21(None)},
     "ef21_sgdm": {"": lambda size: mpisign.ef21_sgdm(ratio=0.1)},
     "ef21_w": {"": lambda size: mpisign.ef21_w(range(1, size + 1), ratio=0.1)},
@@ -71,6 +73,7 @@ ARGUMENTS: dict[str, dict[str, Make]] = {
     "trimmed_mean": {"": against(mpisign.trimmed_mean)},
     "krum": {"": against(mpisign.krum, 3)},
     "multi_krum": {"": against(mpisign.multi_krum, 3)},
+    "cge": {"": against(mpisign.cge)},
     "centered_clipping": {"": lambda size: mpisign.centered_clipping(1.0)},
     "nearest_neighbour_mixing": {
         "": against(mpisign.nearest_neighbour_mixing),

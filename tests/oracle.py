@@ -215,6 +215,12 @@ def centered_clipping(rows: Floats, radius: float, center: Floats, steps: int) -
     return v
 
 
+def gradient_elimination(rows: Floats, f: int) -> Floats:
+    norms = [float(np.linalg.norm(row.astype(np.float64))) for row in rows]
+    chosen = sorted(range(len(rows)), key=lambda i: (norms[i], i))[: max(1, len(rows) - f)]
+    return rows[chosen].mean(axis=0, dtype=np.float64)
+
+
 def nearest_neighbour_averaging(rows: Floats, f: int, pivot: int) -> Floats:
     return rows[nearest(rows, rows[pivot], len(rows) - f)].mean(axis=0, dtype=np.float64)
 
@@ -258,3 +264,16 @@ def scaled_vote(
         ballots.append(np.where(its[row] > 0, vote, 0).astype(np.int8))
     decision, _ = majority(ballots, ties, coins(coin_key(seed, step, TIES), first_word, n))
     return decision * np.median(said, axis=0)[row]
+
+
+def weighted_vote(ballots: Sequence[Ballot], ties: str = "coin", coin: Ballot | None = None) -> Ballot:
+    """The votes' sum with weights of the log-odds of having been with the plain majority, in whole 1/64."""
+    plain, _ = majority(ballots, "zero")
+    total = np.zeros(len(plain))
+    for its in ballots:
+        both = (its != 0) & (plain != 0)
+        wrong, votes = int((its != plain)[both].sum()), int(both.sum())
+        total += np.round(64 * np.log((votes - wrong + 1) / (wrong + 1))) * its
+    voted = np.any(np.stack(ballots) != 0, axis=0)
+    for_tie = coin if ties == "coin" else {"positive": 1, "zero": 0}[ties]
+    return np.where((total == 0) & voted, for_tie, np.sign(total)).astype(np.int8)

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from mpisign.rules.coordinatewise import Median, TrimmedMean
-from mpisign.rules.distance import CenteredClipping, GeometricMedian, Krum, MultiKrum, NearestNeighbourAveraging
+from mpisign.rules.distance import (
+    CenteredClipping,
+    GeometricMedian,
+    GradientElimination,
+    Krum,
+    MultiKrum,
+    NearestNeighbourAveraging,
+)
 from mpisign.rules.mean import Mean, MeanOfSigns, RecodedMean
 from mpisign.rules.mixing import NearestNeighbourMixing
 from mpisign.rules.rule import BallotRule, PieceRule, Rule, TallyRule, ValueRule, VectorRule
 from mpisign.rules.scaled_vote import ScaledVote
 from mpisign.rules.vote import MajorityVote
+from mpisign.rules.weighted_vote import WeightedVote
 
 __all__ = [
     "BallotRule",
     "CenteredClipping",
     "GeometricMedian",
+    "GradientElimination",
     "Krum",
     "MajorityVote",
     "Mean",
@@ -30,4 +39,5 @@ __all__ = [
     "TrimmedMean",
     "ValueRule",
     "VectorRule",
+    "WeightedVote",
 ]

@@ -22,11 +22,13 @@ from mpisign.rules.rule import VectorRule
 __all__ = [
     "CenteredClipping",
     "GeometricMedian",
+    "GradientElimination",
     "Krum",
     "MultiKrum",
     "NearestNeighbourAveraging",
     "centered_clipping",
     "geometric_median",
+    "gradient_elimination",
     "krum",
     "multi_krum",
     "nearest_neighbour_averaging",
@@ -119,6 +121,21 @@ def nearest_neighbour_averaging(rows: Rows, f: int, pivot: int, out: Tensor | No
     """
     distances = distances_to(rows, [float(i == pivot) for i in range(len(rows))], 1.0)
     return mean_of(rows, distances.argsort(stable=True).tolist()[: max(1, len(rows) - f)], out)
+
+
+def gradient_elimination(rows: Rows, f: int, out: Tensor | None = None) -> Tensor:
+    """The mean of the V - f rows (at least 1) with the smallest L2 norms; of equals, the lower rows.
+
+    While at most f rows are adversaries', it is no longer than the longest honest row.
+
+    Args:
+        rows: V vectors (n,).
+        out: (n,), written and returned; must not overlap with ``rows``.
+
+    O(V n).
+    """
+    norms = distances_to(rows, [0.0] * len(rows), 1.0)
+    return mean_of(rows, norms.argsort(stable=True).tolist()[: max(1, len(rows) - f)], out)
 
 
 @dataclass(frozen=True)
@@ -228,6 +245,31 @@ class CenteredClipping(VectorRule):
     def decide(self, messages: Sequence[Tensor], out: Tensor, context: StepContext, first_word: int) -> int:
         center = None if context.previous is None else context.previous[0]
         centered_clipping([message[0] for message in messages], self.radius, center, self.steps, out[0])
+        return 0
+
+
+@dataclass(frozen=True)
+class GradientElimination(VectorRule):
+    """The mean without the ``f`` longest vectors (``gradient_elimination``), CGE. Needs M >= 2f + 1 ranks.
+
+    Take it against ranks that send too much. Its cost is that of norms, one pass; but a hostile vector that is no
+    longer than the honest ones is averaged in, whichever way it points. ``f`` stays when ranks abstain.
+
+    Source: Gupta, Liu, Vaidya, "Byzantine Fault-Tolerant Distributed Machine Learning using Stochastic Gradient
+    Descent (SGD) and Norm-Based Comparative Gradient Elimination (CGE)", 2021; its sum is a mean here.
+    """
+
+    f: int
+    name = "gradient_elimination"
+
+    def __post_init__(self) -> None:
+        check_integer("f", self.f, 0)
+
+    def check(self, size: int) -> None:
+        check_enough(self.name, self.f, 1, size)
+
+    def decide(self, messages: Sequence[Tensor], out: Tensor, context: StepContext, first_word: int) -> int:
+        gradient_elimination([message[0] for message in messages], self.f, out[0])
         return 0
 
 

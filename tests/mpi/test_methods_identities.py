@@ -67,6 +67,8 @@ def test_the_mean_of_compressed_messages(comm: MPI.Comm, method: Method, compres
     [
         (mpisign.ef_signsgd(), "allgather"),
         (mpisign.top_k(0.1), "auto"),
+        (mpisign.stc(0.1), "allgather"),
+        (mpisign.stc(0.1), "two_phase"),
         (mpisign.double_squeeze(), "allgather"),
         (mpisign.double_squeeze(), "two_phase"),
         (mpisign.double_squeeze(), "auto"),

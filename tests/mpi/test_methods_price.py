@@ -36,6 +36,11 @@ pytestmark = pytest.mark.mpi
         (mpisign.top_k(0.1), lambda n: 2 * max(1, round(0.1 * n)) if n > 1 else n),
         (mpisign.ef21(0.1), lambda n: 2 * max(1, round(0.1 * n)) if n > 1 else n),
         (mpisign.one_bit_adam(9), lambda n: n),
+        (mpisign.zero_one_adam(), lambda n: n),
+        (mpisign.stc(0.1), lambda n: 1 + min(n, max(1, round(0.1 * n)))),
+        (mpisign.weighted_vote(), lambda n: 2 * -(-n // 32)),
+        (mpisign.terngrad(), lambda n: min(n, 1) + 2 * -(-n // 32)),
+        (mpisign.qsgd(7, 64), lambda n: -(-n // 64) + 4 * -(-n // 32)),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )

@@ -14,7 +14,21 @@ import mpisign
 from mpisign.memory import ef21_step_size
 
 from . import ballots
-from .steps import EXCHANGES, SHAPES, STEPS, Vectors, assert_close, drawn, everyones, memories, model, step, wrap, zeros
+from .steps import (
+    EXCHANGES,
+    SHAPES,
+    STEPS,
+    Vectors,
+    assert_close,
+    drawn,
+    everyones,
+    memories,
+    model,
+    servers_errors,
+    step,
+    wrap,
+    zeros,
+)
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -55,6 +69,38 @@ def double_squeeze(sent: list[Vectors], worker: list[Vectors], server: Vectors) 
         decided.append(scaled_sign(q))
         server[place] = q - decided[-1]
     return decided
+
+
+def assert_sparse_ternary(q: Floats, ours: Floats, ratio: float) -> None:
+    """``ours`` is mu sign(q) on the k largest of q, of which equals abound, and which of them are sent is not said."""
+    k = max(1, round(ratio * q.size))
+    largest_first = np.sort(np.abs(q))[::-1]
+    sent = ours != 0
+    assert sent.sum() == k
+    np.testing.assert_allclose(ours[sent], largest_first[:k].mean() * np.sign(q[sent]), rtol=0, atol=1e-5)
+    assert np.abs(q[sent]).min() >= largest_first[k - 1] - 1e-5
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_stc(comm: MPI.Comm, exchange: str) -> None:
+    """Algorithm 2: a worker's residual, and the server's, which is a piece's where shards are decided."""
+    shape = (comm.size, 160)  # every rank decides one row
+    tensors = ballots.parameters(shape, dtypes=[torch.float64])
+    pieces = comm.size if exchange == "two_phase" else 1
+    optimizer = wrap(tensors, mpisign.stc(0.1), exchange=exchange)
+    server, before = np.zeros(tensors[0].numel()), np.zeros(tensors[0].numel())
+    for at in range(STEPS):
+        gradient = drawn(tensors, at, comm.rank)
+        p = ballots.flat(gradient[0]) + before
+        step(optimizer, tensors, gradient)
+        (before,) = memories(optimizer, "error")
+        sent, decided = p - before, ballots.flat(tensors[0].grad)
+        q = np.mean(comm.allgather(sent), axis=0) + server
+        for whole, ours in ((p, np.round(sent, 12)), (q, decided)):
+            for part, its in zip(np.split(whole, pieces), np.split(ours, pieces), strict=True):
+                assert_sparse_ternary(part, its, 0.1)
+        server = q - decided
+    assert_close(servers_errors(optimizer, tensors, comm), [server], 1e-9)
 
 
 def test_double_squeeze(comm: MPI.Comm) -> None:
@@ -102,6 +148,28 @@ def test_one_bit_adam(comm: MPI.Comm, freeze_step: int) -> None:
         applied = [a / (np.sqrt(b) + 1e-8) for a, b in zip(m, v, strict=True)]
         for tensor, expected in zip(tensors, applied, strict=True):  # a scale is fp32, and v may be near 0
             np.testing.assert_allclose(ballots.flat(tensor.grad), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kappa", [1, 2])
+def test_zero_one_adam(comm: MPI.Comm, kappa: int) -> None:
+    """Updates of v at 0, 1, 3, 7, ... or at 0, 1, 2, 4, 6, 10, ...; the errors of both sides wait meanwhile."""
+    tensors = model(torch.float64)
+    optimizer = wrap(tensors, mpisign.zero_one_adam(8, kappa), exchange="allgather")
+    worker, (server,), (m,), (v,) = zeros(comm.size), zeros(1), zeros(1), zeros(1)
+    updates = {0, 1, 3, 7} if kappa == 1 else {0, 1, 2, 4, 6}
+    for at in range(12):
+        gradients = everyones(comm, at)
+        if at in updates:
+            mean = [np.mean(ranks, axis=0) for ranks in zip(*gradients, strict=True)]
+            m = [0.9 * a + 0.1 * g for a, g in zip(m, mean, strict=True)]
+            v = [0.999 * a + 0.001 * g**2 for a, g in zip(v, mean, strict=True)]
+        else:
+            wanted = [[0.9 * a + 0.1 * g for a, g in zip(m, mine, strict=True)] for mine in gradients]
+            m = double_squeeze(wanted, worker, server)
+        step(optimizer, tensors, drawn(tensors, at, comm.rank))
+        assert_close(memories(optimizer, "variance"), v, 1e-12)
+        assert_close(memories(optimizer, "momentum"), m, 1e-5)
+    assert_close(memories(optimizer, "error"), worker[comm.rank], 1e-5)
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)

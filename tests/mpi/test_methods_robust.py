@@ -40,6 +40,7 @@ ROBUST: dict[str, tuple[int, Callable[[int], Method], Rule]] = {
         lambda f: mpisign.multi_krum(f, momentum=0.8),
         lambda rows, f, last: oracle.multi_krum(rows, f, len(rows) - f),
     ),
+    "cge": (1, lambda f: mpisign.cge(f, 0.8), lambda rows, f, last: oracle.gradient_elimination(rows, f)),
     "geometric_median": (
         1,
         lambda f: mpisign.geometric_median(0.5, 4, 0.8),
