@@ -380,3 +380,12 @@ def test_checkpoint(tmp_path: Path) -> None:
     ]
     assert data["bytes"] > 4 * 4 * data["parameters"], "the parameters once, and a momentum a rank"
     assert list(disk.iterdir()) == [], "it tidies up"
+
+
+@pytest.mark.long
+def test_python_of_a_step(tmp_path: Path) -> None:
+    run_alone("bench_python.py", *reporting(tmp_path))
+    raw = json.loads(next(tmp_path.glob("*-python.json")).read_text())
+    named = [one["name"] for one in raw["contenders"]]
+    assert named == ["on the host", "on the host, new gradients", "as on a GPU", "as on a GPU, new gradients"]
+    assert all(seconds > 0 for one in raw["contenders"] for seconds in one["seconds"])
