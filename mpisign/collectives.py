@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mpisign import transfer
+from mpisign import transfer, trees
 from mpisign.bitmap.tensors import DTYPES, unreadable
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.plain import plain, uncompiled
@@ -20,7 +20,7 @@ from mpisign.policy import check_choice
 from mpisign.session import Session, current, operation
 from mpisign.transfer import as_bytes, broadcast_tensors, check_root, demand_equal
 
-__all__ = ["Op", "allgather", "allreduce", "average", "broadcast"]
+__all__ = ["Op", "allgather", "allreduce", "average", "broadcast", "gather_each"]
 
 Op = Literal["average", "sum", "min", "max"]
 """How :func:`allreduce` makes one value of the ranks' values."""
@@ -145,6 +145,35 @@ def allgather(tensor: torch.Tensor, *, name: str | None = None) -> torch.Tensor:
         out = out.to(tensor.device)
     session.meet(act)
     return out
+
+
+@uncompiled
+@operation("allgather()")
+@plain()
+def gather_each(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Every rank's tensor, of whatever shape and dtype, on ``tensor``'s device. **Collective.**
+
+    Raises:
+        ConsistencyError: a rank has sent what cannot be.
+        OptionError: it is no dense tensor.
+    """
+    act = "allgather()"
+    session = current(act)
+    with session.telling(act):
+        _check_tensor(tensor, act, session)
+        raw, form = as_bytes(tensor).tobytes(), [list(tensor.shape), trees.name_of(tensor.dtype)]
+    forms = session.gather_values(form, ([int], str), act)
+    told = session.gather_bytes(raw, act, ROWS_LIMIT)
+    with session.telling(act):
+        found = []
+        for rank, ((shape, name), its) in enumerate(zip(forms, told, strict=True)):
+            try:
+                flat = torch.frombuffer(bytearray(its), dtype=torch.uint8) if its else torch.empty(0, dtype=torch.uint8)
+                found.append(flat.view(trees.dtype_of(name)).view(shape).to(tensor.device))
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise ConsistencyError(f"{act}: rank {rank} has sent no tensor {shape} {name}: {error}") from error
+    session.meet(act)
+    return found
 
 
 @uncompiled

@@ -11,6 +11,7 @@ import torch
 
 import mpisign
 from mpisign import transfer
+from mpisign.collectives import gather_each
 
 from . import ballots
 
@@ -122,6 +123,14 @@ def test_allgather_takes_different_numbers_of_rows(comm: MPI.Comm) -> None:
             assert torch.equal(result, torch.cat(rows))
     assert mpisign.allgather(torch.tensor(comm.rank)).tolist() == list(range(comm.size))
     assert mpisign.allgather(torch.zeros(0, 2)).shape == (0, 2)
+
+
+def test_each_ranks_tensor_of_any_shape_and_dtype(comm: MPI.Comm) -> None:
+    kinds = [(torch.float32, (2, 3)), (torch.int64, ()), (torch.bfloat16, (0, 2)), (torch.bool, (5,))]
+    each = [values(rank, *kinds[rank % len(kinds)]) for rank in range(comm.size)]
+    found = gather_each(each[comm.rank])
+    assert [(its.dtype, its.shape) for its in found] == [(its.dtype, its.shape) for its in each]
+    assert all(torch.equal(a, b) for a, b in zip(found, each, strict=True))
 
 
 def test_broadcast_leaves_what_it_is_given(comm: MPI.Comm) -> None:

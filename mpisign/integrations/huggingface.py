@@ -1,0 +1,160 @@
+"""Hugging Face's Trainer and Accelerate under mpirun.
+
+Both take the launcher's variables for an order to start ``torch.distributed``, which fails (``MASTER_ADDR expected, but
+not set``), or, where that is obeyed, wrap the model in DDP, so that ranks vote on averages. :func:`init` hides the
+variables, so that each process trains a plain model, and the vote is the optimizer's.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from transformers import TrainerCallback
+
+from mpisign import session
+from mpisign.errors import OptionError
+from mpisign.optimizer import DistributedSignOptimizer
+from mpisign.report import StepReport
+from mpisign.session import local_rank, rank, size
+from mpisign.warning import warn
+
+__all__ = ["MpisignCallback", "hide_launcher", "init", "shard"]
+
+PREFIXES = ("OMPI_COMM_WORLD", "PMI_", "PMIX_", "MV2_COMM")
+DEVICES = "CUDA_VISIBLE_DEVICES"
+
+
+def init(*args: Any, **options: Any) -> None:
+    """:func:`mpisign.init`, and then let Hugging Face's libraries see one process. **Collective.**
+
+    Call it before ``TrainingArguments`` or ``Accelerator`` are made, and before anything uses CUDA: of several GPUs
+    this process then sees only its own. To Accelerate the process is one alone, but ``is_main_process`` is true on rank
+    0 only. Nothing of theirs talks to other ranks; give each its part of the data with :func:`shard`.
+
+    Takes and raises what :func:`mpisign.init` does.
+    """
+    if not session.is_initialized():
+        session.init(*args, **options)
+    hide_launcher()
+    if torch.cuda.is_available() and not torch.cuda.is_initialized() and torch.cuda.device_count() > 1:
+        count = torch.cuda.device_count()
+        seen = os.environ.get(DEVICES, "").split(",") if os.environ.get(DEVICES) else [str(i) for i in range(count)]
+        os.environ[DEVICES] = seen[local_rank() % len(seen)]  # else Trainer wraps the model in DataParallel
+    PartialState(cpu=not torch.cuda.is_available())
+    _number_states()
+
+
+def hide_launcher() -> dict[str, str]:
+    """Remove the launcher's variables from the environment, after MPI has started. Returns them."""
+    return {name: os.environ.pop(name) for name in sorted(os.environ) if name.startswith(PREFIXES)}
+
+
+def shard(dataset: Any) -> Any:
+    """This rank's part of a dataset: every size-th example from its number on, as many on every rank.
+
+    Args:
+        dataset: with ``len()``; a Hugging Face ``Dataset`` stays one, and any other becomes a ``torch`` ``Subset``.
+    """
+    places = range(rank(), len(dataset) - len(dataset) % size(), size())
+    return dataset.select(places) if hasattr(dataset, "select") else torch.utils.data.Subset(dataset, places)
+
+
+def _number_states() -> None:
+    """Tell Accelerate which process this is, but not that there are others."""
+    for state in (PartialState, AcceleratorState):
+        if state._shared_state:
+            its = state._shared_state
+            its["process_index"], its["local_process_index"] = rank(), local_rank()
+
+
+class MpisignCallback(TrainerCallback):
+    """For ``Trainer(callbacks=[MpisignCallback(optimizer)])``: rank 0 saves and logs, each rank keeps its memory.
+
+    A checkpoint's folder gets a file ``mpisign-rank-00001.pt`` from each rank but 0, whose memory is in Trainer's own
+    ``optimizer.pt``: this rank's memory and its random numbers. Resuming with as many ranks is then exact; Trainer
+    loads rank 0's on all first, which warns, and this callback puts it right. It also adds the numbers of
+    ``optimizer.report`` to Trainer's logs, and steps ``set_epoch`` for methods that change with it.
+
+    Args:
+        optimizer: the one that Trainer was given.
+        resume_from: the checkpoint's folder, if ``trainer.train(resume_from_checkpoint=...)`` names one outside of
+            ``output_dir``.
+    """
+
+    def __init__(self, optimizer: DistributedSignOptimizer, resume_from: str | os.PathLike[str] | None = None) -> None:
+        if not isinstance(optimizer, DistributedSignOptimizer):
+            raise OptionError(
+                f"MpisignCallback takes the DistributedSignOptimizer that Trainer(optimizers=...) gets, and "
+                f"{type(optimizer).__name__} is none"
+            )
+        self.optimizer, self.resume_from = optimizer, resume_from
+        self._random: torch.Tensor | None = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """TrainingArguments have made Accelerate's state anew."""
+        if args.world_size != 1 or args.n_gpu > 1:
+            raise OptionError(
+                f"rank {rank()}: Trainer sees {args.world_size} processes and {args.n_gpu} GPUs, and would average "
+                f"gradients itself: call mpisign.integrations.huggingface.init() before TrainingArguments"
+            )
+        if args.distributed_state is not None:
+            args.distributed_state.process_index, args.distributed_state.local_process_index = rank(), local_rank()
+        _number_states()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        """After Trainer has loaded rank 0's state: this rank's."""
+        trained = {p for group in self.optimizer.param_groups for p in group["params"]}
+        if not trained & set(model.parameters()):
+            raise OptionError(
+                f"rank {rank()}: Trainer trains another model than the one of MpisignCallback's optimizer"
+            )
+        if state.global_step and rank() > 0:
+            path = self._file(self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            if not path.is_file():
+                warn(f"rank {rank()}: {path} is not there, so this rank's memory starts fresh")
+                return
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            self.optimizer.load_state_dict({**self.optimizer.wrapped.state_dict(), "mpisign": saved["mpisign"]})
+            self._random = saved["rng"]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Trainer loads rank 0's random numbers just before the first step after a resume."""
+        if self._random is not None:
+            torch.set_rng_state(self._random)
+            self._random = None
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Methods that change with the epoch hear of it."""
+        self.optimizer.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Trainer would save on every rank."""
+        self._save(args, state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Likewise."""
+        self._save(args, state, control)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
+        """Add what the latest step did."""
+        report: StepReport | None = self.optimizer.report
+        if logs is not None and report is not None and "loss" in logs:
+            logs.update({f"mpisign_{name}": value for name, value in report.as_dict().items() if name != "step"})
+
+    def _save(self, args: Any, state: Any, control: Any) -> None:
+        if not control.should_save or rank() == 0:
+            return
+        control.should_save = False
+        path = self._file(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".tmp")
+        torch.save({"mpisign": self.optimizer.state_dict()["mpisign"], "rng": torch.get_rng_state()}, beside)
+        beside.replace(path)
+
+    @staticmethod
+    def _file(folder: str | os.PathLike[str]) -> Path:
+        return Path(folder) / f"mpisign-rank-{rank():05d}.pt"

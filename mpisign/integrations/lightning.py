@@ -1,0 +1,240 @@
+"""A strategy for Lightning's Trainer, whose ranks vote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities import rank_zero as fabric_rank_zero
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero
+from torch.nn.parallel import DistributedDataParallel
+
+from mpisign import session
+from mpisign.collectives import allgather, allreduce
+from mpisign.errors import OptionError
+from mpisign.integrations.metrics import sync_metrics
+from mpisign.optimizer import DistributedSignOptimizer
+from mpisign.sync import broadcast_object, broadcast_parameters
+from mpisign.trees import shown
+
+__all__ = ["MpisignStrategy", "Reports"]
+
+OPS = {"mean": "average", "avg": "average", "sum": "sum", "min": "min", "max": "max"}
+
+
+class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
+    """For ``Trainer(strategy=MpisignStrategy(), devices=1)`` under mpirun: one process a rank, and a vote at each step.
+
+    Each plain optimizer that ``configure_optimizers`` returns is wrapped in a
+    :class:`~mpisign.DistributedSignOptimizer`, and the model starts as rank 0's. Rank 0 logs and writes checkpoints;
+    beside each, ``NAME.ckpt.ranks`` holds one file a rank with its memory, so that resuming on as many ranks is exact.
+    Data is shared out by Lightning's own distributed samplers, ``sync_dist=True`` reduces metrics over all ranks, and
+    torchmetrics in the module compute over all.
+
+    Args:
+        options: ``method``, ``zeros``, ``ties``, ``exchange``, ``seed``, ``clip_grad_norm``, ``bucket_cap_mb`` and
+            ``apply`` of :class:`~mpisign.DistributedSignOptimizer`; ``seed`` is raised by one for each further
+            optimizer.
+
+    Making one joins the job, if nobody has called :func:`mpisign.init`: it is **collective** then.
+
+    Raises:
+        OptionError: when training starts: an optimizer or the model is wrapped already, or ``devices`` is not 1.
+    """
+
+    strategy_name = "mpisign"
+
+    def __init__(self, *, checkpoint_io: Any = None, precision_plugin: Any = None, **options: Any) -> None:
+        if not session.is_initialized():
+            session.init()
+        super().__init__(
+            cluster_environment=_Environment(), checkpoint_io=checkpoint_io, precision_plugin=precision_plugin
+        )
+        self._options = options
+        self.set_world_ranks()
+
+    def set_world_ranks(self) -> None:
+        """Who logs and prints. Lightning would ask variables of launchers that it knows."""
+        rank_zero.rank_zero_only.rank = fabric_rank_zero.rank_zero_only.rank = session.rank()
+
+    # ------------------------------------------------------------------------------------------------- where
+
+    @property
+    def root_device(self) -> torch.device:
+        """This rank's device."""
+        on_gpu = self.accelerator is not None and type(self.accelerator).__name__ == "CUDAAccelerator"
+        return session.device() if on_gpu else torch.device("cpu")
+
+    @property
+    def is_distributed(self) -> bool:
+        """Lightning asks it before it makes distributed samplers and synchronizes metrics."""
+        return True
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Which part of the data is this rank's."""
+        return {"num_replicas": session.size(), "rank": session.rank()}
+
+    def model_to_device(self) -> None:
+        """As Lightning's own."""
+        self.model.to(self.root_device)
+
+    # ------------------------------------------------------------------------------------------------- start
+
+    def setup_environment(self) -> None:
+        """Refuse what would start another job in this one."""
+        if self.root_device.type == "cpu" and len(self.parallel_devices or ()) > 1:
+            raise OptionError(
+                f"rank {session.rank()}: Trainer(devices={len(self.parallel_devices)}): mpirun has started one process "
+                f"for each device, so pass devices=1"
+            )
+        super().setup_environment()
+
+    def setup(self, trainer: Any) -> None:
+        """Wrap the optimizers, and give every rank rank 0's model. **Collective.**"""
+        for module in self.model.modules():
+            if isinstance(module, DistributedDataParallel):
+                raise OptionError(
+                    f"rank {session.rank()}: the model holds a DistributedDataParallel module, which averages "
+                    f"gradients before the vote: take the model out of it"
+                )
+        sync_metrics(self.lightning_module)
+        super().setup(trainer)
+        broadcast_parameters(self.model.state_dict())
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        """What ``configure_optimizers`` returns, wrapped."""
+        super().setup_optimizers(trainer)
+        names = {p: name for name, p in self.model.named_parameters()}
+        options = {"seed": 0, **self._options}
+        plain: list[torch.optim.Optimizer] = list(self.optimizers)  # type: ignore[has-type]
+        wrapped = []
+        for place, optimizer in enumerate(plain):
+            if isinstance(optimizer, DistributedSignOptimizer):
+                raise OptionError(
+                    f"rank {session.rank()}: configure_optimizers() returns a DistributedSignOptimizer, which "
+                    f"MpisignStrategy would wrap again: return the plain optimizer, and give the strategy its options"
+                )
+            named = [(names[p], p) for group in optimizer.param_groups for p in group["params"] if p in names]
+            these = {**options, "seed": options["seed"] + place}
+            wrapped.append(DistributedSignOptimizer(optimizer, named, **these))
+        self.optimizers = wrapped
+
+    # ------------------------------------------------------------------------------------------ between ranks
+
+    def barrier(self, name: str | None = None) -> None:
+        """**Collective.**"""
+        session.barrier()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """``src``'s object. **Collective.**"""
+        return broadcast_object(obj, src)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """All ranks' tensors made one. **Collective.**"""
+        op = OPS.get(str(getattr(reduce_op, "name", reduce_op)).rpartition(".")[2].lower())
+        if op is None:
+            raise OptionError(f"rank {session.rank()}: reduce_op={shown(reduce_op)} is not one of {sorted(OPS)}")
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        result = allreduce(tensor, op)  # type: ignore[arg-type]
+        return result.to(tensor.dtype) if tensor.dtype.is_floating_point else result
+
+    def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
+        """(...) on each rank to (ranks, ...), without gradients. **Collective.**"""
+        return allgather(tensor.unsqueeze(0))
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all ranks, or any, say yes. **Collective.**"""
+        return bool(allreduce(torch.tensor(bool(decision)), "min" if all else "max"))
+
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """One file by rank 0, and beside it one a rank. **Collective.**"""
+        memories = [state.pop("mpisign", None) for state in checkpoint.get("optimizer_states", ())]
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if any(memory is not None for memory in memories):
+            path = self._file(filepath)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_suffix(".tmp")
+            torch.save(memories, beside)
+            beside.replace(path)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """The file, with this rank's memory."""
+        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
+        path = self._file(checkpoint_path)
+        if path.is_file():
+            memories = torch.load(path, map_location="cpu", weights_only=True)
+            for state, memory in zip(checkpoint.get("optimizer_states", ()), memories, strict=True):
+                if memory is not None:
+                    state["mpisign"] = memory
+        return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """As Lightning's own."""
+        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """The file, and what is beside it."""
+        super().remove_checkpoint(filepath)
+        if self.is_global_zero and (folder := self._file(filepath).parent).is_dir():
+            for path in folder.iterdir():
+                path.unlink(missing_ok=True)
+            folder.rmdir()
+
+    @staticmethod
+    def _file(filepath: Any) -> Path:
+        return Path(f"{filepath}.ranks") / f"rank-{session.rank():05d}.pt"
+
+
+class _Environment(ClusterEnvironment):  # type: ignore[misc]
+    """The job, as Lightning asks about it."""
+
+    creates_processes_externally = True
+    main_address, main_port = "", 0  # nobody connects there
+
+    @staticmethod
+    def detect() -> bool:
+        return session.is_initialized()
+
+    def world_size(self) -> int:
+        return session.size()
+
+    def global_rank(self) -> int:
+        return session.rank()
+
+    def local_rank(self) -> int:
+        return session.local_rank()
+
+    def node_rank(self) -> int:
+        return session.node_rank()
+
+    def set_world_size(self, size: int) -> None:
+        """It is MPI's."""
+
+    def set_global_rank(self, rank: int) -> None:
+        """It is MPI's."""
+
+
+class Reports(Callback):  # type: ignore[misc]
+    """For ``Trainer(callbacks=[Reports()])``: logs ``optimizer.report.as_dict()`` to the Trainer's loggers.
+
+    They are called ``mpisign/bytes_sent`` and so on, of the first optimizer, as often as the Trainer logs.
+    """
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After a step, on rank 0."""
+        if not trainer.optimizers or (trainer.global_step - 1) % trainer.log_every_n_steps:
+            return
+        report = getattr(trainer.optimizers[0], "report", None)
+        if report is not None:
+            numbers = {f"mpisign/{name}": its for name, its in report.as_dict().items() if name != "step"}
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step=trainer.global_step)

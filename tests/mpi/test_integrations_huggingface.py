@@ -1,0 +1,161 @@
+"""mpisign.integrations.huggingface on real ranks, with the real Trainer and Accelerate."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+import mpisign
+
+from .frameworks import data, framework
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+pytestmark = [pytest.mark.mpi, pytest.mark.few, pytest.mark.long, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture
+def hub(job: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The integration, after its init(); the launcher's variables come back."""
+    framework("accelerate")
+    framework("transformers")
+    before = dict(os.environ)
+    from accelerate.state import AcceleratorState, PartialState
+
+    from mpisign.integrations import huggingface
+
+    assert any(name.startswith("OMPI_COMM_WORLD") for name in before), "this must run under mpirun"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    huggingface.init()
+    assert not [name for name in os.environ if name.startswith(huggingface.PREFIXES)]
+    yield huggingface
+    os.environ.update(before)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert PartialState._shared_state == {}
+
+
+class Net(nn.Module):
+    """With dropout, so that the random numbers of a rank count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 2))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.layers(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def trained(hub: Any, folder: Path, steps: int, resume: bool = False, **options: Any) -> tuple[Any, Any]:
+    """A trainer, and the optimizer, after so many steps of a training of 12."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Told(TrainerCallback):  # type: ignore[misc]
+        """What a callback that logs gets."""
+
+        def __init__(self) -> None:
+            self.told: list[dict[str, float]] = []
+
+        def on_log(self, *_: Any, logs: dict[str, float], **more: Any) -> None:
+            self.told.append(dict(logs))
+
+    net = Net()
+    optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD(net.parameters(), lr=0.01), net.named_parameters())
+    mpisign.broadcast_parameters(net.state_dict())
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer.wrapped, 1.0, 0.1, 12)
+    examples = [{"x": x, "labels": y} for x, y in data(48 * mpisign.size())]
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        save_steps=5,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        seed=1,
+        **options,
+    )
+    callbacks = [hub.MpisignCallback(optimizer), Told()]
+    trainer = Trainer(
+        net, arguments, train_dataset=hub.shard(examples), optimizers=(optimizer, schedule), callbacks=callbacks
+    )
+    torch.manual_seed(100 + mpisign.rank())
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, optimizer
+
+
+def test_resuming_is_exact_and_rank_0_alone_saves(comm: MPI.Comm, folder: Path, hub: Any) -> None:
+    trainer, whole = trained(hub, folder / "whole", 12)
+    mpisign.check_consistency(trainer.model, whole)
+    assert trainer.is_world_process_zero() == (comm.rank == 0)
+    assert type(trainer.model_wrapped) is Net, "nobody has wrapped it"
+    half, _ = trained(hub, folder / "halves", 5)
+    mpisign.barrier()
+    names = {path.name for path in (folder / "halves" / "checkpoint-5").iterdir()}
+    assert {f"mpisign-rank-{rank:05d}.pt" for rank in range(1, comm.size)} <= names
+    assert {"optimizer.pt", "rng_state.pth"} <= names
+    again, optimizer = trained(hub, folder / "halves", 12, resume=True)
+    for a, b in zip(again.model.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    memory, expected = (its.state_dict()["mpisign"]["memory"] for its in (optimizer, whole))
+    torch.testing.assert_close(memory, expected, rtol=0, atol=0)
+    assert comm.size == 1 or len({its.layers[0].weight.sum().item() for its in [half.model, again.model]}) == 2
+    (told,) = [its.told for its in trainer.callback_handler.callbacks if hasattr(its, "told")]
+    assert [row["mpisign_voters"] for row in told if "loss" in row] == [comm.size] * 12
+
+
+def test_bf16_evaluation_and_schedules(comm: MPI.Comm, folder: Path, hub: Any) -> None:
+    trainer, optimizer = trained(hub, folder, 12, bf16=True, max_grad_norm=0.5)
+    mpisign.check_consistency(trainer.model, optimizer)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
+    metrics = trainer.evaluate([{"x": x, "labels": y} for x, y in data()])
+    assert len(set(comm.allgather(metrics["eval_loss"]))) == 1
+
+
+def test_accelerate(comm: MPI.Comm, hub: Any) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.is_main_process == (comm.rank == 0)
+    net = nn.Sequential(nn.Linear(6, 2))
+    mpisign.broadcast_parameters(net.state_dict())
+    optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD(net.parameters(), lr=0.01))
+    loader = torch.utils.data.DataLoader(hub.shard(data()), batch_size=4)
+    model, prepared, loader = accelerator.prepare(net, optimizer, loader)
+    assert model is net
+    before = copy.deepcopy(net.state_dict())
+    for x, y in loader:
+        prepared.zero_grad()
+        accelerator.backward(nn.functional.cross_entropy(model(x), y))
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        prepared.step()
+    mpisign.check_consistency(net, optimizer)
+    assert not torch.equal(net.state_dict()["0.weight"], before["0.weight"])
+
+
+def test_what_is_refused(comm: MPI.Comm, folder: Path, hub: Any) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    with pytest.raises(mpisign.OptionError, match="SGD is none"):
+        hub.MpisignCallback(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
+    optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD(Net().parameters(), lr=0.1))
+    arguments = TrainingArguments(str(folder), use_cpu=True, max_steps=1, report_to=[])
+    examples = [{"x": x, "labels": y} for x, y in data()]
+    trainer = Trainer(Net(), arguments, train_dataset=examples, callbacks=[hub.MpisignCallback(optimizer)])
+    with pytest.raises(mpisign.OptionError, match="another model"):
+        trainer.train()
+
+
+def test_parts_of_the_data(comm: MPI.Comm, hub: Any) -> None:
+    parts = comm.allgather([int(x) for x in hub.shard(range(4 * comm.size + comm.size - 1))])
+    assert parts == [[rank + comm.size * at for at in range(4)] for rank in range(comm.size)]

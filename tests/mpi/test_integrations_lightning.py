@@ -1,0 +1,180 @@
+"""mpisign.integrations.lightning on real ranks, with the real Trainer."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+import mpisign
+
+from .frameworks import data, framework
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+pytestmark = [pytest.mark.mpi, pytest.mark.few, pytest.mark.long, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture
+def pl(job: None) -> Iterator[Any]:
+    """Lightning; who logs is as before afterwards."""
+    module = framework("lightning.pytorch")
+    rank_zero = module.utilities.rank_zero.rank_zero_only
+    before = rank_zero.rank
+    yield module
+    rank_zero.rank = before
+
+
+def module_of(pl: Any, **wrong: Any) -> Any:
+    """A LightningModule with a metric of torchmetrics, a schedule and dropout."""
+    import torchmetrics
+
+    class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(mpisign.rank())  # the strategy makes them equal
+            self.net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 2))
+            self.accuracy = torchmetrics.classification.MulticlassAccuracy(2, average="micro")
+            self.seen: list[int] = []
+
+        def training_step(self, batch: Any, place: int) -> torch.Tensor:
+            x, y = batch
+            self.seen += (x.sum(1) * 1000).long().tolist()
+            loss = nn.functional.cross_entropy(self.net(x), y)
+            self.log("loss", loss, sync_dist=True)
+            return loss
+
+        def validation_step(self, batch: Any, place: int) -> None:
+            x, y = batch
+            self.accuracy.update(self.net(x), y)
+            self.log("accuracy", self.accuracy, on_epoch=True)
+            self.log("rank", float(mpisign.rank()), sync_dist=True)
+
+        def configure_optimizers(self) -> Any:
+            optimizer: Any = torch.optim.SGD(self.parameters(), lr=0.01)
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+            if wrong.get("wrapped"):
+                return mpisign.DistributedSignOptimizer(optimizer)
+            return [optimizer], [schedule]
+
+    return Module()
+
+
+def fit(pl: Any, folder: Path, epochs: int, resume: Path | None = None, module: Any = None, **more: Any) -> Any:
+    from mpisign.integrations.lightning import MpisignStrategy, Reports
+
+    options = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "strategy": MpisignStrategy(method=mpisign.signum(0.9)),
+        "logger": pl.loggers.CSVLogger(str(folder), version=0),
+        "callbacks": [Reports(), pl.callbacks.ModelCheckpoint(str(folder), "{epoch}", save_top_k=-1)],
+        "log_every_n_steps": 1,
+        "max_epochs": epochs,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        **more,
+    }
+    trainer = pl.Trainer(**options)
+    loader = torch.utils.data.DataLoader(data(24 * mpisign.size()), batch_size=4, shuffle=True)
+    check = torch.utils.data.DataLoader(data(10 * mpisign.size()), batch_size=5)
+    module = module or module_of(pl)
+    torch.manual_seed(100 + mpisign.rank())
+    trainer.fit(module, loader, check, ckpt_path=resume)
+    return trainer
+
+
+def test_a_training(comm: MPI.Comm, folder: Path, pl: Any) -> None:
+    module = module_of(pl)
+    trainer = fit(pl, folder, 2, module=module)
+    assert (trainer.global_rank, trainer.world_size) == (comm.rank, comm.size)
+    (optimizer,) = trainer.optimizers
+    assert isinstance(optimizer, mpisign.DistributedSignOptimizer)
+    mpisign.check_consistency(module.net, optimizer)
+    assert optimizer.report is not None
+    assert optimizer.report.voters == tuple(range(comm.size))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 / 4)
+    seen = comm.allgather(module.seen)
+    examples = sorted(int(x.sum() * 1000) for x, _ in data(24 * comm.size))
+    assert all(len(its) == 48 for its in seen)
+    assert max(abs(a - b) for a, b in zip(sorted(it for its in seen for it in its[:24]), examples, strict=True)) <= 1
+    assert trainer.callback_metrics["rank"] == (comm.size - 1) / 2
+    module.eval()
+    right = [int(module.net(x).argmax() == y) for x, y in data(10 * comm.size)]
+    assert trainer.callback_metrics["accuracy"].item() == pytest.approx(sum(right) / len(right))
+    with open(folder / "lightning_logs" / "version_0" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    losses = [row for row in rows if row["loss"]]
+    assert len(losses) == 12, "one logger"
+    assert [float(row["mpisign/voters"]) for row in rows if row["mpisign/voters"]] == [comm.size] * 12
+    assert {path.name for path in folder.iterdir()} == {
+        "lightning_logs",
+        *(f"epoch={epoch}.ckpt{end}" for epoch in range(2) for end in ("", ".ranks")),
+    }
+    files = {path.name for path in (folder / "epoch=1.ckpt.ranks").iterdir()}
+    assert files == {f"rank-{rank:05d}.pt" for rank in range(comm.size)}
+
+
+def test_resuming_is_exact(comm: MPI.Comm, folder: Path, pl: Any) -> None:
+    plain = {"callbacks": None, "enable_checkpointing": False}
+
+    module = module_of(pl)
+    module.net[2] = nn.Identity()  # Lightning does not save random numbers
+    first = module_of(pl)
+    first.net[2] = nn.Identity()
+    fit(pl, folder / "halves", 1, module=first)
+    again = module_of(pl)
+    again.net[2] = nn.Identity()
+    torch.manual_seed(0)
+    resumed = fit(pl, folder / "halves", 2, folder / "halves" / "epoch=0.ckpt", module=again)
+    whole = fit(pl, folder / "whole", 2, module=module, **plain)
+    memory, expected = (its.optimizers[0].state_dict()["mpisign"] for its in (resumed, whole))
+    torch.testing.assert_close(memory["memory"], expected["memory"], rtol=0, atol=0)
+    assert memory["step"] == expected["step"] == 12
+    for a, b in zip(again.net.parameters(), module.net.parameters(), strict=True):
+        assert torch.equal(a, b)
+    resumed.strategy.remove_checkpoint(folder / "halves" / "epoch=0.ckpt")
+    mpisign.barrier()
+    assert not (folder / "halves" / "epoch=0.ckpt.ranks").exists()
+
+
+def test_accumulation_clipping_and_bf16(comm: MPI.Comm, folder: Path, pl: Any) -> None:
+    module = module_of(pl)
+    trainer = fit(
+        pl, folder, 1, module=module, accumulate_grad_batches=2, gradient_clip_val=0.5, precision="bf16-mixed"
+    )
+    assert trainer.global_step == 3
+    assert trainer.optimizers[0].report.step == 2
+    mpisign.check_consistency(module.net, trainer.optimizers[0])
+
+
+def test_between_ranks(comm: MPI.Comm, pl: Any) -> None:
+    from mpisign.integrations.lightning import MpisignStrategy
+
+    strategy = MpisignStrategy()
+    mine = torch.tensor([float(comm.rank), 1.0])
+    assert strategy.reduce(mine).tolist() == [(comm.size - 1) / 2, 1.0]
+    assert strategy.reduce(mine, reduce_op=torch.distributed.ReduceOp.SUM).tolist() == [
+        comm.size * (comm.size - 1) / 2,
+        comm.size,
+    ]
+    with pytest.raises(mpisign.OptionError, match="median"):
+        strategy.reduce(mine, reduce_op="median")
+    assert strategy.all_gather(mine)[:, 0].tolist() == list(range(comm.size))
+    assert strategy.broadcast({"a": comm.rank}) == {"a": 0}
+    assert strategy.reduce_boolean_decision(comm.rank == 0, all=False)
+    assert strategy.reduce_boolean_decision(comm.rank == 0) == (comm.size == 1)
+
+
+def test_what_is_refused(comm: MPI.Comm, folder: Path, pl: Any) -> None:
+    with pytest.raises(mpisign.OptionError, match="would wrap again"):
+        fit(pl, folder, 1, module=module_of(pl, wrapped=True))
+    with pytest.raises(mpisign.OptionError, match="devices=1"):
+        fit(pl, folder, 1, devices=2)
