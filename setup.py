@@ -17,6 +17,11 @@ README = re.sub(r"\]\((?!https?://|#)", f"]({URL}/blob/main/", (HERE / "README.m
 
 SCRIPTS = ["scikit-learn>=1.3", "matplotlib>=3.7", "rich>=13", "threadpoolctl>=3.1", "tqdm>=4.65"]
 IMAGENET = ["torchvision>=0.19", "tensorboard>=2.17"]
+# Tried with these on Python 3.11; the newest for 3.10 are others.
+INTEGRATIONS = [
+    f'{name}; python_version >= "3.11"'
+    for name in ("accelerate>=1.10", "lightning>=2.5", "torchmetrics>=1.5", "transformers>=5")
+]
 DOCS = ["sphinx>=8.1", "myst-parser>=4", "furo>=2024.8"]
 # To compile without a GPU: the compilers of CUDA 13 and 12, and the headers that CuPy gives to the first.
 COMPILERS = ["nvidia-cuda-nvrtc>=13", "nvidia-cuda-nvrtc-cu12>=12.8", "nvidia-cuda-runtime>=13"]
@@ -108,10 +113,12 @@ setup(
         "cuda13": ["cupy-cuda13x>=14"],
         "scripts": SCRIPTS,
         "imagenet": [*SCRIPTS, *IMAGENET],
+        "integrations": INTEGRATIONS,
         "docs": DOCS,
         "test": [
             *SCRIPTS,
             *IMAGENET,
+            *INTEGRATIONS,
             *DOCS,
             *COMPILERS,
             "pytest>=8",

@@ -17,6 +17,7 @@ nitpick_ignore_regex = [
     ("py:class", r"mpisign\..*\.(HasState|Stateful)"),  # whatever has state_dict() and load_state_dict()
 ]
 
+autodoc_mock_imports = ["accelerate", "lightning", "torchmetrics", "transformers"]  # none is needed to read these pages
 autodoc_inherit_docstrings = False  # a memory's own page need not repeat what all memories do
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False

@@ -59,6 +59,7 @@ LAYERS = [
         "checkpoint",
     },
     {"optimizer", "doctor", "prediction"},
+    {"integrations"},
     {"__init__", "__main__"},
 ]
 MAY_PRINT = {"mpisign.__main__", "mpisign.doctor"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +12,6 @@ from mpisign.collectives import allreduce
 from mpisign.session import is_initialized, size
 
 __all__ = ["SyncBatchNorm"]
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -50,7 +48,7 @@ class SyncBatchNorm(_BatchNorm):
         return result
 
     @classmethod
-    def convert(cls, module: M) -> M | SyncBatchNorm:
+    def convert(cls, module: nn.Module) -> nn.Module:
         """``module`` with every BatchNorm in it replaced by one of these, with its parameters and statistics."""
         if isinstance(module, _BatchNorm) and not isinstance(module, cls):
             new = cls(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,10 +13,8 @@ from mpisign.session import is_initialized, size
 
 __all__ = ["sync_metrics"]
 
-M = TypeVar("M", bound=nn.Module)
 
-
-def sync_metrics(module: M) -> M:
+def sync_metrics(module: nn.Module) -> nn.Module:
     """Let all torchmetrics in ``module`` compute over the data of all ranks. Not collective; ``compute()`` becomes it.
 
     Every rank must call ``compute()``, after as many updates as it likes, none included.

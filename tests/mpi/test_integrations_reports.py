@@ -61,23 +61,20 @@ def test_tensorboard(comm: MPI.Comm, folder: Path) -> None:
         steps(3, None)
 
 
-class Run:
-    """What W&B's run has of all that it is used for here."""
-
-    def __init__(self) -> None:
-        self.logged: list[tuple[dict[str, float], int]] = []
-
-    def log(self, data: dict[str, float], step: int) -> None:
-        self.logged.append((data, step))
-
-
-def test_what_logs_as_wandb_does(comm: MPI.Comm) -> None:
-    run = Run()
-    told = steps(2, run)
-    assert len(run.logged) == (2 if comm.rank == 0 else 0)
-    for (data, step), row in zip(run.logged, told, strict=False):
-        assert step == row["step"]
-        assert data == {f"mpisign/{key}": value for key, value in row.items() if key != "step"}
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+def test_weights_and_biases(comm: MPI.Comm, folder: Path) -> None:
+    """A real run, which keeps what it is told in a folder."""
+    wandb = pytest.importorskip("wandb")
+    if comm.rank:
+        steps(3, None)
+        return
+    settings = wandb.Settings(silent=True, x_disable_stats=True)
+    with wandb.init(mode="offline", dir=str(folder), project="mpisign", settings=settings) as run:
+        told = steps(3, run)
+        assert run.step == told[-1]["step"]
+        for key in told[-2].keys() - {"step"}:  # it takes a step for complete when the next one comes
+            assert run.summary[f"mpisign/{key}"] == told[-2][key]
 
 
 def test_what_is_refused(comm: MPI.Comm) -> None:

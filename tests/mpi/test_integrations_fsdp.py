@@ -1,0 +1,108 @@
+"""mpisign.integrations.fsdp on real ranks and real FSDP2, against the plain model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+
+import mpisign
+from mpisign.integrations import fsdp
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+pytestmark = [pytest.mark.mpi, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(autouse=True)
+def group(job: None) -> Iterator[None]:
+    yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def batch(rank: int, step: int = 0) -> torch.Tensor:
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    return [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+
+
+def sharded(shards: int, **options: Any) -> tuple[nn.Sequential, Any]:
+    model = net()
+    mesh = fsdp.split(shards)
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, fsdp.vote(model, **options)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_what_replicas_decide(comm: MPI.Comm, shards: int) -> None:
+    if comm.size % shards:
+        pytest.skip("needs a multiple of 2 ranks")
+    each = []
+    for rank in range(comm.size):
+        plain = net()
+        plain(batch(rank)).square().sum().backward()
+        each.append(gradients(plain))
+    ballots = [[g.numpy() for g in its] for its in each]
+    replicas = [
+        [np.mean([its[at] for its in ballots[first : first + shards]], axis=0) for at in range(4)]
+        for first in range(0, comm.size, shards)
+    ]
+    model, votes = sharded(shards, method=mpisign.mean())
+    assert (mpisign.size(), mpisign.rank()) == (comm.size // shards, comm.rank // shards)
+    model(batch(comm.rank)).square().sum().backward()
+    for at, decided in enumerate(gradients(model)):
+        torch.testing.assert_close(decided, torch.from_numpy(np.mean([its[at] for its in replicas], axis=0)))
+    assert set(votes.reports) == {"0", "2"}
+    assert votes.reports["0"].voters == tuple(range(mpisign.size()))
+    distributed.destroy_process_group()
+    mpisign.shutdown()
+    mpisign.init()
+    model, votes = sharded(shards, method=mpisign.signsgd())
+    model(batch(comm.rank)).square().sum().backward()
+    for at, decided in enumerate(gradients(model)):
+        score = np.sign(np.stack([its[at] for its in replicas])).sum(axis=0)
+        clear = score != 0
+        assert (decided.numpy()[clear] == np.sign(score)[clear]).all()
+        assert (np.abs(decided.numpy()) == 1).all()
+
+
+def test_memory_can_be_saved(comm: MPI.Comm) -> None:
+    model, votes = sharded(1)
+
+    def steps(first: int) -> list[torch.Tensor]:
+        for step in (first, first + 1):
+            model.zero_grad()
+            model(batch(comm.rank, step)).square().sum().backward()
+        return [its.clone() for its in gradients(model)]
+
+    steps(0)
+    saved = copy.deepcopy(votes.state_dict())
+    expected = steps(2)
+    votes.load_state_dict(saved)
+    assert all(torch.equal(a, b) for a, b in zip(steps(2), expected, strict=True))
+
+
+def test_what_is_refused(comm: MPI.Comm) -> None:
+    with pytest.raises(mpisign.OptionError, match="no module of this model is sharded"):
+        fsdp.vote(net())
+    with pytest.raises(mpisign.OptionError, match="shards"):
+        fsdp.split(0)
+    with pytest.raises(mpisign.OptionError, match="cannot be divided"):
+        fsdp.split(comm.size + 1)
