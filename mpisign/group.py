@@ -62,6 +62,8 @@ class Group:
             are keyed by it, so that they stay when others leave.
         gpus: every rank has one that torch can use.
         presence: who waits where, on ``comm``.
+        lines: channels of optimizers that send before their step, by their numbers: their messages may leave in
+            another order on each rank than those of other optimizers.
     """
 
     comm: MPI.Comm
@@ -75,6 +77,7 @@ class Group:
     identities: tuple[int, ...]
     gpus: bool = False
     presence: Presence = field(init=False, repr=False, compare=False)
+    lines: dict[int, Channels] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "presence", Presence(self.comm))
@@ -200,11 +203,20 @@ class Group:
         """The ranks of this rank's node, itself included."""
         return tuple(rank for rank, node in enumerate(self.node_of) if node == self.node_rank)
 
+    def line(self, number: int, watchdog: Watchdog) -> Channels:
+        """An optimizer's own channels. **Collective**, at least the first time."""
+        if number not in self.lines:
+            self.lines[number] = Channels.open(self.comm, self.node, self.lane, watchdog)
+        return self.lines[number]
+
     def free(self, watchdog: Watchdog) -> None:
         """Give the communicators back. **Collective.**"""
         with watchdog.guard("MPI_Comm_free"):
             self.presence.drain()
-            for comm in (*self.channels, self.lane, self.node, self.comm):
+            for channels in (*self.lines.values(), self.channels):
+                for comm in channels:
+                    comm.Free()
+            for comm in (self.lane, self.node, self.comm):
                 comm.Free()
 
 

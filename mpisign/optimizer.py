@@ -17,11 +17,12 @@ from mpisign.exchange import header
 from mpisign.exchange.choose import check_exchange
 from mpisign.exchange.local import local_update
 from mpisign.exchange.plan import Plan
-from mpisign.exchange.run import run, sit_out
+from mpisign.exchange.run import NOTHING, Early, run, sit_out
 from mpisign.exchange.sink import GradientSink, ModelSink, Sink
 from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
 from mpisign.methods import signum
+from mpisign.overlap import Overlap, check_overlap
 from mpisign.plain import plain, uncompiled
 from mpisign.planned import Planned
 from mpisign.policy import Policy, check_integer, check_positive
@@ -67,6 +68,13 @@ class DistributedSignOptimizer(Planned):
             momentum, no ``maximize``, no hooks on its ``step()``) and all methods decide signs, the vote is applied
             to the parameters at once, in one pass over memory instead of three; the result is SGD's own, bit for bit,
             and ``p.grad`` keeps this rank's gradient. ``"optimizer"``: always the wrapped optimizer, from ``p.grad``.
+        overlap: whether messages leave while backward runs, so that a slow network is hidden behind it. ``True``: from
+            the second step on; a program in which that cannot be right (a gradient that is added to twice, or changed
+            after backward) gets an error. ``"auto"``: on several nodes, after three steps in which it would have been
+            right; where it is not any more, it ends with a warning. The votes are the same. It takes second buffers of
+            the method's memory, 4 bytes a parameter and field.
+        backward_passes_per_step: how many backward passes make a gradient, as in Horovod; for ``overlap``, like
+            :meth:`no_sync`.
 
     Construction is not collective, but every rank must build the same; the first step checks it.
 
@@ -99,6 +107,8 @@ class DistributedSignOptimizer(Planned):
         clip_grad_norm: float | None = None,
         bucket_cap_mb: float | None = None,
         apply: str = "auto",
+        overlap: bool | str = "auto",
+        backward_passes_per_step: int = 1,
     ) -> None:
         method = signum() if method is None else method
         wrapping.check_wrappable(optimizer)
@@ -121,6 +131,8 @@ class DistributedSignOptimizer(Planned):
         self.clip_grad_norm = clip_grad_norm
         self.bucket_cap_mb = bucket_cap_mb
         self.apply = apply
+        self.overlap = check_overlap(overlap)
+        self.backward_passes_per_step = check_integer("backward_passes_per_step", backward_passes_per_step, 1)
         self._names = wrapping.names_of(optimizer, named_parameters)
         self._memory = MemoryStore(method.memory)
         self._exchanges = 0
@@ -170,21 +182,34 @@ class DistributedSignOptimizer(Planned):
             self._epoch = 0
         with current().telling("step()"):
             abstention, unscale = self._loss_scale.says(self, alone=alone)
+            early = self._overlap.early(plan, abstention, unscale)
             values = plan.gradients.read()
         sink = None if alone or self.apply == "optimizer" else applying.step_sink(self.wrapped, plan)
-        self._exchange(plan, values, abstention, unscale, sink or GradientSink(plan.layout, values))
+        self._exchange(plan, values, abstention, unscale, sink or GradientSink(plan.layout, values), early)
         self._synchronized = True
         if len(plan.layout.parameters) < len(parameters := self._parameters()):
             wrapping.drop_frozen(parameters)
         return sink is not None
 
-    def _exchange(self, plan: Plan, values: Located, abstention: int, unscale: float, sink: Sink) -> None:
+    def _exchange(
+        self, plan: Plan, values: Located, abstention: int, unscale: float, sink: Sink, early: Early = NOTHING
+    ) -> None:
         intent = self._checks.intent(plan, self.wrapped, self._methods(), self._exchanges, values)
         handshake, self.report = run(
-            plan, self._exchanges, values, abstention, unscale, intent, sink, self._remade_plan
+            plan, self._exchanges, values, abstention, unscale, intent, sink, self._remade_plan, early
         )
         self._exchanges += 1
+        self._agreed()
         self._checks.heard(plan, handshake, self.report)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside only add to gradients: for all but the last of a step, as with DDP's ``no_sync()``.
+
+        Without overlap it changes nothing, as nothing is sent before :meth:`step`.
+        """
+        with self._overlap.paused():
+            yield
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -290,6 +315,7 @@ class DistributedSignOptimizer(Planned):
                 break
             self.report = report
             self._exchanges += 1
+            self._agreed()
             joined_for += 1
             self._checks.heard(self._current_plan(), handshake, report)
         waits = [steps for steps in handshake.joined_for if steps is not None]
@@ -309,7 +335,12 @@ class DistributedSignOptimizer(Planned):
                 f"{self.method.name} exchanges models, which no rank can sit out: give all the same number of batches"
             )
         self._checks.sits_out()
-        return sit_out(plan, self._exchanges, joined_for, self._remade_plan)
+        return sit_out(plan, self._exchanges, joined_for, self._remade_plan, self._overlap.sitting_out())
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as torch does."""
+        super().zero_grad(set_to_none)
+        self._overlap.dropped()
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -369,6 +400,7 @@ class DistributedSignOptimizer(Planned):
         self._plan = self._session = None
         self._synchronized = self._skip = False
         self._loss_scale, self._checks = LossScale(), StepChecks()
+        self._overlap = Overlap(self.overlap, self.backward_passes_per_step)
         self.report = None
         super().__setstate__({})  # torch makes its hook tables
         applying.forbid_alone(self.wrapped, self)

@@ -10,6 +10,7 @@ from mpisign.exchange.plan import Plan, make_plan
 from mpisign.memory import Memory
 from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
+from mpisign.overlap import Overlap
 from mpisign.policy import Policy
 from mpisign.session import Session, current
 from mpisign.wrapper import Wrapper
@@ -24,6 +25,8 @@ class Planned(Wrapper):
     policy: Policy
     exchange: str
     bucket_cap_mb: float | None
+    overlap: bool | str = False
+    backward_passes_per_step: int = 1
     clip_grad_norm: float | None = None  # of optimizers that were pickled before there was one
     _names: dict[torch.Tensor, str]
     _memory: MemoryStore
@@ -33,6 +36,7 @@ class Planned(Wrapper):
     _plan: Plan | None
     _session: Session | None  # where it has its _number
     _number: int
+    _overlap: Overlap
 
     def _current_plan(self) -> Plan:
         """The plan for parameters, methods and the group as they are now; made anew only if they changed."""
@@ -54,11 +58,25 @@ class Planned(Wrapper):
             store.follow(self._parameters(), self._memories(), session.group)
             self._drop_plan()
             plan = make_plan(
-                named, methods, *options, store, session.group, self._number, self.clip_grad_norm, session.network
+                named,
+                methods,
+                *options,
+                store,
+                session.group,
+                self._number,
+                self.clip_grad_norm,
+                session.network,
+                self.overlap,
             )
         self._plan = plan.telling()
         self._memory.follow_rates(self.param_groups)
         return self._plan
+
+    def _agreed(self) -> None:
+        """All ranks have stepped by the present plan."""
+        if self._plan is not None:
+            self._plan = self._plan.telling()
+            self._overlap.follow(self, self._plan)
 
     def _remade_plan(self) -> Plan:
         self._drop_plan()

@@ -14,7 +14,7 @@ __all__ = ["StepReport"]
 
 @dataclass(frozen=True)
 class StepReport:
-    """What the last ``synchronize()`` (or ``step()``) did. The same on every rank but for ``seconds``.
+    """What the last ``synchronize()`` (or ``step()``) did. The same on every rank but for its times.
 
     It can be pickled and copied; only :meth:`agreement` needs the original, as it looks at the bitmaps.
 
@@ -33,6 +33,8 @@ class StepReport:
         ties: coordinates with as many votes for as against; None for a rule that has no ties.
         seconds: wall time of this rank in ``pack`` (memory and codec), ``exchange`` (MPI, with the wait for
             slower ranks), ``decide`` (count the votes) and ``unpack``, from the spans of the step.
+        exposed_seconds: how long the step itself has waited for the network and for slower ranks, from its handshake
+            on: what backward has not hidden. Without overlap it is ``seconds["exchange"]``.
     """
 
     step: int
@@ -46,6 +48,7 @@ class StepReport:
     skipped: bool
     ties: int | None
     seconds: Mapping[str, float]
+    exposed_seconds: float = 0.0
     _agreement: Callable[[], list[float]] | None = field(default=None, repr=False, compare=False)
 
     @uncompiled
@@ -73,7 +76,7 @@ class StepReport:
 
         ``step``, ``bytes_sent``, ``header_bytes``, ``voters``, ``abstentions`` and ``ended_at`` (how many),
         ``skipped`` (0 or 1), ``ties`` (NaN for a rule that has none), and ``seconds_pack``, ``seconds_exchange``,
-        ``seconds_decide``, ``seconds_unpack``. The keys are the same in every step.
+        ``seconds_decide``, ``seconds_unpack``, ``exposed_seconds``. The keys are the same in every step.
 
         Example::
 
@@ -90,6 +93,7 @@ class StepReport:
             "skipped": int(self.skipped),
             "ties": float("nan") if self.ties is None else self.ties,
             **{f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()},
+            "exposed_seconds": self.exposed_seconds,
         }
 
     def __getstate__(self) -> dict[str, Any]:

@@ -118,7 +118,12 @@ class Talk:
 
     def test(self, pending: Pending) -> bool:
         """Whether a collective operation is over; see :meth:`mpisign.watchdog.Watchdog.test`."""
-        return self.watchdog.test(pending, self._presence)
+        return self.watchdog.test(pending)
+
+    def count(self, waits: int) -> None:
+        """Count operations that were found to be over by :meth:`test`, when all ranks are at the same place again."""
+        for _ in range(waits):
+            self._presence.begin()
 
     # ------------------------------------------------------------------------------------------- meetings
 

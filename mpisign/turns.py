@@ -38,11 +38,26 @@ class Turns:
         finally:
             self._lock.release()
 
+    @contextmanager
+    def at_once(self) -> Iterator[bool]:
+        """The same without waiting: whether this thread may talk to other ranks now."""
+        mine = (threading.get_ident() == self._first or _may_talk()) and self._lock.acquire(blocking=False)
+        try:
+            yield mine
+        finally:
+            if mine:
+                self._lock.release()
 
-def _check_level(what: str) -> None:
+
+def _may_talk() -> bool:
+    """Whether MPI was started for this thread, too."""
     from mpi4py import MPI
 
-    if MPI.Query_thread() < MPI.THREAD_SERIALIZED and not MPI.Is_thread_main():
+    return MPI.Query_thread() >= MPI.THREAD_SERIALIZED or MPI.Is_thread_main()
+
+
+def _check_level(what: str) -> None:
+    if not _may_talk():
         raise LaunchError(
             f"{what} in another thread than the one that has started MPI, which was started for that one alone: unset "
             f"MPI4PY_RC_THREADS and MPI4PY_RC_THREAD_LEVEL, set mpi4py.rc.thread_level = 'multiple' before init(), or "

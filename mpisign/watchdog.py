@@ -111,12 +111,14 @@ class Watchdog:
                 self._wait(pending.request, presence)
         self._posted.discard(pending)
 
-    def test(self, pending: Pending, presence: Presence) -> bool:
-        """Whether an operation is over, without waiting; each call also lets MPI go on with it."""
+    def test(self, pending: Pending) -> bool:
+        """Whether an operation is over, without waiting; each call also lets MPI go on with it.
+
+        It is to be counted as a wait (:meth:`Presence.begin`) when all ranks are at the same place again.
+        """
         with self._talking:
             over = bool(pending.request.Test())
         if over:
-            presence.begin()
             self._posted.discard(pending)
         return over
 

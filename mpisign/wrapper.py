@@ -17,7 +17,7 @@ __all__ = ["Wrapper"]
 
 
 # What a copy does not take along, besides hooks.
-OF_A_PROCESS = {"_plan", "_session", "report", "_synchronized", "_skip", "_loss_scale", "step"}
+OF_A_PROCESS = {"_plan", "_session", "report", "_synchronized", "_skip", "_loss_scale", "step", "_overlap"}
 OF_A_PROCESS |= {"found_inf", "grad_scale"}  # GradScaler's
 
 

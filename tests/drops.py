@@ -49,7 +49,7 @@ def told(report: StepReport) -> dict[str, Any]:
     """What is the same in each repetition, and the agreement."""
     fields = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
     shares = str(report.agreement()) if fields.pop("_agreement") is not None else ""  # as text, since NaN is not NaN
-    del fields["seconds"]
+    del fields["seconds"], fields["exposed_seconds"]
     return {**fields, "ties": str(report.ties), "agreement": shares}
 
 

@@ -94,6 +94,7 @@ class Job:
         self.plan = self.plan.telling()
         a_round = Round(self.plan, step, **options)
         handshake = a_round.open()
+        a_round.begin()
         self.plan = a_round.plan
         if not handshake.all_joined:
             a_round.prepare(values)

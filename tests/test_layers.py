@@ -53,6 +53,7 @@ LAYERS = [
         "scaling",
         "wrapping",
         "wrapper",
+        "overlap",
         "planned",
         "applying",
         "restoring",

@@ -381,7 +381,9 @@ def test_a_step_waits_once_for_its_packing_and_once_for_its_ties_when_unpacking_
         plan = optimizer._current_plan()
         assert plan.answers is not None
         waits = Waits(launches)
-        plan.answers._copied = waits  # type: ignore[assignment]
+        for answers in (plan.answers, *(batch.answers for batch in plan.batches)):
+            assert answers is not None
+            answers._copied = waits  # type: ignore[assignment]
         optimizer.step()
     assert [where for where, _ in waits.seen] == ["step 0, bucket 0, pack", "step 0, decide"]
     packing, deciding = (launched for _, launched in waits.seen)

@@ -36,6 +36,10 @@ class Answers:
         if self._copied is not None:
             self._copied.record()
 
+    def ready(self) -> bool:
+        """Whether they are here, without waiting."""
+        return self._copied is None or self._copied.query()
+
     def told(self, key: Hashable) -> int:
         """The answer; the first to be told after :meth:`asked` waits."""
         if self._copied is not None:

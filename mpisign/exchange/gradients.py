@@ -107,6 +107,10 @@ class Gradients:
         self._look = look
         return Located(gradients, self._places)
 
+    def chosen(self, places: Sequence[int]) -> Located:
+        """Of some parameters, as soon as they are there. Raises as :meth:`read` does."""
+        return locate([self._fit(place, self._layout.parameters[place].grad) for place in places])
+
     def models(self) -> Located:
         """The parameters themselves, in wire order."""
         pairs = zip(self._layout.parameters, self._layout.strides, strict=True)

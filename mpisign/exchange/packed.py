@@ -11,26 +11,52 @@ from mpisign.exchange import rows
 from mpisign.exchange.header import Bools
 from mpisign.exchange.plan import Batch, Plan
 
-__all__ = ["push_and_ask", "rows_of_zeros"]
+__all__ = ["Packed", "rows_of_zeros"]
 
 
-def push_and_ask(plan: Plan, batch: Batch, first: First) -> tuple[int, dict[int, bool]]:
-    """On a GPU: push all messages, and with one wait, for the first of them, hear what its packing has found.
+class Packed:
+    """A batch that is packed, or will be as soon as a GPU has come so far.
 
-    Returns:
-        The place at which the ballot ends; and by bucket, whether some word may stand for a row of zeros.
+    On a GPU messages are pushed at once, and with one wait, for the first of them, it is heard what packing has found.
+
+    Args:
+        votes: by segment, whether there is a gradient.
+        first: the segment at which the ballot ends; None if nothing was packed.
+
+    Attributes:
+        pushed: messages are on their way to the host.
     """
-    assert plan.answers is not None
-    told = {bucket.index: plan.spoken[bucket.index] for bucket in batch.buckets}
-    asked = {index: words for index, words in told.items() if words is not None and index not in plan.scattered}
-    plan.answers.ask("first", first)
-    for index, words in asked.items():
-        plan.answers.ask(index, plan.backend.any_zero(words))
-    for place, bucket in enumerate(batch.buckets):
-        plan.exchanges[bucket.index].push()
-        if place == 0:
-            plan.answers.asked()
-    return plan.answers.told("first"), {index: bool(plan.answers.told(index)) for index in asked}
+
+    def __init__(self, plan: Plan, batch: Batch, votes: Bools, first: First | None) -> None:
+        self.batch, self.votes = batch, votes
+        self._first: First = len(batch.encoder.segments) if first is None else first
+        self._answers = None if first is None else batch.answers
+        self.pushed = self._answers is not None and not plan.told  # else rows of zeros may change messages yet
+        self._asked: list[int] = []
+        if self._answers is None:
+            return
+        self._answers.ask("first", self._first)
+        if self.pushed:
+            for bucket in batch.buckets:
+                words = plan.spoken[bucket.index]
+                if words is not None and bucket.index not in plan.scattered:
+                    self._answers.ask(bucket.index, plan.backend.any_zero(words))
+                    self._asked.append(bucket.index)
+            plan.exchanges[batch.buckets[0].index].push()
+        self._answers.asked()
+        for bucket in batch.buckets[1:] if self.pushed else ():
+            plan.exchanges[bucket.index].push()
+
+    def ready(self) -> bool:
+        """Whether it is, without waiting."""
+        return self._answers is None or self._answers.ready()
+
+    def told(self) -> tuple[int, dict[int, bool] | None]:
+        """The place at which the ballot ends; by bucket, whether some word may stand for a row of zeros, if known."""
+        if self._answers is None:
+            return int(self._first), None
+        zeros = {index: bool(self._answers.told(index)) for index in self._asked} if self.pushed else None
+        return self._answers.told("first"), zeros
 
 
 def rows_of_zeros(

@@ -27,7 +27,7 @@ from mpisign.exchange.encoder import Encoder
 from mpisign.exchange.gradients import Gradients
 from mpisign.exchange.header import Header
 from mpisign.exchange.maximum import Maximum
-from mpisign.group import Group
+from mpisign.group import Channels, Group
 from mpisign.layout import Bucket, Layout
 from mpisign.memory import Identity
 from mpisign.memory.store import MemoryStore
@@ -45,24 +45,34 @@ class Use:
     Attributes:
         step: number of the latest exchange, whose bits they hold.
         settled: all ranks have them, and those of a node share what they must.
+        channels: what messages cross; None for the group's own.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.step = -1
         self.settled = False
+        self.channels: Channels | None = None
         self._device = device
+        self._aside: torch.cuda.Stream | None = None
         self._ended: torch.cuda.Event | None = None
         if device.type == "cuda":
             self._ended = torch.cuda.Event()
             self._ended.record(torch.cuda.current_stream(device))  # the buffers are zero from here on
 
-    def __call__(self) -> AbstractContextManager[None]:
-        """Select the device; what was done inside the last time, maybe on another stream, comes first."""
-        return contextlib.nullcontext() if self._ended is None else self._on_device(self._ended)
+    def __call__(self, *, aside: bool = False) -> AbstractContextManager[None]:
+        """Select the device; what was done inside the last time, maybe on another stream, comes first.
+
+        Args:
+            aside: on a stream of its own, so that nothing waits for what backward has still to compute.
+        """
+        return contextlib.nullcontext() if self._ended is None else self._on_device(self._ended, aside)
 
     @contextlib.contextmanager
-    def _on_device(self, ended: torch.cuda.Event) -> Iterator[None]:
-        with torch.cuda.device(self._device):
+    def _on_device(self, ended: torch.cuda.Event, aside: bool) -> Iterator[None]:
+        with torch.cuda.device(self._device), contextlib.ExitStack() as stack:
+            if aside:
+                self._aside = self._aside or torch.cuda.Stream(self._device)
+                stack.enter_context(torch.cuda.stream(self._aside))
             torch.cuda.current_stream().wait_event(ended)
             yield
             ended.record()
@@ -81,6 +91,7 @@ class Batch:
     places: tuple[int, ...]
     encoder: Encoder
     decoder: Decoder
+    answers: Answers | None
 
     @property
     def method(self) -> Method:
@@ -112,6 +123,8 @@ class Plan:
         counts: (2,) int64 on the device, where ties are added up; None where they are returned.
         answers: what the device tells this rank; None where nobody waits for it.
         use: who has the buffers.
+        number: which of the job's optimizers this is for.
+        early: messages may leave before a step.
     """
 
     layout: Layout
@@ -135,6 +148,8 @@ class Plan:
     counts: torch.Tensor | None
     answers: Answers | None
     use: Use
+    number: int
+    early: bool
 
     @property
     def exchanges_models(self) -> bool:
@@ -180,6 +195,7 @@ def make_plan(
     number: int,
     clip: float | None = None,
     network: Network | None = None,
+    overlap: bool | str = False,
 ) -> Plan:
     """Cut the messages and allocate what they need.
 
@@ -190,6 +206,7 @@ def make_plan(
         bucket_cap_mb: a message leaves when it has grown to so many MiB; None for the default.
         clip: the norm to which each rank's whole gradient is clipped.
         network: what is known of the ways between the ranks; None for nothing.
+        overlap: whether messages shall leave while backward runs; ``"auto"``: if there is a network to wait for.
         number: which of the job's optimizers this is, so that two alike are not mistaken for each other.
 
     Raises:
@@ -215,13 +232,19 @@ def make_plan(
     if len(layout.methods) > 1:
         listed += [f"{name!r} by {method.name}" for (name, _), method in zip(named, methods, strict=True)]
     settings = (f"optimizer {number} of the job", *listed, repr(policy), f"exchange {exchange!r}")
+    if overlap:
+        settings += (f"overlap {overlap!r}",)
     if clip is not None:
         settings += (f"clip_grad_norm {clip!r}",)
     told = _told(layout, spoken, store)
+    # What must see all gradients, or adds to them, can begin only when they are all there.
+    whole = any(m.memory.needs_all or m.memory.needs_maximum or m.exchanges_models for m in layout.methods)
+    early = overlap is True or (overlap == "auto" and group.num_nodes > 1)
+    early = early and size > 1 and clip is None and not whole
     batches: list[tuple[Batch, Encoder]] = []
     for method in layout.methods:
         mine = [bucket for bucket in layout.buckets if bucket.method is method]
-        for some in [mine] if backend.together else [[bucket] for bucket in mine]:
+        for some in [mine] if backend.together and not early else [[bucket] for bucket in mine]:
             batches.append(_batch(layout, some, exchanges, spoken, policy, size, backend, store))
     batches.sort(key=lambda pair: pair[0].buckets[0].index)
     return Plan(
@@ -255,6 +278,8 @@ def make_plan(
         counts=torch.zeros(2, dtype=torch.int64, device=layout.device) if backend.together else None,
         answers=Answers(layout.device) if backend.together else None,
         use=Use(layout.device),
+        number=number,
+        early=early,
     )
 
 
@@ -278,7 +303,8 @@ def _batch(
         encoder = Encoder(layout, models, messages, words, backend, store)
     decoder = Decoder(layout, buckets, mine, encoder, policy, size, backend)
     places = tuple(segment.index for segment in encoder.segments)
-    return Batch(tuple(buckets), places, encoder, decoder), local
+    answers = Answers(layout.device) if backend.together else None
+    return Batch(tuple(buckets), places, encoder, decoder, answers), local
 
 
 def _exchange(

@@ -11,22 +11,22 @@ import contextlib
 import dataclasses
 import functools
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 
-from mpisign.backends import Count
-from mpisign.errors import ConsistencyError, MpisignError
-from mpisign.exchange import header
-from mpisign.exchange.agreement import agreement
+from mpisign.backends import Count, First
+from mpisign.errors import MpisignError
+from mpisign.exchange import header, reporting
 from mpisign.exchange.decider import Deciding
+from mpisign.exchange.flight import Flight
 from mpisign.exchange.header import Bools, Handshake, Heard
 from mpisign.exchange.local import clipped, unscaled
-from mpisign.exchange.packed import push_and_ask, rows_of_zeros
+from mpisign.exchange.packed import Packed, rows_of_zeros
 from mpisign.exchange.plan import Batch, Plan
 from mpisign.exchange.settling import settled
 from mpisign.exchange.sink import Sink
@@ -36,31 +36,12 @@ from mpisign.method import Method
 from mpisign.policy import StepContext
 from mpisign.report import StepReport
 from mpisign.rules import VectorRule
-from mpisign.session import current
+from mpisign.session import Session, current
 from mpisign.watchdog import Pending
 
 __all__ = ["Round"]
 
 Grads = Sequence[torch.Tensor | None]
-
-
-@dataclass
-class Flight:
-    """A message on its way.
-
-    Attributes:
-        header: until it is here.
-        pending: its phase; None when the last one is over.
-        phase: the number of it.
-        heard, deciding: what the headers say, and who decides accordingly, when they are here.
-    """
-
-    bucket: Bucket
-    header: Pending | None
-    pending: Pending | None
-    phase: int = 0
-    heard: Heard | None = None
-    deciding: Deciding | None = None
 
 
 class Round:
@@ -72,9 +53,12 @@ class Round:
         unscale: factor that takes a loss scale out of the gradients.
         intent: what this rank says of itself.
         reversible: write the memory to second buffers, so that the round can be dropped.
+        handshake: one that was made for this step already.
+        session: default the present one.
 
     Attributes:
-        plan: after :meth:`open` maybe another one.
+        plan: after :meth:`begin` maybe another one.
+        submitted: how many batches.
     """
 
     def __init__(
@@ -86,13 +70,14 @@ class Round:
         unscale: float = 1.0,
         intent: header.Intent = header.Intent(),  # noqa: B008 - it is frozen
         reversible: bool = False,
+        handshake: Handshake | None = None,
+        session: Session | None = None,
     ) -> None:
         self.plan, self._step, self._abstention, self._unscale = plan, step, abstention, unscale
         self._intent, self._reversible = intent, reversible
-        self._session = current()
-        self._began = self._session.tracer.mark()
+        self._session = session or current()
+        self._began = self._opened = self._session.tracer.mark()
         group = self._session.group
-        self._channels = group.channels
         self._context = plan.policy.context(step, group.rank, group.size, plan.store.secret, group.identities)
         self._flights: list[Flight] = []
         self._ended: dict[str, int] = {}  # by method: the parameter at which this rank's ballot has ended
@@ -100,39 +85,62 @@ class Round:
         self._contexts: dict[str, StepContext] = {}  # by method, after what it had to see first
         self._landed = 0  # how many flights are over
         self._summed = False  # sums were made anew, as ranks have come or gone: drop() must have that done again
-        self.handshake: Handshake | None = None
+        self._begun = False
+        self._packed: deque[Packed] = deque()  # and not sent yet
+        self._uncounted = 0  # operations that were over before others have come to this step
+        self.submitted = 0
+        self.handshake = handshake
+
+    @property
+    def agreed(self) -> Handshake:
+        """The handshake, after :meth:`open`."""
+        assert self.handshake is not None
+        return self.handshake
 
     # ---------------------------------------------------------------------------------------------- phases
 
-    def open(self, remake: Callable[[], Plan] | None = None) -> Handshake:
-        """Make sure that all ranks mean the same bits by the same step.
+    def intend(self, intent: header.Intent) -> None:
+        """Say something else of this rank than what the round was made with."""
+        self._intent = intent
 
-        Args:
-            remake: makes the plan anew, if some rank has a new one and what it needs is not to be had.
+    def open(self) -> Handshake:
+        """Make sure that all ranks mean the same bits by the same step.
 
         Raises:
             ConsistencyError: on every rank, naming those that differ and in what. Nothing has been changed.
         """
         plan, session = self.plan, self._session
+        self._opened = session.tracer.mark()
         intent = dataclasses.replace(self._intent, fresh=not plan.use.settled)
         with session.tracer.stepping(self._step):
             self.handshake = header.shake_hands(
                 session, plan.layout, plan.fingerprint, plan.settings, plan.told, self._step, intent
             )
-            if self.handshake.fresh:
-                with session.watchdog.unbroken(f"step {self._step}"):
-                    plan = self.plan = settled(plan, session, remake)
-        if not self.handshake.all_joined:
-            plan.use.step = self._step
-            if self._reversible:
-                plan.store.draft()
-            if plan.store.unsummed:
-                with self._inside(), torch.no_grad():
-                    sum_over_ranks(plan, self._context, self._session)
-                self._summed = True
-            if plan.counts is not None:
-                plan.counts.zero_()
         return self.handshake
+
+    def begin(self, remake: Callable[[], Plan] | None = None) -> None:
+        """Get everything ready for the first message. Before the handshake only where the plan is settled.
+
+        Args:
+            remake: makes the plan anew, if some rank has a new one and what it needs is not to be had.
+        """
+        plan, session = self.plan, self._session
+        if self._begun or (self.handshake is not None and self.handshake.all_joined):
+            return
+        if self.handshake is not None and self.handshake.fresh:
+            with session.tracer.stepping(self._step), session.watchdog.unbroken(f"step {self._step}"):
+                plan = self.plan = settled(plan, session, remake)
+        self._begun = True
+        plan.use.step = self._step
+        if self._reversible:
+            plan.store.draft()
+        if plan.store.unsummed:
+            with self._inside(), torch.no_grad():
+                sum_over_ranks(plan, self._context, session)
+            self._summed = True
+        if plan.counts is not None:
+            with self._inside():
+                plan.counts.zero_()
 
     @torch.no_grad()
     def prepare(self, gradients: Grads) -> None:
@@ -150,29 +158,47 @@ class Round:
                     self._prepare(number, method, gradients)
 
     @torch.no_grad()
-    def submit(self, batch: Batch, gradients: Grads) -> None:
+    def submit(self, batch: Batch, gradients: Grads, *, wait: bool = True) -> None:
         """Encode a batch's buckets and send them. All batches are submitted once, in the order of the plan.
 
         Args:
             gradients: in the order of ``batch.places``; None where this rank has none.
+            wait: until it is encoded; else it is sent in a later call, if a GPU has not done so yet.
         """
         with self._inside():
-            self._submit(batch, gradients)
+            self._packed.append(self._encode(batch, gradients))
+            self.submitted += 1
+            if wait:
+                self._send_packed(wait=True)
+        if not wait:
+            self.advance()
 
     @torch.no_grad()
     def advance(self) -> bool:
         """Go on with what has arrived, without waiting. Returns whether all that was submitted has been decided."""
-        with self._inside():
+        with self._inside(aside=True):
+            self._send_packed(wait=False)
             while self._go_on():
                 pass
-        return self._landed == len(self._flights)
+        return self._landed == len(self._flights) and not self._packed
 
     @torch.no_grad()
     def close(self) -> None:
         """Wait until every message is decided here."""
         with self._inside():
+            self._session.count(self._uncounted)
+            self._uncounted = 0
+            self._send_packed(wait=True)
             while under_way := [flight for flight in self._flights[self._landed :] if flight.pending is not None]:
                 self._move(min(under_way, key=attrgetter("phase")), wait=True)
+
+    def abandon(self, count: int) -> None:
+        """Submit nothing up to the ``count``-th batch, and drop the round: no more has left on any rank."""
+        self.begin()
+        self._abstention = header.JOINED
+        for batch in self.plan.batches[self.submitted : count]:
+            self.submit(batch, [None] * len(batch.places))
+        self.drop()
 
     def drop(self) -> None:
         """Wait for what was submitted, the same on all ranks, and forget the round.
@@ -220,19 +246,19 @@ class Round:
                 pending, counted = tally
                 with session.tracer.span("count of ties"):
                     session.wait(pending)
-                ties = self._checked(int(counted[0]))
+                ties = reporting.checked(plan, self._step, int(counted[0]))
         return self._report(said, skipped, ties)
 
     # --------------------------------------------------------------------------------------------- inside
 
     @contextlib.contextmanager
-    def _inside(self) -> Iterator[None]:
+    def _inside(self, *, aside: bool = False) -> Iterator[None]:
         """In the step, on the device: an interruption leaves the others in the middle of something."""
         session = self._session
         with (
             session.tracer.stepping(self._step),
             session.watchdog.unbroken(f"step {self._step}"),
-            self.plan.use(),
+            self.plan.use(aside=aside),
         ):
             yield
 
@@ -268,31 +294,35 @@ class Round:
         if prepared is not None:
             self._contexts[str(method)] = dataclasses.replace(self._context, prepared=prepared)
 
-    def _submit(self, batch: Batch, gradients: Grads) -> None:
-        plan, tracer = self.plan, self._session.tracer
-        method, segments, key = batch.method, batch.encoder.segments, str(batch.method)
-        abstains = self._abstention != header.VOTES
-        wholly = isinstance(method.rule, VectorRule) or method.memory.needs_all
-        end = len(segments)  # the place at which this rank's ballot ends
-        pushed, zeros = False, None
-        if not abstains and not self._unfit and not (key in self._ended and method.memory.needs_all):
-            with tracer.span("pack", batch.buckets[0].index):
+    def _encode(self, batch: Batch, gradients: Grads) -> Packed:
+        method = batch.method
+        first: First | None = None
+        abstains = self._abstention != header.VOTES or self._unfit
+        with self._session.tracer.span("pack", batch.buckets[0].index):
+            if not abstains and not (str(method) in self._ended and method.memory.needs_all):
                 first = batch.encoder.encode(gradients, self._context_of(method), self._unscale)
-                if pushed := plan.answers is not None and not plan.told:  # else rows of zeros may change messages yet
-                    end, zeros = push_and_ask(plan, batch, first)
-                else:
-                    end = int(first)
-                if end < len(segments):
-                    batch.encoder.recover()
-        votes = np.array([gradient is not None for gradient in gradients], np.bool_)
+            return Packed(self.plan, batch, np.array([gradient is not None for gradient in gradients], np.bool_), first)
+
+    def _send_packed(self, *, wait: bool) -> None:
+        while self._packed and (wait or self._packed[0].ready()):
+            self._send_batch(self._packed.popleft())
+
+    def _send_batch(self, packed: Packed) -> None:
+        plan, tracer, batch, votes = self.plan, self._session.tracer, packed.batch, packed.votes
+        method, segments, key = batch.method, batch.encoder.segments, str(batch.method)
+        wholly = isinstance(method.rule, VectorRule) or method.memory.needs_all
+        with tracer.span("pack", batch.buckets[0].index):
+            end, zeros = packed.told()  # the place at which this rank's ballot ends
+            if end < len(segments):
+                batch.encoder.recover()
         if end < len(segments) and key not in self._ended:
             self._ended[key] = segments[end].index
             votes[0 if wholly else end :] = False
-        elif abstains or key in self._ended:
+        elif self._abstention != header.VOTES or key in self._ended:
             votes[:] = False
         zero_rows, spoken = rows_of_zeros(plan, batch, votes, zeros)
         with tracer.span("send", batch.buckets[0].index):
-            for bucket in () if pushed else batch.buckets:
+            for bucket in () if packed.pushed else batch.buckets:
                 plan.exchanges[bucket.index].push()
             at = 0
             for bucket in batch.buckets:
@@ -307,8 +337,9 @@ class Round:
         if status == header.VOTES and ended is not None:
             status = header.NON_FINITE
             place = next((at for at, segment in enumerate(bucket.segments) if segment.index == ended), -1)
-        told = self.plan.headers[bucket.index].post(session, self._channels, status, votes, place, zero_rows, spoken)
-        posted = self.plan.exchanges[bucket.index].post(session, self._channels)
+        channels = self.plan.use.channels or session.group.channels
+        told = self.plan.headers[bucket.index].post(session, channels, status, votes, place, zero_rows, spoken)
+        posted = self.plan.exchanges[bucket.index].post(session, channels)
         self._flights.append(Flight(bucket, told, posted))
 
     # ------------------------------------------------------------------------------------------- progress
@@ -344,7 +375,8 @@ class Round:
                 return False
         with session.tracer.span("send", index):
             exchange = self.plan.exchanges[index]
-            flight.pending = exchange.go_on(session, self._channels, flight.phase, flight.deciding)
+            channels = self.plan.use.channels or session.group.channels
+            flight.pending = exchange.go_on(session, channels, flight.phase, flight.deciding)
         flight.phase += 1
         while self._landed < len(self._flights) and self._flights[self._landed].pending is None:
             self._landed += 1
@@ -354,7 +386,9 @@ class Round:
         if wait:
             self._session.wait(pending)
             return True
-        return self._session.test(pending)
+        over = self._session.test(pending)
+        self._uncounted += over
+        return over
 
     def _deciding(self, bucket: Bucket, heard: Heard) -> Deciding:
         plan, tracer = self.plan, self._session.tracer
@@ -381,52 +415,9 @@ class Round:
         counting, counted = np.array([[int(ties)], [0]], np.int64)
         return session.post(session.group.comm.Iallreduce(counting, counted), counting, counted), counted
 
-    def _checked(self, ties: int) -> int:
-        """The ties of all ranks, if there can be so many."""
-        if not 0 <= ties <= self.plan.layout.elements:
-            raise ConsistencyError(
-                f"step {self._step}: the ranks have counted {ties} ties together, which cannot be: run the same "
-                f"version of mpisign on every rank, and only processes that you trust"
-            )
-        return ties
-
     def _report(self, said: Sequence[Heard], skipped: bool, ties: int | None) -> StepReport:
-        plan, session = self.plan, self._session
         assert self.handshake is not None
-        others = session.size - 1
-        headers = self.handshake.bytes_sent
-        messages = 0
-        if not self.handshake.all_joined:
-            headers += sum(told.bytes_sent for told in plan.headers) + (0 if ties is None else 8 * others)
-            messages = sum(exchange.bytes_sent for exchange in plan.exchanges)
-            messages += sum(maximum.bytes_sent for maximum in plan.maxima.values())
-        return StepReport(
-            step=self._step,
-            method=", ".join(dict.fromkeys(method.name for method in plan.layout.methods)),
-            exchange=tuple(exchange.name for exchange in plan.exchanges),
-            bytes_sent=messages + headers,
-            header_bytes=headers,
-            **self._who(said, self.handshake),
-            skipped=skipped,
-            ties=ties,
-            seconds=session.tracer.seconds(self._began),
-            _agreement=functools.partial(agreement, plan, self._step, said) if plan.elects else None,
-        )
-
-    def _who(self, said: Sequence[Heard], handshake: Handshake) -> dict[str, Any]:
-        """Who has voted, who has not and why, and whose ballot has ended where."""
-        voters: list[int] = []
-        abstentions: dict[int, str] = {}
-        ended: dict[int, str] = {}
-        for rank in range(self._session.size):
-            reasons = [heard.status[rank] for heard in said if heard.status[rank] != header.VOTES]
-            if handshake.all_joined:
-                abstentions[rank] = header.REASONS[header.JOINED]
-            elif any(bool(heard.votes[rank].any()) for heard in said):
-                voters.append(rank)
-            else:
-                abstentions[rank] = header.REASONS[reasons[0] if reasons else header.NO_GRADIENT]
-            for flight, heard in zip(self._flights, said, strict=True):
-                if heard.ended[rank] >= 0 and rank not in ended:
-                    ended[rank] = flight.bucket.segments[heard.ended[rank]].name
-        return {"voters": tuple(voters), "abstentions": abstentions, "ended_at": ended}
+        tracer = self._session.tracer
+        exposed = tracer.seconds(self._opened)["exchange"]
+        times = tracer.seconds(self._began), exposed
+        return reporting.report(self.plan, self._step, self.handshake, said, skipped, ties, times)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
 from mpisign.bitmap.located import Located
+from mpisign.errors import ConsistencyError
 from mpisign.exchange import header
 from mpisign.exchange.header import Handshake, Intent
 from mpisign.exchange.plan import Plan
@@ -14,7 +16,27 @@ from mpisign.exchange.round import Round
 from mpisign.exchange.sink import NoSink, Sink
 from mpisign.report import StepReport
 
-__all__ = ["run", "sit_out"]
+__all__ = ["NOTHING", "Early", "run", "sit_out"]
+
+
+@dataclass(frozen=True)
+class Early:
+    """What has left before a step.
+
+    Attributes:
+        plan: what all ranks have agreed on in their last step; nobody sends early by another. None if there is none.
+        round: with the messages that this rank has sent; None if there are none.
+        void: they must not count.
+        dropped: is called where what has left, on whatever rank, has been dropped on all. **Collective.**
+    """
+
+    plan: Plan | None = None
+    round: Round | None = None
+    void: bool = False
+    dropped: Callable[[], None] = lambda: None
+
+
+NOTHING = Early()
 
 
 def run(
@@ -26,33 +48,64 @@ def run(
     intent: Intent,
     sink: Sink,
     remake: Callable[[], Plan] | None = None,
+    early: Early = Early(),
 ) -> tuple[Handshake, StepReport]:
     """Let ``values``, by parameter, become the decision, in ``sink``. **Collective.**
 
     Args:
-        remake: see :meth:`Round.open`.
+        remake: see :meth:`Round.begin`.
     """
-    a_round = Round(plan, step, abstention=abstention, unscale=unscale, intent=intent)
-    handshake = a_round.open(remake)
+    a_round = _opened(plan, step, abstention, unscale, intent, early)
+    a_round.begin(remake)
     a_round.prepare(values)
-    for batch in a_round.plan.batches:
+    for batch in a_round.plan.batches[a_round.submitted :]:
         a_round.submit(batch, values.chosen(batch.places))
     a_round.close()
-    return handshake, a_round.commit(sink)
+    return a_round.agreed, a_round.commit(sink)
 
 
 def sit_out(
-    plan: Plan, step: int, joined_for: int, remake: Callable[[], Plan] | None = None
+    plan: Plan,
+    step: int,
+    joined_for: int,
+    remake: Callable[[], Plan] | None = None,
+    early: Early = Early(),
 ) -> tuple[Handshake, StepReport]:
     """Take part without a gradient; no parameter changes here. **Collective.**"""
-    a_round = Round(plan, step, abstention=header.JOINED, intent=Intent(joined_for))
-    handshake = a_round.open(remake)
+    a_round = _opened(plan, step, header.JOINED, 1.0, Intent(joined_for), early)
+    a_round.begin(remake)
     plan = a_round.plan
-    if not handshake.all_joined:
+    if not a_round.agreed.all_joined:
         nothing: list[torch.Tensor | None] = [None] * len(plan.layout.parameters)
         a_round.prepare(nothing)
         for batch in plan.batches:
             a_round.submit(batch, [None] * len(batch.places))
         a_round.close()
     running = (batch.places for batch in plan.batches if batch.method.memory.running)
-    return handshake, a_round.commit(NoSink(plan.layout, frozenset(place for its in running for place in its)))
+    sink = NoSink(plan.layout, frozenset(place for its in running for place in its))
+    return a_round.agreed, a_round.commit(sink)
+
+
+def _opened(plan: Plan, step: int, abstention: int, unscale: float, intent: Intent, early: Early) -> Round:
+    """The round that counts, after its handshake: what has left early goes on in it, or is dropped on all ranks."""
+    if early.round is not None:
+        intent = replace(intent, posted=early.round.submitted, void=early.void)
+    if early.round is not None and not early.void:
+        a_round = early.round
+        a_round.intend(intent)
+    else:
+        a_round = Round(plan, step, abstention=abstention, unscale=unscale, intent=intent)
+    handshake = a_round.open()
+    if not handshake.posted or not (handshake.void or handshake.fresh):
+        return a_round
+    left = early.round
+    if left is None:
+        if early.plan is None or handshake.posted > len(early.plan.batches):
+            raise ConsistencyError(
+                f"a rank says that it has sent {handshake.posted} messages before step {step}, which cannot be (this "
+                f"is rank {plan.group.rank}): run the same version of mpisign on every rank"
+            )
+        left = Round(early.plan, step, abstention=header.JOINED, reversible=True)
+    left.abandon(handshake.posted)
+    early.dropped()
+    return Round(plan, step, abstention=abstention, unscale=unscale, intent=intent, handshake=handshake)

@@ -29,6 +29,8 @@ def settled(plan: Plan, session: Session, remake: Callable[[], Plan] | None) -> 
         if remake is None:
             raise MpisignError("the ranks of a node cannot share memory, and this plan demands it")
         plan = remake()
+    if plan.early:
+        plan.use.channels = session.group.line(plan.number, session.watchdog)
     plan.use.settled = True
     return plan
 

@@ -1,0 +1,309 @@
+"""Messages that leave while backward runs: as soon as the last gradient of one is there, it is on its way.
+
+Nobody has agreed on this step yet, so what leaves may have to be dropped: the handshake of the step settles it. What
+one rank does early depends on no other rank, and so does whether it does anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from mpisign.errors import GradientError, MpisignError, OptionError, SynchronizationError
+from mpisign.exchange import header
+from mpisign.exchange.plan import Plan
+from mpisign.exchange.round import Round
+from mpisign.exchange.run import Early
+from mpisign.plain import plain, uncompiled
+from mpisign.session import Session, current, is_initialized
+from mpisign.warning import warn
+
+if TYPE_CHECKING:
+    from mpisign.planned import Planned
+
+__all__ = ["OVERLAP", "Overlap", "check_overlap"]
+
+logger = logging.getLogger(__name__)
+
+OVERLAP = (True, False, "auto")
+WINDOWS = 3  # steps in which all was as it must be, after which "auto" begins
+ATTEMPTS = 12  # steps that "auto" looks at
+
+PATIENCE = 0.0005  # seconds until what is on its way is looked at again
+
+ADVICE = (
+    "wrap all backward passes of a step but the last in `with optimizer.no_sync():`, or say backward_passes_per_step=, "
+    "clip with clip_grad_norm= or between optimizer.synchronize() and optimizer.step(), or turn it off with "
+    "overlap=False"
+)
+
+_owners: Any = WeakTensorKeyDictionary()  # of parameters: whose hooks are on them
+
+
+def check_overlap(option: object) -> bool | str:
+    """Raise :class:`OptionError` unless it is one of ``OVERLAP``."""
+    if option not in OVERLAP or not isinstance(option, (bool, str)):
+        raise OptionError(f"overlap={option!r} is not known: choose one of True, False, 'auto'")
+    return option
+
+
+class Overlap:
+    """Of one optimizer: hooks on its parameters, and the round that they have begun.
+
+    Args:
+        option: one of ``OVERLAP``.
+        passes: how many backward passes make a gradient.
+    """
+
+    _plan: Plan | None  # on which all ranks have agreed in their last step, if messages may leave early by it
+    _round: Round | None  # with what has left
+    _fault: MpisignError | None  # to be raised in the step
+    _reason: str  # why what has left must not count, if the program is not as it must be
+    _dropped: bool  # it must not count, and nobody is to blame
+    _scaled: bool  # by a GradScaler
+    _counts: list[int]  # by parameter, how often its gradient was added to
+    _marks: list[tuple[int, int]]  # by parameter, its gradient and the version of that when it was there
+    _rates: list[float]  # of what memories follow, when the first message was made
+
+    def __init__(self, option: bool | str, passes: int) -> None:
+        self._strict, self._passes = option is True, passes
+        self._off = option is False  # for good
+        self._on = option is True
+        self._clean = self._looked = 0
+        self._paused = 0  # inside no_sync()
+        self._known = False  # to the session, which will end
+        self._advanced = 0.0
+        self._owner: Callable[[], Planned | None] = lambda: None
+        self._handles: list[Any] = []
+        self._restart(None)
+
+    # --------------------------------------------------------------------------------------------- a step
+
+    def follow(self, owner: Planned, plan: Plan) -> None:
+        """After a step: all ranks have agreed on ``plan``, and the next backward may send by it."""
+        if plan.early and not self._known:
+            self._known = True
+            session = current()
+            session.farewells.callback(_leave, session, weakref.ref(self))
+        if plan.early and not self._off:
+            if self._plan is None or plan.use is not self._plan.use:
+                self._install(owner, plan)
+        else:
+            self._uninstall()
+        self._restart(plan if plan.early else None)
+
+    def early(self, plan: Plan, abstention: int, unscale: float) -> Early:
+        """What this rank has sent before a step by ``plan``. Raises what has gone wrong in a hook."""
+        if self._fault is not None:
+            raise self._fault
+        self._scaled = abstention != header.VOTES or unscale != 1.0
+        if plan is not self._plan or self._dropped:
+            void = True
+        else:
+            self._reason = self._reason or self._found()
+            void = bool(self._reason) or (self._round is not None and self._rates != self._learning_rates())
+        if self._round is None:
+            self._watch(clean=not void)
+        return Early(self._plan, self._round, void, self._were_dropped)
+
+    def sitting_out(self) -> Early:
+        """What this rank has sent before a step in which it has no gradient."""
+        return Early(self._plan, self._round, self._round is not None, self._were_dropped)
+
+    def _were_dropped(self) -> None:
+        """What was sent early, by whomever, was dropped. **Collective.**
+
+        Raises:
+            SynchronizationError: on all ranks, if overlap was demanded and is not possible as the program is.
+        """
+        reason = self._reason if self._round is not None else ""
+        if reason and (self._scaled or not self._strict):
+            self._stop(f"rank {current().rank}: messages leave after backward from now on, not while it runs: {reason}")
+            reason = ""
+        self._restart(self._plan)
+        if not self._strict:
+            return
+        reasons = current().gather_values(reason, str, "a plan")
+        told = [f"on rank {rank} {its}" for rank, its in enumerate(reasons) if its]
+        if told:
+            raise SynchronizationError(f"overlap=True, and {'; '.join(told[:3])}: {ADVICE}")
+
+    def dropped(self) -> None:
+        """The gradients of which some may have been sent are none any more."""
+        if any(self._counts):
+            self._dropped, self._counts = True, [0] * len(self._counts)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Backward inside only adds to gradients."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def leave(self, session: Session) -> None:
+        """Before the job ends: take back what was sent for a step that does not come. **Collective.**"""
+        sent = 0 if self._round is None else self._round.submitted
+        most = int(session.meet("a plan", sent).max())
+        if most and self._plan is not None and most <= len(self._plan.batches):
+            left = self._round
+            if left is None:
+                step = self._plan.use.step + 1
+                left = Round(self._plan, step, abstention=header.JOINED, reversible=True, session=session)
+            left.abandon(most)
+        self._uninstall()
+        self._restart(None)
+
+    # --------------------------------------------------------------------------------------------- hooks
+
+    def _restart(self, plan: Plan | None) -> None:
+        count = 0 if plan is None else len(plan.layout.parameters)
+        self._plan, self._counts, self._marks, self._rates = plan, [0] * count, [(0, 0)] * count, []
+        self._round, self._fault, self._reason, self._dropped, self._scaled = None, None, "", False, False
+
+    def _install(self, owner: Planned, plan: Plan) -> None:
+        self._uninstall()
+        self._owner, me = weakref.ref(owner), weakref.ref(self)
+        for place, parameter in enumerate(plan.layout.parameters):
+            before = _owners.get(parameter)
+            before = None if before is None else before()
+            if before is not None and before is not self:
+                before._stop("another DistributedSignOptimizer has the same parameters", quiet=True)
+            _owners[parameter] = me
+            self._handles.append(parameter.register_post_accumulate_grad_hook(_hook(me, place)))  # type: ignore[arg-type]
+        weakref.finalize(self, _remove, self._handles).atexit = False
+
+    def _uninstall(self) -> None:
+        _remove(self._handles)
+
+    def _stop(self, why: str, *, quiet: bool = False) -> None:
+        self._off, self._on = True, False
+        self._uninstall()
+        if quiet:
+            logger.info("%s", why)
+        else:
+            warn(why)
+
+    def _fired(self, place: int, parameter: torch.Tensor) -> None:
+        """A gradient is there, or more of one."""
+        if self._off or self._paused or self._plan is None or self._plan.layout.parameters[place] is not parameter:
+            return
+        owner = self._owner()
+        if owner is None or owner._synchronized or not is_initialized():
+            return
+        self._counts[place] += 1
+        gradient = parameter.grad
+        if self._counts[place] < self._passes or gradient is None or self._fault is not None:
+            return
+        if self._counts[place] == self._passes:
+            self._marks[place] = id(gradient), gradient._version
+        if self._on and not self._reason and not self._dropped:
+            if self._round is None and not self._ready(self._plan, 0):
+                return
+            try:
+                self._send(owner, self._plan)
+            except MpisignError as error:  # raised in the step, where all ranks are
+                self._fault = error
+
+    def _send(self, owner: Planned, plan: Plan) -> None:
+        session = current()
+        a_round, now = self._round, time.monotonic()
+        if a_round is not None and now - self._advanced < PATIENCE and not self._goes_on(plan, a_round):
+            return
+        self._advanced = now
+        with session.turn.at_once() as mine, plain():
+            if not mine or session.watchdog.broken:
+                return
+            if self._round is None:
+                if plan.store.unsummed or owner._current_plan() is not plan:
+                    return
+                self._rates = self._learning_rates()
+                self._round = Round(plan, owner._exchanges, reversible=True)
+                self._round.begin()
+            a_round = self._round
+            while self._goes_on(plan, a_round):
+                batch = plan.batches[a_round.submitted]
+                try:
+                    values = plan.gradients.chosen(batch.places)
+                except GradientError:
+                    self._dropped = True  # and raised in the step
+                    return
+                for place in batch.places:
+                    gradient = plan.layout.parameters[place].grad
+                    assert gradient is not None
+                    self._marks[place] = id(gradient), gradient._version
+                a_round.submit(batch, values, wait=False)
+            a_round.advance()
+
+    def _goes_on(self, plan: Plan, a_round: Round) -> bool:
+        return a_round.submitted < len(plan.batches) and self._ready(plan, a_round.submitted)
+
+    def _ready(self, plan: Plan, batch: int) -> bool:
+        return all(self._counts[place] == self._passes for place in plan.batches[batch].places)
+
+    def _learning_rates(self) -> list[float]:
+        """Of what a memory follows, which is what it was when messages were made of it."""
+        owner, plan = self._owner(), self._plan
+        if owner is None or plan is None or not any(method.memory.follows_lr for method in plan.layout.methods):
+            return []
+        return [float(group.get("lr", 1.0)) for group in owner.param_groups]
+
+    # -------------------------------------------------------------------------------------------- windows
+
+    def _found(self) -> str:
+        """Why what has been sent of these gradients, or would have been, must not count; "" if it may."""
+        if self._scaled:
+            return "a GradScaler decides on the whole gradient in its step"
+        assert self._plan is not None
+        names = self._plan.layout.names
+        for place, parameter in enumerate(self._plan.layout.parameters):
+            gradient, count = parameter.grad, self._counts[place]
+            if count > self._passes:
+                return f"the gradient of {names[place]!r} was added to {count} times"
+            if count == self._passes and (gradient is None or (id(gradient), gradient._version) != self._marks[place]):
+                return f"the gradient of {names[place]!r} was changed after backward"
+            if 0 < count < self._passes:
+                return f"the gradient of {names[place]!r} was added to {count} times, not {self._passes}"
+        return ""
+
+    def _watch(self, *, clean: bool) -> None:
+        """Take note of a step in which nothing was sent early."""
+        if self._on or self._off or self._plan is None:
+            return
+        self._looked += 1
+        self._clean = self._clean + 1 if clean and any(self._counts) else 0
+        if self._clean >= WINDOWS:
+            self._on = True
+        elif self._looked >= ATTEMPTS:
+            self._stop(f"no overlap: {self._reason or 'gradients are not made by one backward a step'}", quiet=True)
+
+
+def _hook(overlap: weakref.ref[Overlap], place: int) -> Callable[[torch.Tensor], None]:
+    @uncompiled
+    def fired(parameter: torch.Tensor) -> None:
+        its = overlap()
+        if its is not None:
+            its._fired(place, parameter)
+
+    return fired
+
+
+def _leave(session: Session, overlap: weakref.ref[Overlap]) -> None:
+    its = overlap()
+    if its is not None:
+        its.leave(session)
+    else:
+        session.meet("a plan")
+
+
+def _remove(handles: list[Any]) -> None:
+    while handles:
+        handles.pop().remove()
