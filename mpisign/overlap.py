@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -24,9 +24,6 @@ from mpisign.exchange.run import Early
 from mpisign.plain import plain, uncompiled
 from mpisign.session import Session, current, is_initialized
 from mpisign.warning import warn
-
-if TYPE_CHECKING:
-    from mpisign.planned import Planned
 
 __all__ = ["OVERLAP", "Overlap", "check_overlap"]
 
@@ -80,13 +77,13 @@ class Overlap:
         self._paused = 0  # inside no_sync()
         self._known = False  # to the session, which will end
         self._advanced = 0.0
-        self._owner: Callable[[], Planned | None] = lambda: None
+        self._owner: Callable[[], Any] = lambda: None
         self._handles: list[Any] = []
         self._restart(None)
 
     # --------------------------------------------------------------------------------------------- a step
 
-    def follow(self, owner: Planned, plan: Plan) -> None:
+    def follow(self, owner: Any, plan: Plan) -> None:
         """After a step: all ranks have agreed on ``plan``, and the next backward may send by it."""
         if plan.early and not self._known:
             self._known = True
@@ -169,7 +166,7 @@ class Overlap:
         self._plan, self._counts, self._marks, self._rates = plan, [0] * count, [(0, 0)] * count, []
         self._round, self._fault, self._reason, self._dropped, self._scaled = None, None, "", False, False
 
-    def _install(self, owner: Planned, plan: Plan) -> None:
+    def _install(self, owner: Any, plan: Plan) -> None:
         self._uninstall()
         self._owner, me = weakref.ref(owner), weakref.ref(self)
         for place, parameter in enumerate(plan.layout.parameters):
@@ -213,7 +210,7 @@ class Overlap:
             except MpisignError as error:  # raised in the step, where all ranks are
                 self._fault = error
 
-    def _send(self, owner: Planned, plan: Plan) -> None:
+    def _send(self, owner: Any, plan: Plan) -> None:
         session = current()
         a_round, now = self._round, time.monotonic()
         if a_round is not None and now - self._advanced < PATIENCE and not self._goes_on(plan, a_round):
