@@ -50,10 +50,14 @@ def main() -> None:
     options.add_argument("--shapes", nargs="+", default=SHAPES, help="of hosts, as slow_network takes them")
     options.add_argument("--rates", nargs="+", default=RATES, help="of their networks")
     options.add_argument("--results", type=Path, default=harness.RESULTS, metavar="FOLDER", help="for the report")
+    options.add_argument("--again", type=Path, metavar="FILE", help="predict from the raw numbers of an earlier report")
     options.add_argument("--measure", type=Path, metavar="FILE", help="be a rank, and let rank 0 write what it found")
     args = options.parse_args()
     if args.measure:
         measure_here(args)
+        return
+    if args.again:
+        again(args)
         return
     cases = []
     for shape in args.shapes:
@@ -78,6 +82,18 @@ def run(args: argparse.Namespace, shape: str, rate: str) -> dict[str, Any]:
     finally:
         file.unlink(missing_ok=True)
     return {"shape": shape, "rate": rate, **found}
+
+
+def again(args: argparse.Namespace) -> None:
+    """Write an earlier report anew, with the predictions of today's model for what was calibrated then."""
+    raw = json.loads(args.again.read_text())
+    args.elements = raw["elements"]
+    for case in raw["cases"]:
+        links = Links(**{key: float("inf") if value is None else value for key, value in case["links"].items()})
+        nodes, rates = Nodes(tuple(case["nodes"])), Rates(**case["rates"])
+        case["predicted"] = {way: predict(way, links, nodes, args.elements, rates) for way in case["seconds"]}
+        case["choice"] = choice(links, nodes, rates)
+    print("\n".join(f"wrote {path}" for path in write(raw["cases"], args, raw)))
 
 
 # --------------------------------------------------------------------------------------------- on the hosts
@@ -110,11 +126,16 @@ def measure_here(args: argparse.Namespace) -> None:
         "links": vars(links) | {key: None for key, value in vars(links).items() if value == float("inf")},
         "rates": vars(rates),
         "calibrating_seconds": calibrating,
-        "choice": cost.choose(links, nodes, cost.Message(MESSAGE_MB * 2**20), EXCHANGES, rates)[0],
+        "choice": choice(links, nodes, rates),
         "seconds": times,
         "predicted": predicted,
     }
     args.measure.write_text(json.dumps(found))
+
+
+def choice(links: Links, nodes: Nodes, rates: Rates) -> str:
+    """The exchange that the model would choose for a message."""
+    return cost.choose(links, nodes, cost.Message(MESSAGE_MB * 2**20), EXCHANGES, rates)[0]
 
 
 def predict(way: str, links: Links, nodes: Nodes, elements: int, rates: Rates) -> float:
@@ -183,23 +204,29 @@ def calibrations(cases: Sequence[dict[str, Any]]) -> Table:
     return Table("Calibrations and choices", columns, rows)
 
 
-def write(cases: Sequence[dict[str, Any]], args: argparse.Namespace) -> list[Path]:
-    """The report and its raw numbers."""
-    date = f"{datetime.now().astimezone():%Y-%m-%d}"
-    stem = args.results / f"{date}-prediction"
-    about = {**harness._machine(), **harness._versions(True)}
+def write(
+    cases: Sequence[dict[str, Any]], args: argparse.Namespace, earlier: dict[str, Any] | None = None
+) -> list[Path]:
+    """The report and its raw numbers; of an ``earlier`` one that is written anew, where and when it was measured."""
+    about: dict[str, Any] = {
+        "date": f"{datetime.now().astimezone():%Y-%m-%d}",
+        "command": harness._command(),
+        "where": {**harness._machine(), **harness._versions(True)},
+    }
+    about |= {key: earlier[key] for key in about} if earlier else {}
+    date, stem = about["date"], args.results / f"{about['date']}-prediction"
     title = f"Predicted against measured steps of {args.elements:,} parameters"
     parts = [
         f"# {title}, {date}",
-        f"```\n{harness._command()}\n```",
+        f"```\n{about['command']}\n```",
         WORDS,
         *(one.in_markdown() for one in (errors(cases), calibrations(cases), table(cases))),
-        "### Where\n\n" + "\n".join(f"- **{key}**: {value}" for key, value in about.items()),
+        "### Where\n\n" + "\n".join(f"- **{key}**: {value}" for key, value in about["where"].items()),
         f"The seconds of every repetition are in `{stem.name}.json`.",
     ]
     files = [stem.with_suffix(".md"), stem.with_suffix(".json")]
     files[0].write_text("\n\n".join(parts) + "\n")
-    files[1].write_text(json.dumps({"date": date, "elements": args.elements, "cases": list(cases), **about}, indent=1))
+    files[1].write_text(json.dumps({**about, "elements": args.elements, "cases": list(cases)}, indent=1) + "\n")
     return files
 
 

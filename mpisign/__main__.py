@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,7 @@ def _typed(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 _TYPED_LINKS = ("nodes", "ranks_per_node", "bandwidth", "latency", "overhead", "node_bandwidth", "node_latency")
-_RATES = ("pack_rate", "apply_rate")
+_RATES = ("pack_rate", "apply_rate", "reduce_rate")
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +119,9 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     add("--planes", type=int, choices=(1, 2), default=1, help="bits of a vote: 1 for signs, 2 for ternary votes")
     add("--pack-rate", type=number, default=unset, metavar="N", help="coordinates packed a second (default: 2.4G)")
     add("--apply-rate", type=number, default=unset, metavar="N", help="coordinates applied a second (default: 4.7G)")
+    add(
+        "--reduce-rate", type=bandwidth, default=unset, metavar="RATE", help="of adding in all-reduces (default: 4GB/s)"
+    )
     add("--calibrate", action="store_true", help="measure this job's links and rates instead; under mpirun")
     add(
         "--plot", type=Path, default=unset, metavar="FILE", help="draw speed-up over bandwidth and over nodes, 1 to 10k"
@@ -150,7 +154,12 @@ def _predict(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             overhead,
         )
         usual = Rates()
-        rates = Rates(given.get("pack_rate", usual.pack), given.get("apply_rate", usual.unpack))
+        rates = replace(
+            usual,
+            pack=given.get("pack_rate", usual.pack),
+            unpack=given.get("apply_rate", usual.unpack),
+            reduce=given.get("reduce_rate", usual.reduce),
+        )
     forward = given.get("forward", FORWARD_SHARE * args.backward)
     scenario = prediction.Scenario(args.parameters, nodes, links, rates, forward, args.backward, args.planes)
     found = prediction.rows(scenario)

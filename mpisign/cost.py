@@ -154,7 +154,7 @@ class Step:
 
     Attributes:
         network: of the exchange, begun after backward.
-        computing: of packing, counting and unpacking, or of adding, which nothing hides.
+        computing: of packing, counting and unpacking, which nothing hides. An all-reduce adds while it sends.
         exposed: what a step adds to backward if messages leave while it runs: the network that backward does not hide,
             and the computing.
         card_bytes: bytes out of the busiest card.
@@ -336,7 +336,7 @@ def step(
         parameters: d, how many coordinates there are.
         backward: seconds in which messages can hide.
         up, down: planes of a vote.
-        message_bytes: of a message; default: :func:`cap`'s, for an all-reduce 25 MiB as torch DDP's.
+        message_bytes: of a message; default: :func:`cap`'s, for an all-reduce 25 MiB in fp32, as torch DDP's.
     """
     rates = Rates() if rates is None else rates
     if way in REDUCTIONS:
@@ -358,7 +358,7 @@ def _reduction(
 ) -> Step:
     """Of an all-reduce as a ring through all ranks, those of a node one after the other: one of them sends across."""
     size, ranks = item * parameters, nodes.ranks
-    count = max(1, ceil(size / (REDUCTION_CAP if bucket is None else bucket)))
+    count = max(1, ceil(4 * parameters / (REDUCTION_CAP if bucket is None else bucket)))  # buckets are cut in fp32
     each = 2 * (ranks - 1) / ranks * size
     out = each if nodes.number > 1 else 0.0
     # Inside a node all but the rank that sends across (or, on one node, all) send to their neighbours.
@@ -369,9 +369,10 @@ def _reduction(
         if nodes.number > 1
         else (links.node_latency, links.node_overhead)
     )
-    busy = (out / links.network_bandwidth + inside / links.node_bandwidth) / count + rounds * (wait + overhead)
-    computing = each / 2 / rates.reduce
-    return _whole(count, busy, 0.0, backward, computing, out)
+    transfer = out / links.network_bandwidth + inside / links.node_bandwidth
+    adding = each / 2 / rates.reduce  # of what has arrived, while the rest does
+    busy = max(transfer, adding) / count + rounds * (wait + overhead)
+    return _whole(count, busy, 0.0, backward, 0.0, out)
 
 
 def _whole(count: int, busy: float, once: float, backward: float, computing: float, out: float) -> Step:

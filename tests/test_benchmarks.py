@@ -355,6 +355,27 @@ def test_bytes_out_of_a_card_are_the_formulas(tmp_path: Path):
 
 @pytest.mark.long
 @needs_namespaces
+def test_predictions_are_held_against_measurements(tmp_path: Path):
+    options = ["--shapes", "2", "--rates", "1gbit", "--elements", "80k", "--rounds", "2", "--results", str(tmp_path)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, str(BENCHMARKS / "validate_prediction.py")]
+    for more in ([], ["--again", str(tmp_path / "earlier.json")]):
+        run = [*command, *options, *more]
+        seen = subprocess.run(
+            run, env=environment({"PATH": path}), capture_output=True, text=True, check=False, timeout=120
+        )
+        assert seen.returncode == 0, seen.stdout + seen.stderr
+        raw = next(tmp_path.glob("*-prediction.json"))
+        data, text = json.loads(raw.read_text()), raw.with_suffix(".md").read_text()
+        (case,) = data["cases"]
+        assert case["nodes"] == [1, 1]
+        assert case["predicted"].keys() == case["seconds"].keys() > {"two_phase", "ring fp32"}
+        assert text.count("| 2 at 1gbit | ") == len(case["seconds"]) + 1, "a row for each, and one for the calibration"
+        raw.rename(tmp_path / "earlier.json")
+
+
+@pytest.mark.long
+@needs_namespaces
 def test_slow_network_that_is_ended_leaves_nothing(tmp_path: Path):
     (script := tmp_path / "sleep.py").write_text("import time; print('asleep', flush=True); time.sleep(100)")
     with slow_network("2", "1gbit", sys.executable, str(script)) as job:
