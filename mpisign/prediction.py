@@ -189,6 +189,8 @@ def plot(scenario: Scenario, path: Path) -> None:
             axis.plot(places, line, linestyle=":", linewidth=1, label=f"{way} / ring bf16")
         axis.axhline(1.0, color="black", linewidth=0.8)
         axis.set(xscale="log", yscale="log")
+        axis.set_ylim(bottom=0.1)  # far below 1 it does not matter how far
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(which="both", alpha=0.3)
     of_each = f"{per_node} rank{'s' if per_node > 1 else ''} each"
     axes[0].set(
