@@ -96,3 +96,34 @@ def test_pre_commit_uses_the_pinned_versions() -> None:
     used = re.findall(r'"([\w.-]+)==([\w.]+)"', (ROOT / ".pre-commit-config.yaml").read_text())
     assert "ruff" in dict(used)
     assert not [(name, version) for name, version in used if pinned.get(name, version) != version]
+
+
+def test_packages_have_the_version_and_the_requirements_of_setup_py() -> None:
+    """What Spack, EasyBuild and conda are told; CUDA's and the build's requirements stand apart."""
+    setup = (ROOT / "setup.py").read_text()
+    needed = dict(re.findall(r'"(\w+)>=([\d.]+)"', setup.partition("install_requires=")[2].partition("]")[0]))
+    assert needed.keys() == {"numpy", "torch", "mpi4py"}
+    folder, version = ROOT / "packaging", mpisign.__version__
+    (config,) = (folder / "easybuild").glob(f"mpisign-{version}-*.eb")
+    texts = {
+        "spack": (folder / "spack" / "package.py").read_text(),
+        "easybuild": config.read_text(),
+        "conda": (folder / "conda" / "meta.yaml").read_text().replace("pytorch", "torch"),
+        "apptainer": (folder / "apptainer" / "mpisign.def").read_text(),
+    }
+    for name, pattern in (
+        ("spack", r'"mpisign/mpisign-(.+)\.tar\.gz"$'),
+        ("easybuild", r"^version = '(.+)'$"),
+        ("conda", r'set version = "(.+)"'),
+        ("apptainer", r"image\.version (.+)$"),
+    ):
+        assert re.findall(pattern, texts[name], re.MULTILINE) == [version], name
+    for package, least in needed.items():
+        assert f"py-{package}@{least}:" in texts["spack"]
+        assert f"{package}>={least}" in texts["easybuild"]
+        assert f"{package} >={least}" in texts["conda"]
+    assert '"setuptools>=77"' in (ROOT / "pyproject.toml").read_text()
+    assert all(tools in texts[name] for name, tools in (("spack", "py-setuptools@77:"), ("conda", "setuptools >=77")))
+    copied = re.findall(r"^    (\S+) /opt/mpisign/$", texts["apptainer"], re.MULTILINE)
+    assert {"mpisign", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= set(copied)
+    assert all((ROOT / name).exists() for name in copied)
