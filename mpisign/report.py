@@ -22,6 +22,7 @@ class StepReport:
         step: number of the exchange, from 0.
         method: the method's name, e.g. ``"signum"``.
         exchange: how each bucket crossed MPI, e.g. ``("two_phase", "allgather")``.
+        exchange_reason: why, for the largest message: what the cost model says of the links, or what was asked for.
         bytes_sent: bytes this rank handed to MPI for other ranks: messages and headers.
         header_bytes: how many of them were headers.
         voters: the ranks whose gradient was heard, be it of some parameters only.
@@ -49,6 +50,7 @@ class StepReport:
     ties: int | None
     seconds: Mapping[str, float]
     exposed_seconds: float = 0.0
+    exchange_reason: str = ""
     _agreement: Callable[[], list[float]] | None = field(default=None, repr=False, compare=False)
 
     @uncompiled

@@ -14,6 +14,7 @@ from mpisign.exchange.choose import Exchange, cap_bytes, check_exchange, choose
 from mpisign.memory import Identity
 from mpisign.methods import Method
 from mpisign.network import Network
+from mpisign.policy import Policy
 from mpisign.rules import GeometricMedian, MajorityVote, Rule
 from mpisign.session import current
 
@@ -58,7 +59,10 @@ def test_auto_takes_two_phase_where_it_saves() -> None:
 def test_messages_grow_to_a_mebibyte_or_to_16_among_gpus() -> None:
     for gpus, default in ((False, 1 << 20), (True, 16 << 20)):
         world = dataclasses.replace(current().group, gpus=gpus)
-        assert (cap_bytes(None, world), cap_bytes(2.5, world)) == (default, 2.5 * 2**20)
+        assert [cap_bytes(cap, [method_of()], Policy(), world, Network()) for cap in (None, 2.5)] == [
+            default,
+            2.5 * 2**20,
+        ]
 
 
 @pytest.mark.usefixtures("world")

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from mpisign import cost
 from mpisign.errors import OptionError
 from mpisign.exchange.allgather import AllGather
 from mpisign.exchange.decider import Deciding
@@ -28,7 +29,7 @@ CHOICES = ("auto", "allgather", "two_phase", "hierarchical")
 SECOND_PHASE_BYTES = 65536
 """What a second latency is worth: about 50 us at 10 Gbit/s."""
 
-CAP_MB, CAP_MB_OF_GPUS = 1.0, 16.0
+CAP_MB, CAP_MB_OF_GPUS, CAP_MB_EARLY = 1.0, 16.0, 0.25
 """A GPU's host is busy with each message, by estimate, for as long as the copying of 2 or 3 MiB takes."""
 
 
@@ -80,10 +81,32 @@ def check_exchange(option: str, method: Method) -> None:
         )
 
 
-def cap_bytes(bucket_cap_mb: float | None, group: Group) -> float:
-    """To which size a message may grow, the same on all ranks; None for the default."""
-    default = CAP_MB_OF_GPUS if group.gpus else CAP_MB
-    return (default if bucket_cap_mb is None else bucket_cap_mb) * (1 << 20)
+def cap_bytes(
+    bucket_cap_mb: float | None,
+    methods: Sequence[Method],
+    policy: Policy,
+    group: Group,
+    network: Network,
+    *,
+    early: bool = False,
+) -> float:
+    """To which size a message may grow, the same on all ranks.
+
+    Args:
+        bucket_cap_mb: what the user has said; None for nothing.
+        early: messages leave while backward runs, and the last one cannot hide.
+    """
+    if bucket_cap_mb is not None:
+        return bucket_cap_mb * (1 << 20)
+    default = (CAP_MB_OF_GPUS if group.gpus else CAP_MB) if not early else CAP_MB_EARLY
+    if network.links is None or group.gpus > early or any(isinstance(m.rule, PieceRule) for m in methods):
+        return default * (1 << 20)
+    up, down = 1, 1
+    for method in methods[:1]:
+        coming = method.rule.down(method.codec, policy, group.size)
+        up, down = method.codec.planes(policy), 1 if coming is None else coming.planes(policy)
+    message, nodes = cost.Message(default * (1 << 20), up, down), cost.Nodes.of(group.node_of)
+    return cost.cap(network.links, nodes, cost.choose(network.links, nodes, message)[0], message)
 
 
 def shards_for(option: str, method: Method, size: int) -> int:
@@ -108,7 +131,7 @@ def choose(
     Args:
         planes_down: 0 where no decision comes down.
     """
-    name = named(option, method, length * dtype.itemsize, planes_up, planes_down, group, network)
+    name, _ = named(option, method, length * dtype.itemsize, planes_up, planes_down, group, network)
     if name == "hierarchical":
         assert isinstance(method.rule, TallyRule)
         return Hierarchical(length, dtype, planes_up, planes_down, group, device, method.rule)
@@ -118,30 +141,39 @@ def choose(
 
 def named(
     option: str, method: Method, plane: int, planes_up: int, planes_down: int, group: Group, network: Network
-) -> str:
-    """Which exchange messages of ``plane`` bytes a plane take.
+) -> tuple[str, str]:
+    """Which exchange messages of ``plane`` bytes a plane take, and why, in words.
 
     A rule that needs whole vectors always gets all-gather, and one on values two phases instead of a hierarchy.
-    ``"auto"`` goes by what crosses the network: it takes all-gather unless that sends at least 64 KiB more than two
-    phases do, which is never so with one or two ranks; and a hierarchy in place of these where several ranks of a node
-    share its card, and 64 KiB are saved there.
+    ``"auto"`` takes what a message is soonest across with, by the model of :mod:`mpisign.cost`, where the links have
+    been measured. Else, and for methods whose result depends on it, it goes by sizes: it takes all-gather unless that
+    sends at least 64 KiB more than two phases do, which is never so with one or two ranks; and a hierarchy in place of
+    these where several ranks of a node share its card, and 64 KiB are saved there.
     """
     if planes_down == 0 or isinstance(method.rule, VectorRule):
-        return "allgather"
+        return "allgather", "allgather: the rule needs all messages"
     if isinstance(method.rule, PieceRule):  # the layout was cut for it, so it is the same for every bucket
-        return "two_phase" if shards_for(option, method, group.size) > 1 else "allgather"
+        name = "two_phase" if shards_for(option, method, group.size) > 1 else "allgather"
+        return name, f"{name}: by the number of ranks, as the method's result depends on it"
     tallies = isinstance(method.rule, TallyRule) and network.shares
-    if option == "hierarchical":
-        return "hierarchical" if tallies else "two_phase"
     if option != "auto":
-        return option
+        name = "two_phase" if option == "hierarchical" and not tallies else option
+        return name, f"{name}: exchange={option!r}"
+    if network.links is not None:
+        among = cost.EXCHANGES if tallies else ("allgather", "two_phase")
+        message = cost.Message(plane, planes_up, planes_down)
+        return cost.choose(network.links, cost.Nodes.of(group.node_of), message, among)
+    name = _by_size(method, plane, planes_up, planes_down, group, tallies)
+    return name, f"{name}: by size, as no link was measured"
+
+
+def _by_size(method: Method, plane: int, planes_up: int, planes_down: int, group: Group, tallies: bool) -> str:
     ranks, nodes, largest = group.size, group.num_nodes, group.largest_node
     flat = (ranks - 1) * plane * planes_up, (ranks - 1) / ranks * plane * (planes_up + planes_down)
-    best = "two_phase" if flat[0] - flat[1] >= SECOND_PHASE_BYTES else "allgather"
     if tallies and nodes > 1 and group.lanes > 1:
         assert isinstance(method.rule, TallyRule)
         counts, planes = method.rule.tally_shape(planes_up, largest)
         by_card = (nodes - 1) / nodes * plane * (counts * planes + planes_down)
         if largest * min(flat) * (ranks - largest) / (ranks - 1) - by_card >= SECOND_PHASE_BYTES:
             return "hierarchical"
-    return best
+    return "two_phase" if flat[0] - flat[1] >= SECOND_PHASE_BYTES else "allgather"

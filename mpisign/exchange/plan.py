@@ -21,6 +21,7 @@ from mpisign.errors import OptionError
 from mpisign.exchange import rows
 from mpisign.exchange.answers import Answers
 from mpisign.exchange.choose import Exchange, cap_bytes, choose, shards_for
+from mpisign.exchange.choose import named as named_exchange
 from mpisign.exchange.decider import Decider
 from mpisign.exchange.decoder import Decoder
 from mpisign.exchange.encoder import Encoder
@@ -125,6 +126,8 @@ class Plan:
         use: who has the buffers.
         number: which of the job's optimizers this is for.
         early: messages may leave before a step.
+        asks: what is best depends on how quick the links are, which nobody has measured yet.
+        why: why messages take the way that they take, of the largest one.
     """
 
     layout: Layout
@@ -150,6 +153,8 @@ class Plan:
     use: Use
     number: int
     early: bool
+    asks: bool
+    why: str
 
     @property
     def exchanges_models(self) -> bool:
@@ -214,7 +219,13 @@ def make_plan(
         GradientError: parameters that cannot be voted on.
     """
     size = group.size
-    layout = Layout(named, methods, cap_bytes(bucket_cap_mb, group), lambda method: shards_for(exchange, method, size))
+    network = network or Network()
+    # What must see all gradients, or adds to them, can begin only when they are all there.
+    whole = any(m.memory.needs_all or m.memory.needs_maximum or m.exchanges_models for m in methods)
+    early = overlap is True or (overlap == "auto" and group.num_nodes > 1)
+    early = early and size > 1 and clip is None and not whole
+    cap = cap_bytes(bucket_cap_mb, methods, policy, group, network, early=early)
+    layout = Layout(named, methods, cap, lambda method: shards_for(exchange, method, size))
     for method in layout.methods:
         if group.generation:
             method.rule.check_left(group.identities)
@@ -225,9 +236,7 @@ def make_plan(
     store.sharded = any(shards_for(exchange, method, size) > 1 for method in layout.methods)
     backend = backend_for(layout.device)
     spoken = tuple(_spoken(bucket, policy, layout.device) for bucket in layout.buckets)
-    exchanges = tuple(
-        _exchange(exchange, bucket, policy, group, network or Network(), layout.device) for bucket in layout.buckets
-    )
+    exchanges = tuple(_exchange(exchange, bucket, policy, group, network, layout.device) for bucket in layout.buckets)
     listed = [f"method {method}" for method in layout.methods]
     if len(layout.methods) > 1:
         listed += [f"{name!r} by {method.name}" for (name, _), method in zip(named, methods, strict=True)]
@@ -237,10 +246,6 @@ def make_plan(
     if clip is not None:
         settings += (f"clip_grad_norm {clip!r}",)
     told = _told(layout, spoken, store)
-    # What must see all gradients, or adds to them, can begin only when they are all there.
-    whole = any(m.memory.needs_all or m.memory.needs_maximum or m.exchanges_models for m in layout.methods)
-    early = overlap is True or (overlap == "auto" and group.num_nodes > 1)
-    early = early and size > 1 and clip is None and not whole
     batches: list[tuple[Batch, Encoder]] = []
     for method in layout.methods:
         mine = [bucket for bucket in layout.buckets if bucket.method is method]
@@ -280,6 +285,8 @@ def make_plan(
         use=Use(layout.device),
         number=number,
         early=early,
+        asks=exchange == "auto" and size > 1 and not network.asked,
+        why=_why(exchange, layout, policy, group, network),
     )
 
 
@@ -315,6 +322,16 @@ def _exchange(
     planes_down = 0 if down is None else down.planes(policy)
     planes_up = method.codec.planes(policy)
     return choose(option, method, bucket.length, bucket.dtype, planes_up, planes_down, group, network, device)
+
+
+def _why(option: str, layout: Layout, policy: Policy, group: Group, network: Network) -> str:
+    if not layout.buckets:
+        return ""
+    bucket = max(layout.buckets, key=lambda bucket: bucket.length * bucket.dtype.itemsize)
+    method = bucket.method
+    down = method.rule.down(method.codec, policy, group.size)
+    planes = method.codec.planes(policy), 0 if down is None else down.planes(policy)
+    return named_exchange(option, method, bucket.length * bucket.dtype.itemsize, *planes, group, network)[1]
 
 
 def _spoken(bucket: Bucket, policy: Policy, device: torch.device) -> torch.Tensor | None:

@@ -59,6 +59,7 @@ def report(
         ties=ties,
         seconds=times[0],
         exposed_seconds=times[1],
+        exchange_reason=plan.why,
         _agreement=functools.partial(agreement, plan, step, said) if plan.elects else None,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from mpisign.calibration import links_of
 from mpisign.errors import MpisignError
 from mpisign.exchange.hierarchical import Hierarchical
 from mpisign.exchange.node_memory import NodeMemory
@@ -25,6 +26,9 @@ def settled(plan: Plan, session: Session, remake: Callable[[], Plan] | None) -> 
     Raises:
         MpisignError: it has to be made anew, and nobody can.
     """
+    if plan.asks and remake is not None:
+        session.network.links, session.network.asked = links_of(session), True
+        plan = remake()
     if not _share(plan, session):
         if remake is None:
             raise MpisignError("the ranks of a node cannot share memory, and this plan demands it")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 import mpisign
 from mpisign import calibration
@@ -69,6 +70,7 @@ def test_without_time_it_ends_with_its_first_transfers(comm: MPI.Comm, monkeypat
 
 
 def test_it_is_measured_once_for_the_same_nodes(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(calibration.VARIABLE, "1")
     calls = []
 
     def counted(session: object) -> Links:
@@ -132,3 +134,27 @@ def test_ranks_that_do_something_else_are_told(comm: MPI.Comm) -> None:
         pytest.skip("nobody else")
     with pytest.raises(ConsistencyError, match=r"ranks \[0\] are in calibration"):
         calibrate(current()) if comm.rank == 0 else mpisign.barrier()
+
+
+def test_the_first_step_measures_and_chooses_by_it(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two slow nodes that several ranks share counting inside is soonest across; without them it is all-gather."""
+    measured: list[int] = []
+
+    def links(session: Any) -> Links:
+        measured.append(session.size)
+        return Links(network_latency=1e-5, network_bandwidth=1e6)
+
+    monkeypatch.setenv(calibration.VARIABLE, "1")
+    monkeypatch.setattr(calibration, "calibrate", links)
+    joined([rank % 2 for rank in range(comm.size)])
+    weight = torch.nn.Parameter(torch.zeros(1 << 17))
+    for exchange, number in (("two_phase", 0), ("auto", 1), ("auto", 1)):
+        optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD([weight], lr=1.0), exchange=exchange)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        assert len(measured) == (number if comm.size > 1 else 0)
+    assert optimizer.report is not None
+    (chosen,), why = optimizer.report.exchange, optimizer.report.exchange_reason
+    assert why.startswith(f"{chosen}: ")
+    assert ("takes allgather" in why) == (comm.size > 1)
+    assert chosen == {1: "allgather", 2: "allgather", 3: "two_phase"}.get(comm.size, "hierarchical")
