@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 from mpirun import environment, mpirun
+from namespaces import namespaces, needs_namespaces, slow_network
 
 from mpisign.bitmap import native
 
@@ -295,37 +295,6 @@ def test_slow_network_knows_hosts_and_ranks(shape: str):
     seen = subprocess.run(command, capture_output=True, text=True, check=False)
     assert seen.returncode == 1
     assert "write 4, 2x4 (ranks of each) or 3+1" in seen.stderr
-
-
-def can_make_namespaces() -> bool:
-    tools = all(shutil.which(tool) for tool in ("ip", "tc", "nsenter", "unshare"))
-    if os.geteuid() != 0 or not tools:
-        return False
-    made = subprocess.run(["ip", "netns", "add", "mpisign-test"], capture_output=True, check=False).returncode == 0
-    subprocess.run(["ip", "netns", "del", "mpisign-test"], capture_output=True, check=False)
-    return made
-
-
-needs_namespaces = pytest.mark.skipif(
-    not can_make_namespaces(), reason="needs root, iproute2, and the right to make network namespaces"
-)
-
-
-def namespaces() -> set[str]:
-    """Those that are there, but for other tests' that come and go."""
-    text = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    return {line.split()[0] for line in text.splitlines()}
-
-
-def slow_network(*command: str) -> subprocess.Popen[str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.Popen(
-        [str(BENCHMARKS / "slow_network"), *command],
-        env=environment({"PATH": path}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 @pytest.mark.long

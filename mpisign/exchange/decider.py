@@ -95,7 +95,8 @@ class Decider:
         for run_start, run_stop, voters in self.runs(heard):
             span = self._overlap(run_start, run_stop, start, out)
             if span is not None:
-                voting = [ballot[:, span] for rank, ballot in zip(ranks, ballots, strict=True) if rank in voters]
+                who = frozenset(voters)  # of maybe thousands
+                voting = [ballot[:, span] for rank, ballot in zip(ranks, ballots, strict=True) if rank in who]
                 _count(rule, voting, out[:, :, span])
         for place, spoken in heard.spoken.items():
             segment, voters = self._bucket.segments[place], heard.voters(place)

@@ -30,8 +30,6 @@ from mpisign.watchdog import Pending
 
 __all__ = ["Hierarchical"]
 
-HOST = torch.device("cpu")
-
 
 class Hierarchical:
     """One bucket's buffers and its four phases. See :class:`mpisign.exchange.choose.Exchange`.
@@ -79,16 +77,16 @@ class Hierarchical:
         if nodes == 1:  # all ballots are here
             return
         counts, planes = rule.tally_shape(planes_up, group.largest_node)
-        self._outgoing = Buffer((counts * planes, shard * nodes), dtype, HOST)
-        self._incoming = Buffer((nodes, counts * planes, shard), dtype, HOST)
-        self._verdict = Buffer((planes_down, shard), dtype, HOST)
-        self._tally = self._outgoing.tensor.view(counts, planes, -1)[:, :, : self._span.stop - self._span.start]
+        outgoing = torch.zeros((counts * planes, shard * nodes), dtype=dtype)  # on the host, as the node's memory is
+        incoming = torch.zeros((nodes, counts * planes, shard), dtype=dtype)
+        self._verdict = torch.zeros((planes_down, shard), dtype=dtype)
+        self._tally = outgoing.view(counts, planes, -1)[:, :, : self._span.stop - self._span.start]
         self._at = min(self._span.start + group.cross_rank * shard, self._span.stop)  # where this rank's shard begins
         mine = min(shard, self._span.stop - self._at)
-        self._tallies = [tally.view(counts, planes, -1)[:, :, :mine] for tally in self._incoming.tensor]
+        self._tallies = [tally.view(counts, planes, -1)[:, :, :mine] for tally in incoming]
         self._total = torch.zeros((counts, rule.tally_shape(planes_up, group.size)[1], mine), dtype=dtype)
-        self._decided = self._verdict.tensor[:, :mine]
-        self._up = shard_operations(self._outgoing.mpi, self._incoming.mpi, self._item, counts * planes, shard, nodes)
+        self._decided = self._verdict[:, :mine]
+        self._up = shard_operations(flat(outgoing), flat(incoming), self._item, counts * planes, shard, nodes)
         free_with(self, [its for _, _, types in self._up for its in types])
         self.bytes_sent = (nodes - 1) * shard * dtype.itemsize * (counts * planes + planes_down)
 
@@ -103,8 +101,8 @@ class Hierarchical:
         mine = self._verdicts[self._place]
         self._decided_here = torch.from_numpy(mine[:, : self._span.stop - self._span.start])
         if self._nodes > 1:
-            planes, shard = self._verdict.tensor.shape
-            self._down = shard_operations(mine.reshape(-1), self._verdict.mpi, self._item, planes, shard, self._nodes)
+            planes, shard = self._verdict.shape
+            self._down = shard_operations(mine.reshape(-1), flat(self._verdict), self._item, planes, shard, self._nodes)
             free_with(self, [its for _, _, types in self._down for its in types])
 
     def push(self) -> None:
@@ -137,3 +135,9 @@ class Hierarchical:
             self._decision.pull()
             return None
         return session.post(request, self)
+
+
+def flat(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
+    """What MPI is given of memory of the host."""
+    its: npt.NDArray[np.generic] = tensor.view(-1).numpy()
+    return its

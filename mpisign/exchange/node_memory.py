@@ -6,7 +6,6 @@ as in a container /dev/shm may have 64 MB, and the first byte too many would be 
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import secrets
@@ -46,7 +45,7 @@ class NodeMemory:
             None if some rank of the job could not get it, and why, in words; the same on all ranks.
         """
         group, whole = session.group, size + HEAD_BYTES
-        leader = group.neighbours[0]
+        leader, leaders = group.neighbours[0], [group.node_of.index(node) for node in range(group.num_nodes)]
         path, why = FOLDER / f"mpisign-{secrets.token_hex(TOKEN_BYTES)}", ""
         mapped: mmap.mmap | None = None
         try:
@@ -62,9 +61,10 @@ class NodeMemory:
                 except (OSError, ValueError) as error:
                     why = f"rank {session.rank} does not see what rank {leader} has in {FOLDER} ({error})"
             reasons = [its for its in session.gather_values(why, str, "a plan") if its]
+            reasons += [f"rank {its} has named no file" for its in leaders if not (names[its] or reasons)]
         finally:
-            with contextlib.suppress(OSError):
-                path.unlink()  # it lives on as long as somebody has mapped it
+            if session.rank == leader and mapped is not None:
+                path.unlink(missing_ok=True)  # it lives on as long as somebody has mapped it
         if reasons or mapped is None:
             return None, "; ".join(reasons[:3])
         return cls(mapped), ""

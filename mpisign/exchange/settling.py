@@ -44,6 +44,8 @@ def _share(plan: Plan, session: Session) -> bool:
     exchanges = [one for one in plan.exchanges if isinstance(one, Hierarchical)]
     if not exchanges:
         return True
+    if not session.network.shares:  # known since this rank made its plan; others may have made theirs anew
+        return False
     ends = [0]
     for exchange in exchanges:
         ends.append(ends[-1] + -(-exchange.node_bytes // 64) * 64)

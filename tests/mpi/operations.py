@@ -146,6 +146,7 @@ def the_doctor(folder: Path) -> Operation:
 OPERATIONS: dict[str, Prepare] = {
     "step, all-gather": a_step(mpisign.signum(), exchange="allgather"),
     "step, two-phase": a_step(mpisign.signsgd(), exchange="two_phase", zeros="abstain", ties="zero"),
+    "step, hierarchical": a_step(mpisign.signsgd(), exchange="hierarchical", zeros="abstain", ties="zero"),
     "step of different models": a_step_of_different_models,
     "step with a maximum": a_step(mpisign.sto_sign()),
     "step of indices": a_step(mpisign.top_k(0.1)),

@@ -1,0 +1,47 @@
+"""Hosts with a network card each, on this machine: benchmarks/slow_network, for the tests that need it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mpirun import environment
+
+__all__ = ["namespaces", "needs_namespaces", "slow_network"]
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def can_make_namespaces() -> bool:
+    tools = all(shutil.which(tool) for tool in ("ip", "tc", "nsenter", "unshare"))
+    if os.geteuid() != 0 or not tools:
+        return False
+    made = subprocess.run(["ip", "netns", "add", "mpisign-test"], capture_output=True, check=False).returncode == 0
+    subprocess.run(["ip", "netns", "del", "mpisign-test"], capture_output=True, check=False)
+    return made
+
+
+needs_namespaces = pytest.mark.skipif(
+    not can_make_namespaces(), reason="needs root, iproute2, and the right to make network namespaces"
+)
+
+
+def namespaces() -> set[str]:
+    """Those that are there, but for other tests' that come and go."""
+    text = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    return {line.split()[0] for line in text.splitlines()}
+
+
+def slow_network(*command: str) -> subprocess.Popen[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.Popen(
+        [str(BENCHMARKS / "slow_network"), *command],
+        env=environment({"PATH": path}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
