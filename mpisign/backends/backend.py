@@ -44,6 +44,7 @@ class Bitmaps(ABC):
         unscale: float,
         zeros: str,
         key: int,
+        before: Sequence[Tensor | None] | None = None,
     ) -> First:
         """Take each gradient g, times ``unscale``, into its average m, and pack the signs of what is sent of them.
 
@@ -52,6 +53,7 @@ class Bitmaps(ABC):
 
         Args:
             averages: (n,) each, of the precision of a memory's state; changed in place.
+            before: where the averages are read from instead, of the same form; not changed.
 
         Returns:
             The first in which something sent was NaN or Inf.

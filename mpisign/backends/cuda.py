@@ -36,7 +36,11 @@ class CudaBitmaps(Bitmaps):
         unscale: float,
         zeros: str,
         key: int,
+        before: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
+        for average, former in zip(averages, before or (), strict=before is not None):
+            if average is not None and former is not None:
+                average.copy_(former)
         return self._batch.pack_momentum(gradients, averages, betas, unscale=unscale, zeros=zeros, key=key)
 
     def unpack(self, outs: Sequence[Tensor | None]) -> None:

@@ -65,18 +65,22 @@ class HostBitmaps(Bitmaps):
         unscale: float,
         zeros: str,
         key: int,
+        before: Sequence[Tensor | None] | None = None,
     ) -> int:
         first = len(self._places)
         for place, (gradient, average) in enumerate(zip(gradients, averages, strict=True)):
             if gradient is None:
                 continue
             assert average is not None
+            former = None if before is None else before[place]
             elements, (words, nonzero), start = self._places[place]
             whole, fmt = flat(gradient), format_of(average.dtype)
             for lo in range(0, elements, PIECE):
                 g, m = whole, average
                 if elements > PIECE:
                     g, m = whole[lo : lo + PIECE], average[lo : lo + PIECE]
+                if former is not None:
+                    m.copy_(former[lo : lo + PIECE])
                 span = slice(lo // 32, lo // 32 + host.words_for(g.numel()))
                 sent, finite = self._average(g, m, betas, unscale)
                 finite &= host.pack(

@@ -94,7 +94,7 @@ class NativeBitmaps(Bitmaps):
         at, counts, self._words, self._nonzeros, self._starts = map(_at, fixed)
         self._tensors = len(elements), at, counts
         self._sizes = sizes
-        self._values, self._averages = _Given(elements), _Given(elements)
+        self._values, self._averages, self._before = _Given(elements), _Given(elements), _Given(elements)
         self._suited: tuple[Places, Places] | None = None  # values and averages that go together
 
     def pack(self, values: Sequence[Tensor | None], *, zeros: str, key: int) -> int:
@@ -111,17 +111,21 @@ class NativeBitmaps(Bitmaps):
         unscale: float,
         zeros: str,
         key: int,
+        before: Sequence[Tensor | None] | None = None,
     ) -> int:
         pair = self._values.write(gradients), self._averages.write(averages)
         if self._suited is None or not all(map(Places.same_forms, pair, self._suited)):
             if not _suit(*pair):
                 raise ValueError("a gradient has no average, or one of another precision")
             self._suited = pair
+        if before is not None and not self._before.write(before).same_forms(pair[1]):
+            raise ValueError("an average comes from one of another form")
         first: int = self._c.pack_average(
             *self._tensors,
             self._values.addresses,
             self._values.formats,
             self._averages.addresses,
+            None if before is None else self._before.addresses,
             unscale,
             1.0 - betas[0],
             1.0 - betas[1],

@@ -113,6 +113,7 @@ typedef struct {
     const u64 *first_words;
     Zeros zeros;
     void *const *averages;
+    const void *const *before;  // where averages are taken from; null: from where they are
     double unscale, sent, kept;
 } Packing;
 
@@ -256,18 +257,18 @@ EXPORT u64 mpisign_pack(
     u64 tensors, const u64 *pieces, const u64 *elements, const void *const *values, const u8 *formats,
     u32 *const *words, u32 *const *nonzeros, const u64 *first_words, u32 zeros, u64 key, u32 threads) {
     const Packing task = {{tensors, pieces, elements}, values, formats, words, nonzeros, first_words, {zeros, key},
-                          NULL, 1, 1, 1};
+                          NULL, NULL, 1, 1, 1};
     return run(pack_piece, pieces[tensors], threads, tensors, &task);
 }
 
 // Takes gradients into averages, which are doubles if the gradients are, else floats, and packs the signs of what is
-// sent. Returns the first tensor in which something is not finite, or a larger number.
+// sent; averages come from `before`, if it is not null. Returns the first tensor in which something is not finite, or a larger number.
 EXPORT u64 mpisign_pack_average(
     u64 tensors, const u64 *pieces, const u64 *elements, const void *const *gradients, const u8 *formats,
-    void *const *averages, double unscale, double sent, double kept, u32 *const *words, u32 *const *nonzeros,
-    const u64 *first_words, u32 zeros, u64 key, u32 threads) {
+    void *const *averages, const void *const *before, double unscale, double sent, double kept, u32 *const *words,
+    u32 *const *nonzeros, const u64 *first_words, u32 zeros, u64 key, u32 threads) {
     const Packing task = {{tensors, pieces, elements}, gradients, formats, words, nonzeros, first_words, {zeros, key},
-                          averages, unscale, sent, kept};
+                          averages, before, unscale, sent, kept};
     return run(pack_piece, pieces[tensors], threads, tensors, &task);
 }
 

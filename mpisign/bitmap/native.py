@@ -30,7 +30,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "sources": (_U32, []),
     "choose": (ctypes.c_char_p, [_U32]),
     "pack": (_U64, [*_TENSORS, _POINTER, _POINTER, *_PACKED]),
-    "pack_average": (_U64, [*_TENSORS, _POINTER, _POINTER, _POINTER, _DOUBLE, _DOUBLE, _DOUBLE, *_PACKED]),
+    "pack_average": (_U64, [*_TENSORS, _POINTER, _POINTER, _POINTER, _POINTER, _DOUBLE, _DOUBLE, _DOUBLE, *_PACKED]),
     "unpack": (None, [*_TENSORS, _POINTER, _POINTER, _POINTER, _POINTER, _U32]),
     "apply": (None, [*_TENSORS, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _U32]),
     "majority": (_U64, [_U64, _POINTER, _POINTER, _U64, _POINTER, _POINTER, _U32, _U64, _U64, _U32]),

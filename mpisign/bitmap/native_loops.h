@@ -247,12 +247,15 @@ static bool GENERATION(average_part)(const Packing *task, Part part) {
         float of32[BLOCK];
         double of64[BLOCK];
     } wide, sent;
+    const u32 wide_size = format == FLOAT64 ? sizeof(double) : sizeof(float);
+    const char *before = task->before ? (const char *)task->before[part.tensor] + part.start * wide_size : NULL;
     bool finite = true;
     for (u64 at = 0; at < part.elements; at += BLOCK) {
         const u32 n = (u32)least(BLOCK, part.elements - at);
         if (format == FLOAT64) {
             const double *g = (const double *)values + at;
             double *m = (double *)task->averages[part.tensor] + part.start + at;
+            if (before) memcpy(m, (const double *)before + at, n * sizeof *m);
             if (task->unscale != 1.0) {
                 for (u32 i = 0; i < n; ++i) wide.of64[i] = g[i] * task->unscale;
                 g = wide.of64;
@@ -261,6 +264,7 @@ static bool GENERATION(average_part)(const Packing *task, Part part) {
         } else {
             const float *g = GENERATION(wide32)(format, values + at * size, n, (float)task->unscale, wide.of32);
             float *m = (float *)task->averages[part.tensor] + part.start + at;
+            if (before) memcpy(m, (const float *)before + at, n * sizeof *m);
             finite &= GENERATION(average32)(g, m, sent.of32, n, (float)task->sent, (float)task->kept);
         }
         finite &= GENERATION(pack_block)(

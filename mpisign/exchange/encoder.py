@@ -213,6 +213,17 @@ class Encoder:
         zeros, betas = self.method.codec.zeros(context.policy), self.method.memory.betas
         if betas is None:
             return bitmaps.pack(gradients, zeros=zeros, key=context.zeros_key)
+        if self._store.drafting:  # second buffers are written in the pass that reads the first
+            (field,) = self.method.memory.fields
+            former: list[torch.Tensor | None] = [None] * len(gradients)
+            written = list(former)
+            for place, parameter in enumerate(self._parameters):
+                if gradients[place] is not None:
+                    before, now = self._store.before(parameter)
+                    former[place], written[place] = before[field], now[field]
+            return bitmaps.pack_average(
+                gradients, written, betas, unscale=self._unscale, zeros=zeros, key=context.zeros_key, before=former
+            )
         averages = self._averages_for(gradients)
         return bitmaps.pack_average(
             gradients, averages, betas, unscale=self._unscale, zeros=zeros, key=context.zeros_key

@@ -105,6 +105,21 @@ class MemoryStore:
             self.moves += 1
         return self._drafts[parameter].flat
 
+    @property
+    def drafting(self) -> bool:
+        """Whether second buffers are written."""
+        return self._drafts is not None
+
+    def before(self, parameter: torch.Tensor) -> tuple[State, State]:
+        """The state to be read, and the one to be written throughout; the same unless it is a new second buffer."""
+        if self._drafts is None or parameter in self._drafts:
+            state = self.of(parameter)
+            return state, state
+        kept = self._kept(parameter)
+        spare = self._spares.pop(parameter, None) or Laid({field: _lay(parameter, None) for field in kept.shaped})
+        self._drafts[parameter] = spare
+        return kept.flat, spare.flat
+
     def _kept(self, parameter: torch.Tensor) -> Laid:
         if parameter not in self._states:
             self._states[parameter] = Laid({field: _lay(parameter, None) for field in self.memory_of(parameter).fields})

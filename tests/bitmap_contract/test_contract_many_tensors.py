@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import oracle
 import pytest
@@ -272,6 +274,33 @@ def test_bad_or_not_all_backends_leave_the_same(backend: Subject, memory: Memory
             results.append((first, sure, finite))
         assert results[0] == results[1], f"turn {turn}"
         assert results[0][0] < len(sizes)
+
+
+@pytest.mark.parametrize("betas", BETAS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_averages_may_be_read_where_they_were_and_written_elsewhere(
+    betas: tuple[float, float], dtype: torch.dtype, backend: Subject, memory: Memory
+) -> None:
+    """The same bits and averages as in place; what is read stays, and a NaN leaves its average as it was."""
+    sizes = [1, 33, TILE + 7, 2 * JOB_ELEMENTS + TILE + 33]
+    generator = torch.Generator().manual_seed(1)
+    gradients = [torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for n in sizes]
+    averages = [torch.randn(n, generator=generator, dtype=torch.float64).to(state_dtype(dtype)) for n in sizes]
+    gradients[2][5] = torch.nan
+    given = [put(memory, g, i % 3) for i, g in enumerate(gradients)]
+    given[1] = None
+    in_place, before = ([put(memory, m, i % 4) for i, m in enumerate(averages)] for _ in range(2))
+    written = [put(memory, torch.full_like(m, 7.0), (i + 1) % 4) for i, m in enumerate(averages)]
+    words, others = ([memory.words(words_for(n)) for n in sizes] for _ in range(2))
+    options: Any = {"unscale": 0.5, "zeros": "coin", "key": KEY}
+    assert backend.bitmaps(sizes, words).pack_average(given, in_place, betas, **options) == 2
+    bitmaps = backend.bitmaps(sizes, others)
+    former, into = ([None if i == 1 else its for i, its in enumerate(some)] for some in (before, written))
+    assert bitmaps.pack_average(given, into, betas, **options, before=former) == 2
+    for i in (0, 2, 3):
+        assert torch.equal(words[i], others[i])
+        assert torch.equal(in_place[i], written[i])
+        assert torch.equal(before[i].cpu(), averages[i])
 
 
 # ---------------------------------------------------------------------------------------------------- the rest
