@@ -285,7 +285,7 @@ def make_plan(
         use=Use(layout.device),
         number=number,
         early=early,
-        asks=exchange == "auto" and size > 1 and not network.asked,
+        asks=exchange == "auto" and group.num_nodes > 1 and not network.asked,
         why=_why(exchange, layout, policy, group, network),
     )
 
