@@ -18,6 +18,8 @@ from torch.optim import SGD
 import mpisign
 from mpisign import DistributedSignOptimizer, StepReport, backends
 from mpisign.bitmap import native
+from mpisign.exchange.choose import CHOICES
+from mpisign.session import current
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -52,7 +54,7 @@ def main() -> None:
         ],
     )
     options.add_argument("--width", type=count, default=64, help="channels of the first stage; 64 is ResNet-50")
-    options.add_argument("--exchange", choices=("auto", "allgather", "two_phase"), default="auto", help="of mpisign")
+    options.add_argument("--exchange", choices=CHOICES, default="auto", help="of mpisign")
     options.add_argument("--gloo", action=argparse.BooleanOptionalAction, default=True, help="time gloo too")
     args = options.parse_args()
     one_thread()
@@ -277,7 +279,11 @@ def traffic(elements: int, ranks: int, reports: dict[str, StepReport]) -> Table:
     ]
     for name, report in reports.items():
         coordinate, symbol = (4.0, "4d") if name == MEAN else (1 / 8, "d/8")
-        if "two_phase" in report.exchange:
+        if "hierarchical" in report.exchange:
+            group = current().group
+            nodes, lanes, planes = group.num_nodes, group.lanes, group.largest_node.bit_length() + 1
+            formula, size = "(N-1)/N (k+1) d/8L", (nodes - 1) / nodes * planes * elements / 8 / lanes
+        elif "two_phase" in report.exchange:
             formula, size = f"2 (M-1)/M {symbol}", ring_bytes(elements, 1, ranks) * coordinate
         else:
             formula, size = f"(M-1) {symbol}", (ranks - 1) * elements * coordinate

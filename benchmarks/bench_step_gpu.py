@@ -24,7 +24,7 @@ import mpisign
 from mpisign import DistributedSignOptimizer
 from mpisign.bitmap import kernels
 from mpisign.bitmap.host import words_for
-from mpisign.exchange.choose import CAP_MB, CAP_MB_OF_GPUS
+from mpisign.exchange.choose import CAP_MB, CAP_MB_OF_GPUS, CHOICES
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -56,7 +56,7 @@ def main() -> None:
         ],
     )
     options.add_argument("--width", type=count, default=64, help="channels of the first stage; 64 is ResNet-50")
-    options.add_argument("--exchange", choices=("auto", "allgather", "two_phase"), default="auto", help="of mpisign")
+    options.add_argument("--exchange", choices=CHOICES, default="auto", help="of mpisign")
     args = options.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench_step_gpu.py needs a GPU that torch can use; bench_step.py measures the host")

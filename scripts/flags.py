@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import mpisign
 from mpisign import methods
+from mpisign.exchange.choose import CHOICES
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 METHODS = {
@@ -108,7 +109,7 @@ def add_flags(parser: argparse.ArgumentParser, epochs: int, batch_size: int) -> 
         help="what an exactly zero value votes",
     )
     add("--ties", choices=("coin", "zero", "positive"), default="coin", help="who wins a tied vote")
-    add("--exchange", choices=("auto", "allgather", "two_phase"), default="auto", help="how messages cross MPI")
+    add("--exchange", choices=CHOICES, default="auto", help="how messages cross MPI")
     add = parser.add_argument_group(
         "job",
         "With --checkpoint-dir the training is saved after each epoch, and at SIGUSR1 or SIGTERM, which then end it\n"
