@@ -116,7 +116,10 @@ class Quantized(Codec):
         if self.clip is None:
             return together
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
-        mean, square = (torch.as_tensor(backend.total(its)) / n for its in (wide, wide.square()))
+        mean, square = (
+            torch.as_tensor(backend.total(its), dtype=torch.float64, device=values.device) / n
+            for its in (wide, wide.square())
+        )
         return together.clamp(max=(square - mean.square()).clamp(min=0.0).sqrt() * self.clip)
 
     def _norms_of(self, buckets: torch.Tensor) -> torch.Tensor:

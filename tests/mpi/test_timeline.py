@@ -46,6 +46,12 @@ def written(path: Path, comm: MPI.Comm) -> tuple[list[dict[str, Any]], list[dict
     return kinds["M"], kinds["X"]
 
 
+def within(inner: dict[str, Any], outer: dict[str, Any]) -> bool:
+    """Whether a span lies inside another."""
+    begin = outer["ts"] - 1e-3  # microseconds, as they are rounded
+    return bool(begin <= inner["ts"] and inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"] + 1e-3)
+
+
 def train(exchange: str, steps: int, comm: MPI.Comm) -> mpisign.DistributedSignOptimizer:
     """Two buckets a step."""
     tensors = [torch.nn.Parameter(torch.zeros(n)) for n in (10_000, 20_000)]
@@ -97,7 +103,9 @@ def test_a_row_for_each_rank_and_phase(comm: MPI.Comm, path: Path, exchange: str
     if comm.rank == 0:
         last = [e for e in spans if e["pid"] == 0 and e["args"].get("step") == 2]
         for phase, seconds in optimizer.report.seconds.items():
-            total = sum(e["dur"] for e in last if ROWS[e["tid"]] == phase)
+            mine = [e for e in last if ROWS[e["tid"]] == phase]
+            inner = [f for e in mine for f in last if f["tid"] != e["tid"] and within(f, e)]
+            total = sum(e["dur"] for e in mine) - sum(f["dur"] for f in inner)
             assert total * 1e-6 == pytest.approx(seconds, abs=1e-6), "a report is read from the same spans"
 
 
@@ -110,7 +118,8 @@ def test_the_spans_of_a_step_follow_each_other(comm: MPI.Comm, path: Path) -> No
         assert all(e["dur"] >= 0 for e in steps)
         for before, after in pairwise(steps):
             assert before["args"]["step"] <= after["args"]["step"]
-            assert before["ts"] + before["dur"] <= after["ts"] + 0.01  # microseconds
+            follows = before["ts"] + before["dur"] <= after["ts"] + 0.01  # microseconds
+            assert follows or within(before, after) or within(after, before)
         order = [e["name"] for e in steps if e["args"]["step"] == 3]
         firsts = ["handshake", "pack", "send", "header", "phase 1", "decide", "phase 2", "unpack"]
         assert sorted(firsts, key=order.index) == firsts
