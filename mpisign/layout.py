@@ -30,7 +30,7 @@ from mpisign.errors import GradientError
 from mpisign.method import Method
 from mpisign.rules import PieceRule, VectorRule
 
-__all__ = ["FORMAT_VERSION", "Bucket", "Layout", "Segment"]
+__all__ = ["FORMAT_VERSION", "Bucket", "Layout", "Segment", "check_supported"]
 
 FORMAT_VERSION = 3
 """Version of the wire format; ranks that run different ones refuse each other."""
@@ -115,7 +115,7 @@ class Layout:
         self.names = tuple(name for name, _ in parameters)
         self.parameters = tuple(parameter for _, parameter in parameters)
         for name, parameter in parameters:
-            _check_supported(name, parameter)
+            check_supported(name, parameter)
         self.strides = tuple(strides_of(parameter) for parameter in self.parameters)
         self.device = _common_device(parameters)
         self._codecs = [method.codec.of(p) for method, p in zip(methods, self.parameters, strict=True)]
@@ -211,7 +211,8 @@ class Layout:
         return int.from_bytes(digest.digest(), "little") >> 1
 
 
-def _check_supported(name: str, parameter: torch.Tensor) -> None:
+def check_supported(name: str, parameter: torch.Tensor) -> None:
+    """Raise :class:`GradientError` if a parameter cannot be voted on."""
     if problem := unreadable(parameter):
         raise GradientError(f"parameter {name!r} is {problem}")
     if parameter.dtype not in DTYPES:

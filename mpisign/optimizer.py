@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from mpisign import applying, restoring, sync, wrapping
+from mpisign import applying, restoring, sitting_out, wrapping
 from mpisign.bitmap.located import Located
 from mpisign.checks import StepChecks
 from mpisign.errors import CheckpointError, OptionError, SynchronizationError
@@ -17,8 +17,9 @@ from mpisign.exchange import header
 from mpisign.exchange.choose import check_exchange
 from mpisign.exchange.local import local_update
 from mpisign.exchange.plan import Plan
-from mpisign.exchange.run import NOTHING, Early, run, sit_out
+from mpisign.exchange.run import NOTHING, Early, run
 from mpisign.exchange.sink import GradientSink, ModelSink, Sink
+from mpisign.local_steps import LocalSteps, Outer
 from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
 from mpisign.methods import signum
@@ -26,7 +27,6 @@ from mpisign.overlap import Overlap, check_overlap
 from mpisign.plain import plain, uncompiled
 from mpisign.planned import Planned
 from mpisign.policy import Policy, check_integer, check_positive
-from mpisign.report import StepReport
 from mpisign.rules import BallotRule
 from mpisign.scaling import LossScale
 from mpisign.session import current, is_initialized, known, operation
@@ -75,11 +75,20 @@ class DistributedSignOptimizer(Planned):
             the method's memory, 4 bytes a parameter and field.
         backward_passes_per_step: how many backward passes make a gradient, as in Horovod; for ``overlap``, like
             :meth:`no_sync`.
+        every: None to exchange gradients, in every step. An integer to exchange *differences of parameters*, by
+            ``method``, at the end of every window of so many calls of :meth:`step`, in which ``optimizer``, AdamW say,
+            steps on this rank's own gradients; all go on from the decision.
+        outer: with ``every``, how a decision moves the common parameters: makes an optimizer of parameter groups, e.g.
+            ``lambda parameters: torch.optim.SGD(parameters, lr=0.7, momentum=0.9, nesterov=True)`` for DiLoCo. None to
+            apply it as it is; votes without a scale (:func:`mpisign.signum`) need a rate.
+        average_buffers: with ``every``, a module whose floating-point buffers (BatchNorm's statistics) are averaged
+            over ranks at the end of every window. None: they are each rank's own.
 
     Construction is not collective, but every rank must build the same; the first step checks it.
 
     Attributes:
         report: the :class:`~mpisign.StepReport` of the last exchange, or None before the first.
+        outer: with ``every``, the optimizer of the common parameters, for a schedule of its own; else None.
 
     Raises:
         NotInitializedError: :func:`mpisign.init` has not been called.
@@ -92,6 +101,7 @@ class DistributedSignOptimizer(Planned):
             torch.optim.SGD(model.parameters(), lr=1e-3), model.named_parameters())
     """
 
+    _local: LocalSteps | None = None  # with every=
     _step_supports_amp_scaling = True  # GradScaler hands us its findings instead of skipping step() on its own
 
     def __init__(
@@ -109,6 +119,9 @@ class DistributedSignOptimizer(Planned):
         apply: str = "auto",
         overlap: bool | str = "auto",
         backward_passes_per_step: int = 1,
+        every: int | None = None,
+        outer: Outer | None = None,
+        average_buffers: torch.nn.Module | None = None,
     ) -> None:
         method = signum() if method is None else method
         wrapping.check_wrappable(optimizer)
@@ -138,6 +151,11 @@ class DistributedSignOptimizer(Planned):
         self._exchanges = 0
         self._epoch: int | None = None  # until somebody says
         self.__setstate__({})
+        if every is not None:
+            self._local = LocalSteps(self, DistributedSignOptimizer, every, outer, average_buffers)
+            return
+        if outer is not None or average_buffers is not None:
+            raise OptionError("outer= and average_buffers= are about local steps: say every how many ranks exchange")
         with operation("DistributedSignOptimizer()"), plain():
             self._current_plan()
         if any(one.elects for one in self._methods()):
@@ -162,6 +180,11 @@ class DistributedSignOptimizer(Planned):
             DeadTrainingError: see :func:`mpisign.init`.
         """
         with plain():
+            if self._local is not None:
+                raise SynchronizationError(
+                    "with every= gradients are this rank's own, and nobody decides on them: clip or change them before "
+                    "optimizer.step(), which exchanges at a window's end"
+                )
             plan = self._told_plan(votes=True)
             if plan.exchanges_models:
                 raise SynchronizationError(
@@ -224,6 +247,9 @@ class DistributedSignOptimizer(Planned):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Vote, then let the wrapped optimizer step; if nobody voted, no rank steps. **Collective.**
 
+        With ``every``: step, unless this rank's gradient has a NaN or Inf, and at a window's end exchange; only then is
+        it collective.
+
         Args:
             closure: computes the loss and the gradients once, before the vote.
 
@@ -247,6 +273,9 @@ class DistributedSignOptimizer(Planned):
                 if self._skip:
                     self._check_synchronized()
                     applied = False
+                elif self._local is not None:
+                    self._local.step(self)
+                    return loss
                 else:
                     with plain():
                         plan = self._told_plan(votes=True)
@@ -293,12 +322,16 @@ class DistributedSignOptimizer(Planned):
     def set_epoch(self, epoch: int) -> None:
         """Tell methods that change with the epoch (DGC's warm-up) where training is, on every rank, from 0."""
         self._epoch = check_integer("epoch", epoch, 0)
+        if self._local is not None:
+            self._local.inner.set_epoch(epoch)
 
     @uncompiled
     @operation("DistributedSignOptimizer.join()")
     @plain()
     def join(self) -> int:
         """Sit out, abstaining, until every rank has called ``join()``. **Collective.**
+
+        With ``every``, a window that has begun ends here, and its difference is exchanged.
 
         For ranks that run out of batches early. Call it on every rank when its batches end. The ranks still
         training go on voting without us; when all have joined, those that joined early get the parameters and
@@ -308,34 +341,22 @@ class DistributedSignOptimizer(Planned):
         Returns:
             The last rank to join (the lowest of those that joined at the same time).
         """
-        joined_for = 0
-        while True:
-            handshake, report = self._sit_out(joined_for)
-            if handshake.all_joined:
-                break
-            self.report = report
-            self._exchanges += 1
-            self._agreed()
-            joined_for += 1
-            self._checks.heard(self._current_plan(), handshake, report)
-        waits = [steps for steps in handshake.joined_for if steps is not None]
-        last = waits.index(min(waits))
-        if max(waits) > min(waits):
-            named = [(str(place), p) for place, p in enumerate(self._parameters())]
-            sync.broadcast_parameters(named, root_rank=last)
-            with wrapping.without_methods(self.wrapped):
-                sync.broadcast_optimizer_state(self.wrapped, root_rank=last)
-        return last
+        return sitting_out.join(self) if self._local is None else self._local.join(self)
 
-    def _sit_out(self, joined_for: int) -> tuple[header.Handshake, StepReport]:
-        """Take part in a step without a gradient; no parameter changes here."""
-        plan = self._told_plan()
-        if plan.exchanges_models:
-            raise SynchronizationError(
-                f"{self.method.name} exchanges models, which no rank can sit out: give all the same number of batches"
-            )
-        self._checks.sits_out()
-        return sit_out(plan, self._exchanges, joined_for, self._remade_plan, self._overlap.sitting_out())
+    @contextmanager
+    def common_parameters(self) -> Iterator[None]:
+        """With ``every``: inside, the model holds the parameters that all ranks have in common, to evaluate or export.
+
+        Between two exchanges they are those of the last; afterwards this rank's own are back, bit for bit. A state
+        that is saved inside leaves out what was done since then. Buffers stay as they are. Not collective.
+        """
+        with nullcontext() if self._local is None else self._local.windows.shown():
+            yield
+
+    @property
+    def outer(self) -> Optimizer | None:
+        """With ``every``, the optimizer of the common parameters; else None."""
+        return None if self._local is None else self._local.inner.wrapped
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as torch does."""
@@ -355,9 +376,12 @@ class DistributedSignOptimizer(Planned):
         with wrapping.without_methods(self.wrapped):
             state: dict[str, Any] = self.wrapped.state_dict()
         group = known("state_dict()").group if is_initialized() else None
-        state["mpisign"] = self._memory.state_dict(
-            self._parameters(), self._exchanges, self._epoch, self.method.name, group
-        )
+        if self._local is not None:
+            state["mpisign"] = self._local.state_dict()
+        else:
+            state["mpisign"] = self._memory.state_dict(
+                self._parameters(), self._exchanges, self._epoch, self.method.name, group
+            )
         for after in self._optimizer_state_dict_post_hooks.values():
             state = after(self, state) or state
         return state
@@ -382,13 +406,18 @@ class DistributedSignOptimizer(Planned):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         saved = state_dict.pop("mpisign", None)
-        memory = self._memory.restored(saved, self._parameters(), self._memories(), group)
-        with wrapping.without_methods(self.wrapped):
-            restoring.load(self.wrapped, state_dict, f"rank {group.rank}")
-        self._memory = memory
-        self._drop_plan()  # it holds the old memory
-        if saved is not None:
-            self._exchanges, self._epoch = saved["step"], saved["epoch"]
+        if self._local is not None:
+            self._local.load(self, saved, state_dict)
+        else:
+            if isinstance(saved, Mapping) and "local_steps" in saved:
+                saved = None  # its memory is of differences
+            memory = self._memory.restored(saved, self._parameters(), self._memories(), group)
+            with wrapping.without_methods(self.wrapped):
+                restoring.load(self.wrapped, state_dict, f"rank {group.rank}")
+            self._memory = memory
+            self._drop_plan()  # it holds the old memory
+            if saved is not None:
+                self._exchanges, self._epoch = saved["step"], saved["epoch"]
         self._forget_gradients()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -406,7 +435,8 @@ class DistributedSignOptimizer(Planned):
         applying.forbid_alone(self.wrapped, self)
 
     def __repr__(self) -> str:
+        every = "" if self._local is None else f"every={self._local.every}, "
         return (
-            f"{type(self).__name__}(method={self.method.name}, zeros={self.policy.zeros!r}, "
+            f"{type(self).__name__}({every}method={self.method.name}, zeros={self.policy.zeros!r}, "
             f"ties={self.policy.ties!r}, exchange={self.exchange!r}, wrapped={self.wrapped!r})"
         )

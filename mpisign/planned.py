@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mpisign import wrapping
+from mpisign.checks import StepChecks
 from mpisign.errors import SynchronizationError
 from mpisign.exchange.plan import Plan, make_plan
 from mpisign.memory import Memory
@@ -27,6 +28,7 @@ class Planned(Wrapper):
     bucket_cap_mb: float | None
     overlap: bool | str = False
     backward_passes_per_step: int = 1
+    apply: str
     clip_grad_norm: float | None = None  # of optimizers that were pickled before there was one
     _names: dict[torch.Tensor, str]
     _memory: MemoryStore
@@ -37,6 +39,7 @@ class Planned(Wrapper):
     _session: Session | None  # where it has its _number
     _number: int
     _overlap: Overlap
+    _checks: StepChecks
 
     def _current_plan(self) -> Plan:
         """The plan for parameters, methods and the group as they are now; made anew only if they changed."""

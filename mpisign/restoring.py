@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from mpisign.errors import CheckpointError
 from mpisign.trees import shown
 
-__all__ = ["load"]
+__all__ = ["as_it_was", "load"]
 
 Entry = dict[str, Any]
 """What an optimizer keeps for one parameter."""
@@ -35,7 +35,7 @@ def load(optimizer: Optimizer, state: Mapping[str, Any], whose: str) -> None:
     Raises:
         CheckpointError: something is missing or of another kind; names it. The optimizer is as it was.
     """
-    with _as_it_was(optimizer) as before:
+    with as_it_was(optimizer) as before:
         try:
             optimizer.load_state_dict(dict(state))
         except Exception as error:  # whatever torch, or a hook, makes of it
@@ -53,7 +53,7 @@ def load(optimizer: Optimizer, state: Mapping[str, Any], whose: str) -> None:
 
 
 @contextmanager
-def _as_it_was(optimizer: Optimizer) -> Iterator[dict[str, Any]]:
+def as_it_was(optimizer: Optimizer) -> Iterator[dict[str, Any]]:
     """Gives an optimizer's attributes, and puts them back on an exception: torch loads a state into new objects."""
     before = dict(vars(optimizer))
     try:

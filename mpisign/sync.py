@@ -129,7 +129,8 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     """Give every rank ``root_rank``'s optimizer state and group options (learning rates and so on).
 
     Of a :class:`~mpisign.DistributedSignOptimizer`, the wrapped optimizer's state, step number and epoch are
-    copied; each rank keeps its own memory (momentum), which is supposed to differ between ranks.
+    copied; each rank keeps its own memory (momentum), which is supposed to differ between ranks. With ``every``, the
+    common parameters, the outer optimizer's state and the place in the window are copied, too.
 
     Raises:
         ConsistencyError: the optimizers have different groups, or what ``root_rank`` has sent does not fit.
@@ -166,6 +167,9 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
         if session.rank != root_rank:
             _load_told(optimizer, own, told, tensors, root_rank, session)
     session.meet(act)
+    local = _local_steps(optimizer)
+    if local is not None:
+        local.broadcast(root_rank)
 
 
 def _state_told(own: dict[str, Any], tensors: list[torch.Tensor], act: str, root_rank: int) -> dict[str, Any]:
@@ -240,7 +244,8 @@ def check_consistency(model: torch.nn.Module, optimizer: HasState | None = None,
         model: its parameters and buffers are compared.
         optimizer: the options of its groups and its state (of a :class:`~mpisign.DistributedSignOptimizer` the wrapped
             optimizer's) are compared too, if given. If its method lets replicas differ, only the shapes of the
-            parameters are compared.
+            parameters are compared; with ``every`` also the common parameters, the outer optimizer and the place in the
+            window, at whose end the parameters themselves must be equal.
         buffers: pass False where they differ by design (the running statistics of plain BatchNorm).
 
     Raises:
@@ -263,17 +268,33 @@ def _lines(model: torch.nn.Module, optimizer: HasState | None, buffers: bool, se
     for name, tensor in [*model.named_parameters(), *(model.named_buffers() if buffers else ())]:
         if why := unreadable(tensor):
             raise OptionError(f"rank {session.rank}: check_consistency() cannot compare all tensors: {name!r} is {why}")
-    method = getattr(optimizer, "method", None)
+    method, local = getattr(optimizer, "method", None), _local_steps(optimizer)
     differ = isinstance(method, Method) and method.exchanges_models  # replicas that differ by design (MoNNA)
     lines = []
+    if local is not None:
+        lines = [f"{name} {_digest(tensor)}" for name, tensor in local.in_common()]
+        lines += [f"the place in the window, {local.windows.position} of {local.every}"]
+        differ = local.windows.position > 0 and not local.windows.is_shown
     for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers() if buffers else ())):
         as_text = _form if differ and kind == "parameter" else _digest
         lines += [f"{kind} {name!r} {as_text(tensor)}" for name, tensor in named]
-    if optimizer is not None and not differ:
-        options = options_of(optimizer.param_groups, IMPLEMENTATION)
-        lines += [line(at, name, described(value)) for at, name, value in options]
+    if local is not None and optimizer is not None:  # whose state is each rank's own
+        lines += _option_lines(optimizer)
+        lines += [*_option_lines(local.inner), *_state_lines(local.inner, local.inner._names)]
+    elif optimizer is not None and not differ:
+        lines += _option_lines(optimizer)
         lines += _state_lines(optimizer, {p: name for name, p in model.named_parameters()})
     return lines
+
+
+def _local_steps(optimizer: object) -> Any:
+    """The local steps of a DistributedSignOptimizer with ``every``; None of any other optimizer."""
+    return getattr(optimizer, "_local", None) if hasattr(optimizer, "common_parameters") else None
+
+
+def _option_lines(optimizer: HasState) -> list[str]:
+    options = options_of(optimizer.param_groups, IMPLEMENTATION)
+    return [line(at, name, described(value)) for at, name, value in options]
 
 
 def _state_lines(optimizer: HasState, names: Mapping[torch.Tensor, str]) -> Iterator[str]:

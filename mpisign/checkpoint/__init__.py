@@ -5,7 +5,8 @@ A directory holds checkpoints, each a folder ``step-00000120``:
 - ``shared.pt``: what is the same on all ranks, once: ``model``, ``optimizer``, ``scheduler``, ``scaler``, ``step``,
   ``extra``. Without a job: ``torch.load("step-00000120/shared.pt", weights_only=True)["model"]``.
 - ``rank-00000.pt``, ...: what is a rank's own: its memory (momentum, error feedback, ...), its states of random
-  number generators, its buffers (BatchNorm's statistics), its loss scale.
+  number generators, its buffers (BatchNorm's statistics), its loss scale. With ``every=`` also the wrapped optimizer's
+  state and, within a window, the rank's parameters; ``shared.pt`` then has the common ones.
 - ``manifest.json``: size and CRC-32 of every file. This finds damage; it is no protection against forgery.
 
 The files are written beside, under a name that ends in ``.tmp``; when all ranks' are on the disk, one rename makes

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mpisign.checkpoint import directory
+from mpisign.checkpoint import directory, local
 from mpisign.checkpoint.agreement import agree
 from mpisign.checkpoint.directory import Manifest
 from mpisign.checkpoint.files import damage, read_tensors
@@ -86,6 +86,8 @@ def load(
       were, up to rounding, on any number of ranks.
     - Random number generators are seeded anew, each rank's from rank 0's saved state and its own number.
     - Buffers and loss scale are rank 0's.
+    - With ``every``, all go on from the last common parameters, rank r with the wrapped optimizer's state of old rank
+      ``r % ranks``. Save right after an exchange for that, as what was done in a window that had begun is given up.
 
     Call it after the model, optimizer and so on are made as for the first start; nothing needs to be broadcast then.
 
@@ -228,6 +230,7 @@ def _read(folder: Path, manifest: Manifest, session: Session) -> tuple[State, St
             )
         shared["model"].update(own["buffers"])
         shared["scaler"] = own["scaler"]
+        local.put_together(shared, own, files[session.rank])
         memory = own["mpisign"]
     else:
         kept = [_parts(file, OWN_PARTS) for file in files]  # nothing is read of it yet but what there is
@@ -236,6 +239,13 @@ def _read(folder: Path, manifest: Manifest, session: Session) -> tuple[State, St
                 checked(its["mpisign"], None, str(file))
         own = kept[0]
         memory = merged(files, session.rank, session.size)
+        at = session.rank % manifest.ranks
+        given_up = local.restart(shared, memory, kept[at], kept, files[at])
+        if given_up and session.rank == 0:
+            warn(
+                f"{folder} was saved within a window of local steps, and by another number of ranks: at most "
+                f"{max(given_up)} steps of each are given up, and all go on from their last common parameters"
+            )
     if memory is not None:
         shared["optimizer"]["mpisign"] = memory
     return shared, own

@@ -29,6 +29,7 @@ def merged(files: Sequence[Path], rank: int, size: int) -> dict[str, Any] | None
     for memory in memories:
         del memory["rank"]
         memory.pop("secret", None)  # each rank draws its own anew
+        memory.pop("local_steps", None)  # see mpisign.checkpoint.local
         for place, of_rank in memory.pop("pieces", {}).items():  # what each rank keeps of what it decides: put together
             pieces.setdefault(place, {}).update(of_rank)
     return {**_merge(memories, "memory"), "rank": rank, "size": size, "pieces": pieces}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mpisign.checkpoint import directory, owner
+from mpisign.checkpoint import directory, local, owner
 from mpisign.checkpoint.agreement import agree
 from mpisign.checkpoint.files import Stamp, write_tensors
 from mpisign.checkpoint.state import Snapshot, State, Stateful, check_loadable, check_stateful, collect
@@ -58,8 +58,9 @@ def save(
         path: on a file system that all nodes share. It is this job's from its first save to its end, which
             ``owner.json`` there says: another job that saves there gets an error. One that has ended, or was killed,
             leaves it to the next: on the same host or as the same SLURM job at once, else after five minutes.
-        model: its parameters are the same on all ranks; buffers may differ and are saved for each rank. Of a
-            ``DistributedDataParallel`` pass ``.module``.
+        model: its parameters are the same on all ranks, but between two exchanges of an optimizer with ``every``:
+            then the common ones are saved once and each rank's own beside. Buffers may differ and are saved for each
+            rank. Of a ``DistributedDataParallel`` pass ``.module``.
         optimizer: a :class:`~mpisign.DistributedSignOptimizer`, or a plain one that is the same on all ranks.
         step: names the checkpoint; the same on all ranks.
         scheduler: a learning rate scheduler.
@@ -94,6 +95,7 @@ def save(
     said = {"step": step, "keep": keep, "asynchronous": asynchronous}
     try:
         shared, own = collect(model, optimizer, scheduler, scaler)
+        local.divide(shared, own, model, optimizer)
         said["the optimizer's steps"] = (own["mpisign"] or said)["step"]
         check_loadable({"the optimizer's memory": own["mpisign"]})
         files[directory.rank_file(session.rank)] = own

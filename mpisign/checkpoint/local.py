@@ -1,0 +1,86 @@
+"""Checkpoints of local steps: what ranks have in common is saved once, and where each has gone since then, by each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from mpisign.checkpoint.state import State, Stateful
+from mpisign.errors import CheckpointError
+
+__all__ = ["divide", "put_together", "restart"]
+
+KEY = "local_steps"  # in an optimizer's memory; see mpisign.windows
+PERSONAL = ("position", "touched", "trained")
+
+
+def divide(shared: State, own: State, model: torch.nn.Module, optimizer: Stateful) -> None:
+    """Of an optimizer with ``every``: the model that is shared becomes the common one, and this rank's goes to its own.
+
+    Changes both in place; does nothing to a state of another optimizer.
+    """
+    memory = own["mpisign"]
+    local = None if memory is None else memory.pop(KEY, None)
+    if local is None:
+        return
+    parameters = _parameters(optimizer)
+    places = {parameters[place]: place for place in local["common"]}
+    weights, kept = shared["model"], {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in places and name in weights:
+            common = local["common"][places[parameter]]
+            if local["position"]:
+                kept[name] = weights[name]
+            weights[name] = common.to(parameter.dtype)
+    own["parameters"], own["optimizer"] = kept, shared["optimizer"]
+    own["mpisign"] = {**memory, KEY: {key: local.pop(key) for key in PERSONAL}}
+    shared["optimizer"] = {KEY: local}
+
+
+def put_together(shared: State, own: State, file: Any) -> None:
+    """For a rank that goes on where it was: the other way round. Raises :class:`CheckpointError`."""
+    local, kept = _common(shared, own, file)
+    if local is None:
+        return
+    unknown = sorted(map(str, kept.keys() - shared["model"].keys()))
+    if unknown:
+        raise CheckpointError(f"{file}: 'parameters' has {unknown[0]!r}, which the model has not")
+    shared["model"].update(kept)
+    shared["optimizer"] = own["optimizer"]
+    own["mpisign"] = {**own["mpisign"], KEY: {**local, **own["mpisign"][KEY]}}
+
+
+def restart(shared: State, memory: dict[str, Any] | None, own: State, owns: Sequence[State], file: Any) -> list[int]:
+    """For a rank of another number of ranks: it goes on from the common parameters, with the optimizer of ``own``.
+
+    Returns:
+        How many steps of a window are given up thereby, by rank that had saved.
+    """
+    local, _ = _common(shared, own, file)
+    if local is None or memory is None:
+        return []
+    shared["optimizer"] = own["optimizer"]
+    memory[KEY] = {**local, "position": 0, "touched": [], "trained": []}
+    return [its["mpisign"][KEY]["position"] for its in owns if its["mpisign"][KEY]["position"]]
+
+
+def _common(shared: State, own: State, file: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """What is shared of local steps, and a rank's own parameters; None if it was saved without ``every``."""
+    local = shared["optimizer"].get(KEY)
+    if local is None:
+        return None, {}
+    memory = own["mpisign"]
+    for name, value in (("parameters", own.get("parameters")), ("optimizer", own.get("optimizer"))):
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{file}: {name!r} is missing, and the checkpoint is one of local steps")
+    personal = memory.get(KEY) if isinstance(memory, dict) else None
+    if not isinstance(local, dict) or not isinstance(personal, dict) or set(personal) != set(PERSONAL):
+        raise CheckpointError(f"{file}: {KEY!r} is damaged, or of something else")
+    return local, own["parameters"]
+
+
+def _parameters(optimizer: Any) -> list[torch.Tensor]:
+    groups: Iterable[dict[str, Any]] = optimizer.param_groups
+    return [parameter for group in groups for parameter in group["params"]]

@@ -1,0 +1,290 @@
+"""``every=``: the wrapped optimizer steps on each rank's own gradients, and every so often the ranks exchange how far.
+
+Stich, "Local SGD Converges Fast and Communicates Little", 2019; with an outer optimizer Reddi et al., "Adaptive
+Federated Optimization", 2021, Algorithm 1, and Douillard et al., "DiLoCo: Distributed Low-Communication Training of
+Language Models", 2023, Algorithm 1. The exchange itself is that of a :class:`~mpisign.DistributedSignOptimizer` around
+the outer optimizer, whose parameters are the common ones and whose gradient is the difference: all that holds for
+votes on gradients holds here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from mpisign import applying, restoring, sitting_out, sync, wrapping
+from mpisign.averages import warn_of_averaging
+from mpisign.backends import backend_for
+from mpisign.bitmap.tensors import flat, is_dense
+from mpisign.codecs import SignBits, Trits
+from mpisign.collectives import allreduce
+from mpisign.errors import CheckpointError, OptionError, SynchronizationError
+from mpisign.exchange import header
+from mpisign.layout import check_supported
+from mpisign.memory import OneBitAdam
+from mpisign.memory.noise import Noise
+from mpisign.method import Method
+from mpisign.plain import plain
+from mpisign.planned import Planned
+from mpisign.policy import check_integer
+from mpisign.session import current
+from mpisign.windows import Windows
+
+__all__ = ["LocalSteps", "Outer"]
+
+Outer = Callable[[list[dict[str, Any]]], Optimizer]
+"""Makes the outer optimizer, of parameter groups as torch's optimizers take them."""
+
+
+def check_method(method: Method, outer: Outer | None) -> None:
+    """Raise :class:`OptionError`, with the reason, if a method makes no sense on differences of parameters."""
+    named = f"every= and method={method.name}"
+    instead = "take mpisign.scaled_vote(), mpisign.ef_signsgd(), mpisign.double_squeeze() or mpisign.mean()"
+    memory = method.memory
+    if method.exchanges_models:
+        raise OptionError(f"{named} do not go together: it exchanges parameters itself, at every step; {instead}")
+    if isinstance(memory, OneBitAdam):
+        raise OptionError(
+            f"{named} do not go together: it makes a step of Adam's of the ranks' gradients, and here Adam is what you "
+            f"wrap: DistributedSignOptimizer(torch.optim.AdamW(...), every=...); {instead}"
+        )
+    if memory.running:
+        raise OptionError(
+            f"{named} do not go together: it sends changes of an estimate that follows a gradient, from which the "
+            f"next one differs little, and differences follow the learning rate and a window's noise; {instead}"
+        )
+    if isinstance(memory, Noise) or memory.needs_maximum:
+        raise OptionError(
+            f"{named} do not go together: its noise and bounds are in units of gradients, and differences "
+            f"shrink with the learning rate; {instead}"
+        )
+    if outer is None and isinstance(method.codec, (SignBits, Trits)):
+        raise OptionError(
+            f"{named} need a rate, as what it decides is +-1 and not a distance: give "
+            f"outer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3), about what a parameter moves in a window, "
+            f"or take mpisign.scaled_vote(), which votes on the distance, too"
+        )
+
+
+class LocalSteps:
+    """Of one optimizer, its owner: windows of local steps, and the optimizer that exchanges at their ends.
+
+    Args:
+        wrapper: makes the optimizer that exchanges, a :class:`~mpisign.DistributedSignOptimizer`.
+        every, outer, average_buffers: see :class:`mpisign.DistributedSignOptimizer`.
+
+    Raises:
+        OptionError: one of them is impossible, or a method is.
+        GradientError: a parameter is of a type that cannot be exchanged.
+    """
+
+    def __init__(
+        self,
+        owner: Planned,
+        wrapper: Callable[..., Any],
+        every: int,
+        outer: Outer | None,
+        average_buffers: nn.Module | None,
+    ) -> None:
+        self.every = check_integer("every", every, 1)
+        for method in owner._methods():
+            check_method(method, outer)
+        if owner.overlap is True:
+            raise OptionError("overlap=True hides exchanges of gradients behind backward, and every= has none: drop it")
+        if average_buffers is not None and not isinstance(average_buffers, nn.Module):
+            raise OptionError(f"average_buffers={type(average_buffers).__name__} is no module: pass the model itself")
+        self._buffers = average_buffers
+        self._begun = False
+        names = {**wrapping.default_names(owner.param_groups), **owner._names}
+        for parameter in owner._parameters():
+            check_supported(names[parameter], parameter)
+        self.windows = Windows(owner._parameters())
+        groups = [self._group(group) for group in owner.param_groups]
+        given = [list(map(id, group["params"])) for group in groups]
+        named = [
+            (names[p], c) for p, c in zip(owner._parameters(), self.windows.common(owner._parameters()), strict=True)
+        ]
+        made = SGD(groups, lr=1.0) if outer is None else outer(groups)
+        if not isinstance(made, Optimizer):
+            raise OptionError(f"outer= has made a {type(made).__name__}, and must make a torch.optim.Optimizer")
+        if [list(map(id, group["params"])) for group in made.param_groups] != given:
+            raise OptionError("outer= must make an optimizer of just the parameter groups it is given, in their order")
+        self.inner = wrapper(
+            made,
+            named,
+            method=owner.method,
+            zeros=owner.policy.zeros,
+            ties=owner.policy.ties,
+            exchange=owner.exchange,
+            seed=owner.policy.seed,
+            bucket_cap_mb=owner.bucket_cap_mb,
+            apply=owner.apply,
+            overlap=False,
+        )
+
+    def _group(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """An outer parameter group. Ranks compare options, and so ``every`` with them."""
+        method = {"method": group["method"]} if "method" in group else {}
+        return {"params": self.windows.common(group["params"]), "every": self.every, **method}
+
+    def _follow(self, owner: Planned) -> None:
+        """Let the outer optimizer have the groups and parameters that the wrapped one has by now."""
+        outer = self.inner.wrapped
+        self.windows.follow(owner._parameters())
+        for at, group in enumerate(owner.wrapped.param_groups):
+            if at == len(outer.param_groups):
+                outer.add_param_group(self._group(group))
+            outer.param_groups[at].update(self._group(group))
+        del outer.param_groups[len(owner.wrapped.param_groups) :]
+        names = {**wrapping.default_names(owner.wrapped.param_groups), **owner._names}
+        parameters = owner._parameters()
+        self.inner._names = {c: names[p] for p, c in zip(parameters, self.windows.common(parameters), strict=True)}
+        if self.windows.is_shown:
+            raise SynchronizationError(
+                "a step inside `with optimizer.common_parameters():` would move the common parameters in place of this "
+                "rank's own: leave it first"
+            )
+        if not self._begun:
+            warn_of_averaging(owner._parameters())
+            self._begun = True
+        self.windows.begin()
+
+    # ---------------------------------------------------------------------------------------------- steps
+
+    def step(self, owner: Planned) -> None:
+        """A local step, if the gradient is finite, and an exchange, if a window ends. **Collective** then."""
+        with plain(), current().telling("step()"):
+            self._follow(owner)
+            abstention, unscale = owner._loss_scale.says(owner)
+            moving = [p for p in owner._parameters() if p.requires_grad and p.grad is not None]
+            finite = abstention == header.VOTES and _prepared([p.grad for p in moving], unscale, owner.clip_grad_norm)
+            owner._checks.stepped(finite)
+        if finite:
+            with current().telling("step()"):
+                applying.step(owner.wrapped)
+        owner._forget_gradients()
+        self.windows.stepped(moving if finite else [])
+        if self.windows.position >= self.every:
+            self._exchange(owner)
+
+    def _exchange(self, owner: Planned) -> None:
+        with plain():
+            self.windows.differ()
+        self.inner.step()
+        with plain():
+            self.windows.end()
+        owner.report = self.inner.report
+        self._average_buffers(votes=True)
+
+    def join(self, owner: Planned) -> int:
+        """End a window that has begun, then sit out until all have joined. **Collective.**"""
+        with current().telling("step()"):
+            self._follow(owner)
+        if self.windows.position:
+            self._exchange(owner)
+            self.windows.begin()
+        last = sitting_out.join(self.inner, lambda: self._average_buffers(votes=False))
+        self.windows.end()
+        owner.report = self.inner.report or owner.report
+        return last
+
+    def _average_buffers(self, *, votes: bool) -> None:
+        """Let floating-point buffers be the mean of those ranks whose are finite. **Collective.**"""
+        if self._buffers is None:
+            return
+        with plain():
+            buffers = [b for b in self._buffers.buffers() if b.is_floating_point() and b.numel()]
+            if not buffers:
+                return
+            mine = torch.cat([b.detach().reshape(-1).double().cpu() for b in buffers])
+            counts = votes and bool(mine.isfinite().all())
+            told = torch.cat([mine, mine.new_ones(1)]) if counts else mine.new_zeros(len(mine) + 1)
+            total = allreduce(told, "sum", name="buffers")
+            if total[-1] == 0:
+                return
+            means = (total[:-1] / total[-1]).split([b.numel() for b in buffers])
+            for buffer, mean in zip(buffers, means, strict=True):
+                buffer.detach().copy_(mean.view(buffer.shape))
+
+    # --------------------------------------------------------------------------------------------- states
+
+    def state_dict(self) -> dict[str, Any]:
+        """What belongs under ``"mpisign"``."""
+        outer = self.inner.state_dict()
+        memory: dict[str, Any] = outer.pop("mpisign")
+        for group in outer["param_groups"]:
+            group.pop("every", None)
+        memory["local_steps"] = {"every": self.every, **self.windows.state_dict(), "outer": outer}
+        return memory
+
+    def load(self, owner: Planned, saved: dict[str, Any] | None, wrapped: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, and the wrapped optimizer's state. Raises :class:`CheckpointError`."""
+        group, inner = current("load_state_dict()").group, self.inner
+        whose = f"rank {group.rank}"
+        self.windows.follow(owner._parameters())
+        local = saved.get("local_steps") if isinstance(saved, Mapping) else None
+        if local is None:  # of gradients, or of none: their memory is in other units than one of differences
+            saved = None
+        memory = inner._memory.restored(saved, inner._parameters(), inner._memories(), group)
+        if local is not None:
+            local = self.windows.checked(local, whose)
+            if not isinstance(local.get("outer"), Mapping):
+                raise CheckpointError(f"{whose}: in this state ['mpisign']['local_steps']['outer'] is no dict")
+        with wrapping.without_methods(owner.wrapped), restoring.as_it_was(owner.wrapped):
+            restoring.load(owner.wrapped, wrapped, whose)
+            if local is not None:
+                with wrapping.without_methods(inner.wrapped):
+                    restoring.load(inner.wrapped, local["outer"], f"{whose}: outer")
+        inner._memory = memory
+        inner._drop_plan()
+        if local is None or saved is None:
+            self.windows.forget()
+        else:
+            self.windows.load(local)
+            inner._exchanges, inner._epoch = saved["step"], saved["epoch"]
+
+    def in_common(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and values of what is the same on all ranks, besides what the outer optimizer keeps."""
+        names = self.inner._names
+        yield from ((f"the common {names[c]!r}", c.detach()) for c in self.inner._parameters())
+
+    def broadcast(self, root_rank: int) -> None:
+        """Give all ranks ``root_rank``'s common parameters, outer state and place in the window. **Collective.**"""
+        act = "broadcast_optimizer_state()"
+        told = self.windows.state_dict()
+        common = told.pop("common")
+        told["known"] = sorted(common)
+        schema = {"position": int, "touched": [int], "trained": [int], "known": [int]}
+        told = current(act).spread_value(told, schema, root_rank, act)
+        sync.broadcast_parameters(self.in_common(), root_rank)
+        with wrapping.without_methods(self.inner.wrapped):
+            sync.broadcast_optimizer_state(self.inner.wrapped, root_rank)
+        common = dict(enumerate(c.detach() for c in self.inner._parameters()))
+        self.windows.load(
+            self.windows.checked(
+                {**told, "common": {place: common.get(place) for place in told["known"]}}, f"rank {root_rank}"
+            )
+        )
+
+
+def _prepared(gradients: Sequence[Any], unscale: float, clip: float | None) -> bool:
+    """Take the loss scale out of gradients, in place, and clip them. Returns whether all are finite."""
+    if not gradients:
+        return True
+    values = [g._values() if g.is_sparse else g for g in gradients]
+    dense = [v if is_dense(v) else v.contiguous() for v in values]
+    backend = backend_for(dense[0].device)
+    if int(backend.first_bad(dense)) < len(dense):
+        return False
+    factor = unscale
+    if clip is not None:
+        norm = float(backend.norm([flat(v) for v in dense])) * unscale
+        factor = unscale if norm <= clip else unscale * (clip / norm)
+    if factor != 1.0:
+        for value in values:
+            value.mul_(factor)
+    return True

@@ -1,0 +1,189 @@
+"""Local steps between two exchanges: the parameters that all ranks have in common, and how far this rank has gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mpisign.bitmap.tensors import strides_of
+from mpisign.errors import CheckpointError
+from mpisign.memory.saved import is_of_floats
+from mpisign.memory.store import state_dtype
+from mpisign.trees import shown
+
+__all__ = ["Windows"]
+
+LIMIT = 2**62  # of steps
+
+
+class Windows:
+    """Of one optimizer, whose *local* parameters are the model's, and whose *common* ones are kept here.
+
+    A window begins with equal parameters, ``local == common`` in the model's precision. What its owner writes into the
+    model then (a loaded state, a broadcast) is taken over into the common ones; what is written later in a window is
+    a part of the rank's difference.
+
+    Attributes:
+        position: how many steps of the present window have been called, skipped ones included.
+    """
+
+    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
+        self.position = 0
+        self._common: dict[torch.Tensor, torch.Tensor] = {}
+        self._known: set[torch.Tensor] = set()  # whose common value is what all ranks have
+        self._touched: set[torch.Tensor] = set()  # had a gradient in this window
+        self._trained: set[torch.Tensor] = set()  # were no frozen ones in it, at least for a while
+        self._shown = False
+        self.follow(parameters)
+
+    def follow(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Take note of parameters that were added or removed, or have moved to another device or type."""
+        self._common = {parameter: self._of(parameter) for parameter in parameters}
+        self._known &= self._common.keys()
+        self._touched &= self._common.keys()
+        self._trained &= self._common.keys()
+
+    def _of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Its common tensor, which stays the same object: the outer optimizer has it."""
+        common, dtype = self._common.get(parameter), state_dtype(parameter.dtype)
+        form = parameter.shape, dtype, parameter.device
+        if common is not None and (common.shape, common.dtype, common.device) == form:
+            return common
+        values = parameter if common is None or common.shape != parameter.shape else common
+        laid = torch.empty_strided(parameter.shape, strides_of(parameter), dtype=dtype, device=parameter.device)
+        laid.copy_(values.detach())
+        if common is None:
+            return laid.requires_grad_(parameter.requires_grad)
+        common.grad = None
+        common.data = laid
+        return common
+
+    def common(self, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The common tensors of these."""
+        return [self._common[parameter] for parameter in parameters]
+
+    # ------------------------------------------------------------------------------------------- a window
+
+    def begin(self) -> None:
+        """Before a step, or before sitting out: a window that begins takes over what its owner has written."""
+        written = self._apart(self._known) if self.position == 0 else []
+        for parameter in (*written, *(p for p in self._common if p not in self._known)):
+            self._common[parameter].detach().copy_(parameter.detach())
+        self._known.update(self._common)
+        for parameter, common in self._common.items():
+            if parameter.requires_grad:
+                self._trained.add(parameter)
+            common.requires_grad_(parameter in self._trained)
+
+    def stepped(self, moved: Sequence[torch.Tensor]) -> None:
+        """A step was called, in which these parameters had a gradient that was applied."""
+        self.position += 1
+        self._touched.update(moved)
+
+    def differ(self) -> None:
+        """Leave in each common tensor's ``grad`` by how much it exceeds the local one; None where nothing has moved."""
+        moved = self._touched.union(self._apart(self._common.keys() - self._touched))
+        for parameter, common in self._common.items():
+            local = parameter.detach()
+            common.grad = common.detach() - local.to(common.dtype) if parameter in moved else None
+
+    def _apart(self, parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Those that do not hold their common value. However they were written: by ``.data``, say."""
+        some = list(parameters)
+        if not some:
+            return []
+        pairs = ((p.detach(), self._common[p].detach().to(p.dtype)) for p in some)
+        differ = torch.stack([local.ne(common).any() for local, common in pairs]).tolist()
+        return [parameter for parameter, its in zip(some, differ, strict=True) if its]
+
+    def end(self) -> None:
+        """Go on from the common parameters, in a new window."""
+        for parameter, common in self._common.items():
+            common.grad = None  # its memory is free until the next exchange
+            if parameter in self._trained:
+                parameter.detach().copy_(common.detach())
+        self.position, self._touched, self._trained = 0, set(), set()
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Inside, the local parameters hold the common ones' values; afterwards their own again, bit for bit."""
+        if self._shown:  # already
+            yield
+            return
+        with torch.no_grad():
+            away = self._apart(self._known)
+            own = [p.detach().clone() for p in away]
+            for parameter in away:
+                parameter.detach().copy_(self._common[parameter].detach())
+        self._shown = True
+        try:
+            yield
+        finally:
+            self._shown = False
+            with torch.no_grad():
+                for parameter, values in zip(away, own, strict=True):
+                    parameter.detach().copy_(values)
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the model holds the common parameters at present, for a while."""
+        return self._shown
+
+    # -------------------------------------------------------------------------------------------- states
+
+    def state_dict(self) -> dict[str, Any]:
+        """By place among the parameters; plain types and tensors only.
+
+        Where the model holds the common parameters, it is that of a window that has not begun.
+        """
+        places = {parameter: place for place, parameter in enumerate(self._common)}
+        begun = 0 if self._shown else self.position
+        return {
+            "position": begun,
+            "touched": sorted(places[parameter] for parameter in self._touched if begun),
+            "trained": sorted(places[parameter] for parameter in self._trained if begun),
+            "common": {places[parameter]: self._common[parameter].detach() for parameter in self._known},
+        }
+
+    def checked(self, saved: Any, whose: str) -> dict[str, Any]:
+        """What :meth:`state_dict` gave, looked at. Raises :class:`CheckpointError`, naming what cannot be."""
+        parameters = list(self._common)
+
+        def demand(good: bool, where: str, value: object, what: str) -> None:
+            if not good:
+                raise CheckpointError(
+                    f"{whose}: in this state ['mpisign']['local_steps']{where} is {shown(value)}, and not {what}: it "
+                    f"is damaged, or of another model"
+                )
+
+        demand(isinstance(saved, Mapping), "", saved, "a dict")
+        position, common = saved.get("position"), saved.get("common")
+        demand(type(position) is int and 0 <= position < LIMIT, "['position']", position, "a number of steps")
+        for name in ("touched", "trained"):
+            its = saved.get(name)
+            fit = isinstance(its, (list, tuple)) and all(type(p) is int and 0 <= p < len(parameters) for p in its)
+            demand(fit, f"[{name!r}]", its, f"a list of places among {len(parameters)} parameters")
+        demand(isinstance(common, Mapping), "['common']", common, "a dict of tensors")
+        for place, value in common.items():
+            where = f"['common'][{shown(place)}]"
+            demand(type(place) is int and 0 <= place < len(parameters), where, value, "of a parameter of this model")
+            fit = is_of_floats(value) and value.shape == parameters[place].shape
+            demand(fit, where, value, f"a tensor of shape {tuple(parameters[place].shape)}")
+        return dict(saved)
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Take over what :meth:`checked` has found good."""
+        parameters = list(self._common)
+        self.position = saved["position"]
+        self._touched = {parameters[place] for place in saved["touched"]}
+        self._trained = {parameters[place] for place in saved["trained"]}
+        self._known = {parameters[place] for place in saved["common"]}
+        for place, value in saved["common"].items():
+            self._common[parameters[place]].detach().copy_(value)
+
+    def forget(self) -> None:
+        """The next window begins with the parameters as they are then."""
+        self.position, self._touched, self._trained, self._known = 0, set(), set(), set()

@@ -1,0 +1,111 @@
+"""mpisign.checkpoint.local on real ranks: local steps go on bit for bit, also within a window, and on other numbers."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from resumable import Job, assert_resuming_is_exact, assert_states_are_enough
+from torch.optim import SGD, AdamW
+
+import mpisign
+from mpisign import Method
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mpi4py import MPI
+
+pytestmark = pytest.mark.mpi
+
+
+class AdamJob(Job):
+    """The job that tests of resuming train, with AdamW on each rank's own gradients."""
+
+    def __init__(self, method: Method, every: int, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        super().__init__(plain=True, dtype=dtype)
+        adam = AdamW(self.model.parameters(), lr=0.01)
+        named = self.model.named_parameters()
+        self.optimizer = mpisign.DistributedSignOptimizer(adam, named, method=method, every=every, **options)
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
+
+
+def nesterov(parameters: Any) -> SGD:
+    return SGD(parameters, lr=0.7, momentum=0.9, nesterov=True)
+
+
+@pytest.mark.parametrize("every", [1, 2, 4])  # of six steps, of which two are before the save
+@pytest.mark.parametrize(
+    "method", [mpisign.scaled_vote(), mpisign.double_squeeze(), mpisign.top_k(0.2)], ids=lambda method: method.name
+)
+def test_resuming_is_exact(folder: Path, method: Method, every: int) -> None:
+    assert_resuming_is_exact(folder, lambda: AdamJob(method, every, outer=nesterov))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_states_of_ranks_are_enough(comm: MPI.Comm, tmp_path: Path, dtype: torch.dtype) -> None:
+    file = tmp_path / f"rank{comm.rank}.pt"
+    assert_states_are_enough(file, lambda: AdamJob(mpisign.scaled_vote(0.5), 4, dtype=dtype))
+
+
+def test_the_model_in_a_checkpoint_is_the_common_one(comm: MPI.Comm, folder: Path) -> None:
+    job = AdamJob(mpisign.mean(), 4).train(6)
+    saved = job.save(folder)
+    weights = torch.load(saved / "shared.pt", weights_only=True)["model"]
+    with job.optimizer.common_parameters():
+        for name, parameter in job.model.named_parameters():
+            assert torch.equal(weights[name], parameter), name
+    own = torch.load(saved / f"rank-{comm.rank:05d}.pt", weights_only=True)
+    for name, parameter in job.model.named_parameters():
+        assert torch.equal(own["parameters"][name], parameter), name
+    job.train(8)
+    job.save(folder)
+    assert torch.load(folder / "step-00000008" / f"rank-{comm.rank:05d}.pt", weights_only=True)["parameters"] == {}
+
+
+@contextmanager
+def job_of(comm: MPI.Comm, ranks: int) -> Iterator[bool]:
+    """A job of the first ``ranks`` ranks; whether this one is in it."""
+    mpisign.shutdown()
+    part = comm.Split(int(comm.rank < ranks))
+    if comm.rank < ranks:
+        mpisign.init(part)
+    yield comm.rank < ranks
+    mpisign.shutdown()
+    part.Free()
+    comm.Barrier()
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("fewer", [True, False])
+@pytest.mark.parametrize("steps", [4, 5])
+def test_on_another_number_of_ranks(comm: MPI.Comm, folder: Path, steps: int, fewer: bool) -> None:
+    """At a window's end all goes on; what was done in a window that had begun is given up, with a warning."""
+    old, new = (comm.size, comm.size - 1) if fewer else (comm.size - 1, comm.size)
+    told, adams = None, None
+    with job_of(comm, old) as inside:
+        if inside:
+            job = AdamJob(mpisign.scaled_vote(), 2, outer=nesterov).train(steps)
+            job.save(folder)
+            adams = job.optimizer.wrapped.state_dict()["state"][0]["exp_avg"]
+            with job.optimizer.common_parameters():
+                told = [p.detach().clone() for p in job.model.parameters()]
+    told, adams = comm.bcast(told), comm.allgather(adams)
+    with job_of(comm, new) as inside:
+        if inside:
+            job = AdamJob(mpisign.scaled_vote(), 2, outer=nesterov)
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                job.load(folder)
+            said = " ".join(str(one.message) for one in warned)
+            assert ("at most 1 steps" in said) == (steps == 5 and mpisign.rank() == 0)
+            assert all(torch.equal(p, its) for p, its in zip(job.model.parameters(), told, strict=True))
+            mine = job.optimizer.wrapped.state_dict()["state"][0]["exp_avg"]
+            assert torch.equal(mine, adams[mpisign.rank() % old])
+            mpisign.check_consistency(job.model, job.optimizer, buffers=False)
+            job.train(steps + 2)
+            mpisign.check_consistency(job.model, job.optimizer, buffers=False)
