@@ -99,11 +99,14 @@ class LocalSteps:
             raise OptionError(f"average_buffers={type(average_buffers).__name__} is no module: pass the model itself")
         self._buffers = average_buffers
         self._begun = False
+        self._forms: list[Any] = []
         names = {**wrapping.default_names(owner.param_groups), **owner._names}
         for parameter in owner._parameters():
             check_supported(names[parameter], parameter)
         self.windows = Windows(owner._parameters())
-        groups = [self._group(group) for group in owner.param_groups]
+        groups = [
+            {"params": self.windows.common(group["params"]), **self._options(group)} for group in owner.param_groups
+        ]
         given = [list(map(id, group["params"])) for group in groups]
         named = [
             (names[p], c) for p, c in zip(owner._parameters(), self.windows.common(owner._parameters()), strict=True)
@@ -126,23 +129,34 @@ class LocalSteps:
             overlap=False,
         )
 
-    def _group(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """An outer parameter group. Ranks compare options, and so ``every`` with them."""
-        method = {"method": group["method"]} if "method" in group else {}
-        return {"params": self.windows.common(group["params"]), "every": self.every, **method}
-
-    def _follow(self, owner: Planned) -> None:
+    def _match(self, owner: Planned) -> None:
         """Let the outer optimizer have the groups and parameters that the wrapped one has by now."""
-        outer = self.inner.wrapped
-        self.windows.follow(owner._parameters())
-        for at, group in enumerate(owner.wrapped.param_groups):
+        outer, groups, parameters = self.inner.wrapped, owner.wrapped.param_groups, owner._parameters()
+        forms = [(id(p), p.shape, p.dtype, p.device) for p in parameters]
+        if forms == self._forms and len(groups) == len(outer.param_groups):
+            for its, group in zip(outer.param_groups, groups, strict=True):
+                its.update(self._options(group))
+            return
+        self._forms = forms
+        self.windows.follow(parameters)
+        for at, group in enumerate(groups):
+            its = {"params": self.windows.common(group["params"]), **self._options(group)}
             if at == len(outer.param_groups):
-                outer.add_param_group(self._group(group))
-            outer.param_groups[at].update(self._group(group))
-        del outer.param_groups[len(owner.wrapped.param_groups) :]
-        names = {**wrapping.default_names(owner.wrapped.param_groups), **owner._names}
-        parameters = owner._parameters()
-        self.inner._names = {c: names[p] for p, c in zip(parameters, self.windows.common(parameters), strict=True)}
+                outer.add_param_group(its)
+            else:
+                outer.param_groups[at].update(its)
+        del outer.param_groups[len(groups) :]
+        names = {**wrapping.default_names(groups), **owner._names}
+        pairs = zip(parameters, self.windows.common(parameters), strict=True)
+        self.inner._names = {common: names[parameter] for parameter, common in pairs}
+
+    def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Of an outer parameter group, besides its own. Ranks compare options, and so ``every`` with them."""
+        return {"every": self.every, **({"method": group["method"]} if "method" in group else {})}
+
+    def _begin(self, owner: Planned) -> None:
+        """Before a step, or before sitting out."""
+        self._match(owner)
         if self.windows.is_shown:
             raise SynchronizationError(
                 "a step inside `with optimizer.common_parameters():` would move the common parameters in place of this "
@@ -158,7 +172,7 @@ class LocalSteps:
     def step(self, owner: Planned) -> None:
         """A local step, if the gradient is finite, and an exchange, if a window ends. **Collective** then."""
         with plain(), current().telling("step()"):
-            self._follow(owner)
+            self._begin(owner)
             abstention, unscale = owner._loss_scale.says(owner)
             moving = [p for p in owner._parameters() if p.requires_grad and p.grad is not None]
             finite = abstention == header.VOTES and _prepared([p.grad for p in moving], unscale, owner.clip_grad_norm)
@@ -183,7 +197,7 @@ class LocalSteps:
     def join(self, owner: Planned) -> int:
         """End a window that has begun, then sit out until all have joined. **Collective.**"""
         with current().telling("step()"):
-            self._follow(owner)
+            self._begin(owner)
         if self.windows.position:
             self._exchange(owner)
             self.windows.begin()
@@ -212,8 +226,9 @@ class LocalSteps:
 
     # --------------------------------------------------------------------------------------------- states
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, owner: Planned) -> dict[str, Any]:
         """What belongs under ``"mpisign"``."""
+        self._match(owner)
         outer = self.inner.state_dict()
         memory: dict[str, Any] = outer.pop("mpisign")
         for group in outer["param_groups"]:
@@ -225,7 +240,7 @@ class LocalSteps:
         """Load what :meth:`state_dict` gave, and the wrapped optimizer's state. Raises :class:`CheckpointError`."""
         group, inner = current("load_state_dict()").group, self.inner
         whose = f"rank {group.rank}"
-        self.windows.follow(owner._parameters())
+        self._match(owner)
         local = saved.get("local_steps") if isinstance(saved, Mapping) else None
         if local is None:  # of gradients, or of none: their memory is in other units than one of differences
             saved = None

@@ -88,7 +88,6 @@ class DistributedSignOptimizer(Planned):
 
     Attributes:
         report: the :class:`~mpisign.StepReport` of the last exchange, or None before the first.
-        outer: with ``every``, the optimizer of the common parameters, for a schedule of its own; else None.
 
     Raises:
         NotInitializedError: :func:`mpisign.init` has not been called.
@@ -355,7 +354,7 @@ class DistributedSignOptimizer(Planned):
 
     @property
     def outer(self) -> Optimizer | None:
-        """With ``every``, the optimizer of the common parameters; else None."""
+        """With ``every``, the optimizer of the common parameters, for a schedule of its own; else None."""
         return None if self._local is None else self._local.inner.wrapped
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -377,7 +376,7 @@ class DistributedSignOptimizer(Planned):
             state: dict[str, Any] = self.wrapped.state_dict()
         group = known("state_dict()").group if is_initialized() else None
         if self._local is not None:
-            state["mpisign"] = self._local.state_dict()
+            state["mpisign"] = self._local.state_dict(self)
         else:
             state["mpisign"] = self._memory.state_dict(
                 self._parameters(), self._exchanges, self._epoch, self.method.name, group

@@ -57,11 +57,15 @@ class ReportWriter:
                     f"W&B's log()"
                 )
         self._steps = 0
+        self._last: Any = None
         self._handle: Any = optimizer.register_step_post_hook(self._after) if rank() == 0 else None
 
     def _after(self, optimizer: Any, args: Any, options: Any) -> None:
+        if optimizer.report is self._last:  # a local step, without an exchange
+            return
+        self._last = optimizer.report
         self._steps += 1
-        if optimizer.report is not None and self._steps % self._every == 0:
+        if self._steps % self._every == 0:
             self.write(optimizer.report.as_dict())
 
     def write(self, numbers: dict[str, float]) -> None:

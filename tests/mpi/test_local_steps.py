@@ -189,6 +189,16 @@ def test_by_every_method_all_go_on_from_the_same(comm: MPI.Comm, method: Method)
     mpisign.check_consistency(nn.ParameterList(tensors), optimizer)
 
 
+def test_all_exchanges_decide_the_same_bits(comm: MPI.Comm) -> None:
+    seen = []
+    for exchange in ("allgather", "two_phase", "hierarchical"):
+        tensors = model(torch.float32)
+        outer = lambda parameters: SGD(parameters, lr=0.01)  # noqa: E731
+        train(wrap(tensors, 2, method=mpisign.signum(), outer=outer, exchange=exchange), tensors, range(5), comm.rank)
+        seen.append([its.tolist() for its in flats(tensors)])
+    assert seen[0] == seen[1] == seen[2]
+
+
 def test_what_is_in_sixteen_bits_has_common_parameters_in_fp32(comm: MPI.Comm) -> None:
     """Else a difference of less than half a unit in the last place would be lost, exchange by exchange."""
     tensors = [nn.Parameter(torch.ones(64, dtype=torch.bfloat16))]
