@@ -21,7 +21,7 @@ from mpisign.averages import warn_of_averaging
 from mpisign.backends import backend_for
 from mpisign.bitmap.tensors import flat, is_dense
 from mpisign.codecs import SignBits, Trits
-from mpisign.collectives import allreduce
+from mpisign.collectives import average
 from mpisign.errors import CheckpointError, OptionError, SynchronizationError
 from mpisign.exchange import header
 from mpisign.layout import check_supported
@@ -217,12 +217,12 @@ class LocalSteps:
             mine = torch.cat([b.detach().reshape(-1).double().cpu() for b in buffers])
             counts = votes and bool(mine.isfinite().all())
             told = torch.cat([mine, mine.new_ones(1)]) if counts else mine.new_zeros(len(mine) + 1)
-            total = allreduce(told, "sum", name="buffers")
-            if total[-1] == 0:
+            mean = average(told, name="buffers")
+            if mean[-1] == 0:
                 return
-            means = (total[:-1] / total[-1]).split([b.numel() for b in buffers])
-            for buffer, mean in zip(buffers, means, strict=True):
-                buffer.detach().copy_(mean.view(buffer.shape))
+            means = (mean[:-1] / mean[-1]).split([b.numel() for b in buffers])
+            for buffer, its in zip(buffers, means, strict=True):
+                buffer.detach().copy_(its.view(buffer.shape))
 
     # --------------------------------------------------------------------------------------------- states
 
