@@ -204,7 +204,7 @@ class DistributedSignOptimizer(Planned):
             self._epoch = 0
         with current().telling("step()"):
             abstention, unscale = self._loss_scale.says(self, alone=alone)
-            early = self._overlap.early(plan, abstention, unscale)
+            early = self._overlap.early(plan, self._loss_scale.scales(self))
             values = plan.gradients.read()
         sink = None if alone or self.apply == "optimizer" else applying.step_sink(self.wrapped, plan)
         self._exchange(plan, values, abstention, unscale, sink or GradientSink(plan.layout, values), early)

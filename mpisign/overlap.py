@@ -41,7 +41,13 @@ ADVICE = (
     "overlap=False"
 )
 
+GONE = -1  # instead of how many messages a rank has sent: its optimizer is no more, nor its buffers
+
 _owners: Any = WeakTensorKeyDictionary()  # of parameters: whose hooks are on them
+_under_way: set[Overlap] = set()  # MPI reads and writes what belongs to them, whoever else has forgotten them
+_stranded: list[Any] = []
+
+_NOTHING: tuple[Callable[[], Any], int] = (lambda: None), 0
 
 
 def check_overlap(option: object) -> bool | str:
@@ -66,16 +72,17 @@ class Overlap:
     _dropped: bool  # it must not count, and nobody is to blame
     _scaled: bool  # by a GradScaler
     _counts: list[int]  # by parameter, how often its gradient was added to
-    _marks: list[tuple[int, int]]  # by parameter, its gradient and the version of that when it was there
+    _marks: list[tuple[Callable[[], Any], int]]  # by parameter, its gradient, and which version of that was there
     _rates: list[float]  # of what memories follow, when the first message was made
 
     def __init__(self, option: bool | str, passes: int) -> None:
         self._strict, self._passes = option is True, passes
         self._off = option is False  # for good
         self._on = option is True
-        self._clean = self._looked = 0
+        self._clean = self._looked = self._drops = 0
         self._paused = 0  # inside no_sync()
         self._known = False  # to the session, which will end
+        self._barred = False  # from talking in the thread in which backward runs
         self._advanced = 0.0
         self._owner: Callable[[], Any] = lambda: None
         self._handles: list[Any] = []
@@ -88,7 +95,7 @@ class Overlap:
         if plan.early and not self._known:
             self._known = True
             session = current()
-            session.farewells.callback(_leave, session, weakref.ref(self))
+            session.farewells.callback(_leave, session, weakref.ref(self), plan.number)
         if plan.early and not self._off:
             if self._plan is None or plan.use is not self._plan.use:
                 self._install(owner, plan)
@@ -96,11 +103,15 @@ class Overlap:
             self._uninstall()
         self._restart(plan if plan.early else None)
 
-    def early(self, plan: Plan, abstention: int, unscale: float) -> Early:
-        """What this rank has sent before a step by ``plan``. Raises what has gone wrong in a hook."""
+    def early(self, plan: Plan, scaled: bool) -> Early:
+        """What this rank has sent before a step by ``plan``. Raises what has gone wrong in a hook.
+
+        Args:
+            scaled: a GradScaler has a say in it.
+        """
         if self._fault is not None:
             raise self._fault
-        self._scaled = abstention != header.VOTES or unscale != 1.0
+        self._scaled = scaled
         if plan is not self._plan or self._dropped:
             void = True
         else:
@@ -108,6 +119,8 @@ class Overlap:
             void = bool(self._reason) or (self._round is not None and self._rates != self._learning_rates())
         if self._round is None:
             self._watch(clean=not void)
+        elif not void:
+            self._drops = 0
         return Early(self._plan, self._round, void, self._were_dropped)
 
     def sitting_out(self) -> Early:
@@ -120,7 +133,12 @@ class Overlap:
         Raises:
             SynchronizationError: on all ranks, if overlap was demanded and is not possible as the program is.
         """
-        reason = self._reason if self._round is not None else ""
+        reason = "" if self._round is None or self._off else self._reason
+        if self._round is not None and not self._reason:
+            self._drops += 1
+            if self._drops >= WINDOWS and not self._off:
+                self._drops = 0
+                reason = f"gradients, parameters or rates have changed before the step, {WINDOWS} times on end"
         if reason and (self._scaled or not self._strict):
             self._stop(f"rank {current().rank}: messages leave after backward from now on, not while it runs: {reason}")
             reason = ""
@@ -134,8 +152,8 @@ class Overlap:
 
     def dropped(self) -> None:
         """The gradients of which some may have been sent are none any more."""
-        if any(self._counts):
-            self._dropped, self._counts = True, [0] * len(self._counts)
+        self._dropped = self._dropped or self._round is not None
+        self._counts = [0] * len(self._counts)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -146,11 +164,16 @@ class Overlap:
         finally:
             self._paused -= 1
 
-    def leave(self, session: Session) -> None:
-        """Before the job ends: take back what was sent for a step that does not come. **Collective.**"""
-        sent = 0 if self._round is None else self._round.submitted
-        most = int(session.meet("a plan", sent).max())
-        if most and self._plan is not None and most <= len(self._plan.batches):
+    def leave(self, session: Session, number: int) -> None:
+        """Before the job ends: take back what was sent for a step that does not come. **Collective.**
+
+        Args:
+            number: of the optimizer.
+        """
+        most, all_here = _meet(session, 0 if self._round is None else self._round.submitted)
+        if most and not all_here:
+            _strand(session, number, self._round)
+        elif most and self._plan is not None and most <= len(self._plan.batches):
             left = self._round
             if left is None:
                 step = self._plan.use.step + 1
@@ -158,16 +181,20 @@ class Overlap:
             left.abandon(most)
         self._uninstall()
         self._restart(None)
+        self._known = False
 
     # --------------------------------------------------------------------------------------------- hooks
 
     def _restart(self, plan: Plan | None) -> None:
         count = 0 if plan is None else len(plan.layout.parameters)
-        self._plan, self._counts, self._marks, self._rates = plan, [0] * count, [(0, 0)] * count, []
+        self._plan, self._counts, self._marks, self._rates = plan, [0] * count, [_NOTHING] * count, []
         self._round, self._fault, self._reason, self._dropped, self._scaled = None, None, "", False, False
+        _under_way.discard(self)
 
     def _install(self, owner: Any, plan: Plan) -> None:
         self._uninstall()
+        if self._owner() is not owner:
+            weakref.finalize(owner, _remove, self._handles).atexit = False
         self._owner, me = weakref.ref(owner), weakref.ref(self)
         for place, parameter in enumerate(plan.layout.parameters):
             before = _owners.get(parameter)
@@ -176,7 +203,6 @@ class Overlap:
                 before._stop("another DistributedSignOptimizer has the same parameters", quiet=True)
             _owners[parameter] = me
             self._handles.append(parameter.register_post_accumulate_grad_hook(_hook(me, place)))  # type: ignore[arg-type]
-        weakref.finalize(self, _remove, self._handles).atexit = False
 
     def _uninstall(self) -> None:
         _remove(self._handles)
@@ -201,7 +227,7 @@ class Overlap:
         if self._counts[place] < self._passes or gradient is None or self._fault is not None:
             return
         if self._counts[place] == self._passes:
-            self._marks[place] = id(gradient), gradient._version
+            self._marks[place] = _mark(gradient)
         if self._on and not self._reason and not self._dropped:
             if self._round is None and not self._ready(self._plan, 0):
                 return
@@ -218,12 +244,14 @@ class Overlap:
         self._advanced = now
         with session.turn.at_once() as mine, plain():
             if not mine or session.watchdog.broken:
+                self._barred = not session.turn.may_talk()
                 return
             if self._round is None:
                 if plan.store.unsummed or owner._current_plan() is not plan:
                     return
                 self._rates = self._learning_rates()
                 self._round = Round(plan, owner._exchanges, reversible=True)
+                _under_way.add(self)
                 self._round.begin()
             a_round = self._round
             while self._goes_on(plan, a_round):
@@ -236,7 +264,7 @@ class Overlap:
                 for place in batch.places:
                     gradient = plan.layout.parameters[place].grad
                     assert gradient is not None
-                    self._marks[place] = id(gradient), gradient._version
+                    self._marks[place] = _mark(gradient)
                 a_round.submit(batch, values, wait=False)
             a_round.advance()
 
@@ -265,14 +293,18 @@ class Overlap:
             gradient, count = parameter.grad, self._counts[place]
             if count > self._passes:
                 return f"the gradient of {names[place]!r} was added to {count} times"
-            if count == self._passes and (gradient is None or (id(gradient), gradient._version) != self._marks[place]):
+            its, version = self._marks[place]
+            if count == self._passes and (gradient is None or gradient is not its() or gradient._version != version):
                 return f"the gradient of {names[place]!r} was changed after backward"
-            if 0 < count < self._passes:
-                return f"the gradient of {names[place]!r} was added to {count} times, not {self._passes}"
         return ""
 
     def _watch(self, *, clean: bool) -> None:
         """Take note of a step in which nothing was sent early."""
+        if self._barred and not self._off:
+            self._stop(
+                "no overlap: backward runs in another thread than the one that has started MPI, which was started for "
+                "that one alone: unset MPI4PY_RC_THREADS and MPI4PY_RC_THREAD_LEVEL, or say overlap=False"
+            )
         if self._on or self._off or self._plan is None:
             return
         self._looked += 1
@@ -293,12 +325,29 @@ def _hook(overlap: weakref.ref[Overlap], place: int) -> Callable[[torch.Tensor],
     return fired
 
 
-def _leave(session: Session, overlap: weakref.ref[Overlap]) -> None:
+def _mark(gradient: torch.Tensor) -> tuple[Callable[[], Any], int]:
+    return weakref.ref(gradient), gradient._version
+
+
+def _leave(session: Session, overlap: weakref.ref[Overlap], number: int) -> None:
     its = overlap()
     if its is not None:
-        its.leave(session)
-    else:
-        session.meet("a plan")
+        its.leave(session, number)
+        return
+    most, _ = _meet(session, GONE)
+    if most:
+        _strand(session, number, None)
+
+
+def _meet(session: Session, sent: int) -> tuple[int, bool]:
+    """How many messages the most has sent, and whether all ranks still have what they would take part with."""
+    heard = session.meet("a plan", sent)
+    return int(heard.max()), bool((heard != GONE).all())
+
+
+def _strand(session: Session, number: int, left: Round | None) -> None:
+    """Nobody can take back what was sent, so MPI keeps it, and all that belongs to it, until the process ends."""
+    _stranded.append((session.group.lines.pop(number, None), left))
 
 
 def _remove(handles: list[Any]) -> None:

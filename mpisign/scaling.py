@@ -84,6 +84,10 @@ class LossScale:
             unscale = 1.0 / self._taken
         return abstention, unscale
 
+    def scales(self, optimizer: Any) -> bool:
+        """Whether a scaler has a say in these gradients, after :meth:`says`."""
+        return self._before or self._taken is not None or vars(optimizer).get("found_inf") is not None
+
     def _scaler(self) -> GradScaler | None:
         return None if self._known is None else self._known()
 

@@ -38,10 +38,14 @@ class Turns:
         finally:
             self._lock.release()
 
+    def may_talk(self) -> bool:
+        """Whether MPI was started for this thread, too."""
+        return threading.get_ident() == self._first or _may_talk()
+
     @contextmanager
     def at_once(self) -> Iterator[bool]:
         """The same without waiting: whether this thread may talk to other ranks now."""
-        mine = (threading.get_ident() == self._first or _may_talk()) and self._lock.acquire(blocking=False)
+        mine = self.may_talk() and self._lock.acquire(blocking=False)
         try:
             yield mine
         finally:
@@ -50,7 +54,6 @@ class Turns:
 
 
 def _may_talk() -> bool:
-    """Whether MPI was started for this thread, too."""
     from mpi4py import MPI
 
     return MPI.Query_thread() >= MPI.THREAD_SERIALIZED or MPI.Is_thread_main()

@@ -64,6 +64,8 @@ class MemoryStore:
         moves: how often :meth:`of` has begun to give other tensors.
     """
 
+    _born: Sequence[tuple[torch.Tensor, int]] = ()  # pieces that were begun since draft()
+
     def __init__(self, memory: Memory) -> None:
         self._usual = memory  # of parameters of which follow() has not said another
         self._memories: dict[torch.Tensor, Memory] = {}
@@ -143,8 +145,7 @@ class MemoryStore:
             for lo, piece in drafts.items():
                 self._piece_spares.setdefault(parameter, {})[lo] = self._pieces[parameter][lo]
                 self._pieces[parameter][lo] = piece
-        self._drafts, self._piece_drafts = None, {}
-        self.moves += 1
+        self._end_drafts()
 
     def drop(self) -> None:
         """Forget what was written since :meth:`draft`."""
@@ -153,8 +154,22 @@ class MemoryStore:
         self._spares.update(self._drafts)
         for parameter, drafts in self._piece_drafts.items():
             self._piece_spares.setdefault(parameter, {}).update(drafts)
-        self._drafts, self._piece_drafts = None, {}
+        for parameter, lo in self._born:  # a later layout may cut others
+            del self._pieces[parameter][lo]
+            self._piece_spares.get(parameter, {}).pop(lo, None)
+        self._end_drafts()
+
+    def _end_drafts(self) -> None:
+        self._drafts, self._piece_drafts, self._born = None, {}, ()
         self.moves += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has nothing of a round that goes on."""
+        state = {**self.__dict__, "_drafts": None, "_piece_drafts": {}, "_spares": {}, "_piece_spares": {}, "_born": ()}
+        for parameter, lo in self._born:
+            state["_pieces"] = {**state["_pieces"], parameter: dict(state["_pieces"][parameter])}
+            del state["_pieces"][parameter][lo]
+        return state
 
     # ------------------------------------------------------------------------------------------- changes
 
@@ -172,6 +187,8 @@ class MemoryStore:
             parameter: pieces for parameter, pieces in self._kept_pieces(regrouped).items() if parameter in held
         }
         self._pieces, self._spares, self._piece_spares = {}, {}, {}
+        if self._drafts is not None:  # of a round that will be dropped
+            self._drafts, self._piece_drafts, self._born = {}, {}, ()
         self.rows &= held
         self._rates = {parameter: rate for parameter, rate in self._rates.items() if parameter in held}
         states = {parameter: laid for parameter, laid in self._states.items() if parameter in held}
@@ -241,6 +258,8 @@ class MemoryStore:
             kept = torch.zeros(hi - lo, dtype=dtype, device=parameter.device)
             self._recall(parameter, lo, kept)
             mine[lo] = kept
+            if self._drafts is not None:
+                self._born = (*self._born, (parameter, lo))
         if self._drafts is None:
             return mine[lo]
         drafts = self._piece_drafts.setdefault(parameter, {})
