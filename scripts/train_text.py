@@ -12,7 +12,8 @@ import hashlib
 import math
 import statistics
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +26,7 @@ from experiments import RESULTS, markdown_table, write_report
 from flags import FREE, HelpFormatter, add_flags, amount, count, end, make_folder, parse, rate, said_once, whole
 from rich.console import Console
 from rich.table import Table
+from text_contenders import CONTENDERS, DEFAULT, Contender, make_contenders
 from torch import nn
 from torch.utils.data import Dataset
 from training import distribute, take_device, train
@@ -51,15 +53,6 @@ QUICK = {"layers": 1, "width": 64, "epochs": 4, "epoch_windows": 320, "eval_wind
 # A checkpoint of one method does not depend on which others there are, nor on how its options were said.
 FREE.update({"only", "quick", "report", "results"})
 SHARES = {"training": 0.9, "validation": 0.1}
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A way to train: what ranks send, and the optimizer that is given what they decide."""
-
-    label: str
-    method: mpisign.Method
-    optimizer: Callable[[Any], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -114,32 +107,6 @@ def main() -> None:
         show(args, results, {part: len(data) for part, data in text.items()})
 
 
-def make_contenders(args: argparse.Namespace) -> dict[str, Contender]:
-    """By the names that ``--only`` takes. Weights decay alike in all: by the same share in the course of training."""
-
-    def decayed(lr: float) -> dict[str, Any]:
-        return {"lr": lr, "weight_decay": args.decay / lr}
-
-    dgc = mpisign.dgc(args.dgc_ratio, clip=args.dgc_clip)
-    return {
-        "vote": Contender(
-            f"{args.method.name}, {args.method.rule.name}",
-            args.method,
-            lambda parameters: torch.optim.SGD(parameters, **decayed(args.lr)),
-        ),
-        "adamw": Contender(
-            "AdamW, mean in fp32",
-            mpisign.mean(),
-            lambda parameters: torch.optim.AdamW(parameters, **decayed(args.lr_adamw), betas=(0.9, 0.98)),
-        ),
-        "dgc": Contender(
-            f"DGC, {100 * args.dgc_ratio:g} %",
-            dgc,
-            lambda parameters: torch.optim.SGD(parameters, **decayed(args.lr_dgc)),
-        ),
-    }
-
-
 def run(
     args: argparse.Namespace,
     device: torch.device,
@@ -151,12 +118,16 @@ def run(
     """Train a new model. **Collective.**"""
     torch.manual_seed(seed)
     model = Transformer(args.layers, args.width, args.heads, args.context).to(device)
-    optimizer = distribute(args, model, contender.optimizer(model.parameters()), contender.method, seed)
+    inner = contender.optimizer(model.parameters())
+    optimizer = distribute(args, model, inner, contender.method, seed, contender.every)
     windows = Windows(text["training"], args.context, args.epoch_windows)
     history: dict[str, Any] = {"steps": [], "bits": [], "bytes_sent_by_step": []}
+    counted: list[Any] = [None]
 
     def count_bytes(stepped: Any, *_: Any) -> None:
-        history["bytes_sent_by_step"].append(stepped.report.bytes_sent)
+        new = stepped.report is not counted[0]  # inside a window nothing is sent
+        counted[0] = stepped.report
+        history["bytes_sent_by_step"].append(stepped.report.bytes_sent if new else 0)
 
     def loss_of(batch: Sequence[torch.Tensor]) -> torch.Tensor:
         (window,) = batch
@@ -166,6 +137,10 @@ def run(
     def evaluate() -> dict[str, float]:
         """Bits per byte of the validation text, in windows that lie evenly in it. **Collective.**"""
         every = torch.linspace(0, len(text["validation"]) - args.context - 1, args.eval_windows).long()
+        with optimizer.common_parameters() if contender.every else nullcontext():
+            return evaluated(every)
+
+    def evaluated(every: torch.Tensor) -> dict[str, float]:
         mine = [text["validation"][at : at + args.context + 1] for at in every[mpisign.rank() :: mpisign.size()]]
         batches = torch.stack(mine).to(device).split(args.batch_size) if mine else ()
         nats = sum(loss_of([batch]).item() * len(batch) for batch in batches)
@@ -402,9 +377,10 @@ def parse_arguments() -> argparse.Namespace:
         usage="%(prog)s [OPTIONS]", description=__doc__, epilog=EXAMPLES, formatter_class=HelpFormatter
     )
     add = parser.add_argument
-    add("--only", nargs="+", choices=("vote", "adamw", "dgc"), default=["vote", "adamw", "dgc"], help="trainings to do")
+    add("--only", nargs="+", choices=CONTENDERS, default=DEFAULT, help="trainings to do")
     add("--lr", type=rate, default=1e-3, help="highest learning rate of --method; tuned for lion")
     add("--lr-adamw", type=rate, default=6e-3, help="of AdamW on averaged gradients")
+    add("--lr-local", type=rate, default=6e-3, help="of AdamW that steps by itself between exchanges")
     add("--lr-dgc", type=rate, default=1.0, help="of DGC, whose optimizer is SGD: momentum is on the ranks")
     add("--dgc-ratio", type=rate, default=0.01, help="share of the gradient's coordinates that DGC sends in the end")
     add("--dgc-clip", type=rate, default=1.0, help="norm to which DGC clips, before it divides by the ranks' root")

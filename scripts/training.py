@@ -258,7 +258,12 @@ def take_device() -> torch.device:
 
 
 def distribute(
-    args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, method: mpisign.Method, seed: int
+    args: argparse.Namespace,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    method: mpisign.Method,
+    seed: int,
+    every: int | None = None,
 ) -> mpisign.DistributedSignOptimizer:
     """Wrap an optimizer as the flags say, and make all ranks begin alike. **Collective.**"""
     try:
@@ -270,6 +275,7 @@ def distribute(
             ties=args.ties,
             exchange=args.exchange,
             seed=seed,
+            every=every,
         )
     except mpisign.OptionError as error:
         end(str(error))
