@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mpirun import mpirun
 
 import mpisign
 from mpisign.memory import Momentum
@@ -135,3 +137,36 @@ def test_what_a_round_has_written_goes_with_the_layout_that_it_was_written_in() 
     store.drop()
     assert kept(store, parameter)[0] == BEFORE[0]
     assert store.piece(parameter, 0, 8).tolist()[:4] == [2.0] * 4
+
+
+IN_A_THREAD = """
+import threading, warnings, torch, mpisign
+from mpi4py import MPI
+mpisign.init(node_of=range(MPI.COMM_WORLD.size))
+model = torch.nn.Linear(4, 2)
+optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), overlap=True)
+with warnings.catch_warnings(record=True) as heard:
+    warnings.simplefilter("always")
+    for _ in range(4):
+        optimizer.zero_grad()
+        backward = threading.Thread(target=lambda: model(torch.ones(2, 4)).sum().backward())
+        backward.start()
+        backward.join()
+        optimizer.step()
+hooks = sum(len(p._post_accumulate_grad_hooks or {}) for p in model.parameters())
+print(f"rank {mpisign.rank()}: {hooks} hooks; {[str(one.message) for one in heard]}", flush=True)
+"""
+
+
+def test_backward_in_a_thread_for_which_mpi_was_not_started(tmp_path: Path) -> None:
+    """There is no overlap then, which is said once; with MPI for all threads there is."""
+    script = tmp_path / "train.py"
+    script.write_text(IN_A_THREAD)
+    alone = mpirun(2, script, env={"MPI4PY_RC_THREADS": "0"})
+    assert alone.returncode == 0, alone.text
+    for rank in range(2):
+        assert f"rank {rank}: 0 hooks; ['no overlap: backward runs in another thread" in alone.text
+    every = mpirun(2, script)
+    assert every.returncode == 0, every.text
+    for rank in range(2):
+        assert f"rank {rank}: 2 hooks; []" in every.text
