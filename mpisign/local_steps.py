@@ -22,7 +22,7 @@ from mpisign.backends import backend_for
 from mpisign.bitmap.tensors import flat, is_dense
 from mpisign.codecs import SignBits, Trits
 from mpisign.collectives import average
-from mpisign.errors import CheckpointError, OptionError, SynchronizationError
+from mpisign.errors import CheckpointError, ConsistencyError, OptionError, SynchronizationError
 from mpisign.exchange import header
 from mpisign.layout import check_supported
 from mpisign.memory import OneBitAdam
@@ -271,19 +271,19 @@ class LocalSteps:
         """Give all ranks ``root_rank``'s common parameters, outer state and place in the window. **Collective.**"""
         act = "broadcast_optimizer_state()"
         told = self.windows.state_dict()
-        common = told.pop("common")
-        told["known"] = sorted(common)
+        told["known"] = sorted(told.pop("common"))
         schema = {"position": int, "touched": [int], "trained": [int], "known": [int]}
         told = current(act).spread_value(told, schema, root_rank, act)
         sync.broadcast_parameters(self.in_common(), root_rank)
         with wrapping.without_methods(self.inner.wrapped):
             sync.broadcast_optimizer_state(self.inner.wrapped, root_rank)
-        common = dict(enumerate(c.detach() for c in self.inner._parameters()))
-        self.windows.load(
-            self.windows.checked(
-                {**told, "common": {place: common.get(place) for place in told["known"]}}, f"rank {root_rank}"
-            )
-        )
+        with current(act).telling(act):
+            here = dict(enumerate(common.detach() for common in self.inner._parameters()))
+            try:
+                known = {place: here.get(place) for place in told["known"]}
+                self.windows.load(self.windows.checked({**told, "common": known}, f"rank {root_rank}"))
+            except CheckpointError as error:
+                raise ConsistencyError(f"{act}: {error}") from error
 
 
 def _prepared(gradients: Sequence[Any], unscale: float, clip: float | None) -> bool:

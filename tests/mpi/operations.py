@@ -83,14 +83,14 @@ def broadcast_parameters(root: int) -> Prepare:
     return lambda folder: lambda: mpisign.broadcast_parameters(tensors, root_rank=root % mpisign.size())
 
 
-def broadcast_state(root: int, stepped: bool = True) -> Prepare:
+def broadcast_state(root: int, stepped: bool = True, **options: Any) -> Prepare:
     def prepare(folder: Path) -> Operation:
         tensors = parts.parameters(*SHAPES)
         adam = torch.optim.AdamW(tensors, lr=0.1)
         parts.give(tensors, parts.draw_normal(tensors))
         if stepped:
             adam.step()
-        optimizer = mpisign.DistributedSignOptimizer(adam, method=mpisign.mean())
+        optimizer = mpisign.DistributedSignOptimizer(adam, method=mpisign.mean(), **options)
         return lambda: mpisign.broadcast_optimizer_state(optimizer, root_rank=root % mpisign.size())
 
     return prepare
@@ -150,6 +150,7 @@ OPERATIONS: dict[str, Prepare] = {
     "step of different models": a_step_of_different_models,
     "step with a maximum": a_step(mpisign.sto_sign()),
     "step of indices": a_step(mpisign.top_k(0.1)),
+    "local steps and their exchanges": a_step(mpisign.scaled_vote(), every=1, average_buffers=torch.nn.BatchNorm1d(3)),
     "step that mixes models": a_step(mpisign.mean(), exchange="allgather"),
     "join": ranks_that_join,
     "agreement": the_agreement,
@@ -157,6 +158,7 @@ OPERATIONS: dict[str, Prepare] = {
     "broadcast_parameters, from the last": broadcast_parameters(-1),
     "broadcast_optimizer_state, from rank 0": broadcast_state(0),
     "broadcast_optimizer_state, from the last": broadcast_state(-1),
+    "broadcast_optimizer_state of local steps": broadcast_state(0, every=2),
     "check_consistency": a_check(True),
     "check_consistency of different models": a_check(False),
     "barrier": lambda folder: mpisign.barrier,

@@ -44,6 +44,20 @@ def test_a_file_of_rank_0s_numbers(comm: MPI.Comm, folder: Path) -> None:
         assert rows == [told[1], told[3]]
 
 
+def test_local_steps_have_a_row_an_exchange(comm: MPI.Comm, folder: Path) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(40))
+    optimizer = mpisign.DistributedSignOptimizer(
+        torch.optim.SGD([parameter], lr=0.1), method=mpisign.scaled_vote(), every=3
+    )
+    with write_reports(optimizer, folder / "steps.csv" if comm.rank == 0 else None):
+        for _ in range(8):
+            parameter.grad = torch.ones(40)
+            optimizer.step()
+    mpisign.barrier()
+    with open(folder / "steps.csv", newline="") as file:
+        assert [float(row["step"]) for row in csv.DictReader(file)] == [0, 1]
+
+
 def test_tensorboard(comm: MPI.Comm, folder: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
