@@ -132,7 +132,7 @@ class LocalSteps:
     def _match(self, owner: Planned) -> None:
         """Let the outer optimizer have the groups and parameters that the wrapped one has by now."""
         outer, groups, parameters = self.inner.wrapped, owner.wrapped.param_groups, owner._parameters()
-        forms = [(id(p), p.shape, p.dtype, p.device) for p in parameters]
+        forms = [(id(p), p.shape, p.dtype, p.device, p.requires_grad) for p in parameters]
         if forms == self._forms and len(groups) == len(outer.param_groups):
             for its, group in zip(outer.param_groups, groups, strict=True):
                 its.update(self._options(group))
@@ -262,19 +262,20 @@ class LocalSteps:
             self.windows.load(local)
             inner._exchanges, inner._epoch = saved["step"], saved["epoch"]
 
-    def in_common(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def in_common(self, owner: Planned) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and values of what is the same on all ranks, besides what the outer optimizer keeps."""
         names = self.inner._names
-        yield from ((f"the common {names[c]!r}", c.detach()) for c in self.inner._parameters())
+        pairs = zip(owner._parameters(), self.inner._parameters(), strict=True)
+        yield from ((f"the common {names[c]!r}", c.detach()) for p, c in pairs if p.requires_grad)
 
-    def broadcast(self, root_rank: int) -> None:
+    def broadcast(self, owner: Planned, root_rank: int) -> None:
         """Give all ranks ``root_rank``'s common parameters, outer state and place in the window. **Collective.**"""
         act = "broadcast_optimizer_state()"
         told = self.windows.state_dict()
         told["known"] = sorted(told.pop("common"))
         schema = {"position": int, "touched": [int], "trained": [int], "known": [int]}
         told = current(act).spread_value(told, schema, root_rank, act)
-        sync.broadcast_parameters(self.in_common(), root_rank)
+        sync.broadcast_parameters(self.in_common(owner), root_rank)
         with wrapping.without_methods(self.inner.wrapped):
             sync.broadcast_optimizer_state(self.inner.wrapped, root_rank)
         with current(act).telling(act):

@@ -169,7 +169,7 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     session.meet(act)
     local = _local_steps(optimizer)
     if local is not None:
-        local.broadcast(root_rank)
+        local.broadcast(optimizer, root_rank)
 
 
 def _state_told(own: dict[str, Any], tensors: list[torch.Tensor], act: str, root_rank: int) -> dict[str, Any]:
@@ -272,7 +272,7 @@ def _lines(model: torch.nn.Module, optimizer: HasState | None, buffers: bool, se
     differ = isinstance(method, Method) and method.exchanges_models  # replicas that differ by design (MoNNA)
     lines = []
     if local is not None:
-        lines = [f"{name} {_digest(tensor)}" for name, tensor in local.in_common()]
+        lines = [f"{name} {_digest(tensor)}" for name, tensor in local.in_common(optimizer)]
         lines += [f"the place in the window, {local.windows.position} of {local.every}"]
         differ = local.windows.position > 0 and not local.windows.is_shown
     for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers() if buffers else ())):

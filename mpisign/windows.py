@@ -47,14 +47,17 @@ class Windows:
         self._trained &= self._common.keys()
 
     def _of(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Its common tensor, which stays the same object: the outer optimizer has it."""
+        """Its common tensor, which stays the same object, as the outer optimizer has it; a frozen one's is empty."""
         common, dtype = self._common.get(parameter), state_dtype(parameter.dtype)
-        form = parameter.shape, dtype, parameter.device
-        if common is not None and (common.shape, common.dtype, common.device) == form:
+        shape = parameter.shape if parameter.requires_grad or parameter in self._trained else torch.Size([0])
+        if common is not None and (common.shape, common.dtype, common.device) == (shape, dtype, parameter.device):
             return common
-        values = parameter if common is None or common.shape != parameter.shape else common
-        laid = torch.empty_strided(parameter.shape, strides_of(parameter), dtype=dtype, device=parameter.device)
-        laid.copy_(values.detach())
+        if shape == parameter.shape:
+            values = parameter if common is None or common.shape != shape else common
+            laid = torch.empty_strided(shape, strides_of(parameter), dtype=dtype, device=parameter.device)
+            laid.copy_(values.detach())
+        else:
+            laid = torch.empty(shape, dtype=dtype, device=parameter.device)
         if common is None:
             return laid.requires_grad_(parameter.requires_grad)
         common.grad = None
@@ -69,13 +72,13 @@ class Windows:
 
     def begin(self) -> None:
         """Before a step, or before sitting out: a window that begins takes over what its owner has written."""
+        self._trained.update(parameter for parameter in self._common if parameter.requires_grad)
+        self._known &= self._trained
         written = self._apart(self._known) if self.position == 0 else []
-        for parameter in (*written, *(p for p in self._common if p not in self._known)):
+        for parameter in (*written, *(self._trained - self._known)):
             self._common[parameter].detach().copy_(parameter.detach())
-        self._known.update(self._common)
+        self._known = set(self._trained)
         for parameter, common in self._common.items():
-            if parameter.requires_grad:
-                self._trained.add(parameter)
             common.requires_grad_(parameter in self._trained)
 
     def stepped(self, moved: Sequence[torch.Tensor]) -> None:
@@ -85,7 +88,7 @@ class Windows:
 
     def differ(self) -> None:
         """Leave in each common tensor's ``grad`` by how much it exceeds the local one; None where nothing has moved."""
-        moved = self._touched.union(self._apart(self._common.keys() - self._touched))
+        moved = self._touched.union(self._apart(self._trained - self._touched))
         for parameter, common in self._common.items():
             local = parameter.detach()
             common.grad = common.detach() - local.to(common.dtype) if parameter in moved else None
@@ -180,9 +183,12 @@ class Windows:
         self.position = saved["position"]
         self._touched = {parameters[place] for place in saved["touched"]}
         self._trained = {parameters[place] for place in saved["trained"]}
-        self._known = {parameters[place] for place in saved["common"]}
-        for place, value in saved["common"].items():
-            self._common[parameters[place]].detach().copy_(value)
+        self.follow(parameters)
+        used = {place: parameters[place] for place in saved["common"]}
+        self._known = {parameter for parameter in used.values() if self._common[parameter].shape == parameter.shape}
+        for place, parameter in used.items():
+            if parameter in self._known:
+                self._common[parameter].detach().copy_(saved["common"][place])
 
     def forget(self) -> None:
         """The next window begins with the parameters as they are then."""

@@ -104,7 +104,8 @@ def warn_if_adaptive(optimizer: Optimizer) -> None:
         warn(
             f"{type(optimizer).__name__} divides each coordinate by its running magnitude, and every coordinate of a "
             f"vote has magnitude 1: what remains is its momentum over votes. Usually SGD(lr=..., weight_decay=...) "
-            f"with method=mpisign.lion() or mpisign.signum() is what you want"
+            f"with method=mpisign.lion() or mpisign.signum() is what you want; or keep {type(optimizer).__name__} with "
+            f"every=8, method=mpisign.scaled_vote(), by which it steps on each rank's own gradients"
         )
 
 

@@ -117,6 +117,27 @@ def test_channels_last_and_transposed_weights() -> None:
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(tensors, plain, strict=True))
 
 
+def test_frozen_parameters_cost_no_memory() -> None:
+    """As most of a model's do that is fine-tuned by adapters; one that is thawed has a common value from then on."""
+    model = layers()
+    model[0].requires_grad_(False)
+    optimizer = local(model, 2)
+    train(model, optimizer, range(3))
+    commons = optimizer.outer.param_groups[0]["params"]
+    assert [c.numel() for c in commons] == [0, 0, 16, 2]
+    mpisign.check_consistency(model, optimizer)
+    model[0].requires_grad_(True)
+    train(model, optimizer, range(3, 6))
+    assert [c.numel() for c in commons] == [48, 8, 16, 2]
+    assert torch.allclose(commons[0], model[0].weight)
+    other = layers(1)
+    other[0].requires_grad_(False)
+    resumed = local(other, 2)
+    resumed.load_state_dict(optimizer.state_dict())
+    train(other, resumed, range(2))
+    assert [c.numel() for c in resumed.outer.param_groups[0]["params"]] == [0, 0, 16, 2]
+
+
 def test_differences_cost_no_memory_between_exchanges() -> None:
     model = layers()
     optimizer = local(model, 2)
