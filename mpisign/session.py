@@ -8,15 +8,14 @@ keeps no group of its own: a group can be replaced between two steps.
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 import secrets
-import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,6 +24,7 @@ from mpisign.alarm import ring
 from mpisign.errors import AlreadyInitializedError, ConsistencyError, MpisignError, NotInitializedError, OptionError
 from mpisign.group import Group
 from mpisign.joining import joined, told_options, wrong_options
+from mpisign.last_words import LastWords
 from mpisign.launch import check_not_alone, import_mpi
 from mpisign.network import Network
 from mpisign.plain import uncompiled
@@ -101,7 +101,7 @@ class Session(Talk):
         self.turn = Turns(watchdog)
         self.network = Network()
         self._optimizers = 0
-        self._previous_hook: Callable[..., Any] | None = None
+        self.last_words: LastWords | None = None
         self.replace(group)
 
     def replace(self, group: Group) -> Group | None:
@@ -270,8 +270,7 @@ def _join(
     _session = session
     _finalize_timeout = session.process, stall_timeout
     if abort_on_exception:
-        session._previous_hook = sys.excepthook
-        sys.excepthook = _abort_on_exception
+        session.last_words = LastWords(functools.partial(_die, session))
     # One rank's variable counts, so that all do the same.
     told = [os.environ.get(timelines.VARIABLE, ""), session.token]
     path, session.token = session.spread_value(told, (str, str), 0, "init()")
@@ -304,8 +303,8 @@ def shutdown() -> None:
 def _forget(leaving: Session) -> None:
     global _session
     _session = None
-    if leaving._previous_hook is not None and sys.excepthook is _abort_on_exception:
-        sys.excepthook = leaving._previous_hook
+    if leaving.last_words is not None:
+        leaving.last_words.remove()
 
 
 def _leave(leaving: Session, world: int) -> None:
@@ -341,11 +340,9 @@ def _shutdown_at_exit() -> None:
         shell.returncode = 0  # which nobody waits for
 
 
-def _abort_on_exception(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
-    session = _session
-    previous = session._previous_hook if session is not None else None
-    (previous or sys.__excepthook__)(kind, value, trace)
-    if session is None or session.process != os.getpid():
+def _die(session: Session, kind: type[BaseException]) -> None:
+    """Take the whole job down, as this process ends by an exception."""
+    if session.process != os.getpid():
         return
     from mpi4py import MPI
 

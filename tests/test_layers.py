@@ -33,6 +33,7 @@ LAYERS = [
         "trees",
         "presence",
         "alarm",
+        "last_words",
         "cost",
         "cuts",
         "vendors",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import pickle
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -143,8 +142,8 @@ def leave(comm: MPI.Comm) -> None:
     saving._pending = None
     if leaving is not None:
         leaving.farewells.pop_all()
-        if leaving._previous_hook is not None:
-            sys.excepthook = leaving._previous_hook
+        if leaving.last_words is not None:
+            leaving.last_words.remove()
         buried.append(leaving)
     comm.Barrier()
 
