@@ -168,7 +168,9 @@ def gather_each(tensor: torch.Tensor) -> list[torch.Tensor]:
         found = []
         for rank, ((shape, name), its) in enumerate(zip(forms, told, strict=True)):
             try:
-                flat = torch.frombuffer(bytearray(its), dtype=torch.uint8) if its else torch.empty(0, dtype=torch.uint8)
+                flat = torch.empty(0, dtype=torch.uint8, device="cpu")
+                if its:
+                    flat = torch.frombuffer(bytearray(its), dtype=torch.uint8)
                 found.append(flat.view(trees.dtype_of(name)).view(shape).to(tensor.device))
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise ConsistencyError(f"{act}: rank {rank} has sent no tensor {shape} {name}: {error}") from error

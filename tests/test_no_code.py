@@ -39,7 +39,7 @@ def faults(text: str) -> list[str]:
         found += [f"import of {name}" for name in names if name.partition(".")[0] in PICKLERS]
     for call, owner, name in called(tree):
         options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-        if name in OF_OBJECTS:
+        if name in OF_OBJECTS and owner:  # without an owner it is none of a communicator's
             found.append(f"{owner}.{name}()")
         if name == "load" and owner == "torch" and options.get("weights_only") != "True":
             found.append("torch.load() of anything")

@@ -26,7 +26,7 @@ class Answers:
     def ask(self, key: Hashable, answer: Count | Flag) -> None:
         """Begin to bring a 0-d tensor to the host; a plain number is there."""
         if not isinstance(answer, torch.Tensor):
-            answer = torch.tensor(answer)
+            answer = torch.tensor(answer, device="cpu")
         if key not in self._here or self._here[key].dtype != answer.dtype:
             self._here[key] = torch.empty((), dtype=answer.dtype, device="cpu", pin_memory=self._pinned)
         self._here[key].copy_(answer, non_blocking=True)

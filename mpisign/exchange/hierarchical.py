@@ -30,6 +30,8 @@ from mpisign.watchdog import Pending
 
 __all__ = ["Hierarchical"]
 
+HOST = torch.device("cpu")  # where a node's memory is
+
 
 class Hierarchical:
     """One bucket's buffers and its four phases. See :class:`mpisign.exchange.choose.Exchange`.
@@ -77,14 +79,15 @@ class Hierarchical:
         if nodes == 1:  # all ballots are here
             return
         counts, planes = rule.tally_shape(planes_up, group.largest_node)
-        outgoing = torch.zeros((counts * planes, shard * nodes), dtype=dtype)  # on the host, as the node's memory is
-        incoming = torch.zeros((nodes, counts * planes, shard), dtype=dtype)
-        self._verdict = torch.zeros((planes_down, shard), dtype=dtype)
+        outgoing = torch.zeros((counts * planes, shard * nodes), dtype=dtype, device=HOST)
+        incoming = torch.zeros((nodes, counts * planes, shard), dtype=dtype, device=HOST)
+        self._verdict = torch.zeros((planes_down, shard), dtype=dtype, device=HOST)
         self._tally = outgoing.view(counts, planes, -1)[:, :, : self._span.stop - self._span.start]
         self._at = min(self._span.start + group.cross_rank * shard, self._span.stop)  # where this rank's shard begins
         mine = min(shard, self._span.stop - self._at)
         self._tallies = [tally.view(counts, planes, -1)[:, :, :mine] for tally in incoming]
-        self._total = torch.zeros((counts, rule.tally_shape(planes_up, group.size)[1], mine), dtype=dtype)
+        whole = rule.tally_shape(planes_up, group.size)[1]
+        self._total = torch.zeros((counts, whole, mine), dtype=dtype, device=HOST)
         self._decided = self._verdict[:, :mine]
         self._up = shard_operations(flat(outgoing), flat(incoming), self._item, counts * planes, shard, nodes)
         free_with(self, [its for _, _, types in self._up for its in types])

@@ -56,12 +56,15 @@ def split(shards: int, *, backend: Any = None, **options: Any) -> DeviceMesh:
         rank, size = its.rank, its.size
     from mpi4py import MPI
 
+    with its.watchdog.guard("MPI's split into replicas"):
+        lane = MPI.COMM_WORLD.Split(rank % shards, rank)
     session.shutdown()
-    lane = MPI.COMM_WORLD.Split(rank % shards, rank)
+    its.watchdog.comm = None  # it is gone
     try:
         session.init(lane, **options)
     finally:
-        lane.Free()
+        with its.watchdog.guard("MPI_Comm_free"):
+            lane.Free()
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(kind, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
     return mesh["shard"]

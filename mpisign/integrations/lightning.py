@@ -151,7 +151,7 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Whether all ranks, or any, say yes. **Collective.**"""
-        return bool(allreduce(torch.tensor(bool(decision)), "min" if all else "max"))
+        return bool(allreduce(torch.tensor(bool(decision), device="cpu"), "min" if all else "max"))
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
