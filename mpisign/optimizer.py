@@ -116,7 +116,7 @@ class DistributedSignOptimizer(Planned):
         clip_grad_norm: float | None = None,
         bucket_cap_mb: float | None = None,
         apply: str = "auto",
-        overlap: bool | str = "auto",
+        overlap: bool | str = False,
         backward_passes_per_step: int = 1,
         every: int | None = None,
         outer: Outer | None = None,
