@@ -83,13 +83,19 @@ class OneRun:
 
 
 @pytest.fixture(autouse=True)
-def job() -> Iterator[None]:
+def job(request: pytest.FixtureRequest, comm: MPI.Comm) -> Iterator[None]:
     """Every test is a job of its own, over all ranks."""
     import mpisign
 
-    mpisign.init(stall_timeout=STALL_SECONDS)
+    node_of = range(comm.size) if "a_node_a_rank" in request.fixturenames else None
+    mpisign.init(stall_timeout=STALL_SECONDS, node_of=node_of)
     yield
     mpisign.shutdown()
+
+
+@pytest.fixture
+def a_node_a_rank() -> None:
+    """For tests in whose jobs each rank is on a node of its own, so that there is a network to hide: see job()."""
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 
 import mpisign
@@ -19,6 +20,13 @@ STEPS = 6
 WINDOWS = 4  # steps after which "auto" begins: one without hooks, and three that it looks at
 A_PARAMETER_A_MESSAGE = 1e-6
 NAN = float("nan")
+BOTH = pytest.mark.parametrize("overlap", [True, "auto"])
+METHODS = pytest.mark.parametrize("name", ["signum", "ef_signsgd", "double_squeeze"])
+
+
+def last(comm: MPI.Comm) -> bool:
+    """Whether this is the rank on which a program does something that others do not."""
+    return bool(comm.rank == comm.size - 1)
 
 
 def network(dtype: torch.dtype = torch.float32) -> torch.nn.Module:

@@ -1,12 +1,18 @@
-"""Ranks that leave between two steps."""
+"""Ranks that leave between two steps, and jobs of some of the ranks."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+import mpisign
 from mpisign.group import Group
 from mpisign.session import current
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 LEAVERS = {"the last leaves": -1, "the first leaves": 0, "one in the middle leaves": 1}
 
@@ -28,3 +34,16 @@ def watched() -> list[weakref.ref[object]]:
     """Weak references to the present group and its communicators."""
     group = current().group
     return [weakref.ref(it) for it in (group, group.comm, group.node, group.lane)]
+
+
+@contextmanager
+def job_of(comm: MPI.Comm, ranks: int) -> Iterator[bool]:
+    """A job of the first ``ranks`` ranks; whether this one is in it."""
+    mpisign.shutdown()
+    part = comm.Split(int(comm.rank < ranks))
+    if comm.rank < ranks:
+        mpisign.init(part)
+    yield comm.rank < ranks
+    mpisign.shutdown()
+    part.Free()
+    comm.Barrier()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,23 +17,12 @@ from resumable import Job, assert_equal
 import mpisign
 from mpisign import CheckpointError, ConsistencyError, Method, checkpoint
 
+from .regroup import job_of
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 pytestmark = pytest.mark.mpi
-
-
-@contextmanager
-def job_of(comm: MPI.Comm, ranks: int) -> Iterator[bool]:
-    """A job of the first ``ranks`` ranks; whether this one is in it."""
-    mpisign.shutdown()
-    part = comm.Split(int(comm.rank < ranks))
-    if comm.rank < ranks:
-        mpisign.init(part)
-    yield comm.rank < ranks
-    mpisign.shutdown()
-    part.Free()
-    comm.Barrier()
 
 
 def test_each_rank_gets_its_own_loss_scale(comm: MPI.Comm, folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +14,9 @@ from torch.optim import SGD, AdamW
 import mpisign
 from mpisign import Method
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from .regroup import job_of
 
+if TYPE_CHECKING:
     from mpi4py import MPI
 
 pytestmark = pytest.mark.mpi
@@ -65,19 +64,6 @@ def test_the_model_in_a_checkpoint_is_the_common_one(comm: MPI.Comm, folder: Pat
     job.train(8)
     job.save(folder)
     assert torch.load(folder / "step-00000008" / f"rank-{comm.rank:05d}.pt", weights_only=True)["parameters"] == {}
-
-
-@contextmanager
-def job_of(comm: MPI.Comm, ranks: int) -> Iterator[bool]:
-    """A job of the first ``ranks`` ranks; whether this one is in it."""
-    mpisign.shutdown()
-    part = comm.Split(int(comm.rank < ranks))
-    if comm.rank < ranks:
-        mpisign.init(part)
-    yield comm.rank < ranks
-    mpisign.shutdown()
-    part.Free()
-    comm.Barrier()
 
 
 @pytest.mark.mpi(min_size=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,24 +11,15 @@ from methods_table import TABLE, among, exchanges, walk
 
 import mpisign
 
-from .overlapping import NAN, STEPS, Training, assert_early, beside, network, usual
+from .overlapping import BOTH, NAN, STEPS, Training, assert_early, beside, network, usual
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("a_node_a_rank")]
 
 VOTES = ("signsgd", "signum", "lion", "lion mean")
 OTHERS = ("ef_signsgd", "double_squeeze", "mean", "scaled_vote error feedback")
-BOTH = pytest.mark.parametrize("overlap", [True, "auto"])
-
-
-@pytest.fixture(autouse=True)
-def job(comm: MPI.Comm) -> Iterator[None]:
-    """A node a rank, so that there is a network to hide."""
-    mpisign.init(stall_timeout=60, node_of=range(comm.size))
-    yield
-    mpisign.shutdown()
 
 
 # ------------------------------------------------------------------------------------------ methods and exchanges

@@ -6,7 +6,6 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,28 +15,12 @@ from methods_table import TABLE
 import mpisign
 from mpisign.session import current
 
-from .overlapping import STEPS, Training, assert_alike, beside, same, usual
+from .overlapping import BOTH, METHODS, STEPS, Training, assert_alike, beside, last, same, usual
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-pytestmark = pytest.mark.mpi
-
-BOTH = pytest.mark.parametrize("overlap", [True, "auto"])
-METHODS = pytest.mark.parametrize("name", ["signum", "ef_signsgd", "double_squeeze"])
-
-
-@pytest.fixture(autouse=True)
-def job(comm: MPI.Comm) -> Iterator[None]:
-    """A node a rank, so that there is a network to hide."""
-    mpisign.init(stall_timeout=60, node_of=range(comm.size))
-    yield
-    mpisign.shutdown()
-
-
-def last(comm: MPI.Comm) -> bool:
-    """Whether this is the rank on which a program does something that others do not."""
-    return bool(comm.rank == comm.size - 1)
+pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("a_node_a_rank")]
 
 
 # ---------------------------------------------------------------------------------------------- saved, loaded, copied

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,22 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 import mpisign
 
-from .overlapping import STEPS, Training, assert_alike, assert_early, beside, network, usual
+from .overlapping import BOTH, STEPS, Training, assert_alike, assert_early, beside, network, usual
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-pytestmark = pytest.mark.mpi
-
-BOTH = pytest.mark.parametrize("overlap", [True, "auto"])
-
-
-@pytest.fixture(autouse=True)
-def job(comm: MPI.Comm) -> Iterator[None]:
-    """A node a rank, so that there is a network to hide."""
-    mpisign.init(stall_timeout=60, node_of=range(comm.size))
-    yield
-    mpisign.shutdown()
+pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("a_node_a_rank")]
 
 
 # --------------------------------------------------------------------------------------- what a gradient is made of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,29 +10,14 @@ from methods_table import TABLE
 
 import mpisign
 
-from .overlapping import STEPS, WINDOWS, Training, assert_alike, beside, same, sgd
+from .overlapping import BOTH, METHODS, STEPS, WINDOWS, Training, assert_alike, beside, last, same, sgd
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("a_node_a_rank")]
 
-BOTH = pytest.mark.parametrize("overlap", [True, "auto"])
-METHODS = pytest.mark.parametrize("name", ["signum", "ef_signsgd", "double_squeeze"])
 several = pytest.mark.mpi(min_size=2)
-
-
-@pytest.fixture(autouse=True)
-def job(comm: MPI.Comm) -> Iterator[None]:
-    """A node a rank, so that there is a network to hide."""
-    mpisign.init(stall_timeout=60, node_of=range(comm.size))
-    yield
-    mpisign.shutdown()
-
-
-def last(comm: MPI.Comm) -> bool:
-    """Whether this is the rank on which a program does something that others do not."""
-    return bool(comm.rank == comm.size - 1)
 
 
 # -------------------------------------------------------------------------- programs that are not as they must be
