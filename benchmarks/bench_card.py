@@ -61,7 +61,7 @@ def main() -> None:
         contenders += reductions(comm, elements, meter, args.gloo)
         times = measure(contenders, args.rounds, args.warmup, comm)
         sent = meter.most()
-    nodes = Nodes.of(current().group.node_of)
+    nodes = current().group.nodes
     if comm.rank != 0:
         return
 

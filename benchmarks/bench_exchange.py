@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from harness import Contender, Report, Table, Target, compare, count, gloo, measure, mib, one_thread, parser, ring_bytes
+from harness import (
+    Contender,
+    Report,
+    Table,
+    Target,
+    compare,
+    count,
+    gloo,
+    hierarchical_bytes,
+    measure,
+    mib,
+    one_thread,
+    parser,
+    ring_bytes,
+)
 
 import mpisign
 from mpisign.exchange.decider import Deciding
@@ -177,14 +191,12 @@ def gloo_reductions(rank: int, elements: int) -> list[Contender]:
 def traffic(elements: int, ranks: int, sent: dict[str, int]) -> Table:
     """Bytes a rank sends: by formula, and for the library's exchanges as they count them."""
     fp32 = ring_bytes(elements, 4, ranks)
-    group = current().group
-    nodes, each, planes = group.num_nodes, group.lanes, group.largest_node.bit_length() + 1
     formulas = [
         ("fp32 ring (Allreduce, gloo)", "2 (M-1)/M 4d", fp32),
         ("bf16 ring (gloo)", "2 (M-1)/M 2d", fp32 / 2),
         (TWO_PHASE, "2 (M-1)/M d/8", fp32 / 32),
         (ALLGATHER, "(M-1) d/8", (ranks - 1) * elements / 8),
-        (HIERARCHICAL, "(N-1)/N (ceil(log2(G+1)) + 1) d/8G", (nodes - 1) / nodes * planes * elements / 8 / each),
+        (HIERARCHICAL, "(N-1)/N (ceil(log2(G+1)) + 1) d/8G", hierarchical_bytes(elements)),
     ]
     rows = [
         [

@@ -12,14 +12,27 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.distributed as dist
-from harness import Contender, Report, Table, Target, compare, count, gloo, measure, mib, one_thread, parser, ring_bytes
+from harness import (
+    Contender,
+    Report,
+    Table,
+    Target,
+    compare,
+    count,
+    gloo,
+    hierarchical_bytes,
+    measure,
+    mib,
+    one_thread,
+    parser,
+    ring_bytes,
+)
 from torch.optim import SGD
 
 import mpisign
 from mpisign import DistributedSignOptimizer, StepReport, backends
 from mpisign.bitmap import native
 from mpisign.exchange.choose import CHOICES
-from mpisign.session import current
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -280,9 +293,7 @@ def traffic(elements: int, ranks: int, reports: dict[str, StepReport]) -> Table:
     for name, report in reports.items():
         coordinate, symbol = (4.0, "4d") if name == MEAN else (1 / 8, "d/8")
         if "hierarchical" in report.exchange:
-            group = current().group
-            nodes, lanes, planes = group.num_nodes, group.lanes, group.largest_node.bit_length() + 1
-            formula, size = "(N-1)/N (k+1) d/8L", (nodes - 1) / nodes * planes * elements / 8 / lanes
+            formula, size = "(N-1)/N (k+1) d/8L", hierarchical_bytes(elements)
         elif "two_phase" in report.exchange:
             formula, size = f"2 (M-1)/M {symbol}", ring_bytes(elements, 1, ranks) * coordinate
         else:

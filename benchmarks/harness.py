@@ -30,6 +30,8 @@ import torch
 import torch.distributed as dist
 
 import mpisign
+from mpisign import cost
+from mpisign.session import current
 
 if TYPE_CHECKING:
     import rich.table
@@ -401,6 +403,12 @@ def _environment() -> dict[str, str]:
 def ring_bytes(elements: int, item: int, ranks: int) -> float:
     """Bytes a rank sends in a ring all-reduce of ``elements`` items: ``2 (M - 1)/M * item * d``."""
     return 2 * (ranks - 1) / ranks * item * elements
+
+
+def hierarchical_bytes(elements: int) -> float:
+    """Bytes a rank with a lane sends in this job for a vote of ``elements``: its part of what leaves the card."""
+    nodes = current().group.nodes
+    return cost.card_bytes("hierarchical", nodes, cost.Message(elements / 8)) / nodes.lanes
 
 
 @contextmanager

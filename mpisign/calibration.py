@@ -128,7 +128,7 @@ class _Trial:
     def __init__(self, session: Session, budget: float) -> None:
         self._session, self._group, self._budget = session, session.group, budget
         self._began = perf_counter()
-        sizes = [self._group.node_of.count(node) for node in range(self._group.num_nodes)]
+        sizes = self._group.nodes.sizes
         self._lanes = [sum(size > local for size in sizes) for local in range(max(sizes))]  # ranks of each
         self._sizes = sizes
 

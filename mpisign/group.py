@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import index
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mpisign.cost import Nodes
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.presence import Presence
 
@@ -159,7 +161,7 @@ class Group:
     @property
     def num_nodes(self) -> int:
         """On how many nodes the ranks are."""
-        return len(set(self.node_of))
+        return self.nodes.number
 
     @property
     def local_rank(self) -> int:
@@ -188,15 +190,10 @@ class Group:
         nodes = ([rank for rank in range(self.size) if self.node_of[rank] == node] for node in range(self.num_nodes))
         return [ranks[mine] for ranks in nodes if len(ranks) > mine]
 
-    @property
-    def lanes(self) -> int:
-        """How many lanes lead to every node: the ranks of the smallest one."""
-        return min(self.node_of.count(node) for node in set(self.node_of))
-
-    @property
-    def largest_node(self) -> int:
-        """How many ranks the largest node has."""
-        return max(self.node_of.count(node) for node in set(self.node_of))
+    @functools.cached_property
+    def nodes(self) -> Nodes:
+        """How many ranks each node has."""
+        return Nodes.of(self.node_of)
 
     @property
     def neighbours(self) -> tuple[int, ...]:

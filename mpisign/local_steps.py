@@ -19,11 +19,12 @@ from torch.optim import SGD, Optimizer
 from mpisign import applying, restoring, sitting_out, sync, wrapping
 from mpisign.averages import warn_of_averaging
 from mpisign.backends import backend_for
-from mpisign.bitmap.tensors import flat, is_dense
+from mpisign.bitmap.tensors import is_dense
 from mpisign.codecs import SignBits, Trits
 from mpisign.collectives import average
 from mpisign.errors import CheckpointError, ConsistencyError, OptionError, SynchronizationError
 from mpisign.exchange import header
+from mpisign.exchange.local import clipped
 from mpisign.layout import check_supported
 from mpisign.memory import OneBitAdam
 from mpisign.memory.noise import Noise
@@ -32,7 +33,7 @@ from mpisign.plain import plain
 from mpisign.planned import Planned
 from mpisign.policy import check_integer
 from mpisign.session import current
-from mpisign.windows import Windows
+from mpisign.windows import KEY, Windows
 
 __all__ = ["LocalSteps", "Outer"]
 
@@ -233,7 +234,7 @@ class LocalSteps:
         memory: dict[str, Any] = outer.pop("mpisign")
         for group in outer["param_groups"]:
             group.pop("every", None)
-        memory["local_steps"] = {"every": self.every, **self.windows.state_dict(), "outer": outer}
+        memory[KEY] = {"every": self.every, **self.windows.state_dict(), "outer": outer}
         return memory
 
     def load(self, owner: Planned, saved: dict[str, Any] | None, wrapped: dict[str, Any]) -> None:
@@ -241,7 +242,7 @@ class LocalSteps:
         group, inner = current("load_state_dict()").group, self.inner
         whose = f"rank {group.rank}"
         self._match(owner)
-        local = saved.get("local_steps") if isinstance(saved, Mapping) else None
+        local = saved.get(KEY) if isinstance(saved, Mapping) else None
         if local is None:  # of gradients, or of none: their memory is in other units than one of differences
             saved = None
         memory = inner._memory.restored(saved, inner._parameters(), inner._memories(), group)
@@ -296,10 +297,7 @@ def _prepared(gradients: Sequence[Any], unscale: float, clip: float | None) -> b
     backend = backend_for(dense[0].device)
     if int(backend.first_bad(dense)) < len(dense):
         return False
-    factor = unscale
-    if clip is not None:
-        norm = float(backend.norm([flat(v) for v in dense])) * unscale
-        factor = unscale if norm <= clip else unscale * (clip / norm)
+    factor = unscale if clip is None else clipped(backend, dense, unscale, clip)
     if factor != 1.0:
         for value in values:
             value.mul_(factor)

@@ -31,6 +31,7 @@ from mpisign.rules import BallotRule
 from mpisign.scaling import LossScale
 from mpisign.session import current, is_initialized, known, operation
 from mpisign.trees import shown
+from mpisign.windows import KEY
 
 __all__ = ["DistributedSignOptimizer"]
 
@@ -63,7 +64,8 @@ class DistributedSignOptimizer(Planned):
         clip_grad_norm: each rank's gradient is first clipped to this L2 norm, over all parameters and without a loss
             scale, so that one huge gradient does not stay in a momentum for hundreds of steps; a rank with a NaN or Inf
             then abstains wholly. None for never.
-        bucket_cap_mb: a message is sent when it has grown to this many MiB; 1, or 16 where every rank has a GPU.
+        bucket_cap_mb: a message is sent when it has grown to this many MiB; 1, or 16 where every rank has a GPU, or 1/4
+            with overlap; where links were measured, what fits them.
         apply: who applies a vote in :meth:`step`. ``"auto"``: where ``optimizer`` is plain ``torch.optim.SGD`` (no
             momentum, no ``maximize``, no hooks on its ``step()``) and all methods decide signs, the vote is applied
             to the parameters at once, in one pass over memory instead of three; the result is SGD's own, bit for bit,
@@ -408,7 +410,7 @@ class DistributedSignOptimizer(Planned):
         if self._local is not None:
             self._local.load(self, saved, state_dict)
         else:
-            if isinstance(saved, Mapping) and "local_steps" in saved:
+            if isinstance(saved, Mapping) and KEY in saved:
                 saved = None  # its memory is of differences
             memory = self._memory.restored(saved, self._parameters(), self._memories(), group)
             with wrapping.without_methods(self.wrapped):

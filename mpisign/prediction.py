@@ -117,7 +117,7 @@ def verdict(scenario: Scenario, found: Sequence[Row]) -> str:
 def measured() -> tuple[Nodes, Links, Rates]:
     """Nodes, links and rates of the job that has been joined, the same on all ranks. **Collective.**"""
     here = session.current()
-    nodes, links = Nodes.of(here.group.node_of), calibrate(here)
+    nodes, links = here.group.nodes, calibrate(here)
     with here.telling(ACT):
         device, sizes = session.device(), [TRIAL_ELEMENTS]
         words = [torch.zeros(words_for(TRIAL_ELEMENTS), dtype=WORD, device=device)]

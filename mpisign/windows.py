@@ -14,7 +14,9 @@ from mpisign.memory.saved import is_of_floats
 from mpisign.memory.store import state_dtype
 from mpisign.trees import shown
 
-__all__ = ["Windows"]
+__all__ = ["KEY", "Windows"]
+
+KEY = "local_steps"  # of what is kept here, in an optimizer's memory
 
 LIMIT = 2**62  # of steps
 

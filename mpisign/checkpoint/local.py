@@ -9,10 +9,10 @@ import torch
 
 from mpisign.checkpoint.state import State, Stateful
 from mpisign.errors import CheckpointError
+from mpisign.windows import KEY
 
 __all__ = ["divide", "put_together", "restart"]
 
-KEY = "local_steps"  # in an optimizer's memory; see mpisign.windows
 PERSONAL = ("position", "touched", "trained")
 
 

@@ -10,6 +10,7 @@ import torch
 
 from mpisign.checkpoint.files import read_tensors
 from mpisign.errors import CheckpointError
+from mpisign.windows import KEY
 
 __all__ = ["merged"]
 
@@ -29,7 +30,7 @@ def merged(files: Sequence[Path], rank: int, size: int) -> dict[str, Any] | None
     for memory in memories:
         del memory["rank"]
         memory.pop("secret", None)  # each rank draws its own anew
-        memory.pop("local_steps", None)  # see mpisign.checkpoint.local
+        memory.pop(KEY, None)  # see mpisign.checkpoint.local
         for place, of_rank in memory.pop("pieces", {}).items():  # what each rank keeps of what it decides: put together
             pieces.setdefault(place, {}).update(of_rank)
     return {**_merge(memories, "memory"), "rank": rank, "size": size, "pieces": pieces}

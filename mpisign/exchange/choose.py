@@ -22,7 +22,7 @@ from mpisign.session import Session
 from mpisign.warning import warn
 from mpisign.watchdog import Pending
 
-__all__ = ["CHOICES", "Exchange", "cap_bytes", "check_exchange", "choose", "named", "shards_for"]
+__all__ = ["CHOICES", "Exchange", "cap_bytes", "check_exchange", "choose", "named", "planes_of", "shards_for"]
 
 CHOICES = ("auto", "allgather", "two_phase", "hierarchical")
 
@@ -101,12 +101,15 @@ def cap_bytes(
     default = (CAP_MB_OF_GPUS if group.gpus else CAP_MB) if not early else CAP_MB_EARLY
     if network.links is None or group.gpus > early or any(isinstance(m.rule, PieceRule) for m in methods):
         return default * (1 << 20)
-    up, down = 1, 1
-    for method in methods[:1]:
-        coming = method.rule.down(method.codec, policy, group.size)
-        up, down = method.codec.planes(policy), 1 if coming is None else coming.planes(policy)
-    message, nodes = cost.Message(default * (1 << 20), up, down), cost.Nodes.of(group.node_of)
-    return cost.cap(network.links, nodes, cost.choose(network.links, nodes, message)[0], message)
+    up, down = planes_of(methods[0], policy, group.size) if methods else (1, 1)
+    message = cost.Message(default * (1 << 20), up, down or 1)
+    return cost.cap(network.links, group.nodes, cost.choose(network.links, group.nodes, message)[0], message)
+
+
+def planes_of(method: Method, policy: Policy, size: int) -> tuple[int, int]:
+    """How many planes go up and come down among ``size`` ranks; of the second 0 if no decision comes down."""
+    down = method.rule.down(method.codec, policy, size)
+    return method.codec.planes(policy), 0 if down is None else down.planes(policy)
 
 
 def shards_for(option: str, method: Method, size: int) -> int:
@@ -162,15 +165,15 @@ def named(
     if network.links is not None:
         among = cost.EXCHANGES if tallies else ("allgather", "two_phase")
         message = cost.Message(plane, planes_up, planes_down)
-        return cost.choose(network.links, cost.Nodes.of(group.node_of), message, among)
+        return cost.choose(network.links, group.nodes, message, among)
     name = _by_size(method, plane, planes_up, planes_down, group, tallies)
     return name, f"{name}: by size, as no link was measured"
 
 
 def _by_size(method: Method, plane: int, planes_up: int, planes_down: int, group: Group, tallies: bool) -> str:
-    ranks, nodes, largest = group.size, group.num_nodes, group.largest_node
+    ranks, nodes, largest = group.size, group.nodes.number, group.nodes.fullest
     flat = (ranks - 1) * plane * planes_up, (ranks - 1) / ranks * plane * (planes_up + planes_down)
-    if tallies and nodes > 1 and group.lanes > 1:
+    if tallies and nodes > 1 and group.nodes.lanes > 1:
         assert isinstance(method.rule, TallyRule)
         counts, planes = method.rule.tally_shape(planes_up, largest)
         by_card = (nodes - 1) / nodes * plane * (counts * planes + planes_down)

@@ -57,7 +57,7 @@ class Hierarchical:
         device: torch.device,
         rule: TallyRule,
     ) -> None:
-        nodes, lanes = group.num_nodes, group.lanes
+        nodes, lanes = group.nodes.number, group.nodes.lanes
         shard = -(-length // (lanes * nodes))  # the last ones may hold padding
         self._ranks, self._place, self._nodes = group.neighbours, group.local_rank, nodes
         self._message = Buffer((planes_up, length), dtype, device, staged=True)
@@ -78,7 +78,7 @@ class Hierarchical:
         self._span = self._spans[self._place]
         if nodes == 1:  # all ballots are here
             return
-        counts, planes = rule.tally_shape(planes_up, group.largest_node)
+        counts, planes = rule.tally_shape(planes_up, group.nodes.fullest)
         outgoing = torch.zeros((counts * planes, shard * nodes), dtype=dtype, device=HOST)
         incoming = torch.zeros((nodes, counts * planes, shard), dtype=dtype, device=HOST)
         self._verdict = torch.zeros((planes_down, shard), dtype=dtype, device=HOST)

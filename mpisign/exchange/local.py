@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mpisign.backends import Backend
 from mpisign.bitmap.tensors import flat
 from mpisign.exchange.plan import Plan
 from mpisign.memory.store import state_dtype
@@ -33,7 +34,7 @@ def local_update(plan: Plan, step: int, gradients: Grads, unscale: float) -> boo
         if plan.clip is not None:
             if int(plan.backend.first_bad(gradients)) < len(gradients):
                 return False
-            unscale = clipped(plan, gradients, unscale)
+            unscale = clipped(plan.backend, gradients, unscale, plan.clip)
         for encoder in plan.local:
             its = [gradients[segment.index] for segment in encoder.segments]
             if encoder.method.memory.needs_all:
@@ -47,12 +48,11 @@ def local_update(plan: Plan, step: int, gradients: Grads, unscale: float) -> boo
     return finite
 
 
-def clipped(plan: Plan, gradients: Grads, unscale: float) -> float:
-    """The factor that takes the loss scale out of finite gradients and clips them to the plan's norm."""
+def clipped(backend: Backend, gradients: Grads, unscale: float, clip: float) -> float:
+    """The factor that takes the loss scale out of finite gradients and clips them to the norm ``clip``."""
     present = [flat(gradient) for gradient in gradients if gradient is not None]
-    norm = float(plan.backend.norm(present)) * unscale if present else 0.0
-    assert plan.clip is not None
-    return unscale if norm <= plan.clip else unscale * (plan.clip / norm)
+    norm = float(backend.norm(present)) * unscale if present else 0.0
+    return unscale if norm <= clip else unscale * (clip / norm)
 
 
 def unscaled(gradients: Grads, unscale: float) -> list[torch.Tensor]:

@@ -31,7 +31,6 @@ class NodeMemory:
     """
 
     def __init__(self, mapped: mmap.mmap) -> None:
-        self._mapped = mapped
         self.bytes: npt.NDArray[np.uint8] = np.frombuffer(mapped, np.uint8)[HEAD_BYTES:]
 
     @classmethod

@@ -20,7 +20,7 @@ from mpisign.codecs import SignBits
 from mpisign.errors import OptionError
 from mpisign.exchange import rows
 from mpisign.exchange.answers import Answers
-from mpisign.exchange.choose import Exchange, cap_bytes, choose, shards_for
+from mpisign.exchange.choose import Exchange, cap_bytes, choose, planes_of, shards_for
 from mpisign.exchange.choose import named as named_exchange
 from mpisign.exchange.decider import Decider
 from mpisign.exchange.decoder import Decoder
@@ -317,21 +317,16 @@ def _batch(
 def _exchange(
     option: str, bucket: Bucket, policy: Policy, group: Group, network: Network, device: torch.device
 ) -> Exchange:
-    method = bucket.method
-    down = method.rule.down(method.codec, policy, group.size)
-    planes_down = 0 if down is None else down.planes(policy)
-    planes_up = method.codec.planes(policy)
-    return choose(option, method, bucket.length, bucket.dtype, planes_up, planes_down, group, network, device)
+    planes = planes_of(bucket.method, policy, group.size)
+    return choose(option, bucket.method, bucket.length, bucket.dtype, *planes, group, network, device)
 
 
 def _why(option: str, layout: Layout, policy: Policy, group: Group, network: Network) -> str:
     if not layout.buckets:
         return ""
     bucket = max(layout.buckets, key=lambda bucket: bucket.length * bucket.dtype.itemsize)
-    method = bucket.method
-    down = method.rule.down(method.codec, policy, group.size)
-    planes = method.codec.planes(policy), 0 if down is None else down.planes(policy)
-    return named_exchange(option, method, bucket.length * bucket.dtype.itemsize, *planes, group, network)[1]
+    planes = planes_of(bucket.method, policy, group.size)
+    return named_exchange(option, bucket.method, bucket.length * bucket.dtype.itemsize, *planes, group, network)[1]
 
 
 def _spoken(bucket: Bucket, policy: Policy, device: torch.device) -> torch.Tensor | None:

@@ -31,6 +31,7 @@ from mpisign.exchange.plan import Batch, Plan
 from mpisign.exchange.settling import settled
 from mpisign.exchange.sink import Sink
 from mpisign.exchange.sums import sum_over_ranks
+from mpisign.group import Channels
 from mpisign.layout import Bucket
 from mpisign.method import Method
 from mpisign.policy import StepContext
@@ -151,7 +152,7 @@ class Round:
         """
         if self.plan.clip is not None and self._abstention == header.VOTES and not self.plan.exchanges_models:
             with self._inside(), self._session.tracer.span("pack"):
-                self._clip(gradients)
+                self._clip(gradients, self.plan.clip)
         for number, method in enumerate(self.plan.layout.methods):
             if method.memory.needs_all and not method.exchanges_models:
                 with self._inside():
@@ -262,10 +263,15 @@ class Round:
         ):
             yield
 
+    @property
+    def _channels(self) -> Channels:
+        """What its messages cross."""
+        return self.plan.use.channels or self._session.group.channels
+
     def _context_of(self, method: Method) -> StepContext:
         return self._contexts.get(str(method), self._context) if self._contexts else self._context
 
-    def _clip(self, gradients: Grads) -> None:
+    def _clip(self, gradients: Grads, clip: float) -> None:
         plan = self.plan
         segments = [segment for batch in plan.batches for segment in batch.encoder.segments]
         first = int(plan.backend.first_bad([gradients[segment.index] for segment in segments]))
@@ -273,7 +279,7 @@ class Round:
             self._unfit = True
             self._ended = {str(method): segments[first].index for method in plan.layout.methods}
         else:
-            self._unscale = clipped(plan, gradients, self._unscale)
+            self._unscale = clipped(plan.backend, gradients, self._unscale, clip)
 
     def _prepare(self, number: int, method: Method, gradients: Grads) -> None:
         plan, session = self.plan, self._session
@@ -337,9 +343,8 @@ class Round:
         if status == header.VOTES and ended is not None:
             status = header.NON_FINITE
             place = next((at for at, segment in enumerate(bucket.segments) if segment.index == ended), -1)
-        channels = self.plan.use.channels or session.group.channels
-        told = self.plan.headers[bucket.index].post(session, channels, status, votes, place, zero_rows, spoken)
-        posted = self.plan.exchanges[bucket.index].post(session, channels)
+        told = self.plan.headers[bucket.index].post(session, self._channels, status, votes, place, zero_rows, spoken)
+        posted = self.plan.exchanges[bucket.index].post(session, self._channels)
         self._flights.append(Flight(bucket, told, posted))
 
     # ------------------------------------------------------------------------------------------- progress
@@ -375,8 +380,7 @@ class Round:
                 return False
         with session.tracer.span("send", index):
             exchange = self.plan.exchanges[index]
-            channels = self.plan.use.channels or session.group.channels
-            flight.pending = exchange.go_on(session, channels, flight.phase, flight.deciding)
+            flight.pending = exchange.go_on(session, self._channels, flight.phase, flight.deciding)
         flight.phase += 1
         while self._landed < len(self._flights) and self._flights[self._landed].pending is None:
             self._landed += 1

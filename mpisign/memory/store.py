@@ -96,16 +96,11 @@ class MemoryStore:
 
     def of(self, parameter: torch.Tensor) -> State:
         """The state of one parameter by field, flat, to be read and written; made on first use."""
-        if self._drafts is None:
-            return self._kept(parameter).flat
-        if parameter not in self._drafts:
-            kept = self._kept(parameter)
-            spare = self._spares.pop(parameter, None) or Laid({field: _lay(parameter, None) for field in kept.shaped})
-            for field, value in kept.flat.items():
-                spare.flat[field].copy_(value)
-            self._drafts[parameter] = spare
-            self.moves += 1
-        return self._drafts[parameter].flat
+        before, now = self.before(parameter)
+        if now is not before:
+            for field, value in before.items():
+                now[field].copy_(value)
+        return now
 
     @property
     def drafting(self) -> bool:
@@ -114,12 +109,14 @@ class MemoryStore:
 
     def before(self, parameter: torch.Tensor) -> tuple[State, State]:
         """The state to be read, and the one to be written throughout; the same unless it is a new second buffer."""
-        if self._drafts is None or parameter in self._drafts:
-            state = self.of(parameter)
-            return state, state
         kept = self._kept(parameter)
+        if self._drafts is None:
+            return kept.flat, kept.flat
+        if parameter in self._drafts:
+            return self._drafts[parameter].flat, self._drafts[parameter].flat
         spare = self._spares.pop(parameter, None) or Laid({field: _lay(parameter, None) for field in kept.shaped})
         self._drafts[parameter] = spare
+        self.moves += 1
         return kept.flat, spare.flat
 
     def _kept(self, parameter: torch.Tensor) -> Laid:

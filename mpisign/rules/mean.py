@@ -84,9 +84,6 @@ class RecodedMean(Mean, PieceRule):
     name = "recoded_mean"
     keeps = True
 
-    def down(self, codec: Codec, policy: Policy, size: int) -> Codec:
-        return codec
-
     def recode(
         self,
         messages: Sequence[torch.Tensor],
