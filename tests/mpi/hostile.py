@@ -34,6 +34,7 @@ Change = Callable[[np.ndarray], None]
 """Gets the bytes of a message, (n,) uint8, and changes them. Other lengths are tried in jobs of their own."""
 
 buried: list[Any] = []  # sessions that ended in the middle of something: MPI may still write to their buffers
+untouched: list[MPI.Comm] = []  # their channels that have carried nothing: MPI has only some 65,000 communicators
 
 
 class AloneError(Exception):
@@ -47,10 +48,12 @@ class Line:
         self._comm, self._number, self._change, self._others = comm, number, change, others
         self._top = told or self
         self.sent: list[str] = []  # how, each time
+        self.touched = False
         self.kept: list[Any] = []
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._comm, name)
+        self.touched = True
         if name in SENDS or name in SENDS_AT_ONCE:
             return lambda *args, **kwargs: self._send(name, found, list(args), kwargs)
         if name == "Recv":
@@ -146,6 +149,8 @@ def leave(comm: MPI.Comm) -> None:
             leaving.last_words.remove()
         buried.append(leaving)
     comm.Barrier()
+    while untouched:
+        untouched.pop().Free()
 
 
 def attack(
@@ -194,6 +199,8 @@ def attack(
         if not joining:
             object.__setattr__(session.group, "comm", line._comm)
             object.__setattr__(session.group, "channels", Channels(*(one._comm for one in channels)))
+            touched = [any(flags) for flags in zip(*comm.allgather([one.touched for one in channels]), strict=True)]
+            untouched.extend(one._comm for one, used in zip(channels, touched, strict=True) if not used)
     return comm.allgather(_portable(met)), comm.bcast(line.sent if line is not None else [], hostile)
 
 
