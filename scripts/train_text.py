@@ -10,23 +10,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
-import statistics
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from batches import Batches
-from experiments import RESULTS, markdown_table, write_report
+from experiments import RESULTS
 from flags import FREE, HelpFormatter, add_flags, amount, count, end, make_folder, parse, rate, said_once, whole
-from rich.console import Console
-from rich.table import Table
-from text_contenders import CONTENDERS, DEFAULT, Contender, make_contenders
+from text_contenders import CONTENDERS, DEFAULT, RATES, Contender, Reduced, make_contenders
+from text_results import Result, gather, show, timed
 from torch import nn
 from torch.utils.data import Dataset
 from training import distribute, take_device, train
@@ -37,7 +32,8 @@ EXAMPLES = """\
 examples:
   mpirun -n 4 python scripts/train_text.py
   mpirun -n 4 python scripts/train_text.py --quick
-  mpirun -n 4 python scripts/train_text.py --only vote --method signum --lr 1e-3
+  mpirun -n 4 python scripts/train_text.py --only vote --method signum --rates vote=1e-3
+  mpirun -n 4 python scripts/train_text.py --only adamw local8-vote --factors 0.5 1 2            to tune their rates
   mpirun -n 4 python scripts/train_text.py --seeds 0 1 --report
   sudo -E benchmarks/slow_network 4 100mbit python scripts/train_text.py        four hosts with a slow network
 
@@ -51,60 +47,35 @@ Learning rates are the best of these, on seed 100, 4 ranks, --epochs 10. Each wi
 """
 QUICK = {"layers": 1, "width": 64, "epochs": 4, "epoch_windows": 320, "eval_windows": 64, "megabytes": 1.0}
 # A checkpoint of one method does not depend on which others there are, nor on how its options were said.
-FREE.update({"only", "quick", "report", "results"})
+FREE.update({"only", "quick", "report", "results", "factors", "within", "gather", "losses"})
 SHARES = {"training": 0.9, "validation": 0.1}
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one training gave.
-
-    Attributes:
-        parameters: how many the model has.
-        losses: of each step, in nats, averaged over the ranks.
-        seconds, bytes_sent: of each step, on rank 0, without evaluations.
-        steps, bits: when the model was evaluated, and the bits it needed for a byte of the validation text.
-    """
-
-    contender: str
-    label: str
-    seed: int
-    parameters: int
-    exchange: str
-    losses: list[float]
-    seconds: list[float]
-    bytes_sent: list[int]
-    steps: list[int]
-    bits: list[float]
-
-    def curve(self, by: str) -> list[float]:
-        """What had been spent in all, ``steps``, ``bytes_sent`` or ``seconds``, at each evaluation."""
-        if by == "steps":
-            return list(map(float, self.steps))
-        spent = list(accumulate(getattr(self, by)))
-        return [spent[step - 1] for step in self.steps]
-
-    def until(self, bits: float, by: str) -> float:
-        """What had been spent, likewise, when the loss first was ``bits`` or less, between evaluations on a line."""
-        spent = self.curve(by)
-        at = next(i for i, value in enumerate(self.bits) if value <= bits)
-        if at == 0:
-            return spent[0]
-        share = (self.bits[at - 1] - bits) / (self.bits[at - 1] - self.bits[at])
-        return spent[at - 1] + share * (spent[at] - spent[at - 1])
 
 
 def main() -> None:
     mpisign.init()
     args = parse_arguments()
+    if args.gather:
+        results, sizes = gather(args, args.gather)
+    else:
+        results, sizes = train_all(args)
+    if args.losses:
+        results = timed(gather(args, args.losses)[0], results)
+    if mpisign.rank() == 0 and all(result.bits for result in results):  # --max-steps may end before an evaluation
+        show(args, results, sizes)
+
+
+def train_all(args: argparse.Namespace) -> tuple[list[Result], dict[str, int]]:
+    """The trainings that were asked for, and the bytes of their text. **Collective.**"""
     device = take_device()
     text = {part: torch.frombuffer(bytearray(data), dtype=torch.uint8) for part, data in read_text(args).items()}
-    contenders = {name: contender for name, contender in make_contenders(args).items() if name in args.only}
     results = [
-        run(args, device, text, seed, name, contender) for seed in args.seeds for name, contender in contenders.items()
+        run(args, device, text, seed, name, factor)
+        for seed in args.seeds
+        for name in CONTENDERS
+        if name in args.only
+        for factor in args.factors
     ]
-    if mpisign.rank() == 0 and all(result.bits for result in results):  # --max-steps may end before an evaluation
-        show(args, results, {part: len(data) for part, data in text.items()})
+    return results, {part: len(data) for part, data in text.items()}
 
 
 def run(
@@ -113,59 +84,52 @@ def run(
     text: dict[str, torch.Tensor],
     seed: int,
     name: str,
-    contender: Contender,
+    factor: float,
 ) -> Result:
-    """Train a new model. **Collective.**"""
+    """Train a new model, at a contender's learning rate times ``factor``. **Collective.**"""
     torch.manual_seed(seed)
     model = Transformer(args.layers, args.width, args.heads, args.context).to(device)
-    inner = contender.optimizer(model.parameters())
-    optimizer = distribute(args, model, inner, contender.method, seed, contender.every)
-    windows = Windows(text["training"], args.context, args.epoch_windows)
+    batches = Batches(Windows(text["training"], args.context, args.epoch_windows), args.batch_size, seed)
+    contender = make_contenders(args, args.epochs * len(batches), factor)[name]
+    optimizer, network, bytes_sent = in_parallel(args, model, seed, name, contender)
     history: dict[str, Any] = {"steps": [], "bits": [], "bytes_sent_by_step": []}
-    counted: list[Any] = [None]
-
-    def count_bytes(stepped: Any, *_: Any) -> None:
-        new = stepped.report is not counted[0]  # inside a window nothing is sent
-        counted[0] = stepped.report
-        history["bytes_sent_by_step"].append(stepped.report.bytes_sent if new else 0)
 
     def loss_of(batch: Sequence[torch.Tensor]) -> torch.Tensor:
         (window,) = batch
         window = window.long()
-        return nn.functional.cross_entropy(model(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten())
+        return nn.functional.cross_entropy(network(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten())
 
     def evaluate() -> dict[str, float]:
         """Bits per byte of the validation text, in windows that lie evenly in it. **Collective.**"""
         every = torch.linspace(0, len(text["validation"]) - args.context - 1, args.eval_windows).long()
-        with optimizer.common_parameters() if contender.every else nullcontext():
-            return evaluated(every)
-
-    def evaluated(every: torch.Tensor) -> dict[str, float]:
         mine = [text["validation"][at : at + args.context + 1] for at in every[mpisign.rank() :: mpisign.size()]]
-        batches = torch.stack(mine).to(device).split(args.batch_size) if mine else ()
-        nats = sum(loss_of([batch]).item() * len(batch) for batch in batches)
+        pieces = torch.stack(mine).to(device).split(args.batch_size) if mine else ()
+        with optimizer.common_parameters() if contender.every else nullcontext():
+            nats = sum(loss_of([piece]).item() * len(piece) for piece in pieces)
         bits = sum(mpisign.allgather_object(nats)) / args.eval_windows / math.log(2)
         history["steps"].append(len(history["losses"]))
         history["bits"].append(bits)
         return {"bits per byte": bits}
 
-    optimizer.register_step_post_hook(count_bytes)
+    optimizer.register_step_post_hook(lambda *_: history["bytes_sent_by_step"].append(bytes_sent()))
     warmup = args.warmup * args.epochs
     train(
         args,
         model,
         optimizer,
-        Batches(windows, args.batch_size, seed),
+        batches,
         loss_of,
         schedule=lambda epoch: min(1.0, (epoch + 0.05) / warmup) * (1 + math.cos(math.pi * epoch / args.epochs)) / 2,
         evaluate=evaluate,
         history=history,
-        name=f"seed-{seed}-{name}",
+        name=f"seed-{seed}-{name}" + (f"-{factor:g}" if len(args.factors) > 1 else ""),
     )
+    lr = args.rates[name] * factor
     return Result(
         contender=name,
-        label=contender.label,
+        label=contender.label + (f", {lr:g}" if len(args.factors) > 1 else ""),
         seed=seed,
+        lr=lr,
         parameters=sum(p.numel() for p in model.parameters()),
         exchange=history["exchange"],
         losses=history["losses"],
@@ -174,6 +138,24 @@ def run(
         steps=history["steps"],
         bits=history["bits"],
     )
+
+
+def in_parallel(
+    args: argparse.Namespace, model: nn.Module, seed: int, name: str, contender: Contender
+) -> tuple[Any, nn.Module, Callable[[], int]]:
+    """The optimizer, what to call in place of the model, and what says how much a step has sent. **Collective.**"""
+    inner = contender.optimizer(model.parameters())
+    if contender.method is None:
+        reduced = Reduced(name, model)
+        return inner, reduced.network, reduced.bytes_sent
+    optimizer = distribute(args, model, inner, contender.method, seed, contender.every)
+    counted: list[Any] = [None]
+
+    def bytes_sent() -> int:
+        last, counted[0] = counted[0], optimizer.report
+        return 0 if counted[0] is last else counted[0].bytes_sent  # inside a window nothing is sent
+
+    return optimizer, model, bytes_sent
 
 
 # ---------------------------------------------------------------------------------------------------- the text
@@ -263,112 +245,6 @@ class Block(nn.Module):
         return mixed
 
 
-# ------------------------------------------------------------------------------------------------- the results
-
-
-def show(args: argparse.Namespace, results: Sequence[Result], sizes: dict[str, int]) -> None:
-    """Print the table; write the report."""
-    groups = {result.label: [other for other in results if other.label == result.label] for result in results}
-    title = (
-        f"Python's library: {results[0].parameters:,} parameters, ranks: {mpisign.size()}, "
-        f"steps: {results[0].steps[-1]}, seeds: {len(args.seeds)}"
-    )
-    columns, rows = compare(groups)
-    table = Table(title=title)
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left")
-    for row in rows:
-        table.add_row(*row)
-    # mpirun gives each rank a terminal of its own, so rich would colour what goes to a file in the end.
-    Console(color_system=None).print(table)
-    plain = (int, float, list)
-    data = {
-        "seeds": args.seeds,
-        "options": {name: value if isinstance(value, plain) else str(value) for name, value in vars(args).items()},
-        "text_bytes": sizes,
-        "runs": [asdict(result) for result in results],
-    }
-    print(f"report: {write_report(args.out, 'text', report(groups, args, sizes), data, {'': draw(groups)})}")
-
-
-def target_of(results: Sequence[Result]) -> float:
-    """The loss that all trainings reached at some evaluation, in bits per byte."""
-    return max(min(result.bits) for result in results)
-
-
-def compare(groups: dict[str, list[Result]]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: means over the seeds; of several, the last loss with its standard deviation."""
-    target = target_of([result for results in groups.values() for result in results])
-    until = f"until {target:.2f} bits:"
-    columns = ["", "bits per byte", "KB a step", "s a step", f"{until} steps", "MB", "s"]
-    rows = []
-    for label, results in groups.items():
-        bits = [result.bits[-1] for result in results]
-        spread = f" ± {statistics.stdev(bits):.3f}" if len(bits) > 1 else ""
-        sent = [byte for result in results for byte in result.bytes_sent]
-        seconds = statistics.median(second for result in results for second in result.seconds)
-        steps, megabytes, waited = (
-            statistics.fmean(result.until(target, by) for result in results)
-            for by in ("steps", "bytes_sent", "seconds")
-        )
-        cells = (f"{statistics.fmean(sent) / 1e3:,.0f}", f"{seconds:.3f}", f"{steps:.0f}", f"{megabytes / 1e6:,.1f}")
-        rows.append([label, f"{statistics.fmean(bits):.3f}{spread}", *cells, f"{waited:.1f}"])
-    return columns, rows
-
-
-def report(groups: dict[str, list[Result]], args: argparse.Namespace, sizes: dict[str, int]) -> str:
-    """What was found, in Markdown."""
-    columns, rows = compare(groups)
-    everything = [result for results in groups.values() for result in results]
-    target = target_of(everything)
-
-    def mean(label: str, by: str) -> float:
-        return statistics.fmean(result.until(target, by) for result in groups[label])
-
-    first, *others = groups
-    found = " ".join(
-        f"To {target:.2f} bits a byte, {other} sends {mean(other, 'bytes_sent') / mean(first, 'bytes_sent'):.2g} times "
-        f"the bytes of {first}, in {mean(other, 'steps') / mean(first, 'steps'):.2g} times its steps and "
-        f"{mean(other, 'seconds') / mean(first, 'seconds'):.2g} times its seconds."
-        for other in others
-        if mpisign.size() > 1
-    )
-    text, validation = (f"{size / 1e6:.2f}" for size in sizes.values())
-    return f"""# Python's own library by a transformer, on {mpisign.size()} ranks
-
-{found or "One training, or one rank: nothing to compare."}
-
-{markdown_table(columns, rows)}
-
-The model has {everything[0].parameters:,} parameters ({args.layers} layers of width {args.width}) and sees
-{args.context} bytes; {text} MB of source files to train on, {validation} MB of others to validate, of Python's library.
-A step takes {args.batch_size} windows on each rank. Bytes are those that rank 0 sends; seconds are rank 0's, without
-evaluations and checkpoints. Learning rates: `--help` says how they were found."""
-
-
-def draw(groups: dict[str, list[Result]]) -> Any:
-    """Validation loss by step, by byte sent and by second: each seed, in one colour for each way to train."""
-    from matplotlib.figure import Figure  # slow to import, and one rank needs it
-
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
-    for axes, by, heading in zip(
-        panels, ("steps", "bytes_sent", "seconds"), ("steps", "megabytes sent by a rank", "seconds"), strict=True
-    ):
-        for place, (label, results) in enumerate(groups.items()):
-            for result in results:
-                spent = np.array(result.curve(by)) / (1e6 if by == "bytes_sent" else 1.0)
-                name = label if result is results[0] else None
-                axes.plot(spent, result.bits, color=f"C{place}", marker=".", markersize=3, linewidth=1.3, label=name)
-        axes.set_xlabel(heading)
-        axes.grid(alpha=0.3)
-    if mpisign.size() > 1:
-        panels[1].set_xscale("log")
-    panels[0].set_ylabel("validation loss, bits per byte")
-    panels[0].legend()
-    return figure
-
-
 # ------------------------------------------------------------------------------------------------- the options
 
 
@@ -378,10 +254,30 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--only", nargs="+", choices=CONTENDERS, default=DEFAULT, help="trainings to do")
-    add("--lr", type=rate, default=1e-3, help="highest learning rate of --method; tuned for lion")
-    add("--lr-adamw", type=rate, default=6e-3, help="of AdamW on averaged gradients")
-    add("--lr-local", type=rate, default=6e-3, help="of AdamW that steps by itself between exchanges")
-    add("--lr-dgc", type=rate, default=1.0, help="of DGC, whose optimizer is SGD: momentum is on the ranks")
+    defaults = ", ".join(f"{name}={lr:g}" for name, lr in RATES.items())
+    add(
+        "--rates",
+        type=named_rate,
+        nargs="+",
+        metavar="NAME=RATE",
+        default=[],
+        help=f"highest learning rates, other than {defaults}; that of vote is tuned for lion",
+    )
+    add("--factors", type=rate, nargs="+", default=[1.0], metavar="X", help="times each rate; several: to tune it")
+    add(
+        "--within",
+        type=amount,
+        metavar="BITS",
+        help="compare at so much more than AdamW's last loss, not at what all reach",
+    )
+    add("--gather", type=Path, nargs="+", metavar="JSON", help="no training: one report of several, on as many ranks")
+    add(
+        "--losses",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
+        help="losses of these reports with seconds of the steps done here: --epochs 2 is enough",
+    )
     add("--dgc-ratio", type=rate, default=0.01, help="share of the gradient's coordinates that DGC sends in the end")
     add("--dgc-clip", type=rate, default=1.0, help="norm to which DGC clips, before it divides by the ranks' root")
     add("--decay", type=amount, default=3e-4, help="share of themselves that weights lose a step, at the highest rate")
@@ -407,11 +303,22 @@ def parse_arguments() -> argparse.Namespace:
         if args.quick:
             parser.set_defaults(**QUICK)
             args = parse(parser)
+        args.rates = {**RATES, **dict(args.rates)}
         args.out = args.results if args.report else args.out
         make_folder(parser, args.out, args.out)
         if args.width % args.heads:
             parser.error(f"--width {args.width} is no multiple of --heads {args.heads}: try --heads 4")
+        if args.checkpoint_dir and "ddp-powersgd" in args.only:
+            parser.error("--checkpoint-dir would not keep what PowerSGD's hook remembers: leave one of the two out")
     return args
+
+
+def named_rate(text: str) -> tuple[str, float]:
+    """``NAME=RATE``, of a contender."""
+    name, _, value = text.partition("=")
+    if name not in CONTENDERS:
+        raise argparse.ArgumentTypeError(f"{text!r} names none of {', '.join(CONTENDERS)}: write vote=1e-3, say")
+    return name, rate(value)
 
 
 if __name__ == "__main__":

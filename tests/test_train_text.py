@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -28,6 +29,11 @@ PARAMETERS = (256 + CONTEXT) * WIDTH + 12 * WIDTH**2 + 5 * WIDTH + 3 * 2 * WIDTH
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(SCRIPT.parent)
     return importlib.import_module("train_text")
+
+
+@pytest.fixture
+def results(script: ModuleType) -> ModuleType:
+    return importlib.import_module("text_results")
 
 
 def numbers(folder: Path) -> dict[str, Any]:
@@ -78,7 +84,9 @@ def test_three_trainings_and_their_report(whole: tuple[Path, str]) -> None:
     assert dgc["bytes_sent"][0] < adamw["bytes_sent"][0]
 
     (text,) = folder.glob("*-text.md")
-    assert f"AdamW, mean in fp32 | {adamw['bits'][-1]:.3f} | {4 * PARAMETERS / 1e3:.0f} |" in text.read_text()
+    bits_sent, megabytes = 8 * sum(adamw["bytes_sent"]) / STEPS / PARAMETERS, sum(adamw["bytes_sent"]) / 1e6
+    row = f"AdamW, mean in fp32 | {adamw['bits'][-1]:.3f} | {bits_sent:.3g} | {megabytes:.1f} |"
+    assert row in text.read_text()
     assert re.search(r"AdamW, mean in fp32 sends \d+ times the bytes of lion, vote", text.read_text())
     (picture,) = folder.glob("*-text.png")
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -98,6 +106,39 @@ def test_a_training_that_is_cut_goes_on_to_the_same_bits(whole: tuple[Path, str]
         assert run_cut == run_whole
         name = f"seed-0-{run_whole['contender']}"
         assert_equal(*(final_state(folder / "saved" / name) for folder in (whole[0], tmp_path)))
+
+
+@pytest.mark.long
+def test_rivals_and_local_steps_and_reports_made_of_reports(tmp_path: Path) -> None:
+    def report(folder: str, *options: str | Path) -> dict[str, dict[str, Any]]:
+        done = mpirun(2, SCRIPT, *SMALL, "--out", tmp_path / folder, *options)
+        assert done.returncode == 0, done.text
+        return {run["contender"]: run for run in numbers(tmp_path / folder)["runs"]}
+
+    names = ("adamw", "local4-vote", "one_bit_adam", "ddp", "ddp-bf16", "ddp-powersgd")
+    runs = report("all", "--only", *names, "--rates", "one_bit_adam=2e-3")
+    assert {name: run["lr"] for name, run in runs.items()} == {**dict.fromkeys(names, 6e-3), "one_bit_adam": 2e-3}
+    assert runs["ddp"]["losses"] == pytest.approx(runs["adamw"]["losses"], rel=1e-4)
+    assert runs["ddp"]["bytes_sent"] == [4 * PARAMETERS] * STEPS
+    assert runs["ddp-bf16"]["bytes_sent"] == [2 * PARAMETERS] * STEPS
+    assert runs["ddp-bf16"]["losses"] != runs["ddp"]["losses"]
+    assert runs["ddp-bf16"]["losses"] == pytest.approx(runs["ddp"]["losses"], rel=0.02)
+    power = runs["ddp-powersgd"]["bytes_sent"]
+    assert power[:10] == [4 * PARAMETERS] * 10
+    assert len(set(power[10:])) == 1
+    assert power[-1] < 2 * PARAMETERS
+    assert [bool(sent) for sent in runs["local4-vote"]["bytes_sent"]] == [step % 4 == 3 for step in range(STEPS)]
+    one_bit = runs["one_bit_adam"]["bytes_sent"]
+    assert min(one_bit[:2]) > 20 * max(one_bit[2:]), "2 of 15 steps are exact"
+
+    (saved,) = (tmp_path / "all").glob("*.json")
+    gathered = report("gathered", "--gather", saved, "--within", "0.1")
+    assert {name: run["bits"] for name, run in gathered.items()} == {name: run["bits"] for name, run in runs.items()}
+    (text,) = (tmp_path / "gathered").glob("*.md")
+    assert f"until {runs['adamw']['bits'][-1] + 0.1:.2f} bits" in text.read_text()
+    timed = report("timed", "--losses", saved, "--only", "ddp", "local4-vote", "--max-steps", "10")
+    assert timed["ddp"]["bits"] == runs["adamw"]["bits"]
+    assert len(timed["ddp"]["seconds"]) == len(timed["local4-vote"]["seconds"]) == STEPS
 
 
 def test_no_file_is_in_both_texts(script: ModuleType, world: None, tmp_path: Path, parse: Callable[..., Any]) -> None:
@@ -133,12 +174,60 @@ def test_the_model_sees_only_what_was_before(script: ModuleType) -> None:
 
 def test_what_was_spent_until_a_loss(script: ModuleType) -> None:
     result = script.Result(
-        contender="vote", label="", seed=0, parameters=1, exchange="", losses=[], seconds=[1.0, 2.0, 3.0, 4.0],
+        contender="vote", label="", seed=0, lr=1e-3, parameters=1, exchange="", losses=[], seconds=[1.0, 2.0, 3.0, 4.0],
         bytes_sent=[10, 10, 20, 20], steps=[2, 4], bits=[5.0, 3.0],
     )  # fmt: skip
     assert result.curve("seconds") == [3.0, 10.0]
     assert [result.until(bits, "bytes_sent") for bits in (5.5, 5.0, 4.0, 3.0)] == [20.0, 20.0, 40.0, 60.0]
     assert result.until(4.0, "steps") == 3.0
+    assert result.until(2.9, "steps") == math.inf
+
+
+def test_steps_take_as_long_as_those_that_sent_as_much(results: ModuleType) -> None:
+    def result(contender: str, seconds: list[float], bytes_sent: list[int], bits: list[float]) -> Any:
+        return results.Result(
+            contender=contender, label=contender, seed=0, lr=1.0, parameters=1, exchange="", losses=[],
+            seconds=seconds, bytes_sent=bytes_sent, steps=[len(bytes_sent)] * bool(bits), bits=bits,
+        )  # fmt: skip
+
+    ran = [result("adamw", [], [40, 40, 40], [2.0]), result("local4-vote", [], [0, 0, 0, 9, 0, 0, 0, 10], [3.0])]
+    here = [
+        result("ddp-bf16", [9.0, 9.0, 1.0, 2.0, 6.0], [20] * 5, []),
+        result("local4-vote", [9.0, 9.0, 0.1, 0.5, 0.2, 0.3, 0.2, 0.7], [0, 0, 0, 10, 0, 0, 0, 10], []),
+    ]
+    bf16, local = results.timed(ran, here)
+    assert (bf16.contender, bf16.bits, bf16.bytes_sent, bf16.seconds) == ("ddp-bf16", [2.0], [20] * 3, [2.0] * 3)
+    assert local.seconds == [0.2, 0.2, 0.2, 0.6, 0.2, 0.2, 0.2, 0.6]
+    assert local.bytes_sent == ran[1].bytes_sent
+
+
+def test_reports_that_do_not_fit_are_refused(
+    results: ModuleType, parse: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, args = tmp_path / "text.json", parse("--width", "64")
+    run = {
+        "contender": "vote", "label": "", "seed": 3, "lr": 1e-3, "parameters": 1, "exchange": "", "losses": [1.0],
+        "seconds": [1.0], "bytes_sent": [1], "steps": [1], "bits": [2.0],
+    }  # fmt: skip
+    data = {
+        "runs": [run],
+        "ranks": 1,
+        "text_bytes": {},
+        "options": {name: getattr(args, name) for name in results.ALIKE},
+    }
+    path.write_text(json.dumps(data))
+    (again,), _ = results.gather(args, [path])
+    assert (again.bits, again.seconds) == ([2.0], [])
+    for written, options, said in [
+        (data, [path, path], "has vote on seed 3, which an earlier file has, too"),
+        ({**data, "ranks": 4}, [path], "was made with ranks 4, and now it is 1"),
+        ({**data, "options": {**data["options"], "width": 128}}, [path], "was made with width 128, and now it is 64"),
+        ({"runs": []}, [path], "is no report of train_text.py"),
+    ]:
+        path.write_text(json.dumps(written))
+        with pytest.raises(SystemExit, match="2"):
+            results.gather(args, options)
+        assert said in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -172,7 +261,9 @@ def test_quick_stands_for_other_defaults(parse: Callable[..., Any]) -> None:
     [
         (("--only", "sgd"), "invalid choice: 'sgd'"),
         (("--width", "30"), "--width 30 is no multiple of --heads 4"),
-        (("--lr-dgc", "0"), "'0' is not a positive number"),
+        (("--rates", "dgc=0"), "'0' is not a positive number"),
+        (("--rates", "sgd=1"), "'sgd=1' names none of vote, adamw, dgc, "),
+        (("--only", "ddp-powersgd", "--checkpoint-dir", "."), "would not keep what PowerSGD's hook remembers"),
         (("--out", f"{SCRIPT}/out"), "name a file in a folder that can be made"),
     ],
 )
