@@ -44,14 +44,16 @@ def test_all_other_bytes_in_every_message(comm: MPI.Comm, folder: Path, name: st
 
 @pytest.mark.long
 @parts.each_method
-def test_all_other_bytes_in_a_step_of_every_method(comm: MPI.Comm, folder: Path, name: str) -> None:
-    method = parts.methods_for(comm.size)[name]
+def test_other_bytes_in_a_step_of_every_method(comm: MPI.Comm, folder: Path, name: str) -> None:
+    """One filling for each message, another for each method."""
+    methods = parts.methods_for(comm.size)
+    method, place = methods[name], list(methods).index(name)
     if not parts.runs_with(method, comm.size):
         pytest.skip("needs more ranks")
-    for exchange in ("allgather", "two_phase"):
+    for turn, exchange in enumerate(("allgather", "two_phase")):
         if exchange in exchanges(method):
             OPERATIONS[name] = a_step(method, exchange=exchange)
-            fuzz(comm, folder, name, comm.size - 1, lambda number, at: True)
+            fuzz(comm, folder, name, comm.size - 1, lambda number, at: (number + place + turn) % FILLINGS == at)
 
 
 # ----------------------------------------------------------------------------------------- notices
