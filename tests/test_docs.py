@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import pkgutil
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from code_blocks import code_blocks
+from code_blocks import after, before, code_blocks, examples
 from mpirun import environment, mpirun
 
 import mpisign
@@ -23,7 +24,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 OF_FRAMEWORKS = {"huggingface", "lightning"}  # pages whose scripts need more packages; test_integrations.py runs them
-LANGUAGES = {"", "bash", "python", "{eval-rst}", "{include}", "{toctree}"}  # of which one is run
+# Of these "python" is run, and so is what "diff" makes of a file; "output" is what the block before it prints.
+LANGUAGES = {"", "bash", "python", "diff", "output", "{eval-rst}", "{include}", "{literalinclude}", "{toctree}"}
 FETCHED = {("img", "src"), ("link", "href"), ("script", "src")}  # what a reader's browser loads by itself
 
 
@@ -176,26 +178,64 @@ def test_no_code_hides_in_a_block_of_another_name(page: Path) -> None:
     assert {fence.split()[0] if fence else "" for fence in fences} <= LANGUAGES
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_an_output_follows_what_prints_it(page: Path) -> None:
+    text = page.read_text()
+    shown = [output for language in ("python", "bash") for _, output in examples(text, language) if output is not None]
+    assert len(code_blocks(text, "output")) == len(shown)
+
+
+def test_both_sides_of_a_diff_are_scripts() -> None:
+    diffs = [(page, diff) for page in PAGES for diff in code_blocks(page.read_text(), "diff")]
+    assert len(diffs) >= 2
+    for page, diff in diffs:
+        for side in (before(diff), after(diff)):
+            compile(side, page.name, "exec")
+
+
+RUN = """
+import contextlib, io, json, runpy, sys, mpisign
+out, *scripts = sys.argv[1:]
+printed = {}
+for script in scripts:
+    sys.argv = [script]
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        runpy.run_path(script, run_name="__main__")
+    if mpisign.is_initialized() and mpisign.rank() == 0:
+        printed[script] = text.getvalue().split("\\f\\n")
+        with open(out, "w") as file:
+            json.dump(printed, file)
+    mpisign.shutdown()
+print("ended")
+"""
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_the_python_blocks_of_each_page_run(tmp_path: Path, ranks: int) -> None:
-    """The blocks of a page are one script. The scripts run one after the other, with nothing left of the one before."""
-    scripts = []
+def test_the_blocks_of_each_page_run(tmp_path: Path, ranks: int) -> None:
+    """The Python blocks of a page are one script, and each diff makes another; all run in turn, in one job.
+
+    What a block prints on rank 0 of three is the block of output that follows it.
+    """
+    scripts: dict[str, list[tuple[str, str | None]]] = {}
     for page in PAGES:
         if page.stem in OF_FRAMEWORKS:
             continue
-        if blocks := code_blocks(page.read_text(), "python"):
-            scripts.append(tmp_path / f"{page.stem}.md.py")
-            scripts[-1].write_text("\n".join(blocks))
+        text = page.read_text()
+        if blocks := examples(text):
+            scripts[str(tmp_path / f"{page.stem}.md.py")] = blocks
+        for place, diff in enumerate(code_blocks(text, "diff")):
+            scripts[str(tmp_path / f"{page.stem}.{place}.diff.py")] = [(after(diff), None)]
     assert len(scripts) >= 5
-    driver = tmp_path / "driver.py"
-    driver.write_text(
-        "import runpy, sys, mpisign\n"
-        "for script in sys.argv[1:]:\n"
-        "    runpy.run_path(script, run_name='__main__')\n"
-        "    mpisign.shutdown()\n"
-        "print('ended')\n"
-    )
-    result = mpirun(ranks, driver, *scripts)
+    for path, blocks in scripts.items():
+        Path(path).write_text('print("\\f")\n'.join(code for code, _ in blocks))
+    driver, out = tmp_path / "driver.py", tmp_path / "printed.json"
+    driver.write_text(RUN)
+    result = mpirun(ranks, driver, out, *scripts)
     assert result.returncode == 0, result.text
     assert result.text.splitlines().count("ended") == ranks
+    if ranks == 3:
+        printed = json.loads(out.read_text())
+        shown = [(path, place, block[1]) for path, blocks in scripts.items() for place, block in enumerate(blocks)]
+        checked = [(path, place, output) for path, place, output in shown if output is not None]
+        assert [(path, place, printed[path][place]) for path, place, _ in checked] == checked

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("scripts", ".ci", "slurm")
+FOLDERS = ("scripts", ".ci", "slurm", "docs/templates")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*") if path.is_file())
 COMMANDS = [path for path in FILES if path.read_bytes().startswith(b"#!")]
 SHELL = [
