@@ -1,8 +1,9 @@
-"""The command line: ``python -m mpisign doctor`` and ``python -m mpisign predict``."""
+"""The command line: ``python -m mpisign run``, ``doctor`` and ``predict``."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpisign import __version__, quantities
 from mpisign.cost import Links, Nodes, Rates
-from mpisign.errors import OptionError
+from mpisign.errors import LaunchError, OptionError
 
 if TYPE_CHECKING:
     from mpisign.prediction import Row, Scenario
@@ -22,6 +23,28 @@ examples:
   python -m mpisign predict --parameters 25.6M --nodes 16 --ranks-per-node 8 --bandwidth 10Gbit --backward 100ms
   python -m mpisign predict --parameters 7B --nodes 64 --bandwidth 100Gbit --latency 5us --backward 1.5s --plot 7B.svg
   mpirun -n 4 python -m mpisign predict --calibrate --parameters 25.6M --backward 200ms
+"""
+RUN_EXAMPLES = """\
+examples:
+  python -m mpisign run train.py --lr 1e-3                    one rank a GPU, or else a core
+  python -m mpisign run -n 8 train.py                         eight ranks, however few cores there are
+  python -m mpisign run --hosts a:4,b:4 -n 8 train.py         on two machines, by ssh
+  python -m mpisign run -n 4 --continue-on-failure train.py   a rank that dies does not end the job
+  python -m mpisign run -n 4 -m package.train --lr 1e-3       a module
+  python -m mpisign run -n 4 --print train.py                 what would be started
+
+exit code:
+  0 only if every rank has ended with 0; with --continue-on-failure, at least one and every rank that was in its last
+  group. 85 (mpisign.REQUEUE_EXIT_CODE) if ranks have stopped because they were asked to. Else that of the launcher or
+  of the first rank that has failed, never 0. Each rank's is written down by the shell that runs it, as launchers have
+  been seen to exit with 0 after jobs that had failed.
+
+signals:
+  SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 are passed on to the launcher. Open MPI's gives the ranks the latter two, and
+  ends the job at the others.
+
+root:
+  Open MPI starts nothing for root unless it is told twice; this command tells it, and says so.
 """
 
 
@@ -46,7 +69,20 @@ def main() -> int:
         formatter_class=_HelpFormatter,
     )
     _add_predict(predict)
+    start = commands.add_parser(
+        "run",
+        help="start a training on several ranks, by the launcher of the MPI in use and with the flags it needs",
+        description="Starts PROGRAM on several ranks: with mpirun or mpiexec of the MPI that mpi4py uses, each rank "
+        "bound to cores of its own, or, where ranks outnumber cores, to none and yielding; with OMP_NUM_THREADS, "
+        "unless it is set, so that ranks share the cores evenly. The exit code is the ranks' own.",
+        epilog=RUN_EXAMPLES,
+        formatter_class=_HelpFormatter,
+        usage="python -m mpisign run [OPTIONS] [--] PROGRAM [ARGUMENTS OF THE PROGRAM]",
+    )
+    _add_run(start)
     args = parser.parse_args()
+    if args.command == "run":
+        return _run(start, args)
     return _doctor() if args.command == "doctor" else _predict(predict, args)
 
 
@@ -81,6 +117,69 @@ def _rank() -> int:
         return int(import_mpi().COMM_WORLD.Get_rank())
     except LaunchError:
         return 0
+
+
+# ----------------------------------------------------------------------------------------------------- run
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    number, add, unset = _typed(quantities.number), parser.add_argument, argparse.SUPPRESS
+    add("-n", "--ranks", type=number, default=unset, metavar="N", help="how many (default: one a GPU, else a core)")
+    add("--hosts", default=unset, metavar="A:2,B:2", help="machines and their slots, as the launcher takes them")
+    add("--hostfile", type=Path, default=unset, metavar="FILE", help="the same in a file")
+    add(
+        "--bind",
+        choices=("auto", "cores", "none"),
+        default="auto",
+        help="each rank to cores of its own, or to none; auto: to cores where there are enough on this machine alone. "
+        "Two jobs on one machine need none",
+    )
+    add(
+        "--continue-on-failure",
+        action="store_true",
+        help="start MPI so that init(on_failure='continue') can go on without ranks that die (Open MPI's ULFM)",
+    )
+    add(
+        "--shared-dir",
+        type=Path,
+        default=unset,
+        metavar="DIR",
+        help="which all hosts share: ranks leave their exit codes in a private folder there (default: the present "
+        "directory where there are several hosts, else the system's for temporary files)",
+    )
+    add("--launcher-options", default="", metavar="WORDS", help="more of them, as they are: '--mca btl tcp,self'")
+    add("--print", action="store_true", help="print the command, but for the shell around PROGRAM; start nothing")
+    add("-m", "--module", action="store_true", help="PROGRAM is a module")
+    add("program", nargs=argparse.REMAINDER, metavar="PROGRAM", help="a script (.py) for this Python, or a command")
+
+
+def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from mpisign import starting
+
+    given = vars(args)
+    try:
+        wanted = starting.Wanted(
+            starting.program(args.program, module=args.module),
+            given.get("ranks"),
+            given.get("hosts"),
+            given.get("hostfile"),
+            args.bind,
+            args.continue_on_failure,
+            shlex.split(args.launcher_options),
+        )
+        machine = starting.look_around()
+        if args.print:
+            words, settings = starting.command(wanted, machine)
+            print(shlex.join([*(f"{name}={value}" for name, value in settings.items()), *words]))
+            return 0
+        if machine.root and machine.vendor == "Open MPI":
+            print("mpisign run: started by root, which Open MPI is told to allow", file=sys.stderr)
+        code, said = starting.run(wanted, machine, given.get("shared_dir"))
+    except (OptionError, LaunchError) as error:
+        parser.error(str(error))
+    if said:
+        print(f"mpisign run: {said}", file=sys.stderr)
+    return code
 
 
 # ------------------------------------------------------------------------------------------------- predict

@@ -15,12 +15,10 @@ from types import FrameType
 from typing import Any
 
 from mpisign.errors import OptionError
+from mpisign.exit_words import REQUEUE_EXIT_CODE
 from mpisign.session import Session, current
 
 __all__ = ["REQUEUE_EXIT_CODE", "stop_on_signal", "stop_requested"]
-
-REQUEUE_EXIT_CODE = 85
-"""What a script that has saved and stopped exits with, so that its batch script knows to requeue it."""
 
 ECHO_SECONDS = 1.0  # launcher and batch script may both pass the same signal on: that is not a second one
 

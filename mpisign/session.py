@@ -22,6 +22,7 @@ import torch
 from mpisign import timeline as timelines
 from mpisign.alarm import ring
 from mpisign.errors import AlreadyInitializedError, ConsistencyError, MpisignError, NotInitializedError, OptionError
+from mpisign.exit_words import tell_group
 from mpisign.group import Group
 from mpisign.joining import joined, told_options, wrong_options
 from mpisign.last_words import LastWords
@@ -120,6 +121,7 @@ class Session(Talk):
             self.network = Network()
         self._presence = group.presence
         self.watchdog.comm, self.watchdog.rank, self.watchdog.size = group.comm, group.rank, group.size
+        tell_group(group)
         return before
 
     def _free(self) -> None:

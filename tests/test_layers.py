@@ -40,8 +40,8 @@ LAYERS = [
         "processes",
         "warning",
     },
-    {"watchdog", "turns", "network", "group", "joining", "talk", "timeline", "session"},
-    {"preemption", "calibration", "codecs", "rules", "memory", "method", "layout"},
+    {"watchdog", "turns", "network", "group", "exit_words", "joining", "talk", "timeline", "session"},
+    {"preemption", "endings", "calibration", "codecs", "rules", "memory", "method", "layout"},
     {
         "attacks",
         "exchange",
@@ -63,7 +63,7 @@ LAYERS = [
         "restoring",
         "checkpoint",
     },
-    {"optimizer", "doctor", "prediction"},
+    {"optimizer", "doctor", "prediction", "starting"},
     {"integrations"},
     {"__init__", "__main__"},
 ]
