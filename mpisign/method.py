@@ -84,6 +84,16 @@ class Method:
         """Whether ballots are cast, and one side wins, so that ties and agreement mean something."""
         return isinstance(self.rule, BallotRule) and self.rule.elects
 
+    @property
+    def phases(self) -> list[Method]:
+        """Itself, and what it becomes as training goes on."""
+        return [self, *(method for _, method in (*self.by_step, *self.by_epoch))]
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether no message can be made before all gradients are there, as something sees all or adds to them."""
+        return self.memory.needs_all or self.memory.needs_maximum or self.exchanges_models
+
     def at(self, step: int, epoch: int) -> Method:
         """The method as it is at this exchange of this epoch: itself, unless it changes as training goes on."""
         reached = [method for start, method in self.by_step if start <= step]

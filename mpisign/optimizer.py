@@ -72,9 +72,9 @@ class DistributedSignOptimizer(Planned):
             and ``p.grad`` keeps this rank's gradient. ``"optimizer"``: always the wrapped optimizer, from ``p.grad``.
         overlap: whether messages leave while backward runs, so that a slow network is hidden behind it. ``True``: from
             the second step on; a program in which that cannot be right (a gradient that is added to twice, or changed
-            after backward) gets an error. ``"auto"``: on several nodes, after three steps in which it would have been
-            right; where it is not any more, it ends with a warning. The votes are the same. It takes second buffers of
-            the method's memory, 4 bytes a parameter and field.
+            after backward, and ``clip_grad_norm``) gets an error. ``"auto"``: on several nodes, after three steps in
+            which it would have been right; where it is not any more, it ends with a warning. The votes are the same. It
+            takes second buffers of the method's memory, 4 bytes a parameter and field.
         backward_passes_per_step: how many backward passes make a gradient, as in Horovod; for ``overlap``, like
             :meth:`no_sync`.
         every: None to exchange gradients, in every step. An integer to exchange *differences of parameters*, by
@@ -145,7 +145,7 @@ class DistributedSignOptimizer(Planned):
         self.clip_grad_norm = clip_grad_norm
         self.bucket_cap_mb = bucket_cap_mb
         self.apply = apply
-        self.overlap = check_overlap(overlap)
+        self.overlap = check_overlap(overlap, [method, *wrapping.methods_of(optimizer)], clip_grad_norm)
         self.backward_passes_per_step = check_integer("backward_passes_per_step", backward_passes_per_step, 1)
         self._names = wrapping.names_of(optimizer, named_parameters)
         self._memory = MemoryStore(method.memory)

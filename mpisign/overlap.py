@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from mpisign.exchange import header
 from mpisign.exchange.plan import Plan
 from mpisign.exchange.round import Round
 from mpisign.exchange.run import Early
+from mpisign.method import Method
 from mpisign.plain import plain, uncompiled
 from mpisign.session import Session, current, is_initialized
 from mpisign.warning import warn
@@ -37,8 +38,7 @@ PATIENCE = 0.0005  # seconds until what is on its way is looked at again
 
 ADVICE = (
     "wrap all backward passes of a step but the last in `with optimizer.no_sync():`, or say backward_passes_per_step=, "
-    "clip with clip_grad_norm= or between optimizer.synchronize() and optimizer.step(), or turn it off with "
-    "overlap=False"
+    "clip between optimizer.synchronize() and optimizer.step(), or turn it off with overlap=False"
 )
 
 GONE = -1  # instead of how many messages a rank has sent: its optimizer is no more, nor its buffers
@@ -50,10 +50,17 @@ _stranded: list[Any] = []
 _NOTHING: tuple[Callable[[], Any], int] = (lambda: None), 0
 
 
-def check_overlap(option: object) -> bool | str:
-    """Raise :class:`OptionError` unless it is one of ``OVERLAP``."""
+def check_overlap(option: object, methods: Sequence[Method] = (), clip: float | None = None) -> bool | str:
+    """Raise :class:`OptionError` unless it is one of ``OVERLAP``, and True where something could leave early."""
     if option not in OVERLAP or not isinstance(option, (bool, str)):
         raise OptionError(f"overlap={option!r} is not known: choose one of True, False, 'auto'")
+    whole = [one.name for one in methods if all(phase.needs_all for phase in one.phases)]
+    whole += ["clip_grad_norm="] if clip is not None else []
+    if option is True and whole:
+        raise OptionError(
+            f"overlap=True sends gradients while backward makes others, and {whole[-1]} needs all of them first: drop "
+            f"one of the two, or say overlap='auto'"
+        )
     return option
 
 

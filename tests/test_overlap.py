@@ -42,6 +42,14 @@ def test_an_unknown_option_is_an_error_when_the_optimizer_is_built(option: Any) 
         wrap(torch.nn.Linear(4, 2), overlap=option)
 
 
+def test_what_needs_all_gradients_cannot_be_sent_early() -> None:
+    with pytest.raises(mpisign.OptionError, match="clip_grad_norm= needs all of them first"):
+        wrap(torch.nn.Linear(4, 2), overlap=True, clip_grad_norm=1.0)
+    with pytest.raises(mpisign.OptionError, match="dp_sign needs all of them first"):
+        wrap(torch.nn.Linear(4, 2), overlap=True, method=mpisign.dp_sign(1.0, noise=0.1))
+    wrap(torch.nn.Linear(4, 2), overlap="auto", clip_grad_norm=1.0)
+
+
 @pytest.mark.parametrize("passes", [0, -1, 1.5, True, None, "2"])
 def test_passes_are_a_number_above_0(passes: Any) -> None:
     with pytest.raises(mpisign.OptionError, match="backward_passes_per_step="):

@@ -220,10 +220,9 @@ def make_plan(
     """
     size = group.size
     network = network or Network()
-    # What must see all gradients, or adds to them, can begin only when they are all there.
-    whole = any(m.memory.needs_all or m.memory.needs_maximum or m.exchanges_models for m in methods)
+    whole = clip is not None or any(method.needs_all for method in methods)
     early = overlap is True or (overlap == "auto" and group.num_nodes > 1)
-    early = early and size > 1 and clip is None and not whole
+    early = early and size > 1 and not whole
     cap = cap_bytes(bucket_cap_mb, methods, policy, group, network, early=early)
     layout = Layout(named, methods, cap, lambda method: shards_for(exchange, method, size))
     for method in layout.methods:
