@@ -13,7 +13,9 @@ HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mpisign/__init__.py").read_text()).group(1)
 
 URL = "https://github.com/mpisign/mpisign"
-README = re.sub(r"\]\((?!https?://|#)", f"]({URL}/blob/main/", (HERE / "README.md").read_text())  # links work elsewhere
+README = (HERE / "README.md").read_text()
+README = re.sub(r"(!\[[^]]*\]\()(?!https?://)", rf"\1{URL}/raw/main/", README)  # pictures and links work elsewhere
+README = re.sub(r"\]\((?!https?://|#)", f"]({URL}/blob/main/", README)
 
 SCRIPTS = ["scikit-learn>=1.3", "matplotlib>=3.7", "rich>=13", "threadpoolctl>=3.1", "tqdm>=4.65"]
 IMAGENET = ["torchvision>=0.19", "tensorboard>=2.17"]

@@ -1,5 +1,7 @@
 """How Sphinx builds these pages: from this checkout alone, without a network, and strictly."""
 
+import re
+
 import mpisign
 
 project = "mpisign"
@@ -27,6 +29,9 @@ html_title = f"mpisign {version}"
 html_copy_source = html_show_sourcelink = False
 
 
+LINK_OUT = re.compile(r"(?<!!)(\[[^][]*\])\(\.\./")  # but not a picture's
+
+
 def setup(app):
     """Let links to files outside this folder be plain ones, which also work where the sources are looked at."""
-    app.connect("source-read", lambda app, page, source: source.insert(0, source.pop().replace("](../", "](path:../")))
+    app.connect("source-read", lambda app, page, source: source.insert(0, LINK_OUT.sub(r"\1(path:../", source.pop())))

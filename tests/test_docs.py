@@ -6,6 +6,7 @@ import inspect
 import json
 import pkgutil
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from code_blocks import after, before, code_blocks, examples
 from mpirun import environment, mpirun
 
 import mpisign
-from mpisign import methods
+from mpisign import methods, policy
+from mpisign.exchange import choose
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -115,6 +117,17 @@ def test_internal_links_and_anchors_are_alive(site: dict[str, Page]) -> None:
     assert not dead
 
 
+def test_links_into_the_pages_from_elsewhere_are_alive(site: dict[str, Page]) -> None:
+    """From the README and its like, where anchors are those that GitHub makes of headings, as MyST does."""
+    links = 0
+    for file in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md")):
+        for page, anchor in re.findall(r"\]\((?:\.\./)?docs/([\w-]+)\.md(?:#([\w-]+))?\)", file.read_text()):
+            assert f"{page}.html" in site, f"{file.name} links to docs/{page}.md"
+            assert not anchor or anchor in site[f"{page}.html"].anchors, f"{file.name}: docs/{page}.md#{anchor}"
+            links += 1
+    assert links >= 20
+
+
 def test_a_reader_needs_no_network(site: dict[str, Page]) -> None:
     elsewhere = {f"{here}: {file}" for here, page in site.items() for file in page.loads if urlsplit(file).netloc}
     assert not elsewhere
@@ -147,6 +160,26 @@ def test_every_public_name_is_on_the_api_page(site: dict[str, Page]) -> None:
 def test_every_method_is_in_the_table_of_methods() -> None:
     spans = re.findall(r"`(\w+)", (DOCS / "methods.md").read_text())
     assert set(methods.__all__) <= set(spans)
+
+
+def test_the_table_of_options_lists_what_the_code_accepts() -> None:
+    page = (DOCS / "options.md").read_text()
+    table = page.partition("| option | value |")[2].partition("\n\n")[0]
+    known = inspect.signature(mpisign.DistributedSignOptimizer).parameters.keys() - {"optimizer", "named_parameters"}
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == known
+    for choices in (policy.ZEROS, policy.TIE_RULES, choose.CHOICES):
+        for choice in choices:
+            assert f'`"{choice}"`' in table
+    for option in inspect.signature(mpisign.init).parameters.keys() - {"comm"}:
+        assert option in page
+
+
+def test_every_variable_is_on_the_page_of_options() -> None:
+    texts = [path.read_text() for path in (ROOT / "mpisign").rglob("*.py")]
+    used = {name for text in texts for name in re.findall(r"""["'](MPISIGN_[A-Z_]+)["']""", text)}
+    listed = set(re.findall(r"^\| `(MPISIGN_[A-Z_]+)", (DOCS / "options.md").read_text(), re.MULTILINE))
+    assert "MPISIGN_TIMELINE" in used
+    assert listed == used
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -183,6 +216,19 @@ def test_an_output_follows_what_prints_it(page: Path) -> None:
     text = page.read_text()
     shown = [output for language in ("python", "bash") for _, output in examples(text, language) if output is not None]
     assert len(code_blocks(text, "output")) == len(shown)
+
+
+def test_a_command_prints_what_follows_it() -> None:
+    """Those of one process: what ranks say of themselves is another thing each time."""
+    shown = [(code, output) for page in PAGES for code, output in examples(page.read_text(), "bash") if output]
+    assert shown
+    for command, output in shown:
+        program, *options = shlex.split(command, comments=True)
+        assert program == "python", command
+        done = subprocess.run(
+            [sys.executable, *options], env=environment(), capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.stdout.rstrip() == output.rstrip(), done.stderr
 
 
 def test_both_sides_of_a_diff_are_scripts() -> None:

@@ -73,6 +73,11 @@ def test_a_wheel_holds_every_file(tmp_path: Path) -> None:
     assert {"mpisign/bitmap/common.cu", "mpisign/bitmap/count.cu", "mpisign/py.typed"} <= packed.keys()
 
 
+def metadata_url(text: str) -> str:
+    """The project's own address in a PKG-INFO."""
+    return re.findall(r"^Project-URL: Source, (\S+)$", text, re.MULTILINE)[0]
+
+
 def test_links_of_the_long_description_are_absolute(tmp_path: Path) -> None:
     """It is the README, whose relative links lead nowhere on PyPI."""
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
@@ -81,6 +86,7 @@ def test_links_of_the_long_description_are_absolute(tmp_path: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", text)
     assert len(links) > 20
     assert not [link for link in links if not link.startswith(("https://", "#"))]
+    assert re.findall(r"!\[[^]]*\]\((\S+)\)", text) == [f"{metadata_url(text)}/raw/main/docs/vote.svg"]
 
 
 def test_what_tells_of_a_release_tells_the_same() -> None:
