@@ -179,7 +179,7 @@ def test_every_variable_is_on_the_page_of_options() -> None:
     used = {name for text in texts for name in re.findall(r"""["'](MPISIGN_[A-Z_]+)["']""", text)}
     listed = set(re.findall(r"^\| `(MPISIGN_[A-Z_]+)", (DOCS / "options.md").read_text(), re.MULTILINE))
     assert "MPISIGN_TIMELINE" in used
-    assert listed == used
+    assert listed == used - {"MPISIGN_EXIT_WORD"}  # by which `mpisign run` hears of its ranks' ends
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
