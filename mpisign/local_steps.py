@@ -33,6 +33,7 @@ from mpisign.plain import plain
 from mpisign.planned import Planned
 from mpisign.policy import check_integer
 from mpisign.session import current
+from mpisign.travel import Travel
 from mpisign.windows import KEY, Windows
 
 __all__ = ["LocalSteps", "Outer"]
@@ -76,7 +77,7 @@ class LocalSteps:
 
     Args:
         wrapper: makes the optimizer that exchanges, a :class:`~mpisign.DistributedSignOptimizer`.
-        every, outer, average_buffers: see :class:`mpisign.DistributedSignOptimizer`.
+        every, outer, average_buffers, delay: see :class:`mpisign.DistributedSignOptimizer`.
 
     Raises:
         OptionError: one of them is impossible, or a method is.
@@ -90,8 +91,15 @@ class LocalSteps:
         every: int,
         outer: Outer | None,
         average_buffers: nn.Module | None,
+        delay: int,
     ) -> None:
         self.every = check_integer("every", every, 1)
+        self.delay = check_integer("delay", delay, 0)
+        if self.delay >= self.every:
+            raise OptionError(
+                f"delay={delay} is no part of a window of every={every} steps: the next difference would leave before "
+                f"this one is decided; choose {every - 1} at most"
+            )
         for method in owner._methods():
             check_method(method, outer)
         if owner.overlap is True:
@@ -127,8 +135,18 @@ class LocalSteps:
             seed=owner.policy.seed,
             bucket_cap_mb=owner.bucket_cap_mb,
             apply=owner.apply,
-            overlap=False,
+            overlap=self.delay > 0,
         )
+        self._listen()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has nothing of what is on its way: it sends anew."""
+        self.__dict__.update(state)
+        self._listen()
+
+    def _listen(self) -> None:
+        if self.delay:
+            self.inner._overlap = Travel()
 
     def _match(self, owner: Planned) -> None:
         """Let the outer optimizer have the groups and parameters that the wrapped one has by now."""
@@ -153,7 +171,7 @@ class LocalSteps:
 
     def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Of an outer parameter group, besides its own. Ranks compare options, and so ``every`` with them."""
-        return {"every": self.every, **({"method": group["method"]} if "method" in group else {})}
+        return {"every": self.every, "delay": self.delay, **({"method": group["method"]} if "method" in group else {})}
 
     def _begin(self, owner: Planned) -> None:
         """Before a step, or before sitting out."""
@@ -183,15 +201,46 @@ class LocalSteps:
                 applying.step(owner.wrapped)
         owner._forget_gradients()
         self.windows.stepped(moving if finite else [])
+        if self.windows.is_undecided and self.windows.position >= self.delay:
+            self._meet(owner)
         if self.windows.position >= self.every:
-            self._exchange(owner)
+            if self.delay:
+                self.windows.part()
+            else:
+                self._exchange(owner)
+        if self.windows.is_undecided:
+            with plain():
+                self._travel()
+
+    def _travel(self) -> None:
+        """Let the differences of the last window leave, if they have not, and go on with what has come."""
+        travel = self.inner._overlap
+        if travel.may_leave(self.inner):
+            self.windows.differ_as_sent()
+            travel.send(self.inner)
+            for common in self.inner._parameters():
+                common.grad = None
+        travel.advance()
+
+    def _meet(self, owner: Planned) -> None:
+        """Go on from what is decided on the last window. **Collective.**"""
+        with plain():
+            self.windows.differ_as_sent()
+        self.inner.step()
+        with plain():
+            self.windows.meet()
+        self._exchanged(owner)
 
     def _exchange(self, owner: Planned) -> None:
+        """End a window, and wait for what is decided on it. **Collective.**"""
         with plain():
             self.windows.differ()
         self.inner.step()
         with plain():
             self.windows.end()
+        self._exchanged(owner)
+
+    def _exchanged(self, owner: Planned) -> None:
         owner.report = self.inner.report
         self._average_buffers(votes=True)
 
@@ -199,6 +248,8 @@ class LocalSteps:
         """End a window that has begun, then sit out until all have joined. **Collective.**"""
         with current().telling("step()"):
             self._begin(owner)
+        if self.windows.is_undecided:
+            self._meet(owner)
         if self.windows.position:
             self._exchange(owner)
             self.windows.begin()
@@ -233,7 +284,8 @@ class LocalSteps:
         outer = self.inner.state_dict()
         memory: dict[str, Any] = outer.pop("mpisign")
         for group in outer["param_groups"]:
-            group.pop("every", None)
+            for name in ("every", "delay"):
+                group.pop(name, None)
         memory[KEY] = {"every": self.every, **self.windows.state_dict(), "outer": outer}
         return memory
 
@@ -256,6 +308,7 @@ class LocalSteps:
                 with wrapping.without_methods(inner.wrapped):
                     restoring.load(inner.wrapped, local["outer"], f"{whose}: outer")
         inner._memory = memory
+        inner._overlap.dropped()
         inner._drop_plan()
         if local is None or saved is None:
             self.windows.forget()
@@ -270,10 +323,14 @@ class LocalSteps:
         yield from ((f"the common {names[c]!r}", c.detach()) for p, c in pairs if p.requires_grad)
 
     def broadcast(self, owner: Planned, root_rank: int) -> None:
-        """Give all ranks ``root_rank``'s common parameters, outer state and place in the window. **Collective.**"""
+        """Give all ranks ``root_rank``'s common parameters, outer state and place in the window. **Collective.**
+
+        What was on its way is given up.
+        """
         act = "broadcast_optimizer_state()"
         told = self.windows.state_dict()
         told["known"] = sorted(told.pop("common"))
+        del told["sent"], told["moved"]
         schema = {"position": int, "touched": [int], "trained": [int], "known": [int]}
         told = current(act).spread_value(told, schema, root_rank, act)
         sync.broadcast_parameters(self.in_common(owner), root_rank)
@@ -283,7 +340,9 @@ class LocalSteps:
             here = dict(enumerate(common.detach() for common in self.inner._parameters()))
             try:
                 known = {place: here.get(place) for place in told["known"]}
-                self.windows.load(self.windows.checked({**told, "common": known}, f"rank {root_rank}"))
+                told |= {"common": known, "sent": {}, "moved": []}
+                self.windows.load(self.windows.checked(told, f"rank {root_rank}"))
+                self.inner._overlap.dropped()
             except CheckpointError as error:
                 raise ConsistencyError(f"{act}: {error}") from error
 

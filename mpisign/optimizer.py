@@ -83,6 +83,8 @@ class DistributedSignOptimizer(Planned):
         outer: with ``every``, how a decision moves the common parameters: makes an optimizer of parameter groups, e.g.
             ``lambda parameters: torch.optim.SGD(parameters, lr=0.7, momentum=0.9, nesterov=True)`` for DiLoCo. None to
             apply it as it is; votes without a scale (:func:`mpisign.signum`) need a rate.
+        delay: with ``every``, after how many steps of the next window a decision is applied, less than ``every``: it
+            travels meanwhile. What this rank does in them stays, and is a part of the next difference.
         average_buffers: with ``every``, a module whose floating-point buffers (BatchNorm's statistics) are averaged
             over ranks at the end of every window. None: they are each rank's own.
 
@@ -123,6 +125,7 @@ class DistributedSignOptimizer(Planned):
         every: int | None = None,
         outer: Outer | None = None,
         average_buffers: torch.nn.Module | None = None,
+        delay: int = 0,
     ) -> None:
         method = signum() if method is None else method
         wrapping.check_wrappable(optimizer)
@@ -153,10 +156,10 @@ class DistributedSignOptimizer(Planned):
         self._epoch: int | None = None  # until somebody says
         self.__setstate__({})
         if every is not None:
-            self._local = LocalSteps(self, DistributedSignOptimizer, every, outer, average_buffers)
+            self._local = LocalSteps(self, DistributedSignOptimizer, every, outer, average_buffers, delay)
             return
-        if outer is not None or average_buffers is not None:
-            raise OptionError("outer= and average_buffers= are about local steps: say every how many ranks exchange")
+        if outer is not None or average_buffers is not None or delay:
+            raise OptionError("outer=, delay= and average_buffers= are about local steps: say every how many")
         with operation("DistributedSignOptimizer()"), plain():
             self._current_plan()
         if any(one.elects for one in self._methods()):

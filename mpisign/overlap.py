@@ -256,11 +256,9 @@ class Overlap:
             if self._round is None:
                 if plan.store.unsummed or owner._current_plan() is not plan:
                     return
-                self._rates = self._learning_rates()
-                self._round = Round(plan, owner._exchanges, reversible=True)
-                _under_way.add(self)
-                self._round.begin()
+                self._set_out(owner, plan)
             a_round = self._round
+            assert a_round is not None
             while self._goes_on(plan, a_round):
                 batch = plan.batches[a_round.submitted]
                 try:
@@ -274,6 +272,13 @@ class Overlap:
                     self._marks[place] = _mark(gradient)
                 a_round.submit(batch, values, wait=False)
             a_round.advance()
+
+    def _set_out(self, owner: Any, plan: Plan) -> None:
+        """Begin the round of the step that comes."""
+        self._rates = self._learning_rates()
+        self._round = Round(plan, owner._exchanges, reversible=True)
+        _under_way.add(self)
+        self._round.begin()
 
     def _goes_on(self, plan: Plan, a_round: Round) -> bool:
         return a_round.submitted < len(plan.batches) and self._ready(plan, a_round.submitted)

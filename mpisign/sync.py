@@ -274,7 +274,7 @@ def _lines(model: torch.nn.Module, optimizer: HasState | None, buffers: bool, se
     if local is not None:
         lines = [f"{name} {_digest(tensor)}" for name, tensor in local.in_common(optimizer)]
         lines += [f"the place in the window, {local.windows.position} of {local.every}"]
-        differ = local.windows.position > 0 and not local.windows.is_shown
+        differ = local.windows.is_apart and not local.windows.is_shown
     for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers() if buffers else ())):
         as_text = _form if differ and kind == "parameter" else _digest
         lines += [f"{kind} {name!r} {as_text(tensor)}" for name, tensor in named]

@@ -28,12 +28,17 @@ class Windows:
     model then (a loaded state, a broadcast) is taken over into the common ones; what is written later in a window is
     a part of the rank's difference.
 
+    Where a decision comes later than the window's end, what was sent is kept until then, and the next window goes on
+    from it: its difference is what a rank has done since.
+
     Attributes:
         position: how many steps of the present window have been called, skipped ones included.
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
         self.position = 0
+        self._sent: dict[torch.Tensor, torch.Tensor] = {}  # local values at the last window's end, if it is undecided
+        self._moved: set[torch.Tensor] = set()  # of those, whose difference counts
         self._common: dict[torch.Tensor, torch.Tensor] = {}
         self._known: set[torch.Tensor] = set()  # whose common value is what all ranks have
         self._touched: set[torch.Tensor] = set()  # had a gradient in this window
@@ -47,11 +52,14 @@ class Windows:
         self._known &= self._common.keys()
         self._touched &= self._common.keys()
         self._trained &= self._common.keys()
+        self._moved &= self._common.keys()
+        self._sent = {p: its for p, its in self._sent.items() if p in self._common and p.shape == its.shape}
 
     def _of(self, parameter: torch.Tensor) -> torch.Tensor:
         """Its common tensor, which stays the same object, as the outer optimizer has it; a frozen one's is empty."""
         common, dtype = self._common.get(parameter), state_dtype(parameter.dtype)
-        shape = parameter.shape if parameter.requires_grad or parameter in self._trained else torch.Size([0])
+        trained = parameter.requires_grad or parameter in self._trained or parameter in self._sent
+        shape = parameter.shape if trained else torch.Size([0])
         if common is not None and (common.shape, common.dtype, common.device) == (shape, dtype, parameter.device):
             return common
         if shape == parameter.shape:
@@ -75,13 +83,13 @@ class Windows:
     def begin(self) -> None:
         """Before a step, or before sitting out: a window that begins takes over what its owner has written."""
         self._trained.update(parameter for parameter in self._common if parameter.requires_grad)
-        self._known &= self._trained
-        written = self._apart(self._known) if self.position == 0 else []
+        self._known &= self._trained.union(self._sent)
+        written = self._apart(self._known) if not self.is_apart else []
         for parameter in (*written, *(self._trained - self._known)):
             self._common[parameter].detach().copy_(parameter.detach())
-        self._known = set(self._trained)
+        self._known |= self._trained
         for parameter, common in self._common.items():
-            common.requires_grad_(parameter in self._trained)
+            common.requires_grad_(parameter in self._known)
 
     def stepped(self, moved: Sequence[torch.Tensor]) -> None:
         """A step was called, in which these parameters had a gradient that was applied."""
@@ -90,10 +98,15 @@ class Windows:
 
     def differ(self) -> None:
         """Leave in each common tensor's ``grad`` by how much it exceeds the local one; None where nothing has moved."""
-        moved = self._touched.union(self._apart(self._trained - self._touched))
+        self._differ({parameter: parameter.detach() for parameter in self._all_moved()})
+
+    def _all_moved(self) -> set[torch.Tensor]:
+        return self._touched.union(self._apart(self._trained - self._touched))
+
+    def _differ(self, values: Mapping[torch.Tensor, torch.Tensor]) -> None:
         for parameter, common in self._common.items():
-            local = parameter.detach()
-            common.grad = common.detach() - local.to(common.dtype) if parameter in moved else None
+            its = values.get(parameter)
+            common.grad = None if its is None else common.detach() - its.to(common)
 
     def _apart(self, parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """Those that do not hold their common value. However they were written: by ``.data``, say."""
@@ -111,6 +124,35 @@ class Windows:
             if parameter in self._trained:
                 parameter.detach().copy_(common.detach())
         self.position, self._touched, self._trained = 0, set(), set()
+
+    def part(self) -> None:
+        """Begin a new window, while it is not decided yet how the common parameters move by what was done in this."""
+        self._moved = self._all_moved()
+        self._sent = {parameter: parameter.detach().clone() for parameter in self._trained}
+        self.position, self._touched, self._trained = 0, set(), set()
+
+    def differ_as_sent(self) -> None:
+        """As :meth:`differ`, by what the local parameters were when the last window ended."""
+        self._differ({parameter: self._sent[parameter] for parameter in self._moved.intersection(self._sent)})
+
+    def meet(self) -> None:
+        """Go on from the common parameters, which have moved, and what was done here since the last window's end."""
+        for parameter, sent in self._sent.items():
+            common = self._common[parameter]
+            done = parameter.detach().to(common.dtype) - sent.to(common)
+            parameter.detach().copy_(done.nan_to_num_(0.0, 0.0, 0.0).add_(common.detach()))
+            common.grad = None
+        self._sent, self._moved = {}, set()
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether a window has ended whose decision is not there yet."""
+        return bool(self._sent)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether this rank's parameters are others than the common ones, as a window has begun or is undecided."""
+        return self.position > 0 or self.is_undecided
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -146,10 +188,13 @@ class Windows:
         """
         places = {parameter: place for place, parameter in enumerate(self._common)}
         begun = 0 if self._shown else self.position
+        undecided = {} if self._shown else self._sent
         return {
             "position": begun,
             "touched": sorted(places[parameter] for parameter in self._touched if begun),
             "trained": sorted(places[parameter] for parameter in self._trained if begun),
+            "sent": {places[parameter]: its for parameter, its in undecided.items()},
+            "moved": sorted(places[parameter] for parameter in self._moved.intersection(undecided)),
             "common": {places[parameter]: self._common[parameter].detach() for parameter in self._known},
         }
 
@@ -165,18 +210,21 @@ class Windows:
                 )
 
         demand(isinstance(saved, Mapping), "", saved, "a dict")
-        position, common = saved.get("position"), saved.get("common")
+        position = saved.get("position")
         demand(type(position) is int and 0 <= position < LIMIT, "['position']", position, "a number of steps")
-        for name in ("touched", "trained"):
+        for name in ("touched", "trained", "moved"):
             its = saved.get(name)
             fit = isinstance(its, (list, tuple)) and all(type(p) is int and 0 <= p < len(parameters) for p in its)
             demand(fit, f"[{name!r}]", its, f"a list of places among {len(parameters)} parameters")
-        demand(isinstance(common, Mapping), "['common']", common, "a dict of tensors")
-        for place, value in common.items():
-            where = f"['common'][{shown(place)}]"
-            demand(type(place) is int and 0 <= place < len(parameters), where, value, "of a parameter of this model")
-            fit = is_of_floats(value) and value.shape == parameters[place].shape
-            demand(fit, where, value, f"a tensor of shape {tuple(parameters[place].shape)}")
+        for name in ("common", "sent"):
+            its = saved.get(name)
+            demand(isinstance(its, Mapping), f"[{name!r}]", its, "a dict of tensors")
+            for place, value in its.items():
+                where = f"[{name!r}][{shown(place)}]"
+                of_one = type(place) is int and 0 <= place < len(parameters)
+                demand(of_one, where, value, "of a parameter of this model")
+                fit = is_of_floats(value) and value.shape == parameters[place].shape
+                demand(fit, where, value, f"a tensor of shape {tuple(parameters[place].shape)}")
         return dict(saved)
 
     def load(self, saved: Mapping[str, Any]) -> None:
@@ -185,6 +233,9 @@ class Windows:
         self.position = saved["position"]
         self._touched = {parameters[place] for place in saved["touched"]}
         self._trained = {parameters[place] for place in saved["trained"]}
+        self._moved = {parameters[place] for place in saved["moved"]}
+        sent = {parameters[place]: its for place, its in saved["sent"].items()}
+        self._sent = {parameter: its.to(parameter, copy=True) for parameter, its in sent.items()}
         self.follow(parameters)
         used = {place: parameters[place] for place in saved["common"]}
         self._known = {parameter for parameter in used.values() if self._common[parameter].shape == parameter.shape}
@@ -195,3 +246,4 @@ class Windows:
     def forget(self) -> None:
         """The next window begins with the parameters as they are then."""
         self.position, self._touched, self._trained, self._known = 0, set(), set(), set()
+        self._sent, self._moved = {}, set()

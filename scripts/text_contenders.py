@@ -28,8 +28,13 @@ LOCAL = {
     "local8-ef": (8, "scaled signs", mpisign.ef_signsgd),
     "local8-double": (8, "DoubleSqueeze", mpisign.double_squeeze),
     "local30-ef": (30, "scaled signs", mpisign.ef_signsgd),
+    "late8-vote": (8, "scaled vote", mpisign.scaled_vote),
+    "late8-ef": (8, "scaled signs", mpisign.ef_signsgd),
 }
 """AdamW on each rank's own gradients: how many steps a window has, and how their differences are exchanged."""
+
+DELAYS = {"late8-vote": 2, "late8-ef": 2}
+"""How many steps of the next window a decision travels."""
 
 DDP = {
     "ddp": "AdamW, DDP fp32",
@@ -67,13 +72,15 @@ class Contender:
         label: for tables and plots.
         method: None: torch's DDP averages gradients, by the hook of the contender's name.
         optimizer: makes the one that is wrapped, of parameters.
-        every: steps of a window, if the optimizer steps on each rank's own gradients between exchanges.
+        every, delay: steps of a window, if the optimizer steps on each rank's own gradients between exchanges, and
+            after how many of the next one a decision is applied.
     """
 
     label: str
     method: mpisign.Method | None
     optimizer: Callable[[Any], torch.optim.Optimizer]
     every: int | None = None
+    delay: int = 0
 
 
 def make_contenders(args: argparse.Namespace, steps: int, factor: float) -> dict[str, Contender]:
@@ -105,7 +112,13 @@ def make_contenders(args: argparse.Namespace, steps: int, factor: float) -> dict
         "one_bit_adam": Contender("1-bit Adam", one_bit, sgd("one_bit_adam")),
         "zero_one_adam": Contender("0/1 Adam", zero_one, sgd("zero_one_adam")),
         **{
-            name: Contender(f"AdamW, every {every}: {how}", method(), adamw(name), every)
+            name: Contender(
+                f"AdamW, every {every}: {how}" + (f", {DELAYS[name]} steps late" if name in DELAYS else ""),
+                method(),
+                adamw(name),
+                every,
+                DELAYS.get(name, 0),
+            )
             for name, (every, how, method) in LOCAL.items()
         },
         **{name: Contender(label, None, adamw(name)) for name, label in DDP.items()},

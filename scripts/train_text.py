@@ -148,7 +148,7 @@ def in_parallel(
     if contender.method is None:
         reduced = Reduced(name, model)
         return inner, reduced.network, reduced.bytes_sent
-    optimizer = distribute(args, model, inner, contender.method, seed, contender.every)
+    optimizer = distribute(args, model, inner, contender.method, seed, contender.every, contender.delay)
     counted: list[Any] = [None]
 
     def bytes_sent() -> int:

@@ -264,6 +264,7 @@ def distribute(
     method: mpisign.Method,
     seed: int,
     every: int | None = None,
+    delay: int = 0,
 ) -> mpisign.DistributedSignOptimizer:
     """Wrap an optimizer as the flags say, and make all ranks begin alike. **Collective.**"""
     try:
@@ -276,6 +277,7 @@ def distribute(
             exchange=args.exchange,
             seed=seed,
             every=every,
+            delay=delay,
         )
     except mpisign.OptionError as error:
         end(str(error))

@@ -55,6 +55,7 @@ LAYERS = [
         "wrapping",
         "wrapper",
         "overlap",
+        "travel",
         "planned",
         "sitting_out",
         "windows",

@@ -39,7 +39,15 @@ def test_every_is_a_number_of_steps(every: Any) -> None:
         local(layers(), every)
 
 
-@pytest.mark.parametrize("options", [{"outer": lambda its: SGD(its, lr=1.0)}, {"average_buffers": nn.BatchNorm1d(2)}])
+@pytest.mark.parametrize("delay", [3, 4, -1, 0.5])
+def test_a_delay_is_shorter_than_a_window(delay: Any) -> None:
+    with pytest.raises(OptionError, match="delay="):
+        local(layers(), 3, delay=delay)
+
+
+@pytest.mark.parametrize(
+    "options", [{"outer": lambda its: SGD(its, lr=1.0)}, {"average_buffers": nn.BatchNorm1d(2)}, {"delay": 1}]
+)
 def test_options_of_local_steps_need_every(options: Any) -> None:
     with pytest.raises(OptionError, match="say every how many"):
         DistributedSignOptimizer(SGD(layers().parameters(), lr=1.0), **options)

@@ -13,7 +13,7 @@ from mpisign.windows import KEY
 
 __all__ = ["divide", "put_together", "restart"]
 
-PERSONAL = ("position", "touched", "trained")
+PERSONAL = ("position", "touched", "trained", "sent", "moved")
 
 
 def divide(shared: State, own: State, model: torch.nn.Module, optimizer: Stateful) -> None:
@@ -31,7 +31,7 @@ def divide(shared: State, own: State, model: torch.nn.Module, optimizer: Statefu
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter in places and name in weights:
             common = local["common"][places[parameter]]
-            if local["position"]:
+            if local["position"] or local["sent"]:
                 kept[name] = weights[name]
             weights[name] = common.to(parameter.dtype)
     own["parameters"], own["optimizer"] = kept, shared["optimizer"]
@@ -62,8 +62,10 @@ def restart(shared: State, memory: dict[str, Any] | None, own: State, owns: Sequ
     if local is None or memory is None:
         return []
     shared["optimizer"] = own["optimizer"]
-    memory[KEY] = {**local, "position": 0, "touched": [], "trained": []}
-    return [its["mpisign"][KEY]["position"] for its in owns if its["mpisign"][KEY]["position"]]
+    memory[KEY] = {**local, "position": 0, "touched": [], "trained": [], "sent": {}, "moved": []}
+    every = local["every"] if isinstance(local.get("every"), int) else 0
+    steps = [its["position"] + every * bool(its["sent"]) for its in (one["mpisign"][KEY] for one in owns)]
+    return [number for number in steps if number]
 
 
 def _common(shared: State, own: State, file: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:

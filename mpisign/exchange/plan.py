@@ -241,7 +241,7 @@ def make_plan(
         listed += [f"{name!r} by {method.name}" for (name, _), method in zip(named, methods, strict=True)]
     settings = (f"optimizer {number} of the job", *listed, repr(policy), f"exchange {exchange!r}")
     if overlap:
-        settings += (f"overlap {overlap!r}",)
+        settings += (f"overlap= or delay= {overlap!r}",)
     if clip is not None:
         settings += (f"clip_grad_norm {clip!r}",)
     told = _told(layout, spoken, store)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from torch import nn
@@ -16,6 +15,20 @@ import mpisign
 from mpisign import ConsistencyError, Method
 
 from . import ballots
+from .adam_steps import (
+    ADAMW,
+    EXCHANGES,
+    NAN,
+    Decide,
+    drawn,
+    flats,
+    give,
+    means,
+    model,
+    scaled_votes,
+    train,
+    wrap,
+)
 from .steps import assert_close, assert_same_everywhere
 
 if TYPE_CHECKING:
@@ -24,45 +37,6 @@ if TYPE_CHECKING:
     from .ballots import Floats
 
 pytestmark = pytest.mark.mpi
-
-SHAPES = ((5, 70), (3, 7), (33,), (), (0,))
-NAN = float("nan")
-EXCHANGES = ("allgather", "two_phase")
-Decide = Callable[[list[list["Floats"]], int], list["Floats"]]
-Rates = dict[str, Any]
-
-ADAMW: Rates = {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.1}
-
-
-def model(dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
-    random = ballots.generator(7)
-    return [nn.Parameter(torch.randn(s, generator=random, dtype=torch.float64).to(dtype)) for s in SHAPES]
-
-
-def wrap(tensors: Sequence[torch.Tensor], every: int = 3, **options: Any) -> mpisign.DistributedSignOptimizer:
-    options.setdefault("method", mpisign.scaled_vote())
-    wrapped = options.pop("wrapped", None) or AdamW(tensors, **ADAMW)
-    return mpisign.DistributedSignOptimizer(wrapped, ballots.named(tensors), every=every, **options)
-
-
-def drawn(at: int, rank: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-    random = ballots.generator(at, rank)
-    return [torch.randn(s, generator=random, dtype=torch.float64).to(dtype) for s in SHAPES]
-
-
-def give(tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
-    for tensor, gradient in zip(tensors, gradients, strict=True):
-        tensor.grad = None if gradient is None else gradient.clone()
-
-
-def train(optimizer: Any, tensors: Sequence[torch.Tensor], steps: range, rank: int) -> None:
-    for at in steps:
-        give(tensors, drawn(at, rank, tensors[0].dtype))
-        optimizer.step()
-
-
-def flats(tensors: Sequence[torch.Tensor]) -> list[Floats]:
-    return [ballots.flat(t) for t in tensors]
 
 
 def simulated(ranks: int, steps: int, every: int, decide: Decide, skips: Sequence[tuple[int, int]] = ()) -> Any:
@@ -82,23 +56,6 @@ def simulated(ranks: int, steps: int, every: int, decide: Decide, skips: Sequenc
                 for tensor, value in zip(its, common, strict=True):
                     tensor.data.copy_(torch.from_numpy(value).view(tensor.shape))
     return [flats(its) for its in local], common
-
-
-def means(differences: list[list[Floats]], at: int) -> list[Floats]:
-    return [np.mean(its, axis=0) for its in zip(*differences, strict=True)]
-
-
-def scaled_votes(differences: list[list[Floats]], at: int) -> list[Floats]:
-    first, words = {}, 0
-    for place in reversed(range(len(SHAPES))):
-        first[place], size = words, int(np.prod(SHAPES[place], dtype=int))
-        words += -(-size // 32) + 1  # the length of a segment does not matter: nothing ties
-    out = []
-    for place, its in enumerate(zip(*differences, strict=True)):
-        size = len(its[0])
-        row = np.arange(size) // (size // oracle.count_rows(SHAPES[place])) if size else np.zeros(0, int)
-        out.append(oracle.scaled_vote(its, row, at, first[place], ties="positive") if size else its[0])
-    return out
 
 
 # ------------------------------------------------------------------------------------------------------ windows

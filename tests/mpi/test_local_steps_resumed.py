@@ -4,37 +4,22 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from resumable import Job, assert_resuming_is_exact, assert_states_are_enough
-from torch.optim import SGD, AdamW
+from resumable import assert_resuming_is_exact, assert_states_are_enough
 
 import mpisign
 from mpisign import Method
 
+from .adam_steps import AdamJob, nesterov
 from .regroup import job_of
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 pytestmark = pytest.mark.mpi
-
-
-class AdamJob(Job):
-    """The job that tests of resuming train, with AdamW on each rank's own gradients."""
-
-    def __init__(self, method: Method, every: int, dtype: torch.dtype = torch.float32, **options: Any) -> None:
-        super().__init__(plain=True, dtype=dtype)
-        adam = AdamW(self.model.parameters(), lr=0.01)
-        named = self.model.named_parameters()
-        self.optimizer = mpisign.DistributedSignOptimizer(adam, named, method=method, every=every, **options)
-        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
-
-
-def nesterov(parameters: Any) -> SGD:
-    return SGD(parameters, lr=0.7, momentum=0.9, nesterov=True)
 
 
 @pytest.mark.parametrize("every", [1, 2, 4])  # of six steps, of which two are before the save
