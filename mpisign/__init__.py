@@ -53,6 +53,7 @@ from mpisign.methods import (
 from mpisign.optimizer import DistributedSignOptimizer
 from mpisign.preemption import REQUEUE_EXIT_CODE, stop_on_signal, stop_requested
 from mpisign.report import StepReport
+from mpisign.sampler import ElasticSampler
 from mpisign.session import (
     barrier,
     cross_rank,
@@ -86,6 +87,7 @@ __all__ = [
     "ConsistencyError",
     "DeadTrainingError",
     "DistributedSignOptimizer",
+    "ElasticSampler",
     "GradientError",
     "LaunchError",
     "Method",

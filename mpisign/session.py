@@ -81,6 +81,8 @@ class Session(Talk):
         farewells: done when all leave together, and may be collective.
         network: what is known of the ways between the group's ranks.
         turn: what a thread of this process must have to talk to other ranks.
+        commits: how many exchanges have been committed here.
+        counted: whose gradients could count in the last of them, by identities.
     """
 
     def __init__(
@@ -101,7 +103,8 @@ class Session(Talk):
         self.farewells.callback(self._free)
         self.turn = Turns(watchdog)
         self.network = Network()
-        self._optimizers = 0
+        self._optimizers = self.commits = 0
+        self.counted: tuple[int, ...] = ()
         self.last_words: LastWords | None = None
         self.replace(group)
 
@@ -127,6 +130,15 @@ class Session(Talk):
     def _free(self) -> None:
         if not self.watchdog.broken:
             self.group.free(self.watchdog)
+
+    @property
+    def has_optimizers(self) -> bool:
+        """Whether there has been a DistributedSignOptimizer."""
+        return self._optimizers > 0
+
+    def committed(self, identities: tuple[int, ...]) -> None:
+        """An exchange between these ranks is over, and what it has decided is applied now."""
+        self.commits, self.counted = self.commits + 1, identities
 
     def next_number(self) -> int:
         """A number for an optimizer, the same on all ranks if they make theirs in the same order."""

@@ -62,6 +62,7 @@ LAYERS = [
         "local_steps",
         "applying",
         "restoring",
+        "sampler",
         "checkpoint",
     },
     {"optimizer", "doctor", "prediction", "starting"},

@@ -217,6 +217,7 @@ class Round:
     def commit(self, sink: Sink) -> StepReport:
         """Write all decisions to where they belong; memories hear what has counted. Returns the report."""
         plan, session = self.plan, self._session
+        session.committed(plan.group.identities)
         if self.handshake is not None and self.handshake.all_joined:
             return self._report([], True, None)
         with self._inside():
