@@ -87,7 +87,7 @@ def metered(name: str, what: str, run: Callable[[], object], meter: Meter) -> Co
     return Contender(name, what, run, meter.begin, lambda seconds: meter.end(name))
 
 
-def vote(exchange: str, elements: int, rank: int, meter: Meter) -> Contender:
+def vote(exchange: choose.Choice, elements: int, rank: int, meter: Meter) -> Contender:
     """A step of mpisign."""
     own = torch.Generator().manual_seed(1 + rank)
     parameters = [torch.nn.Parameter(torch.zeros(elements // TENSORS)) for _ in range(TENSORS)]

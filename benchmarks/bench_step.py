@@ -32,7 +32,7 @@ from torch.optim import SGD
 import mpisign
 from mpisign import DistributedSignOptimizer, StepReport, backends
 from mpisign.bitmap import native
-from mpisign.exchange.choose import CHOICES
+from mpisign.exchange.choose import CHOICES, Choice
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -185,7 +185,7 @@ class WrappedStep:
         self,
         method: mpisign.Method,
         wrapped: SGD,
-        exchange: str,
+        exchange: Choice,
         model: Model,
         comm: MPI.Comm,
         backend: str = backends.BACKENDS["cpu"],

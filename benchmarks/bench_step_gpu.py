@@ -24,7 +24,7 @@ import mpisign
 from mpisign import DistributedSignOptimizer
 from mpisign.bitmap import kernels
 from mpisign.bitmap.host import words_for
-from mpisign.exchange.choose import CAP_MB, CAP_MB_OF_GPUS, CHOICES
+from mpisign.exchange.choose import CAP_MB, CAP_MB_OF_GPUS, CHOICES, Choice
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -134,12 +134,12 @@ class Model:
             parameter.grad = gradient
         wait_for(self.device)
 
-    def step(self, method: mpisign.Method, wrapped: SGD, exchange: str) -> Contender:
+    def step(self, method: mpisign.Method, wrapped: SGD, exchange: Choice) -> Contender:
         optimizer = DistributedSignOptimizer(wrapped, method=method, exchange=exchange)
         what = f"`DistributedSignOptimizer(SGD(...), method=mpisign.{method.name}(...)).step()`"
         return Contender(method.name, what, at_rest(optimizer.step, self.device), self.restore)
 
-    def synchronizer(self, method: mpisign.Method, exchange: str, bucket_cap_mb: float) -> Callable[[], None]:
+    def synchronizer(self, method: mpisign.Method, exchange: Choice, bucket_cap_mb: float) -> Callable[[], None]:
         """A ``synchronize()`` that may be called again at once."""
         optimizer = DistributedSignOptimizer(
             SGD(self.parameters, lr=0.0), method=method, exchange=exchange, bucket_cap_mb=bucket_cap_mb

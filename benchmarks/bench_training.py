@@ -16,6 +16,7 @@ from torch.optim import SGD
 
 import mpisign
 from mpisign import DistributedSignOptimizer
+from mpisign.exchange.choose import Choice
 
 LR = 1e-4
 NOTHING, DDP, BF16, POWER_SGD = "no communication", "DDP fp32", "DDP bf16 hook", "DDP PowerSGD hook"
@@ -104,7 +105,7 @@ Run = tuple[str, Callable[[], object]]
 
 
 def contenders(
-    task: Callable[[], Task], exchange: str, overlap: object, only: Sequence[str] | None
+    task: Callable[[], Task], exchange: Choice, overlap: object, only: Sequence[str] | None
 ) -> list[tuple[str, Run]]:
     """Name, description and iteration of each row. **Collective.**"""
     bf16 = lambda state, bucket: default_hooks.bf16_compress_hook(state, bucket)  # noqa: E731, PLW0108 - torch reads annotations
@@ -157,7 +158,7 @@ def alone(task: Task) -> Run:
     return "each rank by itself, `SGD(momentum=0.9)`", iterate
 
 
-def voting(task: Task, exchange: str, overlap: object) -> Run:
+def voting(task: Task, exchange: Choice, overlap: object) -> Run:
     options: dict[str, Any] = {"overlap": overlap} if CAN_OVERLAP else {}
     optimizer = DistributedSignOptimizer(
         SGD(task.parameters(), lr=LR),

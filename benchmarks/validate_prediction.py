@@ -147,7 +147,7 @@ def predict(way: str, links: Links, nodes: Nodes, elements: int, rates: Rates) -
     return cost.step(way, links, nodes, elements, message_bytes=size, rates=rates).total
 
 
-def steps(exchange: str, elements: int, rank: int) -> DistributedSignOptimizer:
+def steps(exchange: choose.Choice, elements: int, rank: int) -> DistributedSignOptimizer:
     own = torch.Generator().manual_seed(1 + rank)
     parameters = [torch.nn.Parameter(torch.zeros(elements // TENSORS)) for _ in range(TENSORS)]
     for parameter in parameters:

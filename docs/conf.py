@@ -17,12 +17,15 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:class", r"(torch|collections\.abc|npt|os|pathlib|MPI)\..*"),
     ("py:class", r"mpisign\..*\.(HasState|Stateful)"),  # whatever has state_dict() and load_state_dict()
+    ("py:class", r"(mpisign\..*\.)?T"),  # whatever it is
 ]
 
 autodoc_mock_imports = ["accelerate", "lightning", "torchmetrics", "transformers"]  # none is needed to read these pages
 autodoc_inherit_docstrings = False  # a memory's own page need not repeat what all memories do
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
+maximum_signature_line_length = 100  # else a parameter a line
+python_display_short_literal_types = True
 
 html_theme = "furo"
 html_title = f"mpisign {version}"

@@ -1,4 +1,26 @@
-"""mpisign: distributed training by majority vote, one bit a coordinate, over MPI."""
+"""mpisign: distributed training by majority vote, one bit a coordinate, over MPI.
+
+Example::
+
+    import torch
+    import mpisign
+
+    mpisign.init()
+    model = torch.nn.Linear(20, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)  # every coordinate moves by lr: take a tenth of Adam's
+    optimizer = mpisign.DistributedSignOptimizer(optimizer, model.named_parameters(), method=mpisign.signum(0.9))
+    mpisign.broadcast_parameters(model.state_dict())
+    mpisign.broadcast_optimizer_state(optimizer)
+
+    for x, y in my_part_of_the_data(mpisign.rank(), mpisign.size()):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()  # the ranks vote, and all take the same step
+    print(mpisign.average(evaluate(model)))
+
+Start it with ``mpirun -n 4 python train.py``, or ``python -m mpisign run -n 4 train.py``. Is all in place?
+``mpirun -n 2 python -m mpisign doctor``. In ``mpisign.checkpoint`` is what saves and resumes a job.
+"""
 
 from mpisign import checkpoint
 from mpisign.collectives import allgather, allreduce, average, broadcast
@@ -157,3 +179,8 @@ __all__ = [
     "weighted_vote",
     "zero_one_adam",
 ]
+
+
+def __dir__() -> list[str]:
+    """What a user needs, and no module that only the library does."""
+    return __all__

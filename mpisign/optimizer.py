@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args, overload
 
 import torch
 from torch.optim import Optimizer
@@ -14,7 +14,7 @@ from mpisign.bitmap.located import Located
 from mpisign.checks import StepChecks
 from mpisign.errors import CheckpointError, OptionError, SynchronizationError
 from mpisign.exchange import header
-from mpisign.exchange.choose import check_exchange
+from mpisign.exchange.choose import Choice, check_exchange
 from mpisign.exchange.local import local_update
 from mpisign.exchange.plan import Plan
 from mpisign.exchange.run import NOTHING, Early, run
@@ -26,7 +26,7 @@ from mpisign.methods import signum
 from mpisign.overlap import Overlap, check_overlap
 from mpisign.plain import plain, uncompiled
 from mpisign.planned import Planned
-from mpisign.policy import Policy, check_integer, check_positive
+from mpisign.policy import Policy, Ties, Zeros, check_choice, check_integer, check_positive
 from mpisign.rules import BallotRule
 from mpisign.scaling import LossScale
 from mpisign.session import current, is_initialized, known, operation
@@ -34,6 +34,9 @@ from mpisign.trees import shown
 from mpisign.windows import KEY
 
 __all__ = ["DistributedSignOptimizer"]
+
+Apply = Literal["auto", "optimizer"]
+T = TypeVar("T")
 
 
 class DistributedSignOptimizer(Planned):
@@ -113,14 +116,14 @@ class DistributedSignOptimizer(Planned):
         named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
         *,
         method: Method | None = None,
-        zeros: str = "rows",
-        ties: str = "coin",
-        exchange: str = "auto",
+        zeros: Zeros = "rows",
+        ties: Ties = "coin",
+        exchange: Choice = "auto",
         seed: int = 0,
         clip_grad_norm: float | None = None,
         bucket_cap_mb: float | None = None,
-        apply: str = "auto",
-        overlap: bool | str = False,
+        apply: Apply = "auto",
+        overlap: bool | Literal["auto"] = False,
         backward_passes_per_step: int = 1,
         every: int | None = None,
         outer: Outer | None = None,
@@ -139,8 +142,7 @@ class DistributedSignOptimizer(Planned):
             bucket_cap_mb = check_positive("bucket_cap_mb", bucket_cap_mb)
         if clip_grad_norm is not None:
             clip_grad_norm = check_positive("clip_grad_norm", clip_grad_norm, ", or None for never")
-        if apply not in ("auto", "optimizer"):
-            raise OptionError(f"apply={apply!r} is not one of 'auto', 'optimizer'")
+        check_choice("apply", apply, get_args(Apply))
         self.wrapped = optimizer
         self.method = method
         self.policy = Policy(zeros, ties, seed)
@@ -247,8 +249,12 @@ class DistributedSignOptimizer(Planned):
         finally:
             self._skip = False
 
+    @overload  # type: ignore[override]
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], T]) -> T: ...
     @uncompiled
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], T] | None = None) -> T | None:
         """Vote, then let the wrapped optimizer step; if nobody voted, no rank steps. **Collective.**
 
         With ``every``: step, unless this rank's gradient has a NaN or Inf, and at a window's end exchange; only then is

@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -50,7 +50,7 @@ _stranded: list[Any] = []
 _NOTHING: tuple[Callable[[], Any], int] = (lambda: None), 0
 
 
-def check_overlap(option: object, methods: Sequence[Method] = (), clip: float | None = None) -> bool | str:
+def check_overlap(option: object, methods: Sequence[Method] = (), clip: float | None = None) -> bool | Literal["auto"]:
     """Raise :class:`OptionError` unless it is one of ``OVERLAP``, and True where something could leave early."""
     if option not in OVERLAP or not isinstance(option, (bool, str)):
         raise OptionError(f"overlap={option!r} is not known: choose one of True, False, 'auto'")
@@ -61,7 +61,7 @@ def check_overlap(option: object, methods: Sequence[Method] = (), clip: float | 
             f"overlap=True sends gradients while backward makes others, and {whole[-1]} needs all of them first: drop "
             f"one of the two, or say overlap='auto'"
         )
-    return option
+    return option if isinstance(option, bool) else "auto"
 
 
 class Overlap:

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,10 +16,22 @@ import torch
 from mpisign.bitmap.coin import TIES, coin_key, noise_stream, zeros_stream
 from mpisign.errors import OptionError
 
-__all__ = ["Policy", "StepContext", "check_choice", "check_integer", "check_positive", "use_plain_numbers"]
+__all__ = [
+    "Policy",
+    "StepContext",
+    "Ties",
+    "Zeros",
+    "check_choice",
+    "check_integer",
+    "check_positive",
+    "use_plain_numbers",
+]
 
-ZEROS = ("rows", "coin", "abstain", "positive")
-TIE_RULES = ("coin", "zero", "positive")
+Zeros = Literal["rows", "coin", "abstain", "positive"]
+Ties = Literal["coin", "zero", "positive"]
+
+ZEROS: tuple[Zeros, ...] = get_args(Zeros)
+TIE_RULES: tuple[Ties, ...] = get_args(Ties)
 
 
 def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
@@ -66,8 +78,8 @@ def use_plain_numbers(part: object) -> None:
 class Policy:
     """What an exact zero votes, who wins a tie, and the seed of the coins. The same on every rank."""
 
-    zeros: str = "rows"
-    ties: str = "coin"
+    zeros: Zeros = "rows"
+    ties: Ties = "coin"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -200,7 +200,7 @@ def init(
     stall_timeout: float | None = None,
     node_of: Sequence[int] | None = None,
     pickle: bool = True,
-    on_dead_training: str | None = None,
+    on_dead_training: Literal["warn", "raise"] | None = None,
 ) -> None:
     """Join the job: learn ranks and nodes, and get a private communicator. **Collective.**
 

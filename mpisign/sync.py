@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -25,6 +25,9 @@ __all__ = [
     "broadcast_parameters",
     "check_consistency",
 ]
+
+
+T = TypeVar("T")
 
 
 class HasState(Protocol):
@@ -56,7 +59,7 @@ def broadcast_object(obj: Any, root_rank: int = 0) -> Any:
 
 @uncompiled
 @operation("allgather_object()")
-def allgather_object(obj: Any) -> list[Any]:
+def allgather_object(obj: T) -> list[T]:
     """Return every rank's object, in the order of the ranks, on every rank.
 
     They are pickled, and unpickling runs what their senders like: ``mpisign.init(pickle=False)`` refuses it.

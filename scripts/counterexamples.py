@@ -18,6 +18,7 @@ from torch import Tensor
 import mpisign
 from mpisign.codecs import TopK
 from mpisign.memory import Identity
+from mpisign.policy import Ties
 from mpisign.rules import Mean
 
 RANKS = 3
@@ -36,7 +37,7 @@ class Run:
     relation: str
     predicted: Curve
     ranks: int | None = None  # if not the counterexample's
-    ties: str = "coin"
+    ties: Ties = "coin"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 
@@ -22,9 +22,10 @@ from mpisign.session import Session
 from mpisign.warning import warn
 from mpisign.watchdog import Pending
 
-__all__ = ["CHOICES", "Exchange", "cap_bytes", "check_exchange", "choose", "named", "planes_of", "shards_for"]
+__all__ = ["CHOICES", "Choice", "Exchange", "cap_bytes", "check_exchange", "choose", "named", "planes_of", "shards_for"]
 
-CHOICES = ("auto", "allgather", "two_phase", "hierarchical")
+Choice = Literal["auto", "allgather", "two_phase", "hierarchical"]
+CHOICES: tuple[Choice, ...] = get_args(Choice)
 
 SECOND_PHASE_BYTES = 65536
 """What a second latency is worth: about 50 us at 10 Gbit/s."""
