@@ -26,6 +26,7 @@ from mpisign import checkpoint
 from mpisign.collectives import allgather, allreduce, average, broadcast
 from mpisign.errors import (
     AlreadyInitializedError,
+    AuditError,
     CheckpointError,
     ConsistencyError,
     DeadTrainingError,
@@ -105,6 +106,7 @@ __version__ = "0.1.0"
 __all__ = [
     "REQUEUE_EXIT_CODE",
     "AlreadyInitializedError",
+    "AuditError",
     "CheckpointError",
     "ConsistencyError",
     "DeadTrainingError",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "AlreadyInitializedError",
+    "AuditError",
     "CheckpointError",
     "ConsistencyError",
     "DeadTrainingError",
@@ -40,6 +41,18 @@ class LaunchError(MpisignError, RuntimeError):
 
 class ConsistencyError(MpisignError, RuntimeError):
     """Ranks disagree: on the layout, the step, an option or a parameter's value."""
+
+
+class AuditError(ConsistencyError):
+    """A rank has published something else than the votes say: see ``audit`` of the optimizer. Raised on every rank.
+
+    Attributes:
+        ranks: who has lied; of several, one.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = ranks
 
 
 class DeadTrainingError(MpisignError, RuntimeError):

@@ -187,8 +187,12 @@ class Group:
     def _lane(self) -> list[int]:
         """The ranks with this one's local rank, in the order of their nodes."""
         mine = self.local_rank
-        nodes = ([rank for rank in range(self.size) if self.node_of[rank] == node] for node in range(self.num_nodes))
-        return [ranks[mine] for ranks in nodes if len(ranks) > mine]
+        return [ranks[mine] for ranks in self.ranks_by_node if len(ranks) > mine]
+
+    @property
+    def ranks_by_node(self) -> list[list[int]]:
+        """The ranks of each node."""
+        return [[rank for rank in range(self.size) if self.node_of[rank] == node] for node in range(self.num_nodes)]
 
     @functools.cached_property
     def nodes(self) -> Nodes:

@@ -136,6 +136,7 @@ class LocalSteps:
             bucket_cap_mb=owner.bucket_cap_mb,
             apply=owner.apply,
             overlap=self.delay > 0,
+            audit=owner.audit,
         )
         self._listen()
 

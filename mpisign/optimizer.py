@@ -14,6 +14,7 @@ from mpisign.bitmap.located import Located
 from mpisign.checks import StepChecks
 from mpisign.errors import CheckpointError, OptionError, SynchronizationError
 from mpisign.exchange import header
+from mpisign.exchange.audit import check_audit
 from mpisign.exchange.choose import Choice, check_exchange
 from mpisign.exchange.local import local_update
 from mpisign.exchange.plan import Plan
@@ -80,6 +81,8 @@ class DistributedSignOptimizer(Planned):
             takes second buffers of the method's memory, 4 bytes a parameter and field.
         backward_passes_per_step: how many backward passes make a gradient, as in Horovod; for ``overlap``, like
             :meth:`no_sync`.
+        audit: how many blocks of 1024 words of the others' decisions each rank recounts in every step; who has lied is
+            named by an :class:`AuditError` on every rank, before anything is applied. 0 for none.
         every: None to exchange gradients, in every step. An integer to exchange *differences of parameters*, by
             ``method``, at the end of every window of so many calls of :meth:`step`, in which ``optimizer``, AdamW say,
             steps on this rank's own gradients; all go on from the decision.
@@ -125,6 +128,7 @@ class DistributedSignOptimizer(Planned):
         apply: Apply = "auto",
         overlap: bool | Literal["auto"] = False,
         backward_passes_per_step: int = 1,
+        audit: int = 0,
         every: int | None = None,
         outer: Outer | None = None,
         average_buffers: torch.nn.Module | None = None,
@@ -138,6 +142,7 @@ class DistributedSignOptimizer(Planned):
             raise OptionError(f"method={method!r} is not a Method: use one of mpisign's, e.g. mpisign.signum(0.9)")
         for one in [method, *wrapping.methods_of(optimizer)]:
             check_exchange(exchange, one)
+            check_audit(audit, one)
         if bucket_cap_mb is not None:
             bucket_cap_mb = check_positive("bucket_cap_mb", bucket_cap_mb)
         if clip_grad_norm is not None:
@@ -152,6 +157,7 @@ class DistributedSignOptimizer(Planned):
         self.apply = apply
         self.overlap = check_overlap(overlap, [method, *wrapping.methods_of(optimizer)], clip_grad_norm)
         self.backward_passes_per_step = check_integer("backward_passes_per_step", backward_passes_per_step, 1)
+        self.audit = check_integer("audit", audit, 0)
         self._names = wrapping.names_of(optimizer, named_parameters)
         self._memory = MemoryStore(method.memory)
         self._exchanges = 0

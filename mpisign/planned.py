@@ -28,6 +28,7 @@ class Planned(Wrapper):
     bucket_cap_mb: float | None
     overlap: bool | str = False
     backward_passes_per_step: int = 1
+    audit: int = 0
     apply: str
     clip_grad_norm: float | None = None  # of optimizers that were pickled before there was one
     _names: dict[torch.Tensor, str]
@@ -70,6 +71,7 @@ class Planned(Wrapper):
                 self.clip_grad_norm,
                 session.network,
                 self.overlap,
+                self.audit,
             )
         self._plan = plan.telling()
         self._memory.follow_rates(self.param_groups)

@@ -12,7 +12,7 @@ import torch
 
 from mpisign.cuts import block_type, cut, free_with, together
 from mpisign.exchange.decider import Deciding
-from mpisign.exchange.staging import Buffer
+from mpisign.exchange.staging import Buffer, Held
 from mpisign.group import Channels, Group
 from mpisign.session import Session
 from mpisign.watchdog import Pending
@@ -24,6 +24,7 @@ class AllGather:
     """One bucket's buffers and its single collective. See :class:`mpisign.exchange.choose.Exchange`."""
 
     name = "allgather"
+    shard = 0
 
     def __init__(
         self,
@@ -56,6 +57,12 @@ class AllGather:
                 for (at, _), (of_mine, of_each) in zip(parts, types, strict=True)
             ]
         self.bytes_sent = (group.size - 1) * self._message.nbytes
+
+    def owners(self, shard: int) -> tuple[int, ...]:
+        return ()
+
+    def held(self) -> list[Held]:
+        return []
 
     def push(self) -> None:
         self._message.push()

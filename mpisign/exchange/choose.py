@@ -12,6 +12,7 @@ from mpisign.errors import OptionError
 from mpisign.exchange.allgather import AllGather
 from mpisign.exchange.decider import Deciding
 from mpisign.exchange.hierarchical import Hierarchical
+from mpisign.exchange.staging import Held
 from mpisign.exchange.two_phase import TwoPhase
 from mpisign.group import Channels, Group
 from mpisign.method import Method
@@ -42,6 +43,10 @@ class Exchange(Protocol):
     None says that it was the last. Now ``decision`` (planes_down, length) is valid until the next ``post``; and where
     every rank gets every message, ``received``, M of (planes_up, length).
 
+    Where a rank decides for others, items are cut into shards of ``shard`` items (0 where every rank decides for
+    itself): ``owners`` says who decides one, and then who counts for it, and ``held`` gives the ballots on which this
+    rank decides, or which it counts, when phase 0 is over.
+
     Phases with the same number share a communicator, so each is begun for all buckets in the same order on all ranks;
     a bucket may be in one while the next is in an earlier one.
     """
@@ -51,10 +56,13 @@ class Exchange(Protocol):
     decision: torch.Tensor
     received: Sequence[torch.Tensor]
     bytes_sent: int
+    shard: int
 
     def push(self) -> None: ...
     def post(self, session: Session, channels: Channels) -> Pending: ...
     def go_on(self, session: Session, channels: Channels, phase: int, deciding: Deciding) -> Pending | None: ...
+    def owners(self, shard: int) -> tuple[int, ...]: ...
+    def held(self) -> Sequence[Held]: ...
 
 
 def check_exchange(option: str, method: Method) -> None:

@@ -22,7 +22,7 @@ import torch
 
 from mpisign.cuts import free_with, shard_operations, together
 from mpisign.exchange.decider import Deciding
-from mpisign.exchange.staging import Buffer
+from mpisign.exchange.staging import Buffer, Held
 from mpisign.group import Channels, Group
 from mpisign.rules import TallyRule
 from mpisign.session import Session
@@ -58,7 +58,8 @@ class Hierarchical:
         rule: TallyRule,
     ) -> None:
         nodes, lanes = group.nodes.number, group.nodes.lanes
-        shard = -(-length // (lanes * nodes))  # the last ones may hold padding
+        self.shard = shard = -(-length // (lanes * nodes))  # the last ones may hold padding
+        self._lanes = list(zip(*group.ranks_by_node, strict=False))
         self._ranks, self._place, self._nodes = group.neighbours, group.local_rank, nodes
         self._message = Buffer((planes_up, length), dtype, device, staged=True)
         self._decision = Buffer((planes_down, length), dtype, device, staged=True)
@@ -107,6 +108,20 @@ class Hierarchical:
             planes, shard = self._verdict.shape
             self._down = shard_operations(mine.reshape(-1), flat(self._verdict), self._item, planes, shard, self._nodes)
             free_with(self, [its for _, _, types in self._down for its in types])
+
+    def owners(self, shard: int) -> tuple[int, ...]:
+        """Who decides, and who count for it on the other nodes."""
+        lane = self._lanes[shard // self._nodes]
+        decides = lane[shard % self._nodes]
+        return (decides, *(rank for rank in lane if rank != decides))
+
+    def held(self) -> list[Held]:
+        if not self._has_slice:
+            return []
+        return [
+            (rank, self._span.start, ballot)
+            for rank, ballot in zip(self._ranks, self._ballots[:, :, self._span], strict=True)
+        ]
 
     def push(self) -> None:
         self._message.push()

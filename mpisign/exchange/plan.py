@@ -20,6 +20,7 @@ from mpisign.codecs import SignBits
 from mpisign.errors import OptionError
 from mpisign.exchange import rows
 from mpisign.exchange.answers import Answers
+from mpisign.exchange.audit import Audit
 from mpisign.exchange.choose import Exchange, cap_bytes, choose, planes_of, shards_for
 from mpisign.exchange.choose import named as named_exchange
 from mpisign.exchange.decider import Decider
@@ -127,6 +128,7 @@ class Plan:
         number: which of the job's optimizers this is for.
         early: messages may leave before a step.
         asks: what is best depends on how quick the links are, which nobody has measured yet.
+        audit: who recounts what others decide; None if nobody does.
         why: why messages take the way that they take, of the largest one.
     """
 
@@ -154,6 +156,7 @@ class Plan:
     number: int
     early: bool
     asks: bool
+    audit: Audit | None
     why: str
 
     @property
@@ -201,6 +204,7 @@ def make_plan(
     clip: float | None = None,
     network: Network | None = None,
     overlap: bool | str = False,
+    audit: int = 0,
 ) -> Plan:
     """Cut the messages and allocate what they need.
 
@@ -211,6 +215,7 @@ def make_plan(
         bucket_cap_mb: a message leaves when it has grown to so many MiB; None for the default.
         clip: the norm to which each rank's whole gradient is clipped.
         network: what is known of the ways between the ranks; None for nothing.
+        audit: how many blocks each rank recounts in a step.
         overlap: whether messages shall leave while backward runs; ``"auto"``: if there is a network to wait for.
         number: which of the job's optimizers this is, so that two alike are not mistaken for each other.
 
@@ -244,7 +249,10 @@ def make_plan(
         settings += (f"overlap= or delay= {overlap!r}",)
     if clip is not None:
         settings += (f"clip_grad_norm {clip!r}",)
+    if audit:
+        settings += (f"audit {audit}",)
     told = _told(layout, spoken, store)
+    deciders = tuple(Decider(layout, bucket, store) for bucket in layout.buckets)
     batches: list[tuple[Batch, Encoder]] = []
     for method in layout.methods:
         mine = [bucket for bucket in layout.buckets if bucket.method is method]
@@ -260,7 +268,7 @@ def make_plan(
         backend=backend,
         store=store,
         exchanges=exchanges,
-        deciders=tuple(Decider(layout, bucket, store) for bucket in layout.buckets),
+        deciders=deciders,
         headers=_headers(layout, spoken, told, size),
         spoken=spoken,
         scattered=frozenset(
@@ -285,6 +293,7 @@ def make_plan(
         number=number,
         early=early,
         asks=exchange == "auto" and group.num_nodes > 1 and not network.asked,
+        audit=Audit(audit, layout.buckets, exchanges, deciders, group) if audit and size > 1 else None,
         why=_why(exchange, layout, policy, group, network),
     )
 

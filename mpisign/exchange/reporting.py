@@ -48,6 +48,7 @@ def report(
         headers += sum(told.bytes_sent for told in plan.headers) + (0 if ties is None else 8 * others)
         messages = sum(exchange.bytes_sent for exchange in plan.exchanges)
         messages += sum(maximum.bytes_sent for maximum in plan.maxima.values())
+        messages += 0 if plan.audit is None else plan.audit.bytes_sent
     return StepReport(
         step=step,
         method=", ".join(dict.fromkeys(method.name for method in plan.layout.methods)),

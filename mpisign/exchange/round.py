@@ -220,8 +220,14 @@ class Round:
         session.committed(plan.group.identities)
         if self.handshake is not None and self.handshake.all_joined:
             return self._report([], True, None)
+        said = [self._heard(flight) for flight in self._flights]
+        if plan.audit is not None:
+            with self._inside():
+                contexts = [self._context_of(flight.bucket.method) for flight in self._flights]
+                lie = plan.audit.recount(session, list(zip(said, contexts, strict=True)))
+            if lie is not None:
+                raise lie
         with self._inside():
-            said = [self._heard(flight) for flight in self._flights]
             skipped = not any(bool(heard.votes.any()) for heard in said)
             tally = self._count_ties() if plan.answers is None else None
             if plan.answers is not None and plan.counts is not None and plan.elects:
@@ -346,7 +352,8 @@ class Round:
             place = next((at for at, segment in enumerate(bucket.segments) if segment.index == ended), -1)
         told = self.plan.headers[bucket.index].post(session, self._channels, status, votes, place, zero_rows, spoken)
         posted = self.plan.exchanges[bucket.index].post(session, self._channels)
-        self._flights.append(Flight(bucket, told, posted))
+        digests = None if self.plan.audit is None else self.plan.audit.publish(session, self._channels, bucket)
+        self._flights.append(Flight(bucket, told, posted, digests))
 
     # ------------------------------------------------------------------------------------------- progress
 
@@ -376,9 +383,16 @@ class Round:
                 flight.deciding = self._deciding(flight.bucket, flight.heard)
         assert flight.pending is not None
         assert flight.deciding is not None
+        if flight.digests is not None:
+            with session.tracer.span("audit", index):
+                if not self._over(flight.digests, wait):
+                    return False
+                flight.digests = None
         with session.tracer.span(f"phase {flight.phase + 1}", index):
             if not self._over(flight.pending, wait):
                 return False
+        if flight.phase == 0 and self.plan.audit is not None:
+            self.plan.audit.check(flight.bucket)
         with session.tracer.span("send", index):
             exchange = self.plan.exchanges[index]
             flight.pending = exchange.go_on(session, self._channels, flight.phase, flight.deciding)

@@ -12,11 +12,15 @@ import os
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mpisign.backends import backend_for
 
-__all__ = ["Buffer", "gpu_aware"]
+__all__ = ["Buffer", "Held", "gpu_aware"]
+
+Held = tuple[int, int, npt.NDArray[Any]]
+"""A voter, the item at which a part of its ballot begins, and that, (planes, k)."""
 
 
 def gpu_aware() -> bool:
@@ -59,6 +63,11 @@ class Buffer:
     @property
     def nbytes(self) -> int:
         return self.tensor.nbytes
+
+    def arrived(self) -> npt.NDArray[Any]:
+        """What MPI has written, on the host, in the tensor's shape."""
+        its: npt.NDArray[Any] = self.mpi.cpu().numpy() if isinstance(self.mpi, torch.Tensor) else self.mpi
+        return its.reshape(self.tensor.shape)
 
     def push(self) -> None:
         """Begin to make what was computed visible to MPI."""

@@ -15,7 +15,7 @@ import torch
 
 from mpisign.cuts import free_with, shard_operations, together
 from mpisign.exchange.decider import Deciding
-from mpisign.exchange.staging import Buffer
+from mpisign.exchange.staging import Buffer, Held
 from mpisign.group import Channels, Group
 from mpisign.session import Session
 from mpisign.watchdog import Pending
@@ -42,7 +42,7 @@ class TwoPhase:
         device: torch.device,
     ) -> None:
         ranks = group.size
-        shard = -(-length // ranks)  # the last shards may hold padding: less than M items a bucket
+        self.shard = shard = -(-length // ranks)  # the last shards may hold padding: less than M items a bucket
         self._outgoing = Buffer((planes_up, shard * ranks), dtype, device)
         self._incoming = Buffer((ranks, planes_up, shard), dtype, device)
         self._verdict = Buffer((planes_down, shard), dtype, device)
@@ -60,6 +60,13 @@ class TwoPhase:
         self.types = [its for _, _, types in (*self._up, *self._down) for its in types]
         free_with(self, self.types)
         self.bytes_sent = (ranks - 1) * shard * dtype.itemsize * (planes_up + planes_down)
+
+    def owners(self, shard: int) -> tuple[int, ...]:
+        return (shard,)
+
+    def held(self) -> list[Held]:
+        mine = self._decided.shape[1]
+        return [(voter, self._at, ballot[:, :mine]) for voter, ballot in enumerate(self._incoming.arrived())]
 
     def push(self) -> None:
         self._outgoing.push()
