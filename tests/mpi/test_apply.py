@@ -192,5 +192,5 @@ def test_values_are_left_to_torch(comm: MPI.Comm) -> None:
 
 
 def test_another_option_is_refused() -> None:
-    with pytest.raises(mpisign.OptionError, match=r"apply='always' is not one of 'auto', 'optimizer'"):
+    with pytest.raises(mpisign.OptionError, match=r"apply='always' is not known: choose one of 'auto', 'optimizer'"):
         mpisign.DistributedSignOptimizer(plain_of_one_group(model(torch.float32)), apply="always")
