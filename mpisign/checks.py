@@ -11,6 +11,7 @@ from mpisign.averages import Alike, warn_of_averaging
 from mpisign.exchange.header import Handshake, Intent
 from mpisign.exchange.plan import Plan
 from mpisign.hyperparameters import Hyperparameters
+from mpisign.lateness import Lateness
 from mpisign.method import Method
 from mpisign.report import StepReport
 from mpisign.session import current
@@ -25,6 +26,7 @@ class StepChecks:
 
     def __init__(self) -> None:
         self._hyperparameters, self._alike, self._vigil = Hyperparameters(), Alike(), Vigil()
+        self._lateness = Lateness()
         self._begun = self._told_of_momentum = False
 
     def options(self, optimizer: Optimizer, methods: Sequence[Method]) -> None:
@@ -44,12 +46,13 @@ class StepChecks:
             warn_of_averaging(plan.layout.parameters)
             self._begun = True
         if plan.exchanges_models:  # replicas differ, and so may their steps
-            return Intent()
+            return Intent(lateness=self._lateness)
         applied = self._hyperparameters.tell(optimizer, step)
         if self._hyperparameters.changed:  # schedulers may turn momentum on
             self.options(optimizer, methods)
         gradients = self._alike.digest(values, plan.group.size)
-        return Intent(applied=applied, lines=self._hyperparameters.lines, gradients=gradients)
+        lines = self._hyperparameters.lines
+        return Intent(applied=applied, lines=lines, gradients=gradients, lateness=self._lateness)
 
     def heard(self, plan: Plan, handshake: Handshake, report: StepReport) -> None:
         """What all have told, and what came of it.

@@ -31,6 +31,9 @@ class StepReport:
         ended_at: rank -> the parameter at which its ballot has ended, as there was a NaN or Inf: it has voted on those
             before it, in the order in which backward reaches them, and abstained on it and all after it.
         skipped: nobody voted; parameters and optimizer state stay as they are, on every rank.
+        waited_for: the rank that the others waited for in the last whole window of 50 steps, each by its own measure;
+            None if that cost less than a hundredth of the time.
+        waited_share: the share of the time that it has cost them, in the middle.
         ties: coordinates with as many votes for as against; None for a rule that has no ties.
         seconds: wall time of this rank in ``pack`` (memory and codec), ``exchange`` (MPI, with the wait for
             slower ranks), ``decide`` (count the votes) and ``unpack``, from the spans of the step.
@@ -51,6 +54,8 @@ class StepReport:
     seconds: Mapping[str, float]
     exposed_seconds: float = 0.0
     exchange_reason: str = ""
+    waited_for: int | None = None
+    waited_share: float = 0.0
     _agreement: Callable[[], list[float]] | None = field(default=None, repr=False, compare=False)
 
     @uncompiled
@@ -78,7 +83,8 @@ class StepReport:
 
         ``step``, ``bytes_sent``, ``header_bytes``, ``voters``, ``abstentions`` and ``ended_at`` (how many),
         ``skipped`` (0 or 1), ``ties`` (NaN for a rule that has none), and ``seconds_pack``, ``seconds_exchange``,
-        ``seconds_decide``, ``seconds_unpack``, ``exposed_seconds``. The keys are the same in every step.
+        ``seconds_decide``, ``seconds_unpack``, ``exposed_seconds``, ``waited_for`` (-1 for nobody) and
+        ``waited_share``. The keys are the same in every step.
 
         Example::
 
@@ -96,6 +102,8 @@ class StepReport:
             "ties": float("nan") if self.ties is None else self.ties,
             **{f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()},
             "exposed_seconds": self.exposed_seconds,
+            "waited_for": -1 if self.waited_for is None else self.waited_for,
+            "waited_share": self.waited_share,
         }
 
     def __getstate__(self) -> dict[str, Any]:

@@ -34,6 +34,7 @@ LAYERS = [
         "presence",
         "alarm",
         "last_words",
+        "lateness",
         "cost",
         "cuts",
         "vendors",

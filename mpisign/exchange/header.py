@@ -12,12 +12,14 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import perf_counter_ns
 
 import numpy as np
 import numpy.typing as npt
 
 from mpisign.errors import ConsistencyError
 from mpisign.group import Channels
+from mpisign.lateness import NOBODY, WINDOW, Late, Lateness
 from mpisign.layout import FORMAT_VERSION, Bucket, Layout
 from mpisign.session import Session
 from mpisign.talk import minority
@@ -45,6 +47,9 @@ REASONS = {
     NO_GRADIENT: "no gradient",
 }
 
+EARLY_BITS = 32  # what has been sent before the handshake; above them stands how long ranks have waited
+EARLY_MASK = (1 << EARLY_BITS) - 1
+
 Bools = npt.NDArray[np.bool_]
 
 
@@ -60,6 +65,7 @@ class Intent:
         fresh: its plan is new, and nothing of it is shared with other ranks yet.
         void: what it has sent before the handshake must not count.
         posted: how many batches it has sent before.
+        lateness: gets to know for whom ranks wait.
     """
 
     joined_for: int | None = None
@@ -69,6 +75,7 @@ class Intent:
     fresh: bool = False
     void: bool = False
     posted: int = 0
+    lateness: Lateness | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class Handshake:
         fresh: some rank's plan is new.
         void: what some rank has sent before the handshake must not count.
         posted: the most batches that a rank has sent before.
+        late: for whom ranks have waited lately.
     """
 
     joined_for: tuple[int | None, ...]
@@ -89,6 +97,7 @@ class Handshake:
     fresh: bool = False
     void: bool = False
     posted: int = 0
+    late: Late = NOBODY
 
     @property
     def all_joined(self) -> bool:
@@ -115,15 +124,23 @@ def shake_hands(
     """
     told = fingerprint ^ _digest(rows) if rows else fingerprint
     joined_for = 0 if intent.joined_for is None else intent.joined_for + 1
-    early = 4 * intent.posted + 2 * intent.void + intent.fresh
+    lateness = intent.lateness or Lateness()
+    early = (lateness.says(step) << EARLY_BITS) + 4 * intent.posted + 2 * intent.void + intent.fresh
     said = FORMAT_VERSION, step, told, intent.applied, intent.gradients, early, joined_for
     mine = np.array(said, np.int64)
+    began = perf_counter_ns()
     with session.tracer.span("handshake"):
         heard = session.call(mine)
+    lateness.waits(perf_counter_ns() - began)
+    if step % WINDOW == 0 and (heard[:, 5] >= 0).all():
+        lateness.hears(step, (heard[:, 5] >> EARLY_BITS).tolist(), session.group.identities, session.rank)
+        heard[:, 5] &= EARLY_MASK
+        mine[5] &= EARLY_MASK
+    late = lateness.among(session.group.identities)
     sent = (session.size - 1) * mine.nbytes
     if heard.tobytes() == session.size * mine.tobytes() and not joined_for:  # all train, as nearly always
         alike = (intent.gradients,) * session.size
-        return Handshake((None,) * session.size, sent, alike, intent.fresh, intent.void, intent.posted)
+        return Handshake((None,) * session.size, sent, alike, intent.fresh, intent.void, intent.posted, late)
     if not (heard[:, :3] == mine[:3]).all():
         _explain(session, layout, [*settings, *(f"rows of {name!r} are told" for name in rows)], heard)
     for column, what in ((5, "sent less than no messages"), (6, "sat out less than no steps")):
@@ -134,7 +151,7 @@ def shake_hands(
     applied = heard[:, 3]
     if not (applied == applied[0]).all():
         _compare_applied(session, applied, [rank for rank, its in enumerate(joined) if its is None], intent.lines())
-    told_early = heard[:, 5]
+    told_early = heard[:, 5] & EARLY_MASK
     return Handshake(
         joined,
         sent,
@@ -142,6 +159,7 @@ def shake_hands(
         fresh=bool((told_early & 1).any()),
         void=bool((told_early & 2).any()),
         posted=int(told_early.max()) // 4,
+        late=late,
     )
 
 

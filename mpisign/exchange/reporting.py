@@ -57,6 +57,8 @@ def report(
         header_bytes=headers,
         **_who(plan, said, handshake),
         skipped=skipped,
+        waited_for=handshake.late.rank,
+        waited_share=handshake.late.share,
         ties=ties,
         seconds=times[0],
         exposed_seconds=times[1],
