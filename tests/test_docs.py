@@ -256,6 +256,15 @@ print("ended")
 """
 
 
+def test_a_timeline_is_drawn(tmp_path: Path) -> None:
+    row = {"ph": "M", "name": "thread_name", "pid": 0, "tid": 1, "args": {"name": "exchange"}}
+    span = {"ph": "X", "name": "handshake", "pid": 0, "tid": 1, "ts": 5.0, "dur": 2.0, "args": {"step": 3}}
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": [row, span]}))
+    command = [sys.executable, DOCS / "draw_timeline.py", tmp_path / "trace.json", tmp_path / "picture.svg", "3"]
+    subprocess.run(command, env=environment(), timeout=120, check=True)
+    assert "rank 0, exchange" in (tmp_path / "picture.svg").read_text()  # in a comment that names the text
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_the_blocks_of_each_page_run(tmp_path: Path, ranks: int) -> None:
