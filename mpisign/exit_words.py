@@ -28,6 +28,7 @@ _SHELL = f"""\
 word=$0/{_RANK}
 export {VARIABLE}="$word $$"
 trap : HUP INT TERM USR1 USR2
+echo "$$" >"$word.pid"
 "$@"
 code=$?
 echo "$code {_SIZE}" >"$word.exit"

@@ -5,12 +5,14 @@ The flags are those of :mod:`mpisign.vendors`; which of them a job needs is deci
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,7 @@ BINDINGS = ("auto", "cores", "none")
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 KERNEL = 128  # si_code of a signal that a terminal has sent, to the launcher as well
 ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+ORPHAN_SECONDS = 2.0  # from SIGTERM to SIGKILL
 ELSEWHERE = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
 """Variables that ranks on other hosts get, with those of mpisign's own."""
 
@@ -224,9 +227,32 @@ def run(wanted: Wanted, machine: Machine, shared: Path | None) -> tuple[int, str
     try:
         words, settings = command(wanted, machine, str(folder))
         launcher = _watched(words, {**machine.environ, **settings})
+        _end_orphans(folder)
         return judge(read(folder), launcher, outlives=wanted.outlives)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_orphans(folder: Path) -> None:
+    """End the ranks of this machine that a launcher has left behind, as Open MPI's does that has lost a node."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        left = [process for path in folder.glob("*.pid") if (process := _alive(path, folder))]
+        for process in left:
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                os.killpg(process, number)
+        deadline = time.monotonic() + ORPHAN_SECONDS
+        while any(_alive(path, folder) for path in folder.glob("*.pid")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+def _alive(path: Path, folder: Path) -> int:
+    """The process of a rank's shell, which leads a group, if it is one of this machine and lives; else 0."""
+    try:
+        process = int(path.read_text())
+        its = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+        return process if os.fsencode(folder) in its and os.getpgid(process) == process else 0
+    except (OSError, ValueError):
+        return 0
 
 
 def _watched(words: Sequence[str], environ: Mapping[str, str]) -> int:

@@ -163,6 +163,15 @@ def test_jobs_that_end_well_and_badly(here: Machine, tmp_path: Path) -> None:
     assert said == "failed: rank 2, ended by SIGKILL (out of memory?)"
 
 
+def test_a_launcher_that_dies_leaves_no_rank_behind(here: Machine, tmp_path: Path) -> None:
+    kill = "read -r _ _ _ launcher _ </proc/$PPID/stat; kill -9 $launcher"
+    told = tmp_path.parent / f"{tmp_path.name}.pids"
+    code, said = end(here, tmp_path, f"echo $$ >>{told}; if [ {RANK} = 1 ]; then sleep 1; {kill}; fi; exec sleep 60")
+    assert code != 0
+    assert said
+    assert [pid for pid in told.read_text().split() if Path("/proc", pid, "cmdline").exists()] == []
+
+
 def test_a_folder_that_is_none(here: Machine, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"exit words.*nowhere.*--shared-dir"):
         run(Wanted(["true"], 1), here, tmp_path / "nowhere")
