@@ -101,7 +101,7 @@ from mpisign.sync import (
     check_consistency,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "REQUEUE_EXIT_CODE",

@@ -10,7 +10,7 @@ class PyMpisign(PythonPackage):
     """Distributed training by majority vote: one bit a coordinate over MPI, around your own torch optimizer."""
 
     homepage = "https://github.com/mpisign/mpisign"
-    pypi = "mpisign/mpisign-0.1.0.tar.gz"
+    pypi = "mpisign/mpisign-0.2.0.tar.gz"
     git = "https://github.com/mpisign/mpisign.git"
 
     license("Apache-2.0", checked_by="mpisign")
