@@ -32,11 +32,13 @@ from mpisign.errors import (
     DeadTrainingError,
     GradientError,
     LaunchError,
+    MembershipChangedError,
     MpisignError,
     NotInitializedError,
     OptionError,
     SynchronizationError,
 )
+from mpisign.membership import MembershipChange
 from mpisign.method import Method
 from mpisign.methods import (
     centered_clipping,
@@ -74,25 +76,22 @@ from mpisign.methods import (
     zero_one_adam,
 )
 from mpisign.optimizer import DistributedSignOptimizer
-from mpisign.preemption import REQUEUE_EXIT_CODE, stop_on_signal, stop_requested
-from mpisign.report import StepReport
-from mpisign.sampler import ElasticSampler
-from mpisign.session import (
-    barrier,
+from mpisign.places import (
     cross_rank,
     cross_size,
     device,
-    init,
-    is_initialized,
     local_rank,
     local_size,
     node_rank,
     num_nodes,
+    on_membership_change,
     rank,
-    shutdown,
     size,
-    timeline,
 )
+from mpisign.preemption import REQUEUE_EXIT_CODE, stop_on_signal, stop_requested
+from mpisign.report import StepReport
+from mpisign.sampler import ElasticSampler
+from mpisign.session import barrier, init, is_initialized, shutdown, timeline
 from mpisign.sync import (
     allgather_object,
     broadcast_object,
@@ -114,6 +113,8 @@ __all__ = [
     "ElasticSampler",
     "GradientError",
     "LaunchError",
+    "MembershipChange",
+    "MembershipChangedError",
     "Method",
     "MpisignError",
     "NotInitializedError",
@@ -160,6 +161,7 @@ __all__ = [
     "noisy_median",
     "noisy_signsgd",
     "num_nodes",
+    "on_membership_change",
     "one_bit_adam",
     "qsgd",
     "rank",

@@ -228,7 +228,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from mpisign import prediction, session
+    from mpisign import places, prediction, session
 
     given = vars(args)
     if args.calibrate:
@@ -237,7 +237,7 @@ def _predict(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             parser.error(f"--calibrate measures what {typed[0]} says: leave out one of them")
         session.init()
         nodes, links, rates = prediction.measured()
-        rank = session.rank()
+        rank = places.rank()
         session.shutdown()
         if rank:
             return 0

@@ -13,7 +13,8 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hoo
 from mpisign.errors import SynchronizationError
 from mpisign.exchange.plan import Plan
 from mpisign.exchange.sink import StepSink
-from mpisign.session import is_initialized, rank
+from mpisign.places import rank
+from mpisign.session import is_initialized
 from mpisign.wrapping import wants_closure
 
 __all__ = ["forbid_alone", "sgd_numbers", "step", "step_sink"]

@@ -17,7 +17,7 @@ from mpisign.bitmap.tensors import DTYPES, unreadable
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.plain import plain, uncompiled
 from mpisign.policy import check_choice
-from mpisign.session import Session, current, operation
+from mpisign.session import Session, collective, current
 from mpisign.transfer import as_bytes, broadcast_tensors, check_root, demand_equal
 
 __all__ = ["Op", "allgather", "allreduce", "average", "broadcast", "gather_each"]
@@ -47,7 +47,7 @@ def average(value: npt.NDArray[Any], *, name: str | None = None) -> npt.NDArray[
 @overload
 def average(value: float, *, name: str | None = None) -> float: ...
 @uncompiled
-@operation("average()")
+@collective("average()")
 @plain()
 def average(value: Any, *, name: str | None = None) -> Any:
     """The mean of all ranks' values, e.g. of a metric. **Collective.**
@@ -80,7 +80,7 @@ def average(value: Any, *, name: str | None = None) -> Any:
 
 
 @uncompiled
-@operation("allreduce()")
+@collective("allreduce()")
 @plain()
 def allreduce(tensor: torch.Tensor, op: Op = "average", *, name: str | None = None) -> torch.Tensor:
     """All ranks' tensors made one, element by element. **Collective.**
@@ -108,7 +108,7 @@ def allreduce(tensor: torch.Tensor, op: Op = "average", *, name: str | None = No
 
 
 @uncompiled
-@operation("allgather()")
+@collective("allgather()")
 @plain()
 def allgather(tensor: torch.Tensor, *, name: str | None = None) -> torch.Tensor:
     """All ranks' tensors in a row: concatenated along their first dimension, in the order of the ranks. **Collective.**
@@ -148,7 +148,7 @@ def allgather(tensor: torch.Tensor, *, name: str | None = None) -> torch.Tensor:
 
 
 @uncompiled
-@operation("allgather()")
+@collective("allgather()")
 @plain()
 def gather_each(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Every rank's tensor, of whatever shape and dtype, on ``tensor``'s device. **Collective.**
@@ -179,7 +179,7 @@ def gather_each(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 @uncompiled
-@operation("broadcast()")
+@collective("broadcast()", repeats=False)
 @plain()
 def broadcast(tensor: torch.Tensor, root_rank: int = 0, *, name: str | None = None) -> torch.Tensor:
     """``root_rank``'s tensor, on every rank. **Collective.**

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mpisign import session
+from mpisign import places, session
 from mpisign.backends import WORD, backend_for
 from mpisign.bitmap import native
 from mpisign.bitmap.host import words_for
@@ -29,6 +29,7 @@ from mpisign.exchange.staging import gpu_aware
 from mpisign.launch import find_launcher
 from mpisign.methods import signsgd
 from mpisign.optimizer import DistributedSignOptimizer
+from mpisign.survival import can_survive
 from mpisign.vendors import Words, words_of
 
 __all__ = ["FAIL", "OK", "WARN", "Finding", "examine"]
@@ -218,7 +219,7 @@ def _gpus() -> Iterator[Finding]:
     having = [rank for rank, has in enumerate(here.gather_values(usable, bool, ACT)) if has]
     if not usable:
         yield _no_gpu()
-    device, works = session.device() if usable else torch.device("cpu"), True
+    device, works = places.device() if usable else torch.device("cpu"), True
     if usable:
         for finding in (_gpu(device), _kernels(device), *([_gpu_aware(device)] if here.rank == having[0] else [])):
             works = works and finding.status == OK
@@ -340,8 +341,8 @@ def _ulfm() -> Iterator[Finding]:
     if not has:
         yield Finding(OK, "fault tolerance", "no ULFM: a failed rank ends the job")
         return
-    on = os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112 - Open MPI spells it so
-    how = "it is on in this run" if on else f"it is off in this run: {_words().survive}"
+    on = "it is on in this run, and init(on_failure='continue') outlives ranks"
+    how = on if can_survive() else f"it is off in this run: {_words().survive}"
     yield Finding(OK, "fault tolerance", f"the library has ULFM; {how}")
 
 

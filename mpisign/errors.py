@@ -10,6 +10,7 @@ __all__ = [
     "DeadTrainingError",
     "GradientError",
     "LaunchError",
+    "MembershipChangedError",
     "MpisignError",
     "NotInitializedError",
     "OptionError",
@@ -53,6 +54,13 @@ class AuditError(ConsistencyError):
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.ranks = ranks
+
+
+class MembershipChangedError(MpisignError, RuntimeError):
+    """Ranks have died in a call that cannot be repeated by itself, with ``init(on_failure="continue")``.
+
+    All that are left get it. The job has its new members already: call it again.
+    """
 
 
 class DeadTrainingError(MpisignError, RuntimeError):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mpisign.group import Group
 
-__all__ = ["REQUEUE_EXIT_CODE", "shell", "tell_group"]
+__all__ = ["REQUEUE_EXIT_CODE", "is_told", "shell", "tell_group"]
 
 REQUEUE_EXIT_CODE = 85
 """What a script that has saved and stopped exits with, so that its batch script knows to requeue it."""
@@ -50,10 +50,20 @@ def shell(folder: str, *, outlives: bool) -> list[str]:
     return ["sh", "-c", f'{_SHELL}{last}exit "$code"\n', folder]
 
 
+def is_told() -> bool:
+    """Whether a shell sees how this process ends, and tells the others of any failure."""
+    return bool(_word())
+
+
+def _word() -> str:
+    word, _, parent = os.environ.get(VARIABLE, "").rpartition(" ")
+    return word if parent == str(os.getppid()) else ""
+
+
 def tell_group(group: Group) -> None:
     """Write down with whom this rank goes on, if somebody wants to know."""
-    word, _, parent = os.environ.get(VARIABLE, "").rpartition(" ")
-    if not word or parent != str(os.getppid()):
+    word = _word()
+    if not word:
         return
     from mpi4py import MPI
 

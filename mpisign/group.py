@@ -130,11 +130,13 @@ class Group:
         local = places[:rank].count(places[rank])
         with watchdog.guard("MPI's split into nodes and lanes"):
             node, lane = comm.Split(places[rank], rank), comm.Split(local, places[rank])
+        channels = Channels.open(comm, node, lane, watchdog)
+        _confirm(comm, watchdog)
         return cls(
             comm=comm,
             node=node,
             lane=lane,
-            channels=Channels.open(comm, node, lane, watchdog),
+            channels=channels,
             rank=rank,
             size=comm.size,
             node_of=places,
@@ -207,18 +209,32 @@ class Group:
     def line(self, number: int, watchdog: Watchdog) -> Channels:
         """An optimizer's own channels. **Collective**, at least the first time."""
         if number not in self.lines:
-            self.lines[number] = Channels.open(self.comm, self.node, self.lane, watchdog)
+            opened = Channels.open(self.comm, self.node, self.lane, watchdog)
+            _confirm(self.comm, watchdog)
+            self.lines[number] = opened
         return self.lines[number]
+
+    def comms(self) -> list[MPI.Comm]:
+        """All communicators, that between all ranks last."""
+        channels = (comm for its in (*self.lines.values(), self.channels) for comm in its)
+        return [*channels, self.lane, self.node, self.comm]
 
     def free(self, watchdog: Watchdog) -> None:
         """Give the communicators back. **Collective.**"""
         with watchdog.guard("MPI_Comm_free"):
             self.presence.drain()
-            for channels in (*self.lines.values(), self.channels):
-                for comm in channels:
-                    comm.Free()
-            for comm in (self.lane, self.node, self.comm):
+            for comm in self.comms():
                 comm.Free()
+
+
+def _confirm(comm: MPI.Comm, watchdog: Watchdog) -> None:
+    """Where ranks may be lost: wait until all have made their communicators.
+
+    Open MPI crashes where one is revoked that this rank is just about to make; it may be by others from here on.
+    """
+    if watchdog.survives:
+        with watchdog.guard("MPI's duplicates of communicators"):
+            comm.Barrier()
 
 
 def _labels(comm: MPI.Comm, watchdog: Watchdog) -> list[int]:

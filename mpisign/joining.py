@@ -10,8 +10,9 @@ import torch
 
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.group import Group, check_node_map
-from mpisign.policy import check_choice, check_positive
+from mpisign.policy import check_choice, check_integer, check_positive
 from mpisign.presence import Presence
+from mpisign.survival import can_survive, how_to_survive
 from mpisign.trace import Tracer
 from mpisign.vigil import ON_DEAD_TRAINING
 from mpisign.watchdog import Watchdog
@@ -19,7 +20,9 @@ from mpisign.watchdog import Watchdog
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["joined", "told_options", "wrong_options"]
+__all__ = ["ON_FAILURE", "coded_options", "joined", "told_options", "wrong_failure", "wrong_options"]
+
+ON_FAILURE = ("abort", "continue")
 
 
 def wrong_options(times: dict[str, float | None], on_dead_training: str) -> OptionError | None:
@@ -29,6 +32,21 @@ def wrong_options(times: dict[str, float | None], on_dead_training: str) -> Opti
             if seconds is not None:
                 check_positive(name, seconds, " of seconds, or None for never")
         check_choice("on_dead_training", on_dead_training, ON_DEAD_TRAINING)
+    except OptionError as error:
+        return error
+    return None
+
+
+def wrong_failure(on_failure: str, min_ranks: int | None, size: int) -> OptionError | None:
+    """The same of what shall be done when a rank dies. MPI must have been started."""
+    try:
+        check_choice("on_failure", on_failure, ON_FAILURE)
+        if min_ranks is not None and on_failure == "abort":
+            raise OptionError(f"min_ranks={min_ranks!r} says with how many ranks a job goes on: on_failure='continue'")
+        if min_ranks is not None and check_integer("min_ranks", min_ranks, 1) > size:
+            raise OptionError(f"min_ranks={min_ranks} are more than the {size} ranks that this job has")
+        if on_failure == "continue" and not can_survive():
+            raise OptionError(f"on_failure='continue' needs an MPI that survives a rank (ULFM), and {how_to_survive()}")
     except OptionError as error:
         return error
     return None
@@ -52,14 +70,24 @@ def joined(
         raise
 
 
+def coded_options(pickle: bool, on_dead_training: str, on_failure: str, min_ranks: int | None) -> int:
+    """All options that must be the same on all ranks, as one number."""
+    code = int(pickle) + 2 * ON_DEAD_TRAINING.index(on_dead_training) + 4 * ON_FAILURE.index(on_failure)
+    return code + 8 * (min_ranks or 0)
+
+
 def told_options(code: int, other: int) -> str:
     """The options that a rank has told, as far as they differ from another's."""
-    mine, theirs = [(f"pickle={bool(its & 1)}", f"on_dead_training={_choice(its >> 1)}") for its in (code, other)]
+    mine, theirs = [
+        (
+            f"pickle={bool(its & 1)}",
+            f"on_dead_training={ON_DEAD_TRAINING[its >> 1 & 1]!r}",
+            f"on_failure={ON_FAILURE[its >> 2 & 1]!r}",
+            f"min_ranks={its >> 3 or None}",
+        )
+        for its in (code, other)
+    ]
     return ", ".join(here for here, there in zip(mine, theirs, strict=True) if here != there)
-
-
-def _choice(place: int) -> str:
-    return repr(ON_DEAD_TRAINING[place]) if 0 <= place < len(ON_DEAD_TRAINING) else "something unknown"
 
 
 def _duplicate(comm: MPI.Comm, watchdog: Watchdog, tracer: Tracer) -> MPI.Comm:

@@ -215,13 +215,18 @@ class LocalSteps:
 
     def _travel(self) -> None:
         """Let the differences of the last window leave, if they have not, and go on with what has come."""
-        travel = self.inner._overlap
-        if travel.may_leave(self.inner):
-            self.windows.differ_as_sent()
-            travel.send(self.inner)
-            for common in self.inner._parameters():
-                common.grad = None
-        travel.advance()
+        travel, membership = self.inner._overlap, current().membership
+        try:
+            if travel.may_leave(self.inner):
+                self.windows.differ_as_sent()
+                travel.send(self.inner)
+                for common in self.inner._parameters():
+                    common.grad = None
+            travel.advance()
+        except Exception as error:
+            if membership is None or not membership.is_loss(error):
+                raise
+            membership.recover()  # they leave again in the step that needs the decision
 
     def _meet(self, owner: Planned) -> None:
         """Go on from what is decided on the last window. **Collective.**"""

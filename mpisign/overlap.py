@@ -103,6 +103,8 @@ class Overlap:
             self._known = True
             session = current()
             session.farewells.callback(_leave, session, weakref.ref(self), plan.number)
+            if session.membership is not None:
+                session.membership.watch(self)
         if plan.early and not self._off:
             if self._plan is None or plan.use is not self._plan.use:
                 self._install(owner, plan)
@@ -116,6 +118,10 @@ class Overlap:
         Args:
             scaled: a GradScaler has a say in it.
         """
+        membership = current().membership
+        if membership is not None and membership.is_loss(self._fault):
+            membership.recover()
+            self._restart(None)
         if self._fault is not None:
             raise self._fault
         self._scaled = scaled
@@ -170,6 +176,13 @@ class Overlap:
             yield
         finally:
             self._paused -= 1
+
+    def lost(self, recovering: object) -> None:
+        """Ranks have died: what has left will not arrive, unless it is of the round that is being recovered."""
+        if recovering is None or self._round is not recovering:
+            if self._round is not None:
+                self._round.plan.store.drop()
+            self._restart(None)
 
     def leave(self, session: Session, number: int) -> None:
         """Before the job ends: take back what was sent for a step that does not come. **Collective.**

@@ -10,7 +10,7 @@ from time import perf_counter
 
 import torch
 
-from mpisign import cost, session
+from mpisign import cost, places, session
 from mpisign.backends import WORD, backend_for
 from mpisign.bitmap.host import words_for
 from mpisign.calibration import ACT, calibrate
@@ -119,7 +119,7 @@ def measured() -> tuple[Nodes, Links, Rates]:
     here = session.current()
     nodes, links = here.group.nodes, calibrate(here)
     with here.telling(ACT):
-        device, sizes = session.device(), [TRIAL_ELEMENTS]
+        device, sizes = places.device(), [TRIAL_ELEMENTS]
         words = [torch.zeros(words_for(TRIAL_ELEMENTS), dtype=WORD, device=device)]
         gradient = torch.linspace(-1.0, 1.0, TRIAL_ELEMENTS, dtype=torch.float32, device=device)
         average, parameter = torch.zeros_like(gradient), torch.zeros_like(gradient)
@@ -177,16 +177,16 @@ def plot(scenario: Scenario, path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     over_bandwidth = [replace(scenario, links=replace(scenario.links, network_bandwidth=width)) for width in widths]
     over_nodes = [replace(scenario, nodes=Nodes.even(number, per_node)) for number in numbers]
-    for axis, scenarios, places in (
+    for axis, scenarios, ticks in (
         (axes[0], over_bandwidth, [8 * width / 1e9 for width in widths]),
         (axes[1], over_nodes, numbers),
     ):
         tables = [rows(each) for each in scenarios]
         for rival in cost.REDUCTIONS:
-            axis.plot(places, [best(table).speedups[rival] for table in tables], label=f"best exchange / {rival}")
+            axis.plot(ticks, [best(table).speedups[rival] for table in tables], label=f"best exchange / {rival}")
         for place, way in enumerate(cost.EXCHANGES):
             line = [table[place].speedups["ring bf16"] for table in tables]
-            axis.plot(places, line, linestyle=":", linewidth=1, label=f"{way} / ring bf16")
+            axis.plot(ticks, line, linestyle=":", linewidth=1, label=f"{way} / ring bf16")
         axis.axhline(1.0, color="black", linewidth=0.8)
         axis.set(xscale="log", yscale="log")
         axis.set_ylim(bottom=0.1)  # far below 1 it does not matter how far

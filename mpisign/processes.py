@@ -7,17 +7,22 @@ parent says next. It must not end MPI either, which mpi4py does when Python exit
 from __future__ import annotations
 
 import atexit
+import contextlib
+import logging
 import multiprocessing
 import os
+import signal
 import sys
 from typing import NoReturn
 
 from mpisign.errors import LaunchError
 
-__all__ = ["check_may_start", "whose_child"]
+__all__ = ["check_may_start", "die", "end_at_once", "end_without_mpi", "leave_mpi_to_us", "whose_child"]
 
 _forked_by = 0  # the process with MPI whose fork this one, or a parent of this one, is
-_code = 0  # what a forked child will exit with
+_code = 0  # what this process will exit with, where Python must not end
+_mpi_is_ours = False  # mpi4py does not end MPI
+_without_mpi = False  # MPI would not end any more
 
 
 def whose_child() -> str:
@@ -42,6 +47,42 @@ def check_may_start() -> None:
         )
 
 
+def leave_mpi_to_us() -> None:
+    """Let mpi4py, if it is not there yet, not end MPI when Python exits: where ranks have died, that never returns."""
+    global _mpi_is_ours
+    import mpi4py
+
+    if "mpi4py.MPI" not in sys.modules:
+        mpi4py.rc.finalize = False
+        _mpi_is_ours = True
+
+
+def end_without_mpi() -> None:
+    """MPI cannot be ended: this process shall leave it as it is when Python exits."""
+    global _without_mpi
+    if not _without_mpi and not _mpi_is_ours:
+        sys.exit = _exit
+    _without_mpi = True
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End this process, and nothing that belongs to others."""
+    _flush()
+    os._exit(code)
+
+
+def die() -> None:
+    """Die so that other ranks hear of it: Open MPI's mpirun tells them of signals, but not of an exit with an error."""
+    _flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none
+            stream.flush()
+
+
 def _is_worker() -> bool:
     loading = sys.modules.get("torch.utils.data")
     return loading is not None and loading.get_worker_info() is not None
@@ -58,19 +99,23 @@ def _after_fork() -> None:
 
 
 def _exit(code: str | int | None = None, /) -> NoReturn:
-    """``sys.exit()`` of a forked child; one that raises SystemExit by itself is taken for one that has ended well."""
+    """``sys.exit()`` of a process that ends by itself; if it raises SystemExit, it is taken for one that ends well."""
     global _code
     _code = code if isinstance(code, int) else int(code is not None)
     raise SystemExit(code)
 
 
 def _leave() -> None:
-    """End a forked child before mpi4py ends MPI, after whatever else was to be done at exit since this was imported."""
-    if _forked_by:
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
-        os._exit(1 if hasattr(sys, "last_value") else _code & 0xFF)
+    """End what must not, or would not, end MPI, after whatever else was to be done at exit since this was imported."""
+    if _forked_by or (_without_mpi and not _mpi_is_ours):
+        if _without_mpi:  # which is registered before this
+            logging.shutdown()
+        end_at_once(1 if hasattr(sys, "last_value") else _code & 0xFF)
+    if _mpi_is_ours and not _without_mpi:
+        from mpi4py import MPI
+
+        if MPI.Is_initialized() and not MPI.Is_finalized():
+            MPI.Finalize()
 
 
 atexit.register(_leave)

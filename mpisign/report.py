@@ -37,6 +37,9 @@ class StepReport:
         ties: coordinates with as many votes for as against; None for a rule that has no ties.
         seconds: wall time of this rank in ``pack`` (memory and codec), ``exchange`` (MPI, with the wait for
             slower ranks), ``decide`` (count the votes) and ``unpack``, from the spans of the step.
+        generation: how many groups this job has had before the one that has exchanged.
+        members: the identities of its ranks, in the order of their numbers: their numbers in the job's first group.
+        recovery_seconds: what recoveries from the death of ranks have taken since the last report.
         exposed_seconds: how long the step itself has waited for the network and for slower ranks, from its handshake
             on: what backward has not hidden. Without overlap it is ``seconds["exchange"]``.
     """
@@ -53,6 +56,9 @@ class StepReport:
     ties: int | None
     seconds: Mapping[str, float]
     exposed_seconds: float = 0.0
+    generation: int = 0
+    members: tuple[int, ...] = ()
+    recovery_seconds: float = 0.0
     exchange_reason: str = ""
     waited_for: int | None = None
     waited_share: float = 0.0
@@ -83,8 +89,8 @@ class StepReport:
 
         ``step``, ``bytes_sent``, ``header_bytes``, ``voters``, ``abstentions`` and ``ended_at`` (how many),
         ``skipped`` (0 or 1), ``ties`` (NaN for a rule that has none), and ``seconds_pack``, ``seconds_exchange``,
-        ``seconds_decide``, ``seconds_unpack``, ``exposed_seconds``, ``waited_for`` (-1 for nobody) and
-        ``waited_share``. The keys are the same in every step.
+        ``seconds_decide``, ``seconds_unpack``, ``exposed_seconds``, ``waited_for`` (-1 for nobody), ``waited_share``,
+        ``generation``, ``members`` (how many) and ``recovery_seconds``. The keys are the same in every step.
 
         Example::
 
@@ -104,6 +110,9 @@ class StepReport:
             "exposed_seconds": self.exposed_seconds,
             "waited_for": -1 if self.waited_for is None else self.waited_for,
             "waited_share": self.waited_share,
+            "generation": self.generation,
+            "members": len(self.members),
+            "recovery_seconds": self.recovery_seconds,
         }
 
     def __getstate__(self) -> dict[str, Any]:

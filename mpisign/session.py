@@ -13,23 +13,22 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from mpisign import timeline as timelines
 from mpisign.alarm import ring
 from mpisign.errors import AlreadyInitializedError, ConsistencyError, MpisignError, NotInitializedError, OptionError
-from mpisign.exit_words import tell_group
+from mpisign.exit_words import is_told, tell_group
 from mpisign.group import Group
-from mpisign.joining import joined, told_options, wrong_options
+from mpisign.joining import coded_options, joined, told_options, wrong_failure, wrong_options
 from mpisign.last_words import LastWords
 from mpisign.launch import check_not_alone, import_mpi
+from mpisign.membership import Membership
 from mpisign.network import Network
 from mpisign.plain import uncompiled
-from mpisign.processes import check_may_start, whose_child
+from mpisign.processes import check_may_start, die, end_at_once, leave_mpi_to_us, whose_child
 from mpisign.talk import Talk, minority
 from mpisign.trace import Tracer
 from mpisign.turns import Turns
@@ -42,23 +41,17 @@ if TYPE_CHECKING:
 __all__ = [
     "Session",
     "barrier",
-    "cross_rank",
-    "cross_size",
+    "collective",
     "current",
-    "device",
     "init",
     "is_initialized",
     "known",
-    "local_rank",
-    "local_size",
-    "node_rank",
-    "num_nodes",
     "operation",
-    "rank",
     "shutdown",
-    "size",
     "timeline",
 ]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 logger = logging.getLogger(__name__)
 
@@ -121,14 +114,24 @@ class Session(Talk):
         if before is not None and before.identities[0] != group.identities[0]:
             self.clocks.clear()  # they tell how far a rank 0 is ahead that is no more
         if before is not None:
-            self.network = Network()
+            self._former_network, self.network = self.network, Network()
         self._presence = group.presence
         self.watchdog.comm, self.watchdog.rank, self.watchdog.size = group.comm, group.rank, group.size
         tell_group(group)
         return before
 
+    def network_told(self) -> int:
+        """What this rank knows of the ways between ranks, as a number for :meth:`regrouped`."""
+        return int(self.network.asked) + 2 * self.network.shares
+
+    def regrouped(self, told: Sequence[int]) -> None:
+        """Ranks have died, and what those that are left knew of the ways between them was ``told``."""
+        before, asked = self._former_network, any(its & 1 for its in told)
+        known = all(its & 1 for its in told)  # else some have not heard what was found
+        self.network = Network(all(its & 2 for its in told), asked, before.links if known else None)
+
     def _free(self) -> None:
-        if not self.watchdog.broken:
+        if not self.watchdog.broken and not (self.membership is not None and self.membership.recovered):
             self.group.free(self.watchdog)
 
     @property
@@ -192,6 +195,27 @@ def operation(caller: str) -> Iterator[Session]:
         yield session
 
 
+def collective(caller: str, *, repeats: bool = True) -> Callable[[F], F]:
+    """A function that is one :func:`operation`, and counts on all ranks or none, if the job outlives its ranks.
+
+    Args:
+        repeats: it is done again by itself if ranks die meanwhile, as it says the same in a smaller group; else it
+            raises :class:`MembershipChangedError`.
+    """
+
+    def decorated(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            with operation(caller) as session:
+                if session.membership is None or session.membership.acting:
+                    return function(*args, **options)
+                return session.membership.do(lambda: function(*args, **options), raises=not repeats)
+
+        return cast(F, call)
+
+    return decorated
+
+
 def init(
     comm: MPI.Comm | None = None,
     *,
@@ -201,6 +225,8 @@ def init(
     node_of: Sequence[int] | None = None,
     pickle: bool = True,
     on_dead_training: Literal["warn", "raise"] | None = None,
+    on_failure: Literal["abort", "continue"] = "abort",
+    min_ranks: int | None = None,
 ) -> None:
     """Join the job: learn ranks and nodes, and get a private communicator. **Collective.**
 
@@ -219,18 +245,33 @@ def init(
         on_dead_training: when nobody has voted for 32 steps in a row (all gradients have a NaN or Inf): ``"warn"``, and
             again each time it has doubled; ``"raise"`` a DeadTrainingError on all ranks. Default: what the variable
             ``MPISIGN_ON_DEAD_TRAINING`` says, else ``"warn"``. While only some ranks cannot vote, both warn.
+        on_failure: what happens when a rank dies. ``"abort"``: the job ends. ``"continue"``: those that are left go on
+            with the step in which it has died, if they are more than half, or half with the lowest identity; it takes
+            Open MPI with ULFM switched on. A rank with an uncaught exception then dies alone, whatever
+            ``abort_on_exception`` is.
+        min_ranks: with ``"continue"``, end the job when fewer are left; default 1.
 
     Raises:
         AlreadyInitializedError: called twice.
         LaunchError: there is no MPI; it sees one process, but the launcher started several; or this process is a child
             of a rank's.
-        OptionError: a time that is not positive, a choice that there is not, or a map of ranks to nodes that does not
-            fit.
+        OptionError: a time that is not positive, a choice that there is not, a map of ranks to nodes that does not
+            fit, or ``"continue"`` where MPI cannot do that; says what to type.
         ConsistencyError: on every rank, if they pass different options or maps.
     """
     check_may_start()
     with _joining:
-        _join(comm, abort_on_exception, stall_warning, stall_timeout, node_of, pickle, on_dead_training)
+        _join(
+            comm,
+            abort_on_exception,
+            stall_warning,
+            stall_timeout,
+            node_of,
+            pickle,
+            on_dead_training,
+            on_failure,
+            min_ranks,
+        )
 
 
 def _join(
@@ -241,6 +282,8 @@ def _join(
     node_of: Sequence[int] | None,
     pickle: bool,
     on_dead_training: str | None,
+    on_failure: str,
+    min_ranks: int | None,
 ) -> None:
     global _session, _finalize_timeout
     if _session is not None:
@@ -255,6 +298,8 @@ def _join(
         stall_warning = stall_timeout = None
     tracer = Tracer()
     watchdog = Watchdog(tracer, stall_warning, stall_timeout)
+    if on_failure == "continue":
+        leave_mpi_to_us()
     with watchdog.guard_start():
         MPI = import_mpi()  # noqa: N806 - and not before: a spawned DataLoader worker that starts MPI hangs the job
 
@@ -267,9 +312,10 @@ def _join(
         check_not_alone(os.environ, comm.Get_size(), library)
     if node_of is None and os.environ.get(NODE_MAP_VARIABLE):
         node_of = [int(place) if place.isdecimal() else -1 for place in os.environ[NODE_MAP_VARIABLE].split(",")]
+    wrong = wrong or wrong_failure(on_failure, min_ranks, comm.Get_size())
     group = joined(comm, watchdog, tracer, node_of, wrong)
     session = Session(group, watchdog, tracer, pickle=pickle, on_dead_training=on_dead_training)
-    codes = session.meet("init()", int(pickle) + 2 * ON_DEAD_TRAINING.index(on_dead_training)).tolist()
+    codes = session.meet("init()", coded_options(pickle, on_dead_training, on_failure, min_ranks)).tolist()
     odd, usual = minority(codes)
     if odd:
         group.free(watchdog)
@@ -281,9 +327,11 @@ def _join(
     with session.telling("init()"):
         session.align_clocks()
     session.meet("init()")
+    if on_failure == "continue":
+        session.membership, watchdog.survives = Membership(session, min_ranks or 1), True
     _session = session
     _finalize_timeout = session.process, stall_timeout
-    if abort_on_exception:
+    if abort_on_exception or on_failure == "continue":
         session.last_words = LastWords(functools.partial(_die, session))
     # One rank's variable counts, so that all do the same.
     told = [os.environ.get(timelines.VARIABLE, ""), session.token]
@@ -324,9 +372,10 @@ def _forget(leaving: Session) -> None:
 def _leave(leaving: Session, world: int) -> None:
     global _finalize_timeout
     _forget(leaving)
-    if leaving.group.size != world:
+    if leaving.group.size != world or leaving.ended:
         _finalize_timeout = -1, None
-    leaving.say_goodbye(leaving.farewells)
+    if not leaving.ended:
+        leaving.say_goodbye(leaving.farewells)
 
 
 def _write_timeline(session: Session, path: str) -> None:
@@ -360,8 +409,10 @@ def _die(session: Session, kind: type[BaseException]) -> None:
         return
     from mpi4py import MPI
 
-    if not MPI.Is_finalized():
-        code = 130 if issubclass(kind, KeyboardInterrupt) else 1
+    code = 130 if issubclass(kind, KeyboardInterrupt) else 1
+    if session.membership is not None:
+        end_at_once(code) if is_told() else die()  # either way the others see it, and go on
+    elif not MPI.Is_finalized():
         session.watchdog.abort(f"rank {session.rank} of {session.size} died of {kind.__name__}", code)
 
 
@@ -373,56 +424,8 @@ def is_initialized() -> bool:
     return _session is not None
 
 
-def rank() -> int:
-    """This process's number in the job, 0 .. size() - 1."""
-    return known("rank()").rank
-
-
-def size() -> int:
-    """How many processes train together."""
-    return known("size()").size
-
-
-def local_rank() -> int:
-    """This process's number among those on its node, from MPI's shared-memory split."""
-    return known("local_rank()").group.local_rank
-
-
-def local_size() -> int:
-    """How many of the job's processes run on this node."""
-    return known("local_size()").group.local_size
-
-
-def node_rank() -> int:
-    """This node's number, 0 .. num_nodes() - 1, by the lowest rank on it."""
-    return known("node_rank()").group.node_rank
-
-
-def num_nodes() -> int:
-    """How many nodes the job runs on."""
-    return known("num_nodes()").group.num_nodes
-
-
-def cross_rank() -> int:
-    """This process's number among those with its :func:`local_rank`, one a node; as Horovod has it."""
-    return known("cross_rank()").group.cross_rank
-
-
-def cross_size() -> int:
-    """On how many nodes there is a process with this one's :func:`local_rank`; fewer than all if nodes differ."""
-    return known("cross_size()").group.cross_size
-
-
-def device() -> torch.device:
-    """The device this process should use: ``cuda:(local_rank % device_count)``, or the CPU if there is none."""
-    place = known("device()").group.local_rank
-    if torch.cuda.is_available():
-        return torch.device("cuda", place % torch.cuda.device_count())
-    return torch.device("cpu")
-
-
 @uncompiled
-@operation("timeline()")
+@collective("timeline()")
 def timeline(path: str | os.PathLike[str]) -> None:
     """Write what all ranks did lately into one Chrome trace, for https://ui.perfetto.dev. **Collective.**
 
@@ -439,7 +442,7 @@ def timeline(path: str | os.PathLike[str]) -> None:
 
 
 @uncompiled
-@operation("barrier()")
+@collective("barrier()")
 def barrier() -> None:
     """Wait until every rank has come here. **Collective.**"""
     current("barrier()").meet("barrier()")

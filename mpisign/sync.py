@@ -15,7 +15,7 @@ from mpisign.errors import ConsistencyError, OptionError
 from mpisign.hyperparameters import IMPLEMENTATION, described, line, options_of
 from mpisign.method import Method
 from mpisign.plain import plain, uncompiled
-from mpisign.session import Session, current, operation
+from mpisign.session import Session, collective, current
 from mpisign.transfer import as_bytes, broadcast_tensors, check_root, demand_equal
 
 __all__ = [
@@ -41,7 +41,7 @@ class HasState(Protocol):
 
 
 @uncompiled
-@operation("broadcast_object()")
+@collective("broadcast_object()", repeats=False)
 def broadcast_object(obj: Any, root_rank: int = 0) -> Any:
     """Return ``root_rank``'s object on every rank.
 
@@ -58,7 +58,7 @@ def broadcast_object(obj: Any, root_rank: int = 0) -> Any:
 
 
 @uncompiled
-@operation("allgather_object()")
+@collective("allgather_object()")
 def allgather_object(obj: T) -> list[T]:
     """Return every rank's object, in the order of the ranks, on every rank.
 
@@ -71,7 +71,7 @@ def allgather_object(obj: T) -> list[T]:
 
 
 @uncompiled
-@operation("broadcast_parameters()")
+@collective("broadcast_parameters()", repeats=False)
 def broadcast_parameters(
     parameters: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]], root_rank: int = 0
 ) -> None:
@@ -126,7 +126,7 @@ def _named_tensors(given: Any, session: Session) -> list[tuple[str, torch.Tensor
 
 
 @uncompiled
-@operation("broadcast_optimizer_state()")
+@collective("broadcast_optimizer_state()", repeats=False)
 @plain()
 def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     """Give every rank ``root_rank``'s optimizer state and group options (learning rates and so on).
@@ -237,7 +237,7 @@ def _new_tensors(shapes: Sequence[Any], root_rank: int) -> list[torch.Tensor]:
 
 
 @uncompiled
-@operation("check_consistency()")
+@collective("check_consistency()")
 def check_consistency(model: torch.nn.Module, optimizer: HasState | None = None, *, buffers: bool = True) -> None:
     """Raise :class:`ConsistencyError` unless all ranks hold the same model and options, bit by bit.
 

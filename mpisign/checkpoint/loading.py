@@ -22,7 +22,7 @@ from mpisign.encoding import Optional, printable
 from mpisign.errors import CheckpointError, ConsistencyError
 from mpisign.memory.saved import checked
 from mpisign.plain import plain, uncompiled
-from mpisign.session import Session, current, operation
+from mpisign.session import Session, collective, current
 from mpisign.warning import warn
 
 __all__ = ["Resumed", "load", "newest"]
@@ -44,7 +44,7 @@ class Resumed:
 
 
 @uncompiled
-@operation("checkpoint.newest()")
+@collective("checkpoint.newest()")
 def newest(path: str | os.PathLike[str]) -> Path | None:
     """The checkpoint in a directory that was saved last, its files unread; None if there is none. **Collective.**
 
@@ -66,7 +66,7 @@ def newest(path: str | os.PathLike[str]) -> Path | None:
 
 
 @uncompiled
-@operation(ACT)
+@collective(ACT)
 @plain()
 def load(
     path: str | os.PathLike[str],

@@ -19,7 +19,8 @@ from mpisign.encoding import Optional
 from mpisign.errors import CheckpointError, ConsistencyError, MpisignError, OptionError
 from mpisign.plain import plain, uncompiled
 from mpisign.policy import check_integer
-from mpisign.session import Session, current, operation
+from mpisign.session import Session, collective, current
+from mpisign.survival import RanksLostError
 from mpisign.talk import minority
 
 __all__ = ["save", "wait"]
@@ -34,7 +35,7 @@ _saves_in: Session | None = None  # the session that will not be left before the
 
 
 @uncompiled
-@operation(ACT)
+@collective(ACT)
 @plain()
 def save(
     path: str | os.PathLike[str],
@@ -135,15 +136,18 @@ def wait() -> None:
         CheckpointError: on every rank, naming the rank that could not write and why.
     """
     if _pending is not None:
-        with operation("checkpoint.wait()"):
-            _finish()
+        collective("checkpoint.wait()")(_finish)()
 
 
 def _finish() -> None:
     global _pending
     saving, _pending = _pending, None
     if saving is not None:
-        saving.finish("checkpoint.wait()")
+        try:
+            saving.finish("checkpoint.wait()")
+        except RanksLostError:
+            _pending = saving
+            raise
 
 
 def _begin(session: Session) -> None:
@@ -252,6 +256,8 @@ class _Save:
             except Exception as caught:
                 self._error = caught
             agree(self.session, act, failed, self._error)
+        except RanksLostError:
+            raise
         except MpisignError:
             # Where ranks have parted, others may still write; the next save removes it.
             if self.rank == 0 and self.session.group.identities == self.identities:

@@ -14,12 +14,12 @@ from mpisign.exchange.choose import Exchange
 from mpisign.exchange.header import Heard
 from mpisign.exchange.plan import Plan
 from mpisign.layout import Segment
-from mpisign.session import Session, current, operation
+from mpisign.session import Session, collective, current
 
 __all__ = ["agreement"]
 
 
-@operation("agreement()")
+@collective("agreement()", repeats=False)
 def agreement(plan: Plan, step: int, said: Sequence[Heard]) -> list[float]:
     """By rank, the share of coordinates on which its ballot was that of the decision. **Collective.**
 

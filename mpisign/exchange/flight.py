@@ -31,3 +31,9 @@ class Flight:
     phase: int = 0
     heard: Heard | None = None
     deciding: Deciding | None = None
+
+    @property
+    def said(self) -> Heard:
+        """What the headers say, which are here."""
+        assert self.heard is not None
+        return self.heard

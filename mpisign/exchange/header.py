@@ -250,6 +250,9 @@ class Header:
         rows: by the place of each segment whose rows are told, how many it has.
         tells: whether a rank that has found a row of zeros says so.
         ranks: how many there are.
+
+    Attributes:
+        size: of what all say, in bytes.
     """
 
     def __init__(self, bucket: Bucket, rows: dict[int, int], tells: bool, ranks: int) -> None:
@@ -257,6 +260,7 @@ class Header:
         self._bits = self._segments * (2 if tells else 1) + sum(rows.values())
         self._mine = np.zeros(5 + -(-self._bits // 8), np.uint8)
         self._heard = np.zeros((ranks, self._mine.size), np.uint8)
+        self.size = self._heard.size
         self.bytes_sent = (ranks - 1) * self._mine.size
         self._simple = np.concatenate([[VOTES, *b"\xff\xff\xff\xff"], self._pack([np.ones(self._segments, np.bool_)])])
         self._parsed: tuple[bytes, Heard] | None = None  # what was heard last, and what it says
@@ -294,6 +298,16 @@ class Header:
             self._mine[5:] = self._pack(parts)
         request = channels.headers.Iallgather(self._mine, self._heard)
         return session.post(request, self)
+
+    @property
+    def said(self) -> npt.NDArray[np.uint8]:
+        """What all have said, as it was heard last: (bytes,)."""
+        assert self._parsed is not None
+        return np.frombuffer(self._parsed[0], np.uint8)
+
+    def hear(self, said: npt.NDArray[np.uint8]) -> None:
+        """Let it be what another rank has heard."""
+        self._heard[:] = said.reshape(self._heard.shape)
 
     def heard(self, session: Session) -> Heard:
         """What all have said. Raises ConsistencyError on every rank if somebody's cannot be."""

@@ -33,13 +33,13 @@ def report(
     said: Sequence[Heard],
     skipped: bool,
     ties: int | None,
-    times: tuple[Mapping[str, float], float],
+    times: tuple[Mapping[str, float], float, float],
 ) -> StepReport:
     """What a step did.
 
     Args:
         said: by bucket; nothing if all have joined.
-        times: seconds by phase, and those that the step has waited for the network.
+        times: seconds by phase, those that the step has waited for the network, and those of recoveries before.
     """
     others = plan.group.size - 1
     headers = handshake.bytes_sent
@@ -62,6 +62,9 @@ def report(
         ties=ties,
         seconds=times[0],
         exposed_seconds=times[1],
+        generation=plan.group.generation,
+        members=plan.group.identities,
+        recovery_seconds=times[2],
         exchange_reason=plan.why,
         _agreement=functools.partial(agreement, plan, step, said) if plan.elects else None,
     )

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpisign.backends import Count, First
+from mpisign.backends import First
 from mpisign.errors import MpisignError
-from mpisign.exchange import header, reporting
+from mpisign.exchange import handover, header, reporting
 from mpisign.exchange.decider import Deciding
 from mpisign.exchange.flight import Flight
+from mpisign.exchange.handover import Handover
 from mpisign.exchange.header import Bools, Handshake, Heard
 from mpisign.exchange.local import clipped, unscaled
 from mpisign.exchange.packed import Packed, rows_of_zeros
@@ -31,6 +32,7 @@ from mpisign.exchange.plan import Batch, Plan
 from mpisign.exchange.settling import settled
 from mpisign.exchange.sink import Sink
 from mpisign.exchange.sums import sum_over_ranks
+from mpisign.exchange.ties import Ties
 from mpisign.group import Channels
 from mpisign.layout import Bucket
 from mpisign.method import Method
@@ -53,13 +55,15 @@ class Round:
         abstention: ``header.VOTES``, or why this rank abstains whatever its gradients are.
         unscale: factor that takes a loss scale out of the gradients.
         intent: what this rank says of itself.
-        reversible: write the memory to second buffers, so that the round can be dropped.
+        reversible: write the memory to second buffers, so that the round can be dropped; always where the job outlives
+            its ranks.
         handshake: one that was made for this step already.
         session: default the present one.
 
     Attributes:
         plan: after :meth:`begin` maybe another one.
         submitted: how many batches.
+        summed: sums were made anew, as ranks have come or gone: who drops it must have that done again.
     """
 
     def __init__(
@@ -75,8 +79,9 @@ class Round:
         session: Session | None = None,
     ) -> None:
         self.plan, self._step, self._abstention, self._unscale = plan, step, abstention, unscale
-        self._intent, self._reversible = intent, reversible
         self._session = session or current()
+        self._intent, self._reversible = intent, reversible or self._session.membership is not None
+        self._handover: Handover | None = None  # after settle()
         self._began = self._opened = self._session.tracer.mark()
         group = self._session.group
         self._context = plan.policy.context(step, group.rank, group.size, plan.store.secret, group.identities)
@@ -85,11 +90,11 @@ class Round:
         self._unfit = False  # its gradients are not finite, and must not be taken in, as they could not be clipped
         self._contexts: dict[str, StepContext] = {}  # by method, after what it had to see first
         self._landed = 0  # how many flights are over
-        self._summed = False  # sums were made anew, as ranks have come or gone: drop() must have that done again
         self._begun = False
         self._packed: deque[Packed] = deque()  # and not sent yet
         self._uncounted = 0  # operations that were over before others have come to this step
         self.submitted = 0
+        self.summed = False
         self.handshake = handshake
 
     @property
@@ -138,7 +143,7 @@ class Round:
         if plan.store.unsummed:
             with self._inside(), torch.no_grad():
                 sum_over_ranks(plan, self._context, session)
-            self._summed = True
+            self.summed = True
         if plan.counts is not None:
             with self._inside():
                 plan.counts.zero_()
@@ -193,6 +198,34 @@ class Round:
             while under_way := [flight for flight in self._flights[self._landed :] if flight.pending is not None]:
                 self._move(min(under_way, key=attrgetter("phase")), wait=True)
 
+    def settle(self) -> None:
+        """After :meth:`close`: hear all that a commit needs, so that nothing can keep this rank from it any more."""
+        if not self.agreed.all_joined:
+            self._audit()
+            with self._inside():
+                self._handover = handover.settled(self.plan, self._step, self._flights, self.agreed, self._session)
+
+    def _audit(self) -> None:
+        """Raise AuditError on all ranks if one is found to have lied."""
+        if self.plan.audit is not None and self._handover is None:
+            with self._inside():
+                said = [(flight.said, self._context_of(flight.bucket.method)) for flight in self._flights]
+                lie = self.plan.audit.recount(self._session, said)
+            if lie is not None:
+                raise lie
+
+    def told(self) -> bytes:
+        """What another rank needs to end this round; see :class:`mpisign.membership.Act`."""
+        assert self._handover is not None
+        return self._handover.told()
+
+    @torch.no_grad()
+    def take(self, told: bytes) -> None:
+        """End it with what another rank has told, instead of :meth:`close` and :meth:`settle`."""
+        with self.plan.use():
+            self._handover = handover.taken(self.plan, self._step, self._flights, told, self._deciding)
+        self.handshake, self._landed = self._handover.handshake, len(self._flights)
+
     def abandon(self, count: int) -> None:
         """Submit nothing up to the ``count``-th batch, and drop the round: no more has left on any rank."""
         self.begin()
@@ -211,7 +244,7 @@ class Round:
             raise MpisignError("this round has changed the memory: only one that is reversible can be dropped")
         self.close()
         self.plan.store.drop()
-        self.plan.store.unsummed |= self._summed
+        self.plan.store.unsummed |= self.summed
 
     @torch.no_grad()
     def commit(self, sink: Sink) -> StepReport:
@@ -220,42 +253,32 @@ class Round:
         session.committed(plan.group.identities)
         if self.handshake is not None and self.handshake.all_joined:
             return self._report([], True, None)
-        said = [self._heard(flight) for flight in self._flights]
-        if plan.audit is not None:
-            with self._inside():
-                contexts = [self._context_of(flight.bucket.method) for flight in self._flights]
-                lie = plan.audit.recount(session, list(zip(said, contexts, strict=True)))
-            if lie is not None:
-                raise lie
+        self._audit()
+        said = [flight.said for flight in self._flights]
         with self._inside():
             skipped = not any(bool(heard.votes.any()) for heard in said)
-            tally = self._count_ties() if plan.answers is None else None
-            if plan.answers is not None and plan.counts is not None and plan.elects:
-                plan.answers.ask("ties", plan.counts[0])
-                plan.answers.asked()
+            ties = Ties(plan, self._step, self._flights, session) if self._handover is None else self._handover.ties
+            if plan.answers is None:
+                ties.add_up()
+            ties.ask()
             for batch in plan.batches:
                 heard = [said[bucket.index] for bucket in batch.buckets]
                 with session.tracer.span("unpack", batch.buckets[0].index):
                     if batch.method.memory.feedback:
-                        batch.encoder.sent([vote for its in heard for vote in its.votes[session.rank].tolist()])
+                        batch.encoder.sent([vote for its in heard for vote in its.votes[plan.group.rank].tolist()])
                     if not skipped:  # else nothing is applied, and a CUDA graph may own the gradients
                         batch.decoder.decode(heard, sink, self._context_of(batch.method))
                     for bucket, its in zip(batch.buckets, heard, strict=True):
                         if its.votes.any():
                             plan.deciders[bucket.index].remember(plan.exchanges[bucket.index].decision)
             if plan.answers is not None:  # who asks a GPU lets it unpack meanwhile
-                tally = self._count_ties()
+                ties.add_up()
             plan.store.commit()
             for bucket, its in zip(plan.layout.buckets, said, strict=True):
                 for place in np.flatnonzero(np.any(its.zero_rows, axis=0)).tolist():
                     plan.store.rows.add(plan.layout.parameters[bucket.segments[place].index])
-            ties = None
-            if tally is not None:
-                pending, counted = tally
-                with session.tracer.span("count of ties"):
-                    session.wait(pending)
-                ties = reporting.checked(plan, self._step, int(counted[0]))
-        return self._report(said, skipped, ties)
+            count = ties.counted()
+        return self._report(said, skipped, count)
 
     # --------------------------------------------------------------------------------------------- inside
 
@@ -415,28 +438,12 @@ class Round:
         span = functools.partial(tracer.span, "decide", bucket.index)
         return Deciding(plan.deciders[bucket.index], heard, context, plan.counts, span)
 
-    def _heard(self, flight: Flight) -> Heard:
-        assert flight.heard is not None
-        return flight.heard
-
     # --------------------------------------------------------------------------------------------- the end
-
-    def _count_ties(self) -> tuple[Pending, np.ndarray] | None:
-        """Begin to add up the ranks' ties."""
-        plan, session = self.plan, self._session
-        if not plan.elects:
-            return None
-        counting_ties = [flight.deciding for flight in self._flights if flight.bucket.method.elects and flight.deciding]
-        ties: Count = sum(deciding.ties for deciding in counting_ties)
-        if plan.answers is not None:
-            with session.tracer.span("decide"):
-                ties = int(ties) + plan.answers.told("ties")
-        counting, counted = np.array([[int(ties)], [0]], np.int64)
-        return session.post(session.group.comm.Iallreduce(counting, counted), counting, counted), counted
 
     def _report(self, said: Sequence[Heard], skipped: bool, ties: int | None) -> StepReport:
         assert self.handshake is not None
         tracer = self._session.tracer
         exposed = tracer.seconds(self._opened)["exchange"]
-        times = tracer.seconds(self._began), exposed
+        membership = self._session.membership
+        times = tracer.seconds(self._began), exposed, 0.0 if membership is None else membership.seconds()
         return reporting.report(self.plan, self._step, self.handshake, said, skipped, ties, times)

@@ -14,7 +14,9 @@ from mpisign.exchange.header import Handshake, Intent
 from mpisign.exchange.plan import Plan
 from mpisign.exchange.round import Round
 from mpisign.exchange.sink import NoSink, Sink
+from mpisign.exchange.surviving import survive
 from mpisign.report import StepReport
+from mpisign.session import current
 
 __all__ = ["NOTHING", "Early", "run", "sit_out"]
 
@@ -53,14 +55,24 @@ def run(
     """Let ``values``, by parameter, become the decision, in ``sink``. **Collective.**
 
     Args:
-        remake: see :meth:`Round.begin`.
+        remake: see :meth:`Round.begin`; makes it anew also when ranks have died.
     """
-    a_round = _opened(plan, step, abstention, unscale, intent, early)
-    a_round.begin(remake)
-    a_round.prepare(values)
-    for batch in a_round.plan.batches[a_round.submitted :]:
-        a_round.submit(batch, values.chosen(batch.places))
-    a_round.close()
+
+    def attempt(plan: Plan, first: bool, begun: Callable[[Round], None]) -> Round:
+        a_round = _opened(plan, step, abstention, unscale, intent, early if first else NOTHING, begun)
+        a_round.begin(remake)
+        a_round.prepare(values)
+        for batch in a_round.plan.batches[a_round.submitted :]:
+            a_round.submit(batch, values.chosen(batch.places))
+        a_round.close()
+        return a_round
+
+    membership = current().membership
+    if membership is None:
+        a_round = attempt(plan, True, _nobody)
+    else:
+        with membership.an_act():
+            a_round = survive(attempt, plan, remake, membership)
     return a_round.agreed, a_round.commit(sink)
 
 
@@ -70,23 +82,53 @@ def sit_out(
     joined_for: int,
     remake: Callable[[], Plan] | None = None,
     early: Early = Early(),
+    at_end: Callable[[Handshake], None] = lambda handshake: None,
 ) -> tuple[Handshake, StepReport]:
-    """Take part without a gradient; no parameter changes here. **Collective.**"""
-    a_round = _opened(plan, step, header.JOINED, 1.0, Intent(joined_for), early)
-    a_round.begin(remake)
-    plan = a_round.plan
-    if not a_round.agreed.all_joined:
+    """Take part without a gradient; no parameter changes here. **Collective.**
+
+    Args:
+        at_end: what is done when all have joined, by all, or by none.
+    """
+
+    def attempt(plan: Plan, first: bool, begun: Callable[[Round], None]) -> Round:
+        a_round = _opened(plan, step, header.JOINED, 1.0, Intent(joined_for), early if first else NOTHING, begun)
+        a_round.begin(remake)
+        plan = a_round.plan
+        if a_round.agreed.all_joined:
+            at_end(a_round.agreed)
+            return a_round
         nothing: list[torch.Tensor | None] = [None] * len(plan.layout.parameters)
         a_round.prepare(nothing)
         for batch in plan.batches:
             a_round.submit(batch, [None] * len(batch.places))
         a_round.close()
+        return a_round
+
+    membership = current().membership
+    if membership is None:
+        a_round = attempt(plan, True, _nobody)
+    else:
+        with membership.an_act():
+            a_round = survive(attempt, plan, remake, membership)
+    plan = a_round.plan
     running = (batch.places for batch in plan.batches if batch.method.memory.running)
     sink = NoSink(plan.layout, frozenset(place for its in running for place in its))
     return a_round.agreed, a_round.commit(sink)
 
 
-def _opened(plan: Plan, step: int, abstention: int, unscale: float, intent: Intent, early: Early) -> Round:
+def _nobody(a_round: Round) -> None:
+    """Is told of a round where nobody needs to know."""
+
+
+def _opened(
+    plan: Plan,
+    step: int,
+    abstention: int,
+    unscale: float,
+    intent: Intent,
+    early: Early,
+    begun: Callable[[Round], None],
+) -> Round:
     """The round that counts, after its handshake: what has left early goes on in it, or is dropped on all ranks."""
     if early.round is not None:
         intent = replace(intent, posted=early.round.submitted, void=early.void)
@@ -95,6 +137,7 @@ def _opened(plan: Plan, step: int, abstention: int, unscale: float, intent: Inte
         a_round.intend(intent)
     else:
         a_round = Round(plan, step, abstention=abstention, unscale=unscale, intent=intent)
+    begun(a_round)
     handshake = a_round.open()
     if not handshake.posted or not (handshake.void or handshake.fresh):
         return a_round
@@ -108,4 +151,6 @@ def _opened(plan: Plan, step: int, abstention: int, unscale: float, intent: Inte
         left = Round(early.plan, step, abstention=header.JOINED, reversible=True)
     left.abandon(handshake.posted)
     early.dropped()
-    return Round(plan, step, abstention=abstention, unscale=unscale, intent=intent, handshake=handshake)
+    a_round = Round(plan, step, abstention=abstention, unscale=unscale, intent=intent, handshake=handshake)
+    begun(a_round)
+    return a_round

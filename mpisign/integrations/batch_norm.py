@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpisign.collectives import allreduce
-from mpisign.session import is_initialized, size
+from mpisign.places import size
+from mpisign.session import is_initialized
 
 __all__ = ["SyncBatchNorm"]
 

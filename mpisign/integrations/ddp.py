@@ -18,10 +18,11 @@ from mpisign.errors import ConsistencyError, OptionError
 from mpisign.method import Method
 from mpisign.methods import signum
 from mpisign.optimizer import DistributedSignOptimizer
+from mpisign.places import num_nodes
 from mpisign.plain import plain
 from mpisign.report import StepReport
 from mpisign.scaling import living
-from mpisign.session import current, num_nodes, operation
+from mpisign.session import current, operation
 
 __all__ = ["Vote", "init_process_group", "vote"]
 

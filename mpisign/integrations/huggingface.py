@@ -18,8 +18,8 @@ from transformers import TrainerCallback
 from mpisign import session
 from mpisign.errors import OptionError
 from mpisign.optimizer import DistributedSignOptimizer
+from mpisign.places import local_rank, rank, size
 from mpisign.report import StepReport
-from mpisign.session import local_rank, rank, size
 from mpisign.warning import warn
 
 __all__ = ["MpisignCallback", "hide_launcher", "init", "shard"]

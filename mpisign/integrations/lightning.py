@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero
 from torch.nn.parallel import DistributedDataParallel
 
-from mpisign import session
+from mpisign import places, session
 from mpisign.collectives import allgather, allreduce
 from mpisign.errors import OptionError
 from mpisign.integrations.metrics import sync_metrics
@@ -60,7 +60,7 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
 
     def set_world_ranks(self) -> None:
         """Who logs and prints. Lightning would ask variables of launchers that it knows."""
-        rank_zero.rank_zero_only.rank = fabric_rank_zero.rank_zero_only.rank = session.rank()
+        rank_zero.rank_zero_only.rank = fabric_rank_zero.rank_zero_only.rank = places.rank()
 
     # ------------------------------------------------------------------------------------------------- where
 
@@ -68,7 +68,7 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
     def root_device(self) -> torch.device:
         """This rank's device."""
         on_gpu = self.accelerator is not None and type(self.accelerator).__name__ == "CUDAAccelerator"
-        return session.device() if on_gpu else torch.device("cpu")
+        return places.device() if on_gpu else torch.device("cpu")
 
     @property
     def is_distributed(self) -> bool:
@@ -78,7 +78,7 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Which part of the data is this rank's."""
-        return {"num_replicas": session.size(), "rank": session.rank()}
+        return {"num_replicas": places.size(), "rank": places.rank()}
 
     def model_to_device(self) -> None:
         """As Lightning's own."""
@@ -90,7 +90,7 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
         """Refuse what would start another job in this one."""
         if self.root_device.type == "cpu" and len(self.parallel_devices or ()) > 1:
             raise OptionError(
-                f"rank {session.rank()}: Trainer(devices={len(self.parallel_devices)}): mpirun has started one process "
+                f"rank {places.rank()}: Trainer(devices={len(self.parallel_devices)}): mpirun has started one process "
                 f"for each device, so pass devices=1"
             )
         super().setup_environment()
@@ -100,7 +100,7 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
         for module in self.model.modules():
             if isinstance(module, DistributedDataParallel):
                 raise OptionError(
-                    f"rank {session.rank()}: the model holds a DistributedDataParallel module, which averages "
+                    f"rank {places.rank()}: the model holds a DistributedDataParallel module, which averages "
                     f"gradients before the vote: take the model out of it"
                 )
         sync_metrics(self.lightning_module)
@@ -117,7 +117,7 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
         for place, optimizer in enumerate(plain):
             if isinstance(optimizer, DistributedSignOptimizer):
                 raise OptionError(
-                    f"rank {session.rank()}: configure_optimizers() returns a DistributedSignOptimizer, which "
+                    f"rank {places.rank()}: configure_optimizers() returns a DistributedSignOptimizer, which "
                     f"MpisignStrategy would wrap again: return the plain optimizer, and give the strategy its options"
                 )
             named = [(names[p], p) for group in optimizer.param_groups for p in group["params"] if p in names]
@@ -139,7 +139,7 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
         """All ranks' tensors made one. **Collective.**"""
         op = OPS.get(str(getattr(reduce_op, "name", reduce_op)).rpartition(".")[2].lower())
         if op is None:
-            raise OptionError(f"rank {session.rank()}: reduce_op={shown(reduce_op)} is not one of {sorted(OPS)}")
+            raise OptionError(f"rank {places.rank()}: reduce_op={shown(reduce_op)} is not one of {sorted(OPS)}")
         if not isinstance(tensor, torch.Tensor):
             return tensor
         result = allreduce(tensor, op)  # type: ignore[arg-type]
@@ -191,7 +191,7 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
 
     @staticmethod
     def _file(filepath: Any) -> Path:
-        return Path(f"{filepath}.ranks") / f"rank-{session.rank():05d}.pt"
+        return Path(f"{filepath}.ranks") / f"rank-{places.rank():05d}.pt"
 
 
 class _Environment(ClusterEnvironment):  # type: ignore[misc]
@@ -205,16 +205,16 @@ class _Environment(ClusterEnvironment):  # type: ignore[misc]
         return session.is_initialized()
 
     def world_size(self) -> int:
-        return session.size()
+        return places.size()
 
     def global_rank(self) -> int:
-        return session.rank()
+        return places.rank()
 
     def local_rank(self) -> int:
-        return session.local_rank()
+        return places.local_rank()
 
     def node_rank(self) -> int:
-        return session.node_rank()
+        return places.node_rank()
 
     def set_world_size(self, size: int) -> None:
         """It is MPI's."""

@@ -9,7 +9,8 @@ from torch import nn
 from torchmetrics import Metric
 
 from mpisign.collectives import gather_each
-from mpisign.session import is_initialized, size
+from mpisign.places import size
+from mpisign.session import is_initialized
 
 __all__ = ["sync_metrics"]
 

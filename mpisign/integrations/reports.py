@@ -8,8 +8,8 @@ from typing import Any
 
 from mpisign.errors import OptionError
 from mpisign.optimizer import DistributedSignOptimizer
+from mpisign.places import rank
 from mpisign.policy import check_integer
-from mpisign.session import rank
 
 __all__ = ["ReportWriter", "write_reports"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from mpisign.memory.saved import STATE_VERSION, checked
 from mpisign.warning import warn
 
 __all__ = ["MemoryStore", "state_dtype"]
+
+logger = logging.getLogger(__name__)
 
 LEAST_RATE = 2.0**-100
 """A learning rate below it moves nothing, and a memory that is divided by it overflows: it counts as 0."""
@@ -180,6 +183,8 @@ class MemoryStore:
         held = {p for p in parameters if p.requires_grad or not (regrouped and self.memory_of(p).summed)}
         if any(memory.private for memory in memories.values()) and not self.secret:
             self.secret = secrets.token_hex(32)
+        if regrouped and self.sharded and any(self._pieces.values()) and group.rank == 0:
+            logger.warning("ranks have come or gone: what owners of shards had kept starts anew")
         self._former = {
             parameter: pieces for parameter, pieces in self._kept_pieces(regrouped).items() if parameter in held
         }

@@ -1,0 +1,344 @@
+"""A job that loses ranks, or believes so: every step against NumPy, or against a training in which nobody is lost.
+
+Usage: surviving.py SCENARIOS, a JSON list, of which each is a training. It begins with those whom the last has left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ballots
+import numpy as np
+import oracle
+import torch
+from methods_table import TABLE
+
+import mpisign
+from mpisign.exchange.encoder import Encoder
+from mpisign.exchange.hierarchical import Hierarchical
+from mpisign.exchange.round import Round
+from mpisign.exchange.two_phase import TwoPhase
+from mpisign.membership import Membership
+from mpisign.session import current
+from mpisign.survival import RanksLostError
+from mpisign.watchdog import Pending
+
+SHAPES = ((20, 10), (33,), (7, 3), (500,))
+DTYPES = [torch.float32, torch.float64]
+BETA = 0.5
+
+Scenario = dict[str, Any]
+
+
+def identity() -> int:
+    return current().group.identity
+
+
+# ---------------------------------------------------------------------------------------------- what goes wrong
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def alarm() -> None:
+    raise RanksLostError("a test says so")
+
+
+def at_call(owner: Any, name: str, count: int, act: Callable[[], None], *, after: bool = False) -> None:
+    """Let ``act`` happen in the ``count``-th call of a method from now on, before or after what it does."""
+    former, calls = getattr(owner, name), [0]
+
+    def method(*args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] != count:
+            return former(*args, **options)
+        setattr(owner, name, former)
+        result = former(*args, **options) if after else None
+        act()
+        return result if after else former(*args, **options)
+
+    setattr(owner, name, method)
+
+
+def fail() -> None:
+    raise ValueError("an error of the user's")
+
+
+SPOTS: dict[str, tuple[Any, str, int, bool]] = {
+    "handshake": (Round, "open", 1, False),
+    "after the handshake": (Round, "open", 1, True),
+    "encode": (Encoder, "encode", 2, False),
+    "exchange": (TwoPhase, "go_on", 2, False),
+    "late in the exchange": (TwoPhase, "go_on", 6, True),
+    "hierarchy 1": (Hierarchical, "go_on", 1, False),
+    "hierarchy 3": (Hierarchical, "go_on", 3, True),
+    "hierarchy 9": (Hierarchical, "go_on", 9, True),
+    "close": (Round, "close", 1, True),
+    "decided": (Round, "commit", 1, False),
+    "applied": (Round, "commit", 1, True),
+    "recovery": (Membership, "_told", 1, False),
+    "end of the recovery": (Membership, "_settle", 1, False),
+}
+
+
+def deaf(former: Callable[[Round], None] = Round.close) -> None:
+    """Let this rank not hear how the next round ends, as if the last messages had been lost with another rank."""
+
+    def close(a_round: Round) -> None:
+        Round.close = former  # type: ignore[method-assign]
+        plan, session = a_round.plan, current()
+        if not plan.elects and all(its.name == "allgather" for its in plan.exchanges):
+            a_round._send_packed(wait=True)
+            for flight in a_round._flights:  # the others have all that they need, and here nothing is decided
+                for pending in (flight.header, flight.pending):
+                    if pending is not None:
+                        session.wait(pending)
+            alarm()
+        former(a_round)
+        a_round.settle()
+        for flight in a_round._flights[1:]:
+            flight.pending, flight.heard = Pending(None, ()), None  # type: ignore[arg-type]
+            plan.exchanges[flight.bucket.index].decision.zero_()
+        a_round._handover = None
+        alarm()
+
+    Round.close = close  # type: ignore[method-assign]
+
+
+def arm(scenario: Scenario, at: int) -> None:
+    """Prepare what goes wrong on this rank in this step."""
+    for event in scenario.get("events", ()):
+        if event["rank"] != identity() or event["step"] != at:
+            continue
+        act = {"kill": die, "alarm": alarm, "raise": fail}.get(event["what"])
+        if event["what"] == "deaf":
+            deaf()
+        elif event["where"] == "before":
+            assert act is not None
+            act()
+        else:
+            owner, name, count, after = SPOTS[event["where"]]
+            assert act is not None
+            at_call(owner, name, count, act, after=after)
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+def gradients(tensors: Sequence[torch.Tensor], at: int, who: int) -> list[torch.Tensor]:
+    return ballots.draw(tensors, ballots.generator(at, who))
+
+
+def backward(tensors: Sequence[torch.nn.Parameter], its: Sequence[torch.Tensor]) -> None:
+    """Let these be the gradients, bit for bit, by a backward pass."""
+    sum((p * g).sum().double() for p, g in zip(tensors, its, strict=True)).backward()
+
+
+def votes(scenario: Scenario) -> None:
+    """Signum: after every step, the parameters are what NumPy makes of the ballots of those whom the report names."""
+    tensors = ballots.parameters(*SHAPES, dtypes=DTYPES)
+    sgd = torch.optim.SGD(tensors, lr=1.0)
+    options = {"bucket_cap_mb": 1e-5, "zeros": "coin", "seed": 7, **scenario.get("options", {})}
+    optimizer = mpisign.DistributedSignOptimizer(sgd, ballots.named(tensors), method=mpisign.signum(BETA), **options)
+    everyone = current().group.identities
+    kept = {who: [np.zeros(t.numel()) for t in tensors] for who in everyone}
+    expected = [np.zeros(t.numel()) for t in tensors]
+    told = []
+    for at in range(scenario["steps"]):
+        arm(scenario, at)
+        optimizer.zero_grad()
+        backward(tensors, gradients(tensors, at, identity()))
+        optimizer.step()
+        report = optimizer.report
+        assert report.step == at
+        sent = []
+        for who in report.members:
+            both = [
+                oracle.momentum(m, ballots.flat(g), BETA)
+                for m, g in zip(kept[who], gradients(tensors, at, who), strict=True)
+            ]
+            sent.append([its for its, _ in both])
+            kept[who] = [its for _, its in both]
+        sizes = [t.numel() for t in tensors]
+        decisions, ties = ballots.vote(sent, sizes, at, seed=7, identities=report.members)
+        expected = [total - decision for total, decision in zip(expected, decisions, strict=True)]
+        assert (report.ties, report.voters) == (ties, tuple(range(len(report.members)))), (at, report)
+        for tensor, total in zip(tensors, expected, strict=True):
+            assert np.array_equal(ballots.flat(tensor), total), (scenario, at, identity())
+        told.append([report.generation, list(report.members)])
+    memory = optimizer.state_dict()["mpisign"]["memory"]
+    for place, its in memory.items():
+        assert np.array_equal(ballots.flat(its["momentum"]), kept[identity()][place]), "taken in once"
+    assert all(its == told for its in mpisign.allgather_object(told)), "the same members have voted on all ranks"
+    say(scenario, told)
+
+
+def alarms(scenario: Scenario) -> None:
+    """Any method: ranks take fright, and nobody is dead: training is what it is without, bit for bit."""
+    for name in scenario["methods"]:
+        ends = []
+        for frightened in (False, True):
+            method = TABLE[name](mpisign.size())
+            tensors = ballots.parameters(*SHAPES, dtypes=[torch.float32])
+            sgd = torch.optim.SGD(tensors, lr=0.25)
+            options = {"bucket_cap_mb": 1e-5, **scenario.get("options", {})}
+            optimizer = mpisign.DistributedSignOptimizer(sgd, ballots.named(tensors), method=method, **options)
+            optimizer.set_epoch(0)
+            for at in range(scenario["steps"]):
+                if frightened:
+                    arm(scenario, at)
+                optimizer.zero_grad()
+                backward(tensors, gradients(tensors, at, identity()))
+                optimizer.step()
+            state = optimizer.state_dict()["mpisign"]
+            kept = [its for place in state["memory"].values() for its in place.values()]
+            ends.append([*(t.detach().clone() for t in tensors), *kept])
+        assert len(ends[0]) == len(ends[1])
+        assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True)), (name, scenario, identity())
+    say(scenario, [current().group.generation])
+
+
+def windows(scenario: Scenario) -> None:
+    """``every=``: an exchange counts once, on all; without momentum and with a mean, common parameters are NumPy's."""
+    if scenario.get("delay"):
+        delayed(scenario)
+        return
+    tensors = ballots.parameters(*SHAPES, dtypes=[torch.float64])
+    sgd = torch.optim.SGD(tensors, lr=0.5)
+    optimizer = mpisign.DistributedSignOptimizer(
+        sgd, ballots.named(tensors), method=mpisign.mean(), every=2, bucket_cap_mb=1e-5
+    )
+    expected, window = [np.zeros(t.numel()) for t in tensors], 0
+    for at in range(scenario["steps"]):
+        arm(scenario, at)
+        optimizer.zero_grad()
+        backward(tensors, gradients(tensors, at, identity()))
+        optimizer.step()
+        if at % 2 == 0:
+            continue
+        members = optimizer.report.members
+        for place, total in enumerate(expected):
+            moved = [
+                sum(ballots.flat(gradients(tensors, step, who)[place]) for step in (at - 1, at)) for who in members
+            ]
+            expected[place] = total - 0.5 * np.sum(moved, axis=0) / len(members)
+        for tensor, total in zip(tensors, expected, strict=True):
+            np.testing.assert_allclose(ballots.flat(tensor), total, rtol=0, atol=1e-12)
+        window += 1
+    raw = [t.detach().numpy().tobytes() for t in tensors]
+    assert all(its == raw for its in mpisign.allgather_object(raw)), "replicas are the same"
+    say(scenario, [window])
+
+
+def delayed(scenario: Scenario) -> None:
+    """With ``delay=``: whoever is left, differences count once: common parameters are a sum of them."""
+    tensors = ballots.parameters(*SHAPES, dtypes=[torch.float64])
+    sgd = torch.optim.SGD(tensors, lr=0.5)
+    optimizer = mpisign.DistributedSignOptimizer(
+        sgd, ballots.named(tensors), method=mpisign.mean(), every=3, delay=2, bucket_cap_mb=1e-5
+    )
+    expected = [np.zeros(t.numel()) for t in tensors]
+    for at in range(scenario["steps"]):
+        arm(scenario, at)
+        optimizer.zero_grad()
+        backward(tensors, gradients(tensors, at, identity()))
+        optimizer.step()
+        if at % 3 != 1 or at < 3:
+            continue
+        members = optimizer.report.members
+        for place, total in enumerate(expected):
+            moved = [
+                sum(ballots.flat(gradients(tensors, step, who)[place]) for step in range(at - 4, at - 1))
+                for who in members
+            ]
+            expected[place] = total - 0.5 * np.sum(moved, axis=0) / len(members)
+        with optimizer.common_parameters():
+            for tensor, total in zip(tensors, expected, strict=True):
+                np.testing.assert_allclose(ballots.flat(tensor), total, rtol=0, atol=1e-12)
+            raw = [t.detach().numpy().tobytes() for t in tensors]
+            assert all(its == raw for its in mpisign.allgather_object(raw)), "replicas are the same"
+    say(scenario, [optimizer.report.generation])
+
+
+def calls(scenario: Scenario) -> None:
+    """Everything besides steps: repeated by itself, or an error on all, after which it can be called again."""
+    folder = Path(scenario["folder"])
+    layer = torch.nn.Linear(5, 4)
+    optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1), layer.named_parameters())
+    mpisign.broadcast_parameters(layer.state_dict())
+    layer(torch.ones(2, 5)).sum().backward()
+    optimizer.step()
+    frightened = [mpisign.size() - 1, 0]
+    members = mpisign.allgather_object(identity())
+
+    def again(call: Callable[[], Any]) -> Any:
+        for _ in range(3):
+            try:
+                return call()
+            except mpisign.MembershipChangedError as error:
+                changed.append(str(error))
+        raise AssertionError("it never comes about")
+
+    def both(call: Callable[[], Any], *, raises: bool) -> Any:
+        """With an alarm on one rank, in the first meeting and at the very end, in turn."""
+        for rank in frightened:
+            for count, after in ((1, False), (1, True), (2, True)):
+                changed.clear()
+                if mpisign.rank() == rank:
+                    at_call(type(current()), "meet", count, alarm, after=after)
+                result = again(call)
+                told = mpisign.allgather_object(len(changed))
+                assert len(set(told)) == 1, (told, call, count, after)
+                assert raises or told[0] == 0, (told, count, after)
+        return result
+
+    changed: list[str] = []
+    assert both(lambda: mpisign.average(2.0 + mpisign.rank()), raises=False) == 2.0 + (mpisign.size() - 1) / 2
+    assert both(lambda: mpisign.allgather_object(identity()), raises=False) == members
+    both(mpisign.barrier, raises=False)
+    both(lambda: mpisign.check_consistency(layer, optimizer), raises=False)
+    both(lambda: mpisign.broadcast_parameters(layer.state_dict(), root_rank=1), raises=True)
+    assert both(lambda: mpisign.broadcast_object(identity(), root_rank=1), raises=True) == members[1]
+    both(lambda: mpisign.checkpoint.save(folder, model=layer, optimizer=optimizer, step=1), raises=False)
+    both(lambda: mpisign.checkpoint.load(folder, model=layer, optimizer=optimizer), raises=False)
+    mpisign.checkpoint.save(folder, model=layer, optimizer=optimizer, step=2, asynchronous=True)
+    both(mpisign.checkpoint.wait, raises=False)
+    assert mpisign.checkpoint.newest(folder).name == "step-00000002"
+    for rank in frightened:
+        for count in (1, 2, 3):
+            for _ in range(1 + mpisign.rank() % 2):
+                optimizer.zero_grad()
+                layer(torch.ones(2, 5) * (1 + identity())).sum().backward()
+                optimizer.step()
+            if mpisign.rank() == rank:
+                at_call(type(current()), "meet", count, alarm)
+            assert optimizer.join() == (1 if mpisign.size() > 1 else 0)
+            mpisign.check_consistency(layer, optimizer)
+    say(scenario, members)
+
+
+def say(scenario: Scenario, what: Any) -> None:
+    tell(f"{scenario['name']}: {json.dumps(what)}")
+
+
+def tell(text: str) -> None:
+    sys.stdout.write(f"\nrank {identity()}: {text}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    scenarios = json.loads(sys.argv[1])
+    mpisign.init(on_failure="continue", stall_timeout=60.0)
+    changes: list[mpisign.MembershipChange] = []
+    mpisign.on_membership_change(changes.append)
+    for one in scenarios:
+        globals()[one["kind"]](one)
+    assert not changes or changes[-1].members == current().group.identities
+    tell(f"has lost {[list(it.lost) for it in changes if it.lost]} and ends")

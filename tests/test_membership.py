@@ -1,0 +1,217 @@
+"""mpisign.membership: jobs that go on when ranks die, in jobs of their own; see surviving.py for what they do."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from methods_table import among, exchanges
+from mpi4py import MPI
+from mpirun import Result, started
+
+import mpisign
+from mpisign.membership import QUORUM_EXIT_CODE, has_quorum
+
+HERE = Path(__file__).parent
+ULFM = ("--with-ft", "ulfm", "--mca", "mpi_ft_propagator_with_rbcast", "1")
+
+needs_ulfm = pytest.mark.skipif(MPI.get_vendor()[0] != "Open MPI", reason="no ULFM")
+
+FLAT = ("handshake", "after the handshake", "encode", "exchange", "late in the exchange", "close")
+HIERARCHY = ("handshake", "encode", "hierarchy 1", "hierarchy 3", "hierarchy 9", "close")
+
+
+def event(rank: int, step: int, where: str, what: str = "kill") -> dict[str, Any]:
+    return {"rank": rank, "step": step, "where": where, "what": what}
+
+
+def frights(where: tuple[str, ...], ranks: int) -> list[dict[str, Any]]:
+    """A false alarm in each of the first steps, and then two decisions that some ranks do not hear of."""
+    last = len(where) + 1
+    alarms = [event(place % ranks, place + 1, spot, "alarm") for place, spot in enumerate(where)]
+    return [*alarms, event(0, last, "", "deaf"), event(1, last + 2, "", "deaf"), event(ranks - 1, last + 2, "", "deaf")]
+
+
+def votes(name: str, steps: int, events: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
+    return {"kind": "votes", "name": name, "steps": steps, "events": events, "options": options}
+
+
+def run(ranks: int, scenarios: list[dict[str, Any]], *, nodes: str = "", timeout: float = 200.0) -> Result:
+    """Run a job that must end by itself and leave nothing."""
+    env = {"PYTHONPATH": f"{HERE.parent}:{HERE}:{HERE / 'mpi'}", "MPISIGN_CALIBRATE": "0"}
+    if nodes:
+        env["MPISIGN_NODE_OF"] = nodes
+    with started(ranks, HERE / "surviving.py", json.dumps(scenarios), env=env, options=ULFM) as job:
+        result = job.wait(timeout)
+        assert job.orphans() == []
+    return result
+
+
+def ends(result: Result) -> dict[int, list[list[int]]]:
+    """By the ranks that have come to the end, whom they have lost."""
+    found = re.findall(r"rank (\d+): has lost (\[.*\]) and ends", result.text)
+    return {int(rank): json.loads(lost) for rank, lost in found}
+
+
+def told(result: Result, name: str) -> list[Any]:
+    """What ranks have said of a training, which is the same on all."""
+    said = [json.loads(its) for its in re.findall(rf"rank \d+: {re.escape(name)}: (.*)", result.text)]
+    assert said, result.text
+    assert all(its == said[0] for its in said), result.text
+    return list(said[0])
+
+
+@pytest.mark.parametrize(
+    ("here", "members", "may"),
+    [
+        ((0, 1, 2), (0, 1, 2), True),
+        ((1, 2), (0, 1, 2), True),
+        ((0,), (0, 1, 2), False),
+        ((0,), (0, 1), True),
+        ((1,), (0, 1), False),
+        ((1, 3), (1, 2, 3, 4), True),
+        ((2, 4), (1, 2, 3, 4), False),
+        ((2, 3, 4), (1, 2, 3, 4), True),
+        ((7, 8, 9), (1, 2, 3), False),
+    ],
+)
+def test_more_than_half_go_on_or_half_with_the_lowest(here: Any, members: Any, may: bool) -> None:
+    assert has_quorum(here, members) is may
+
+
+@needs_ulfm
+def test_ranks_die_one_after_the_other_wherever_they_are() -> None:
+    """In flat and hierarchical exchanges, overlapped and at a window's end, rank 0 included; the last goes on alone.
+
+    Where one dies after it has decided, some have its last decision and give it to the others: it counts.
+    """
+    scenarios = [
+        votes("frights", 10, frights(FLAT, 5), exchange="two_phase"),
+        votes("two phases", 5, [event(3, 2, "late in the exchange")], exchange="two_phase"),
+        votes("hierarchy", 6, [event(0, 3, "hierarchy 3")], exchange="hierarchical", overlap=True),
+        {
+            "kind": "windows",
+            "name": "windows",
+            "steps": 6,
+            "events": [event(4, 3, "decided"), event(1, 3, "", "deaf")],
+        },
+        votes("alone", 5, [event(2, 2, "before", "raise")], exchange="allgather"),
+    ]
+    result = run(5, scenarios, nodes="0,1,0,1,1")
+    assert ends(result) == {1: [[3], [0], [4], [2]]}, result.text
+    assert "ValueError: an error of the user's" in result.text
+    assert [members for _, members in told(result, "two phases")] == [[0, 1, 2, 3, 4]] * 2 + [[0, 1, 2, 4]] * 3
+    assert [members for _, members in told(result, "hierarchy")] == [[0, 1, 2, 4]] * 3 + [[1, 2, 4]] * 3
+    assert [members for _, members in told(result, "alone")] == [[1, 2]] * 2 + [[1]] * 3
+
+
+@needs_ulfm
+def test_the_smaller_side_stops_and_says_so() -> None:
+    result = run(2, [votes("votes", 4, [event(0, 2, "encode")], exchange="two_phase")])
+    assert result.returncode == QUORUM_EXIT_CODE, result.text
+    assert "rank 1 stops: ranks [1] are all that this one reaches of [0, 1], and that is no majority" in result.text
+    assert ends(result) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"on_failure": "go on"}, "choose one of 'abort', 'continue'"),
+        ({"min_ranks": 1}, "on_failure='continue'"),
+        ({"on_failure": "continue", "min_ranks": 2}, "more than the 1 ranks"),
+        ({"on_failure": "continue", "min_ranks": 0}, "min_ranks=0"),
+        ({"on_failure": "continue"}, "--with-ft ulfm|take Open MPI 5"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(mpisign.OptionError, match=message):
+        mpisign.init(**options)
+    assert not mpisign.is_initialized()
+
+
+def test_without_it_callbacks_are_taken_and_never_called(world: None) -> None:
+    def never(change: mpisign.MembershipChange) -> None:
+        raise AssertionError(change)
+
+    mpisign.on_membership_change(never)()
+
+
+# ------------------------------------------------------------------------------------------------- the long ones
+
+
+@needs_ulfm
+@pytest.mark.long
+def test_every_call_comes_about_on_all_or_is_an_error_on_all(tmp_path: Path) -> None:
+    result = run(3, [{"kind": "calls", "name": "calls", "folder": str(tmp_path)}])
+    assert ends(result) == {0: [], 1: [], 2: []}, result.text
+
+
+@needs_ulfm
+@pytest.mark.long
+def test_differences_that_travel_and_audits_survive() -> None:
+    alarms = [event(0, 4, "handshake", "alarm"), event(1, 6, "close", "alarm"), event(1, 10, "", "deaf")]
+    alarms += [event(0, 13, "encode", "alarm"), event(2, 16, "", "deaf")]
+    scenarios = [
+        {"kind": "windows", "name": "delay", "delay": 2, "steps": 20, "events": alarms},
+        votes("audit", 8, frights(("close", "exchange"), 3), exchange="two_phase", audit=1),
+        {"kind": "windows", "name": "kill", "delay": 2, "steps": 12, "events": [event(1, 5, "encode")]},
+    ]
+    result = run(3, scenarios)
+    assert ends(result) == {0: [[1]], 2: [[1]]}, result.text
+
+
+@needs_ulfm
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
+def test_every_method_takes_a_gradient_in_once(exchange: str) -> None:
+    """Whatever ranks have begun, and have not heard of: parameters and memories are those of a calm training."""
+    methods = {name: its for name, its in among(3).items() if "private" not in name and exchange in exchanges(its)}
+    if exchange == "two_phase":  # what shard owners keep starts anew
+        methods = {name: its for name, its in methods.items() if not getattr(its.rule, "keeps", False)}
+    events = [event(0, 1, "handshake", "alarm"), event(1, 2, "encode", "alarm"), event(2, 3, "close", "alarm")]
+    events += [event(0, 4, "", "deaf"), event(1, 6, "", "deaf")]
+    scenario = {"kind": "alarms", "name": "all", "steps": 8, "methods": list(methods), "events": events}
+    result = run(3, [{**scenario, "options": {"exchange": exchange}}], timeout=500.0)
+    assert ends(result) == {0: [], 1: [], 2: []}, result.text
+
+
+@needs_ulfm
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize(
+    ("where", "options"),
+    [
+        *((where, {"exchange": "two_phase"}) for where in (*FLAT, "before", "decided", "applied")),
+        *((where, {"exchange": "hierarchical"}) for where in HIERARCHY),
+        *((where, {"exchange": "two_phase", "overlap": True}) for where in FLAT[2:]),
+        *((where, {"exchange": "allgather", "apply": "optimizer"}) for where in ("encode", "close", "decided")),
+    ],
+)
+def test_a_rank_dies(victim: int, where: str, options: dict[str, Any]) -> None:
+    result = run(3, [votes("votes", 6, [event(victim, 3, where)], **options)], nodes="0,0,1")
+    assert ends(result) == {rank: [[victim]] for rank in range(3) if rank != victim}, result.text
+
+
+@needs_ulfm
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("events", "lost"),
+    [
+        ([event(1, 3, "encode"), event(4, 3, "encode")], [[1, 4]]),
+        ([event(1, 3, "exchange"), event(0, 3, "close")], [[0, 1]]),
+        ([event(1, 3, "encode"), event(4, 3, "recovery")], [[1, 4]]),
+        ([event(2, 3, "handshake"), event(0, 3, "end of the recovery")], [[2], [0]]),
+    ],
+)
+def test_two_die_at_once_or_one_during_the_recovery(events: list[dict[str, Any]], lost: list[list[int]]) -> None:
+    result = run(5, [votes("votes", 6, events, exchange="two_phase")])
+    gone = {rank for its in lost for rank in its}
+    found = ends(result)
+    assert set(found) == set(range(5)) - gone, result.text
+    assert all(sorted(who for its in lost for who in its) == sorted(gone) for lost in found.values()), result.text
