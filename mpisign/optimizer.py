@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, TypeVar, get_args, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch.optim import Optimizer
@@ -14,20 +14,18 @@ from mpisign.bitmap.located import Located
 from mpisign.checks import StepChecks
 from mpisign.errors import CheckpointError, OptionError, SynchronizationError
 from mpisign.exchange import header
-from mpisign.exchange.audit import check_audit
-from mpisign.exchange.choose import Choice, check_exchange
+from mpisign.exchange.choose import Choice
 from mpisign.exchange.local import local_update
 from mpisign.exchange.plan import Plan
 from mpisign.exchange.run import NOTHING, Early, run
 from mpisign.exchange.sink import GradientSink, ModelSink, Sink
 from mpisign.local_steps import LocalSteps, Outer
-from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
 from mpisign.methods import signum
-from mpisign.overlap import Overlap, check_overlap
+from mpisign.overlap import Overlap
 from mpisign.plain import plain, uncompiled
-from mpisign.planned import Planned
-from mpisign.policy import Policy, Ties, Zeros, check_choice, check_integer, check_positive
+from mpisign.planned import Apply, Planned
+from mpisign.policy import Policy, Ties, Zeros, check_integer
 from mpisign.rules import BallotRule
 from mpisign.scaling import LossScale
 from mpisign.session import current, is_initialized, known, operation
@@ -36,7 +34,6 @@ from mpisign.windows import KEY
 
 __all__ = ["DistributedSignOptimizer"]
 
-Apply = Literal["auto", "optimizer"]
 T = TypeVar("T")
 
 
@@ -140,26 +137,19 @@ class DistributedSignOptimizer(Planned):
             raise OptionError("this is a DistributedSignOptimizer already: wrap the torch optimizer once")
         if not isinstance(method, Method):
             raise OptionError(f"method={method!r} is not a Method: use one of mpisign's, e.g. mpisign.signum(0.9)")
-        for one in [method, *wrapping.methods_of(optimizer)]:
-            check_exchange(exchange, one)
-            check_audit(audit, one)
-        if bucket_cap_mb is not None:
-            bucket_cap_mb = check_positive("bucket_cap_mb", bucket_cap_mb)
-        if clip_grad_norm is not None:
-            clip_grad_norm = check_positive("clip_grad_norm", clip_grad_norm, ", or None for never")
-        check_choice("apply", apply, get_args(Apply))
-        self.wrapped = optimizer
-        self.method = method
-        self.policy = Policy(zeros, ties, seed)
-        self.exchange = exchange
-        self.clip_grad_norm = clip_grad_norm
-        self.bucket_cap_mb = bucket_cap_mb
-        self.apply = apply
-        self.overlap = check_overlap(overlap, [method, *wrapping.methods_of(optimizer)], clip_grad_norm)
-        self.backward_passes_per_step = check_integer("backward_passes_per_step", backward_passes_per_step, 1)
-        self.audit = check_integer("audit", audit, 0)
-        self._names = wrapping.names_of(optimizer, named_parameters)
-        self._memory = MemoryStore(method.memory)
+        self._configure(
+            optimizer,
+            named_parameters,
+            method,
+            Policy(zeros, ties, seed),
+            exchange,
+            clip_grad_norm,
+            bucket_cap_mb,
+            apply,
+            overlap,
+            backward_passes_per_step,
+            audit,
+        )
         self._exchanges = 0
         self._epoch: int | None = None  # until somebody says
         self.__setstate__({})

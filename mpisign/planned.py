@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Literal, get_args
+
 import torch
+from torch.optim import Optimizer
 
 from mpisign import wrapping
 from mpisign.checks import StepChecks
 from mpisign.errors import SynchronizationError
+from mpisign.exchange.audit import check_audit
+from mpisign.exchange.choose import check_exchange
 from mpisign.exchange.plan import Plan, make_plan
 from mpisign.memory import Memory
 from mpisign.memory.store import MemoryStore
 from mpisign.method import Method
-from mpisign.overlap import Overlap
-from mpisign.policy import Policy
+from mpisign.overlap import Overlap, check_overlap
+from mpisign.policy import Policy, check_choice, check_integer, check_positive
 from mpisign.session import Session, current
 from mpisign.wrapper import Wrapper
 
-__all__ = ["Planned"]
+__all__ = ["Apply", "Planned"]
+
+Apply = Literal["auto", "optimizer"]
 
 
 class Planned(Wrapper):
@@ -41,6 +49,38 @@ class Planned(Wrapper):
     _number: int
     _overlap: Overlap
     _checks: StepChecks
+
+    def _configure(
+        self,
+        optimizer: Optimizer,
+        named_parameters: Iterable[tuple[str, torch.Tensor]] | None,
+        method: Method,
+        policy: Policy,
+        exchange: str,
+        clip_grad_norm: float | None,
+        bucket_cap_mb: float | None,
+        apply: str,
+        overlap: bool | str,
+        backward_passes_per_step: int,
+        audit: int,
+    ) -> None:
+        """Take what the user has said. Raises :class:`OptionError`."""
+        methods = [method, *wrapping.methods_of(optimizer)]
+        self.audit = check_integer("audit", audit, 0)
+        for one in methods:
+            check_exchange(exchange, one)
+            check_audit(self.audit, one)
+        if bucket_cap_mb is not None:
+            bucket_cap_mb = check_positive("bucket_cap_mb", bucket_cap_mb)
+        if clip_grad_norm is not None:
+            clip_grad_norm = check_positive("clip_grad_norm", clip_grad_norm, ", or None for never")
+        check_choice("apply", apply, get_args(Apply))
+        self.wrapped, self.method, self.policy, self.exchange = optimizer, method, policy, exchange
+        self.clip_grad_norm, self.bucket_cap_mb, self.apply = clip_grad_norm, bucket_cap_mb, apply
+        self.overlap = check_overlap(overlap, methods, clip_grad_norm)
+        self.backward_passes_per_step = check_integer("backward_passes_per_step", backward_passes_per_step, 1)
+        self._names = wrapping.names_of(optimizer, named_parameters)
+        self._memory = MemoryStore(method.memory)
 
     def _current_plan(self) -> Plan:
         """The plan for parameters, methods and the group as they are now; made anew only if they changed."""
