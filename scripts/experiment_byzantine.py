@@ -12,7 +12,7 @@ import itertools
 import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -48,12 +48,13 @@ examples:
 
 # Learning rates: one for each family, the best of those tried in steps of a factor of 2, by the mean test accuracy of
 # the family's methods without adversaries on seed 100, 15 ranks, 30 steps (see the last example).
-VOTE, DENSE, FEEDBACK = 0.04, 4.0, 2.0
+VOTE, DENSE, FEEDBACK, ADAMW = 0.04, 4.0, 2.0, 0.04
 
 METHODS: dict[str, Callable[[int], Recipe]] = {
     "signsgd": lambda f: Recipe(mpisign.signsgd(), VOTE),
     "signum": lambda f: Recipe(mpisign.signum(), VOTE),
     "lion": lambda f: Recipe(mpisign.lion(), VOTE),
+    "scaled_vote_every_8": lambda f: Recipe(mpisign.scaled_vote(), ADAMW, every=8),
     "sto_sign": lambda f: Recipe(mpisign.sto_sign(), VOTE),
     "ternary_vote": lambda f: Recipe(mpisign.ternary_vote(A=0.05, B=0.1), VOTE),
     "ef_signsgd": lambda f: Recipe(mpisign.ef_signsgd(), FEEDBACK, momentum=0.9),
@@ -153,7 +154,7 @@ def run(args: argparse.Namespace) -> tuple[list[Cell], list[Cell]]:
     cells = []
     for f, method, attack in progress_bar(keys + more, unit="cell", quiet=args.quiet):
         recipe = METHODS[method](f)
-        recipe = Recipe(recipe.method, args.lr_scale * recipe.lr, recipe.momentum)
+        recipe = replace(recipe, lr=args.lr_scale * recipe.lr)
         attacked = ("none", 0) if attack == "none" or f == 0 else (attack, f)
         outcomes = [train(recipe, *attacked, seed) for seed in args.seeds]
         done = [outcome for outcome in outcomes if isinstance(outcome, Outcome)]
@@ -258,7 +259,9 @@ def describe(args: argparse.Namespace, grid: Sequence[Cell], inverted: Sequence[
         "trainings after which parameters are no numbers: such a model names every image alike.\n"
         "- The first f ranks are hostile, and each method that takes f is told the right one. They replace what leaves "
         "their momentum; other memories (noise, error feedback) get their vector as the gradient. `monna` sends "
-        "parameters, so those are what its adversaries replace; the worst honest rank is measured.\n"
+        "parameters, so those are what its adversaries replace; the worst honest rank is measured. "
+        "`scaled_vote_every_8` is AdamW on each rank's own gradients, and differences of parameters that are exchanged "
+        "after every eighth step and at the end: those are replaced.\n"
         "- Data are dealt at random. A rank that sends NaN or Inf abstains: the library sees to it.\n"
         f"- {args.steps} steps, {args.batch_size} images a rank and step, {args.hidden} hidden units, cosine schedule "
         f"from these learning rates: {rates}. There is one for each family of methods, tuned without adversaries on "

@@ -56,12 +56,14 @@ class Recipe:
     """How to train by a method: the method, and the learning rate of the wrapped SGD at the start of a cosine.
 
     ``momentum`` is the wrapped SGD's, for methods that are linear enough to keep it there. It is an average like that
-    of the methods which keep it on the worker, so that learning rates mean the same.
+    of the methods which keep it on the worker, so that learning rates mean the same. With ``every``, AdamW steps in its
+    place, on each rank's own gradients, and differences are exchanged after so many steps, and at the end.
     """
 
     method: mpisign.Method
     lr: float
     momentum: float = 0.0
+    every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,10 @@ def train_fresh(
     torch.manual_seed(seed)
     model = build_model(hidden)
     sgd = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, dampening=recipe.momentum)
-    optimizer = mpisign.DistributedSignOptimizer(sgd, model.named_parameters(), method=recipe.method, seed=seed)
+    wrapped = torch.optim.AdamW(model.parameters(), recipe.lr) if recipe.every else sgd
+    optimizer = mpisign.DistributedSignOptimizer(
+        wrapped, model.named_parameters(), method=recipe.method, seed=seed, every=recipe.every
+    )
     optimizer.set_epoch(sys.maxsize)  # past any warm-up
     cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     outgoing, adversary = Outgoing(recipe.method, sgd), None
@@ -125,17 +130,26 @@ def train_fresh(
     if isinstance(attack, LabelFlip) and mpisign.rank() in adversaries:
         labels = attacks.flip_labels(labels, 10)
     random = torch.Generator().manual_seed(seed * mpisign.size() + mpisign.rank())
-    losses = []
+    losses: list[float] = []
+
+    def corrupt_difference(*_: Any) -> None:
+        """After a local step, and before an exchange if one comes now."""
+        if adversary and recipe.every and (len(losses) + 1 == steps or (len(losses) + 1) % recipe.every == 0):
+            _corrupt_difference(model, optimizer, adversary, hostile=mpisign.rank() in adversaries)
+
+    wrapped.register_step_post_hook(corrupt_difference)
     for _ in range(steps):
         batch = torch.randint(len(labels), (batch_size,), generator=random)
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
         loss.backward()
-        if adversary:
+        if adversary and not recipe.every:
             adversary.corrupt(model.parameters())
         optimizer.step()
         cosine.step()
         losses.append(loss.item())
+    if recipe.every:
+        optimizer.join()
 
     finite = all(bool(parameter.isfinite().all()) for parameter in model.parameters())
     honest = [
@@ -187,6 +201,23 @@ class Outgoing:
         parameter.grad.copy_(gradient)
         # Where it is no number the rank abstains, and its momentum stays.
         momentum.copy_(torch.where(gradient.isfinite(), momentum.lerp(gradient, 1 - self._later), momentum))
+
+
+def _corrupt_difference(
+    model: nn.Module, optimizer: mpisign.DistributedSignOptimizer, adversary: attacks.Adversary, *, hostile: bool
+) -> None:
+    """Leave a hostile rank's parameters where what it sends at a window's end is what it wants. **Collective.**"""
+    assert optimizer.outer is not None
+    common = [its.detach() for group in optimizer.outer.param_groups for its in group["params"]]
+    pairs = list(zip(model.parameters(), common, strict=True))
+    gradients = [parameter.grad for parameter, _ in pairs]
+    for parameter, its in pairs:
+        parameter.grad = its - parameter.detach()
+    adversary.corrupt(model.parameters())
+    for (parameter, its), gradient in zip(pairs, gradients, strict=True):
+        if hostile and parameter.grad is not None:
+            parameter.detach().copy_(its - parameter.grad)
+        parameter.grad = gradient
 
 
 def _world() -> Any:

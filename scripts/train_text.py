@@ -44,6 +44,7 @@ Learning rates are the best of these, on seed 100, 4 ranks, --epochs 10. Each wi
   lion:beta2=0.99      5e-4: 3.750, 1e-3: 3.955, 2e-3: 3.747
   AdamW                1.5e-3: 3.493, 3e-3: 3.365, 6e-3: 3.214, 12e-3: 3.832
   DGC                  0.3: 3.698, 1: 3.513, 3: 4.037
+AdamW on local steps and in DDP takes AdamW's own; 1-bit and 0/1 Adam's are not tuned.
 """
 QUICK = {"layers": 1, "width": 64, "epochs": 4, "epoch_windows": 320, "eval_windows": 64, "megabytes": 1.0}
 # A checkpoint of one method does not depend on which others there are, nor on how its options were said.

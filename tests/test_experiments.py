@@ -49,6 +49,7 @@ def test_hostile_ranks(tmp_path: Path) -> None:
     """One of three sends -100 times what it should: the vote does not care, and the mean is lost."""
     done = mpirun(
         3, SCRIPTS / "experiment_byzantine.py", "--methods", "signum", "mean", "krum", "monna",
+        "scaled_vote_every_8",
         "--attacks", "none", "scaled", "inner_product", "nan", "label_flip", "--seeds", "5", "--steps", "20",
         "--out", tmp_path / "new",
     )  # fmt: skip
@@ -56,13 +57,17 @@ def test_hostile_ranks(tmp_path: Path) -> None:
     text, data = report(tmp_path / "new", "byzantine")
     assert (data["ranks"], data["seeds"], data["options"]["f"]) == (3, [5], [1])
     cells = {(cell["method"], cell["attack"]): cell for cell in data["cells"]}
-    assert len(cells) == 4 * 5
+    assert len(cells) == 5 * 5
     accuracy = {key: cell["accuracies"][0] for key, cell in cells.items() if not cell["reason"]}
     assert accuracy["signum", "none"] > 0.8
     assert accuracy["signum", "scaled"] > 0.7
     assert accuracy["mean", "none"] > 0.7
     assert accuracy["mean", "scaled"] < 0.4
     assert accuracy["monna", "scaled"] > 0.5
+    windowed = {attack: accuracy["scaled_vote_every_8", attack] for attack in data["options"]["attacks"]}
+    assert windowed["scaled"] > 0.5
+    assert windowed["nan"] > 0.5
+    assert len(set(windowed.values())) > 2, "what is sent is what attacks replace"
     assert accuracy["mean", "nan"] > 0.7, "a rank with a NaN abstains"
     losses = cells["signum", "label_flip"]["losses"][0]
     assert len(losses) == data["options"]["steps"]

@@ -211,13 +211,15 @@ def spoilt(state: dict[str, Any], where: str) -> dict[str, Any]:
         "touched": [99],
         "trained": "all",
         "common": {0: torch.zeros(3)},
+        "sent": {0: torch.zeros(3)},
+        "moved": [-1],
         "outer": [],
     }
     its[where] = wrong[where]
     return state
 
 
-@pytest.mark.parametrize("where", ["position", "touched", "trained", "common", "outer"])
+@pytest.mark.parametrize("where", ["position", "touched", "trained", "common", "sent", "moved", "outer"])
 def test_a_damaged_state_changes_nothing(where: str) -> None:
     model = layers()
     optimizer = local(model)
@@ -231,6 +233,46 @@ def test_a_damaged_state_changes_nothing(where: str) -> None:
         resumed.load_state_dict(spoilt(good, where))
     after = resumed.state_dict()
     assert str(after) == str(before)
+
+
+def test_a_window_that_is_decided_late() -> None:
+    """What moved after the end of a window is added to what is decided on it; where nothing moved, all is common."""
+    tensors = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.full((1,), 0.1))]
+    windows = Windows(tensors)
+    common = windows.common(tensors)
+    windows.begin()
+    tensors[0].data += 1.0
+    windows.stepped(tensors[:1])
+    windows.part()
+    assert (windows.position, windows.is_undecided, windows.is_apart) == (0, True, True)
+    windows.begin()
+    tensors[0].data[0] += 0.25
+    windows.stepped(tensors[:1])
+    windows.differ_as_sent()
+    assert common[0].grad is not None
+    assert common[0].grad.tolist() == [-1.0, -1.0]
+    assert common[1].grad is None
+    common[0].data += 3.0  # as an outer optimizer does
+    common[1].data += 1.0
+    tensors[0].data[1] = float("nan")
+    windows.meet()
+    assert tensors[0].tolist() == [3.25, 3.0]
+    assert tensors[1].item() == common[1].item()
+    assert common[0].grad is None
+    assert (windows.position, windows.is_undecided) == (1, False)
+
+
+def test_what_was_sent_follows_the_parameters() -> None:
+    tensors = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
+    windows = Windows(tensors)
+    windows.begin()
+    windows.stepped(tensors)
+    windows.part()
+    tensors[1].data = torch.ones(5)
+    windows.follow(tensors)
+    assert set(windows.state_dict()["sent"]) == {0}
+    windows.follow(tensors[1:])
+    assert not windows.is_undecided
 
 
 def test_windows_take_only_what_they_have_given() -> None:
