@@ -204,7 +204,7 @@ def test_a_rank_dies(victim: int, where: str, options: dict[str, Any]) -> None:
     ("events", "lost"),
     [
         ([event(1, 3, "encode"), event(4, 3, "encode")], [[1, 4]]),
-        ([event(1, 3, "exchange"), event(0, 3, "close")], [[0, 1]]),
+        ([event(1, 3, "encode"), event(0, 3, "handshake")], [[0, 1]]),
         ([event(1, 3, "encode"), event(4, 3, "recovery")], [[1, 4]]),
         ([event(2, 3, "handshake"), event(0, 3, "end of the recovery")], [[2], [0]]),
     ],
