@@ -22,6 +22,12 @@ needs_ulfm = pytest.mark.skipif(MPI.get_vendor()[0] != "Open MPI", reason="no UL
 
 FLAT = ("handshake", "after the handshake", "encode", "exchange", "late in the exchange", "close")
 HIERARCHY = ("handshake", "encode", "hierarchy 1", "hierarchy 3", "hierarchy 9", "close")
+DEATHS: list[tuple[str, dict[str, Any]]] = [
+    *((where, {"exchange": "two_phase"}) for where in (*FLAT, "before", "decided", "applied")),
+    *((where, {"exchange": "hierarchical"}) for where in HIERARCHY),
+    *((where, {"exchange": "two_phase", "overlap": True}) for where in FLAT[2:]),
+    *((where, {"exchange": "allgather", "apply": "optimizer"}) for where in ("encode", "close", "decided")),
+]
 
 
 def event(rank: int, step: int, where: str, what: str = "kill") -> dict[str, Any]:
@@ -182,17 +188,14 @@ def test_every_method_takes_a_gradient_in_once(exchange: str) -> None:
 @needs_ulfm
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("victim", [0, 2])
 @pytest.mark.parametrize(
-    ("where", "options"),
+    ("where", "options", "victim"),
     [
-        *((where, {"exchange": "two_phase"}) for where in (*FLAT, "before", "decided", "applied")),
-        *((where, {"exchange": "hierarchical"}) for where in HIERARCHY),
-        *((where, {"exchange": "two_phase", "overlap": True}) for where in FLAT[2:]),
-        *((where, {"exchange": "allgather", "apply": "optimizer"}) for where in ("encode", "close", "decided")),
+        (where, options, number % 2 * 2)  # rank 0 and the only one of its node, in turn
+        for number, (where, options) in enumerate(DEATHS)
     ],
 )
-def test_a_rank_dies(victim: int, where: str, options: dict[str, Any]) -> None:
+def test_a_rank_dies(where: str, options: dict[str, Any], victim: int) -> None:
     result = run(3, [votes("votes", 6, [event(victim, 3, where)], **options)], nodes="0,0,1")
     assert ends(result) == {rank: [[victim]] for rank in range(3) if rank != victim}, result.text
 
