@@ -34,7 +34,7 @@ examples:
 
 # Learning rates: one for each family, the best of those tried in steps of a factor of 2 (votes 4), by the mean test
 # accuracy of the family's methods on seed 100, 10 ranks with a class each, 150 steps.
-VOTE, DENSE, ADAMW = 0.02, 1.0, 0.01
+VOTE, DENSE, ADAMW = 0.02, 1.0, 0.005
 NOISE = 0.03
 
 METHODS: dict[str, Recipe] = {
