@@ -219,7 +219,7 @@ class LocalSteps:
         try:
             if travel.may_leave(self.inner):
                 self.windows.differ_as_sent()
-                travel.send(self.inner)
+                travel.depart(self.inner)
                 for common in self.inner._parameters():
                     common.grad = None
             travel.advance()

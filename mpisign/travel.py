@@ -29,7 +29,7 @@ class Travel(Overlap):
             return False
         return owner._current_plan() is plan
 
-    def send(self, owner: Any) -> None:
+    def depart(self, owner: Any) -> None:
         """Let the gradients that are there now leave, all of them."""
         plan = owner._current_plan()
         values = plan.gradients.read()
