@@ -108,14 +108,14 @@ import torch
 sys.path.insert(0, {tests!r})
 from gpu_branch import gpu_branch
 from mpi4py import MPI
-from mpisign import doctor, session
+from mpisign import doctor, places
 from mpisign.__main__ import main
 
 rank = MPI.COMM_WORLD.rank
 torch.cuda.is_available = lambda: rank != 0
 torch.cuda.get_device_name = lambda device: "H" + str(100 * (rank % 2 + 1))
 torch.cuda.device_count = lambda: 2
-session.device = lambda: torch.device("cpu")
+places.device = lambda: torch.device("cpu")
 doctor.import_cupy = lambda: [].pop() if rank == {broken} else SimpleNamespace(__version__="14.2")
 doctor._mpi_reads = lambda device: False
 sys.argv[1:] = ["doctor"]
