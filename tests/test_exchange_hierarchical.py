@@ -302,7 +302,7 @@ def test_bytes_out_of_a_card_are_the_formula(method: mpisign.Method, zeros: str,
 
 @pytest.mark.long
 @pytest.mark.timeout(1000)
-@pytest.mark.parametrize("ranks", [6, 7, 8])
+@pytest.mark.parametrize("ranks", [7, 8])
 def test_more_ranks_than_the_other_tests_have(ranks: int) -> None:
     """Halves, 4 + 2 + 1, and nodes of 1 + 1 + 3 + 3 ranks of which the numbers are in another order."""
     tests = Path(__file__).parent / "mpi" / "test_hierarchical.py"
