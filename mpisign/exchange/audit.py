@@ -120,7 +120,7 @@ class Audit:
         deciders: Sequence[Decider],
         group: Group,
     ) -> None:
-        self._count, self._group, self._deciders = blocks, group, deciders
+        self._count, self._deciders = blocks, deciders
         self.trails = {
             bucket.index: Trail(bucket, exchange, group.size)
             for bucket, exchange in zip(buckets, exchanges, strict=True)
@@ -286,7 +286,7 @@ class Audit:
             )
         owners = block.trail.exchange.owners(block.shard)
         right = [self._is_right(block, ballots, decision, said) for decision in decisions]
-        if right[accuser] and all(right):
+        if all(right):
             return AuditError(f"rank {accuser} accuses rank {owners[0]} falsely, of {where} {here}", (accuser,))
         one = f"one of ranks {sorted(owners)}, which count together, has"
         if len(owners) == 1:

@@ -67,12 +67,7 @@ def run(
         a_round.close()
         return a_round
 
-    membership = current().membership
-    if membership is None:
-        a_round = attempt(plan, True, _nobody)
-    else:
-        with membership.an_act():
-            a_round = survive(attempt, plan, remake, membership)
+    a_round = _closed(attempt, plan, remake)
     return a_round.agreed, a_round.commit(sink)
 
 
@@ -104,16 +99,22 @@ def sit_out(
         a_round.close()
         return a_round
 
-    membership = current().membership
-    if membership is None:
-        a_round = attempt(plan, True, _nobody)
-    else:
-        with membership.an_act():
-            a_round = survive(attempt, plan, remake, membership)
+    a_round = _closed(attempt, plan, remake)
     plan = a_round.plan
     running = (batch.places for batch in plan.batches if batch.method.memory.running)
     sink = NoSink(plan.layout, frozenset(place for its in running for place in its))
     return a_round.agreed, a_round.commit(sink)
+
+
+def _closed(
+    attempt: Callable[[Plan, bool, Callable[[Round], None]], Round], plan: Plan, remake: Callable[[], Plan] | None
+) -> Round:
+    """The round that counts, whoever dies in it."""
+    membership = current().membership
+    if membership is None:
+        return attempt(plan, True, _nobody)
+    with membership.an_act():
+        return survive(attempt, plan, remake, membership)
 
 
 def _nobody(a_round: Round) -> None:
