@@ -34,7 +34,7 @@ OVERLAP = (True, False, "auto")
 WINDOWS = 3  # steps in which all was as it must be, after which "auto" begins
 ATTEMPTS = 12  # steps that "auto" looks at
 
-PATIENCE = 0.0005  # seconds until what is on its way is looked at again
+PATIENCE = 0.01  # seconds until what is on its way is looked at again
 
 ADVICE = (
     "wrap all backward passes of a step but the last in `with optimizer.no_sync():`, or say backward_passes_per_step=, "

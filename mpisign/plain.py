@@ -21,8 +21,12 @@ def plain() -> Iterator[None]:
 
     What is made in inference mode can never be written to outside of it, as memories and buffers must be.
     """
+    casts = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    if not (casts or torch.is_grad_enabled() or torch.is_inference_mode_enabled()):  # as inside of backward
+        yield
+        return
     with torch.inference_mode(False), torch.no_grad():
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        if casts:
             with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
                 yield
         else:

@@ -88,6 +88,24 @@ INLINE u16 narrowed_bf16(float x) {
     return (u16)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// Copies what nobody reads soon past the caches, so that the lines it goes to need not be read first. FENCE comes after
+// the last of them.
+INLINE void stream(void *to, const void *from, u64 bytes) {
+#if GENERATIONS > 1
+    if (((uintptr_t)to | bytes) % 16 == 0) {
+        for (u64 at = 0; at < bytes; at += 16)
+            _mm_stream_si128((__m128i *)((char *)to + at), _mm_loadu_si128((const __m128i *)((const char *)from + at)));
+        return;
+    }
+#endif
+    memcpy(to, from, bytes);
+}
+#if GENERATIONS > 1
+#define FENCE() _mm_sfence()
+#else
+#define FENCE()
+#endif
+
 // ------------------------------------------------------------------------------------------------------------ tasks
 
 // Of T tensors: those before the i-th have pieces[i] pieces, and all have pieces[T].

@@ -190,17 +190,17 @@ static bool GENERATION(pack_part)(const Packing *task, Part part) {
 
 // -------------------------------------------------------------------------------------------------------- momentum
 
-// Takes `n` gradients into averages (m <- lerp(m, g, kept), unless g is NaN or Inf), and writes what is sent of them
-// (lerp(m, g, sent)). torch.lerp: m + w (g - m), or, from a half on, g - (1 - w) (g - m); the last two are one fma.
+// Takes `n` gradients into averages (m <- lerp(from, g, kept), unless g is NaN or Inf), and writes what is sent of them
+// (lerp(from, g, sent)). torch.lerp: m + w (g - m), or, from a half on, g - (1 - w) (g - m); the last two are one fma.
 #define AVERAGE(NAME, REAL, FMA, ISFINITE)                                                                            \
     INLINE bool GENERATION(NAME)(                                                                                     \
-        const REAL *restrict g, REAL *restrict m, REAL *restrict out, u32 n, REAL sent, REAL kept) {                  \
+        const REAL *restrict g, const REAL *from, REAL *m, REAL *restrict out, u32 n, REAL sent, REAL kept) {         \
         const bool sent_near = sent < (REAL)0.5, kept_near = kept < (REAL)0.5;                                        \
         const REAL s = sent_near ? sent : sent - 1, k = kept_near ? kept : kept - 1;                                  \
         u32 bad = 0;                                                                                                  \
         if (sent_near && sent == kept) {                                                                              \
             for (u32 i = 0; i < n; ++i) {                                                                             \
-                const REAL was = m[i], is = FMA(s, g[i] - was, was);                                                  \
+                const REAL was = from[i], is = FMA(s, g[i] - was, was);                                               \
                 const u32 finite = ISFINITE(g[i]);                                                                    \
                 m[i] = finite ? is : was;                                                                             \
                 out[i] = is;                                                                                          \
@@ -208,7 +208,7 @@ static bool GENERATION(pack_part)(const Packing *task, Part part) {
             }                                                                                                         \
         } else {                                                                                                      \
             for (u32 i = 0; i < n; ++i) {                                                                             \
-                const REAL was = m[i], difference = g[i] - was;                                                       \
+                const REAL was = from[i], difference = g[i] - was;                                                    \
                 const u32 finite = ISFINITE(g[i]);                                                                    \
                 const REAL is = FMA(k, difference, kept_near ? was : g[i]);                                           \
                 out[i] = FMA(s, difference, sent_near ? was : g[i]);                                                  \
@@ -246,7 +246,7 @@ static bool GENERATION(average_part)(const Packing *task, Part part) {
     union {
         float of32[BLOCK];
         double of64[BLOCK];
-    } wide, sent;
+    } wide, sent, average;  // the last where it goes elsewhere than it comes from
     const u32 wide_size = format == FLOAT64 ? sizeof(double) : sizeof(float);
     const char *before = task->before ? (const char *)task->before[part.tensor] + part.start * wide_size : NULL;
     bool finite = true;
@@ -254,23 +254,34 @@ static bool GENERATION(average_part)(const Packing *task, Part part) {
         const u32 n = (u32)least(BLOCK, part.elements - at);
         if (format == FLOAT64) {
             const double *g = (const double *)values + at;
-            double *m = (double *)task->averages[part.tensor] + part.start + at;
-            if (before) memcpy(m, (const double *)before + at, n * sizeof *m);
+            double *kept = (double *)task->averages[part.tensor] + part.start + at;
             if (task->unscale != 1.0) {
                 for (u32 i = 0; i < n; ++i) wide.of64[i] = g[i] * task->unscale;
                 g = wide.of64;
             }
-            finite &= GENERATION(average64)(g, m, sent.of64, n, task->sent, task->kept);
+            if (before) {
+                finite &= GENERATION(average64)(
+                    g, (const double *)before + at, average.of64, sent.of64, n, task->sent, task->kept);
+                stream(kept, average.of64, n * sizeof *kept);
+            } else {
+                finite &= GENERATION(average64)(g, kept, kept, sent.of64, n, task->sent, task->kept);
+            }
         } else {
             const float *g = GENERATION(wide32)(format, values + at * size, n, (float)task->unscale, wide.of32);
-            float *m = (float *)task->averages[part.tensor] + part.start + at;
-            if (before) memcpy(m, (const float *)before + at, n * sizeof *m);
-            finite &= GENERATION(average32)(g, m, sent.of32, n, (float)task->sent, (float)task->kept);
+            float *kept = (float *)task->averages[part.tensor] + part.start + at;
+            if (before) {
+                finite &= GENERATION(average32)(
+                    g, (const float *)before + at, average.of32, sent.of32, n, (float)task->sent, (float)task->kept);
+                stream(kept, average.of32, n * sizeof *kept);
+            } else {
+                finite &= GENERATION(average32)(g, kept, kept, sent.of32, n, (float)task->sent, (float)task->kept);
+            }
         }
         finite &= GENERATION(pack_block)(
             format == FLOAT64 ? FLOAT64 : FLOAT32, &sent, n, words + at / 32, nonzero ? nonzero + at / 32 : NULL,
             task->zeros, first_word + at / 32);
     }
+    if (before) FENCE();
     return finite;
 }
 

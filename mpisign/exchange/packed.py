@@ -68,14 +68,13 @@ def rows_of_zeros(
     end = 0
     for bucket, planes in zip(batch.buckets, batch.encoder.rows, strict=True):
         words, start, end = plan.spoken[bucket.index], end, end + len(bucket.segments)
-        look = bool(plan.told) or bucket.index in plan.scattered
         if words is None or not votes[start:end].any():
             continue
-        if not look and not (plan.backend.any_zero(words) if zeros is None else zeros[bucket.index]):
-            continue
+        look = bucket.index in plan.scattered
+        look = look or bool(plan.backend.any_zero(words) if zeros is None else zeros[bucket.index])
         for place, segment in enumerate(bucket.segments):
             at = start + place
-            if not votes[at]:
+            if not votes[at] or not (look or segment.name in plan.told):
                 continue
             shape, strides = tuple(plan.layout.parameters[segment.index].shape), plan.layout.strides[segment.index]
             mine = slice(segment.start, segment.stop)
