@@ -83,7 +83,7 @@ def main() -> None:
     targets = [Target(OURS, rival, least) for rival, least in promised.items() if rival in names]
     where = f"{comm.size} rank(s) on {mpisign.num_nodes()} node(s)"
     report = Report(
-        "training",
+        "training" if args.model == "transformer" else f"training-{args.model}",
         f"Training iterations of {args.model}, {parameters:,} parameters, {where}",
         WORDS,
         args,
