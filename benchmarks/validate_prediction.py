@@ -37,13 +37,14 @@ WORDS = """\
 On hosts of `benchmarks/slow_network`, `mpisign.calibration` measures the links and `predict --calibrate` the rates of
 computing; `mpisign/cost.py` predicts a step from these; then the steps are measured, in turns:
 `DistributedSignOptimizer(SGD(lr), method=signum()).step()` by each exchange in messages of 1 MiB, after backward and
-without overlap, and gloo's all-reduce, which is a ring, in fp32 and bf16. Seconds are of the slowest rank. The error
-is the prediction over the median measurement, less one, and in brackets over the fastest one. The hosts share the
-cores of one machine: where ranks outnumber them, or the network is free, it is computing that is predicted, and
-whatever else this machine does (its load is below) disturbs measurement and calibration, not always alike. The card's
-bandwidth is calibrated by MPI's all-to-alls, as votes need them; gloo's ring of neighbours gets more out of a card on
-these hosts, so it is predicted too slow where the network is fast. Where latencies have used up a calibration's time,
-the card's bandwidth can come out above the rate, as a switch lets short transfers through at once."""
+without overlap, and gloo's all-reduce, which is a ring, in fp32 and bf16, with `SGD(lr, momentum=0.9).step()` on as
+many parameters. Seconds are of the slowest rank. The error is the prediction over the median measurement, less one,
+and in brackets over the fastest one. The hosts share the cores of one machine: where ranks outnumber them, or the
+network is free, it is computing that is predicted, and whatever else this machine does (its load is below) disturbs
+measurement and calibration, not always alike. The card's bandwidth is calibrated by MPI's all-to-alls, as votes need
+them; gloo's ring of neighbours gets more out of a card on these hosts, so it is predicted too slow where the network
+is fast. Where latencies have used up a calibration's time, the card's bandwidth can come out above the rate, as a
+switch lets short transfers through at once."""
 
 
 def main() -> None:
@@ -157,8 +158,15 @@ def steps(exchange: choose.Choice, elements: int, rank: int) -> DistributedSignO
 
 
 def ring(name: str, dtype: torch.dtype, elements: int) -> Contender:
-    vector = torch.zeros(elements, dtype=dtype)
-    return Contender(name, "", lambda: dist.all_reduce(vector))
+    parameter, vector = torch.nn.Parameter(torch.zeros(elements)), torch.zeros(elements, dtype=dtype)
+    parameter.grad = vector if dtype == torch.float32 else torch.zeros(elements)
+    sgd = torch.optim.SGD([parameter], lr=LR, momentum=0.9)
+
+    def step() -> None:
+        dist.all_reduce(vector)
+        sgd.step()
+
+    return Contender(name, "", step)
 
 
 # ---------------------------------------------------------------------------------------------- the report

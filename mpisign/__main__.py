@@ -198,7 +198,7 @@ def _typed(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 _TYPED_LINKS = ("nodes", "ranks_per_node", "bandwidth", "latency", "overhead", "node_bandwidth", "node_latency")
-_RATES = ("pack_rate", "apply_rate", "reduce_rate")
+_RATES = ("pack_rate", "apply_rate", "reduce_rate", "sgd_rate")
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
@@ -221,6 +221,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     add(
         "--reduce-rate", type=bandwidth, default=unset, metavar="RATE", help="of adding in all-reduces (default: 4GB/s)"
     )
+    add("--sgd-rate", type=number, default=unset, metavar="N", help="of SGD with momentum after them (default: 1G)")
     add("--calibrate", action="store_true", help="measure this job's links and rates instead; under mpirun")
     add(
         "--plot", type=Path, default=unset, metavar="FILE", help="draw speed-up over bandwidth and over nodes, 1 to 10k"
@@ -258,6 +259,7 @@ def _predict(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             pack=given.get("pack_rate", usual.pack),
             unpack=given.get("apply_rate", usual.unpack),
             reduce=given.get("reduce_rate", usual.reduce),
+            sgd=given.get("sgd_rate", usual.sgd),
         )
     forward = given.get("forward", FORWARD_SHARE * args.backward)
     scenario = prediction.Scenario(args.parameters, nodes, links, rates, forward, args.backward, args.planes)
@@ -293,7 +295,7 @@ def _introduced(scenario: Scenario) -> list[str]:
     lines.append(
         f"a second: {quantities.spoken_number(rates.pack)} coordinates packed, "
         f"{quantities.spoken_number(rates.unpack)} applied, {rates.count / 1e9:.3g} GB of ballots counted, "
-        f"{rates.reduce / 1e9:.3g} GB of floats added"
+        f"{rates.reduce / 1e9:.3g} GB of floats added, {quantities.spoken_number(rates.sgd)} coordinates through SGD"
     )
     lines.append(f"forward {1e3 * scenario.forward:.4g} ms, backward {1e3 * scenario.backward:.4g} ms")
     return lines

@@ -138,6 +138,7 @@ class Rates:
         unpack: coordinates a second, from bits into parameters.
         count: bytes of ballots or tallies a second that are counted.
         reduce: bytes of floats a second that an all-reduce adds up.
+        sgd: coordinates a second through SGD with momentum, which an all-reduce leaves to the optimizer.
         message: seconds that the library itself spends on a message, once a step.
     """
 
@@ -145,6 +146,7 @@ class Rates:
     unpack: float = 4.7e9
     count: float = 6e9
     reduce: float = 4e9
+    sgd: float = 1e9
     message: float = 2e-4
 
 
@@ -154,7 +156,8 @@ class Step:
 
     Attributes:
         network: of the exchange, begun after backward.
-        computing: of packing, counting and unpacking, which nothing hides. An all-reduce adds while it sends.
+        computing: of packing, counting and unpacking, with momentum and parameters, which nothing hides. An all-reduce
+            adds while it sends, and then SGD steps.
         exposed: what a step adds to backward if messages leave while it runs: the network that backward does not hide,
             and the computing.
         card_bytes: bytes out of the busiest card.
@@ -372,7 +375,7 @@ def _reduction(
     transfer = out / links.network_bandwidth + inside / links.node_bandwidth
     adding = each / 2 / rates.reduce  # of what has arrived, while the rest does
     busy = max(transfer, adding) / count + rounds * (wait + overhead)
-    return _whole(count, busy, 0.0, backward, 0.0, out)
+    return _whole(count, busy, 0.0, backward, parameters / rates.sgd, out)
 
 
 def _whole(count: int, busy: float, once: float, backward: float, computing: float, out: float) -> Step:

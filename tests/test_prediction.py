@@ -15,7 +15,7 @@ from mpisign import __main__, cost, prediction
 from mpisign.cost import Links, Nodes, Rates
 from mpisign.prediction import Scenario
 
-SLOW = Scenario(8_000_000, Nodes.even(2, 4), Links(network_bandwidth=12.5e6), Rates(1e12, 1e12, 1e15, 1e15, 0.0))
+SLOW = Scenario(8_000_000, Nodes.even(2, 4), Links(network_bandwidth=12.5e6), Rates(1e12, 1e12, 1e15, 1e15, 1e12, 0.0))
 
 
 def predict(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
