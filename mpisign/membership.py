@@ -91,10 +91,11 @@ class Job(Protocol):
     watchdog: Watchdog
     tracer: Tracer
     ended: bool
+    there: tuple[int, ...]
 
     def meet(self, act: str, number: int = 0) -> Any: ...
     def spread_bytes(self, mine: bytes, root: int, act: str, limit: int = ...) -> bytes: ...
-    def replace(self, group: Group) -> Group | None: ...
+    def replace(self, group: Group, there: tuple[int, ...]) -> Group | None: ...
     def network_told(self) -> int: ...
     def regrouped(self, told: Sequence[int]) -> None: ...
 
@@ -212,16 +213,17 @@ class Membership:
         """
         while True:
             with self.an_act(raises=raises):
-                ended = False
+                ended, between = False, self._job.group.identities
                 try:
                     result = body()
-                    ended = True
+                    ended, between = True, self._job.group.identities
                     self.close()
                     return result
                 except Exception as error:
                     if not self.is_loss(error):
                         raise
                     if self.recover() and ended:
+                        self._job.there = between  # as on those who had closed it before
                         return result
                     if raises:
                         self._pending = False
@@ -233,6 +235,7 @@ class Membership:
             self._state = CLOSING
             self._job.meet("the end of a call")
             self.closed(None)
+            self._job.there = self._job.group.identities
 
     def _error(self) -> MembershipChangedError:
         group = self._job.group
@@ -335,7 +338,7 @@ class Membership:
         at = [self._places[its.identity] for its in positions]
         generation = max(its.generation for its in positions) + 1
         group = Group.form(self._comm, dog, at, generation, former.identity, former.gpus)
-        job.replace(group)
+        job.replace(group, job.there)
         job.regrouped([its.network for its in positions])
         return positions
 

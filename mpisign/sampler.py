@@ -68,7 +68,8 @@ class ElasticSampler(Sampler[int]):
     has counted if its rank was in the exchange that ended its step, whether it voted or abstained. What a lost rank had
     in a step that ended without it has not; that, and all that nobody has had, is dealt to those who are there then, in
     the same order. With ``every``, samples count by the exchange that ends their window; if ranks change twice within
-    one window, what those of the second change had before the first counts.
+    one window, what those of the second change had before the first counts, and what a lost rank had in a window that
+    is open at the end of an epoch is not dealt again.
 
     The iterator ends early after a change, so begin again until the epoch is :attr:`finished`::
 
@@ -141,9 +142,13 @@ class ElasticSampler(Sampler[int]):
 
     @property
     def changed(self) -> bool:
-        """Whether ranks have come or gone since samples were dealt last, so that what is left has to be dealt anew."""
+        """Whether ranks have come or gone since samples were dealt last, so that what is left has to be dealt anew.
+
+        It turns when an exchange is over, or another call of all, which is at the same step on all ranks; one that has
+        found earlier that others have died goes on with what it was dealt until then.
+        """
         members = self._deals[-1].members if self._deals else None
-        return members != current("ElasticSampler.changed").group.identities
+        return members != current("ElasticSampler.changed").there
 
     @property
     def finished(self) -> bool:
@@ -152,19 +157,19 @@ class ElasticSampler(Sampler[int]):
 
     def reset(self) -> None:
         """Deal what is left to the ranks that are there now, if they have changed; iterating does it, too."""
-        group = current("ElasticSampler.reset()").group
+        there = current("ElasticSampler.reset()").there
         last = self._deals[-1] if self._deals else None
         if last is not None:
-            if last.members == group.identities:
+            if last.members == there:
                 return
             if last.members is not None:
-                last.settle(group.identities)
-            elif last.ranks == group.size:  # a job of as many ranks goes on
-                last.members = group.identities
+                last.settle(there)
+            elif last.ranks == len(there):  # a job of as many ranks goes on
+                last.members = there
                 return
             else:  # what had gone into no exchange was given up
                 last.taken, last.pending = last.taken - last.pending, 0
-        self._deals.append(_Deal(group.size, group.identities))
+        self._deals.append(_Deal(len(there), there))
         self._base, self._exhausted = None, False
 
     def _mine(self) -> torch.Tensor:
@@ -256,7 +261,7 @@ class ElasticSampler(Sampler[int]):
         self._commits = session.commits
         if self._deals:
             voted = session.counted if session.has_optimizers else ()
-            self._deals[-1].settle(voted or session.group.identities)
+            self._deals[-1].settle(voted or session.there)
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 

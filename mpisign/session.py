@@ -76,6 +76,7 @@ class Session(Talk):
         turn: what a thread of this process must have to talk to other ranks.
         commits: how many exchanges have been committed here.
         counted: whose gradients could count in the last of them, by identities.
+        there: who is there, as all ranks know at the same step, and not when each finds that others have died.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Session(Talk):
         self.last_words: LastWords | None = None
         self.replace(group)
 
-    def replace(self, group: Group) -> Group | None:
+    def replace(self, group: Group, there: tuple[int, ...] = ()) -> Group | None:
         """Go on with another group, between two steps. **Collective** over its ranks.
 
         A rank that the others leave out goes on with a group of its own, so that it, and they, can leave the job alone.
@@ -110,7 +111,7 @@ class Session(Talk):
         Returns:
             The former group, whose communicators now are the caller's to free.
         """
-        before, self.group = getattr(self, "group", None), group
+        before, self.group, self.there = getattr(self, "group", None), group, there or group.identities
         if before is not None and before.identities[0] != group.identities[0]:
             self.clocks.clear()  # they tell how far a rank 0 is ahead that is no more
         if before is not None:
@@ -141,7 +142,7 @@ class Session(Talk):
 
     def committed(self, identities: tuple[int, ...]) -> None:
         """An exchange between these ranks is over, and what it has decided is applied now."""
-        self.commits, self.counted = self.commits + 1, identities
+        self.commits, self.counted, self.there = self.commits + 1, identities, identities
 
     def next_number(self) -> int:
         """A number for an optimizer, the same on all ranks if they make theirs in the same order."""

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,34 @@ def delayed(scenario: Scenario) -> None:
             raw = [t.detach().numpy().tobytes() for t in tensors]
             assert all(its == raw for its in mpisign.allgather_object(raw)), "replicas are the same"
     say(scenario, [optimizer.report.generation])
+
+
+def dealt(scenario: Scenario) -> None:
+    """With ``delay=`` ranks may find a death in different steps, and deal what is left of an epoch anew in the same."""
+    layer, samples = torch.nn.Linear(3, 1), scenario["samples"]
+    optimizer = mpisign.DistributedSignOptimizer(
+        torch.optim.SGD(layer.parameters(), lr=0.1), layer.named_parameters(), method=mpisign.mean(), every=6, delay=4
+    )
+    sampler = mpisign.ElasticSampler(range(samples), shuffle=False)
+    deals, had, at = [], [], 0
+    while not sampler.finished:
+        deals.append(at)
+        for index in sampler:
+            arm(scenario, at)
+            if identity() == scenario["slow"] and 10 <= at < 15:
+                time.sleep(0.3)
+            optimizer.zero_grad()
+            layer(torch.full((1, 3), float(index))).sum().backward()
+            optimizer.step()
+            sampler.record_indices([index])
+            had.append(index)
+            at += 1
+    assert all(its == deals for its in mpisign.allgather_object(deals)), "in the same step"
+    everything = [index for its in mpisign.allgather_object(had) for index in its]
+    counted = set(range(scenario["events"][0]["rank"], 3 * 10, 3))  # up to the exchange in the tenth step
+    assert set(range(samples)) - set(everything) == counted, "what had counted of the lost one"
+    assert len(everything) - len(set(everything)) < mpisign.size(), "none was repeated, but to fill up"
+    say(scenario, deals)
 
 
 def calls(scenario: Scenario) -> None:

@@ -115,6 +115,15 @@ def test_ranks_die_one_after_the_other_wherever_they_are() -> None:
 
 
 @needs_ulfm
+def test_samples_are_dealt_anew_at_the_same_step_on_all() -> None:
+    """However far each rank is in its local steps when it finds that one has died."""
+    scenario = {"kind": "dealt", "name": "dealt", "samples": 90, "slow": 1, "events": [event(2, 14, "before")]}
+    result = run(3, [scenario])
+    assert ends(result) == {0: [[2]], 1: [[2]]}, result.text
+    assert told(result, "dealt") == [0, 16]
+
+
+@needs_ulfm
 def test_the_smaller_side_stops_and_says_so() -> None:
     result = run(2, [votes("votes", 4, [event(0, 2, "encode")], exchange="two_phase")])
     assert result.returncode == QUORUM_EXIT_CODE, result.text

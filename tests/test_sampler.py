@@ -45,12 +45,13 @@ class Ranks:
             made.next_number()
         return made
 
-    def change(self, identities: Sequence[int]) -> None:
+    def change(self, identities: Sequence[int], *, died: bool = False) -> None:
+        """Between two steps; or as others have ``died``, which ranks find where they just are."""
         self.identities = tuple(sorted(identities))
         generation = 1 + max(it.group.generation for it in self.sessions.values())
         self.sessions = {who: self.sessions.get(who) or self._session(who) for who in self.identities}
         for who, its in self.sessions.items():
-            its.replace(self._group(who, generation))
+            its.replace(self._group(who, generation), its.there if died else ())
 
     def commit(self, counted: Sequence[int]) -> None:
         for its in self.sessions.values():
@@ -138,7 +139,9 @@ class Training:
                     else:
                         self.ours[who].record_batch(number, self.batch)
                 number += 1
-                if before != self.ranks.identities and self.dice.random() < 0.7:
+                changed = {self.ours[who].changed for who in self.ranks.each()}
+                assert len(changed) == 1, "all see it at the same step"
+                if changed == {True} and self.dice.random() < 0.7:
                     break  # else it goes on with what is at hand
             self.pads += max(len(self.ranks.identities), len(loaders)) - 1
             if self.spares and self.dice.random() < 0.5:
@@ -166,7 +169,8 @@ class Training:
         before = self.ranks.identities
         if len(before) > 1 and self.dice.random() < losses:
             lost = self.dice.sample(before, self.dice.choice([1, 1, len(before) - 1]))
-            self.ranks.change([who for who in before if who not in lost])
+            # Within a window it is found by a call of all; in an exchange ranks may be at different steps.
+            self.ranks.change([who for who in before if who not in lost], died=self.every == 1)
             if self.dice.random() < 0.3:  # a reset by a callback, within the step
                 for who in self.ranks.each():
                     self.ours[who].reset()
