@@ -31,8 +31,11 @@ from torch.optim import SGD
 
 import mpisign
 from mpisign import DistributedSignOptimizer, StepReport, backends
+from mpisign import session as sessions
 from mpisign.bitmap import native
 from mpisign.exchange.choose import CHOICES, Choice
+from mpisign.session import Session, current
+from mpisign.survival import can_survive
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -44,17 +47,19 @@ DDP_BUCKET = 25 * 2**20  # bytes; torch DDP's bucket_cap_mb
 ALLREDUCE, GLOO_FP32, GLOO_BF16 = "Allreduce fp32 + SGD", "gloo fp32 + SGD", "gloo bf16 + SGD"
 SIGNUM, MEAN, FLOOR = "signum", "mean", "SGD alone"
 NUMPY = "by NumPy"
+OUTLIVES = "signum, continues"
 PHASES = ("pack", "exchange", "decide", "unpack")
 
 WORDS = """\
-The part of a training step after backward: from each rank's gradients to updated parameters. `signum`, `signsgd`
-and `lion` are `DistributedSignOptimizer.step()` around `SGD(lr)`; their momentum is on the worker; `by NumPy` says how
-fast they are where no compiler was found at installation. `mean` is the
-same wrapper around `SGD(lr, momentum=0.9)` with the full-precision baseline method. The rivals sum the
-gradients, which are views of one flat buffer, divide by the number of ranks, and take a step of
-`SGD(lr, momentum=0.9)`: with MPI's Allreduce, and with gloo in torch DDP's way (buckets of 25 MiB, all on their
-way at once; for bf16 cast, reduce, cast back, as DDP's bf16 hook does). `SGD alone` sends nothing: the floor of
-all that use momentum. No scheme overlaps with backward here. Gradients are put back before each run, untimed."""
+The part of a training step after backward: from each rank's gradients to updated parameters. `signum`, `signsgd` and
+`lion` are `DistributedSignOptimizer.step()` around `SGD(lr)`; their momentum is on the worker; `by NumPy` says how
+fast they are where no compiler was found at installation; `continues` what `init(on_failure="continue")` costs while
+nobody dies, in runs where MPI has ULFM switched on. `mean` is the same wrapper around `SGD(lr, momentum=0.9)` with
+the full-precision baseline method. The rivals sum the gradients, which are views of one flat buffer, divide by the
+number of ranks, and take a step of `SGD(lr, momentum=0.9)`: with MPI's Allreduce, and with gloo in torch DDP's way
+(buckets of 25 MiB, all on their way at once; for bf16 cast, reduce, cast back, as DDP's bf16 hook does). `SGD alone`
+sends nothing: the floor of all that use momentum. No scheme overlaps with backward here. Gradients are put back
+before each run, untimed."""
 
 
 def main() -> None:
@@ -64,6 +69,7 @@ def main() -> None:
             "mpirun -n 4 python benchmarks/bench_step.py",
             "mpirun -n 4 --oversubscribe --mca mpi_yield_when_idle 1 python benchmarks/bench_step.py --report",
             "mpirun -n 2 python benchmarks/bench_step.py --width 16 --exchange allgather --no-gloo",
+            "python -m mpisign run -n 4 --continue-on-failure benchmarks/bench_step.py --no-gloo",
         ],
     )
     options.add_argument("--width", type=count, default=64, help="channels of the first stage; 64 is ResNet-50")
@@ -92,6 +98,10 @@ def main() -> None:
         plain = (SGD(model.parameters, lr=LR) for _ in methods)
         pairs = zip(methods, plain, strict=True)
         steps += [WrappedStep(method, wrapped, args.exchange, model, comm, HOST) for method, wrapped in pairs]
+    survives = can_survive()
+    if survives:
+        wrapped, method = SGD(model.parameters, lr=LR), mpisign.signum(momentum=0.9)
+        steps.append(WrappedStep(method, wrapped, args.exchange, model, comm, session=outliving(), name=OUTLIVES))
     contenders = [step.contender for step in steps]
     contenders.append(allreduce_step(comm, model, sgd))
     if args.gloo:
@@ -99,14 +109,17 @@ def main() -> None:
     contenders.append(Contender(FLOOR, "`SGD(momentum=0.9).step()`, no exchange", sgd.step, model.restore))
     with gloo(comm) if args.gloo else nullcontext():
         times = measure(contenders, args.rounds, args.warmup, comm)
+    sessions._session = steps[0].session
     if comm.rank != 0:
         return
 
     names = [one.name for one in contenders]
     references = [name for name in (ALLREDUCE, GLOO_FP32, GLOO_BF16, MEAN) if name in names]
+    references += [SIGNUM] if survives else []
     reports = {step.contender.name: step.report for step in steps if NUMPY not in step.contender.name}
     targets = [Target(SIGNUM, ALLREDUCE, 3.0), Target("signsgd", ALLREDUCE, 3.5)]
     targets += [Target(SIGNUM, GLOO_BF16, 2.5)] if args.gloo else []
+    targets += [Target(OUTLIVES, SIGNUM, 0.98)] if survives else []
     report = Report(
         "step",
         f"An optimizer step on {model.elements:,} parameters in {len(model.parameters)} tensors, {comm.size} rank(s)",
@@ -178,6 +191,14 @@ class Model:
 # ------------------------------------------------------------------------------------------- contenders
 
 
+def outliving() -> Session:
+    """A second session of the same ranks, whose job would outlive them; the first stays in use. **Collective.**"""
+    first, sessions._session = current(), None
+    mpisign.init(on_failure="continue")
+    second, sessions._session = current(), first
+    return second
+
+
 class WrappedStep:
     """A step of mpisign, and where its time went: seconds in each phase, mean over the ranks, every repetition."""
 
@@ -189,16 +210,19 @@ class WrappedStep:
         model: Model,
         comm: MPI.Comm,
         backend: str = backends.BACKENDS["cpu"],
+        session: Session | None = None,
+        name: str = "",
     ) -> None:
-        self._model, self._backend, self._comm = model, backend, comm
+        self._model, self._backend, self._comm, self.session = model, backend, comm, session or current()
         self._select()
         self._optimizer = DistributedSignOptimizer(wrapped, method=method, exchange=exchange)
         self.phases: list[dict[str, float]] = []
         inner = f"SGD({'momentum=0.9' if wrapped.defaults['momentum'] else ''})"
         by = f" {NUMPY}" if backend == HOST else ""
         self.contender = Contender(
-            method.name + by,
-            f"`DistributedSignOptimizer({inner}, method=mpisign.{method.name}(...)).step()`{by}",
+            name or method.name + by,
+            f"`DistributedSignOptimizer({inner}, method=mpisign.{method.name}(...)).step()`{by}"
+            + (', after `init(on_failure="continue")`' if name else ""),
             self._optimizer.step,
             self._prepare,
             self._observe,
@@ -206,6 +230,7 @@ class WrappedStep:
 
     def _select(self) -> None:
         backends.BACKENDS["cpu"] = self._backend
+        sessions._session = self.session
 
     def _prepare(self) -> None:
         self._select()

@@ -16,10 +16,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from mpi4py import MPI
 from mpirun import environment, mpirun
 from namespaces import namespaces, needs_namespaces, slow_network
 
 from mpisign.bitmap import native
+from mpisign.vendors import flags_of
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ROUNDS = 2
@@ -144,6 +146,21 @@ def test_step(tmp_path: Path, exchange: str):
         # With two ranks both exchanges send each message once. Words pad every tensor, two shards every bucket.
         payload = data["bytes_sent"][method] - headers
         assert 0 <= payload - bit * data["parameters"] / 8 <= 4 * 161 + 8 * 161
+
+
+@pytest.mark.long
+@pytest.mark.skipif(MPI.get_vendor()[0] != "Open MPI", reason="no ULFM")
+def test_step_of_a_job_that_outlives_its_ranks(tmp_path: Path):
+    """A row more, in turns with the usual step of the same run."""
+    survive = flags_of("Open MPI").survive
+    arguments = ["--width", "2", "--no-gloo", *reporting(tmp_path)]
+    result = mpirun(2, BENCHMARKS / "bench_step.py", *arguments, options=survive)
+    assert result.returncode == 0, result.text
+    data = check_report(tmp_path, "step", result.text)
+    assert len(data["phases"]["signum, continues"]) == ROUNDS
+    assert data["bytes_sent"]["signum, continues"] == data["bytes_sent"]["signum"]
+    (target,) = [its for its in data["targets"] if its["contender"] == "signum, continues"]
+    assert (target["reference"], target["at_least"]) == ("signum", 0.98)
 
 
 @pytest.mark.long
