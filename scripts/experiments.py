@@ -282,7 +282,7 @@ def write_report(folder: Path, name: str, text: str, data: Mapping[str, Any], fi
         text: Markdown: a heading (``# ...``), a paragraph on what was found, and whatever else there is. The figures
             come after that paragraph; at the end, what was typed, and what it ran on.
         data: all raw numbers, for the JSON: to six digits, and null where they are not finite. ``data["seeds"]`` is
-            also said in the text.
+            also said in the text, and so is ``data["ranks"]`` where it is not this job's.
         figures: by name, for the file names; ``""`` is a figure without a name of its own.
 
     Returns:
@@ -296,7 +296,8 @@ def write_report(folder: Path, name: str, text: str, data: Mapping[str, Any], fi
         picture = f"{stem}-{figure}.png" if figure else f"{stem}.png"
         drawn.savefig(folder / picture, dpi=110)
         pictures.append(f"![{figure or name}]({picture})")
-    about = {"ranks": mpisign.size(), "seeds": data.get("seeds", []), **_circumstances()}
+    ranks = data.get("ranks") or mpisign.size()
+    about = {"ranks": ranks, "seeds": data.get("seeds", []), **_circumstances()}
     raw = {"experiment": name, "date": now.isoformat(timespec="seconds"), "command": _command(), **about, **data}
     lines = json.dumps(_plain(raw), indent=1)
     short = re.sub(r"\[[^][{}]+\]", lambda numbers: " ".join(numbers[0].split()), lines)  # a list of numbers is a line
@@ -355,7 +356,7 @@ def _circumstances() -> dict[str, Any]:
 
     return {
         "cores": os.cpu_count(),
-        "nodes": mpisign.num_nodes(),
+        "nodes": mpisign.num_nodes() if mpisign.is_initialized() else 1,
         "machine": platform.platform(),
         "Python": platform.python_version(),
         "mpisign": mpisign.__version__,

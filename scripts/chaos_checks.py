@@ -1,0 +1,354 @@
+"""What must be true of a training with faults, by what its ranks have written.
+
+Ranks that have died may have made one exchange more than the others know of, which then does not count: of each only
+what comes before its last is compared.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from chaos_faults import DEADLY
+from chaos_job import Outcome, Record, Struck
+
+from mpisign.membership import has_quorum
+
+__all__ = ["CHECKS", "Problem", "Training", "check", "final_loss", "history"]
+
+CHECKS = {
+    "hang": "whatever must happen happens in bounded time",
+    "left": "no process is left, no file in shared memory and no temporary one",
+    "steps": "no step is lost, and none is made twice; nor is an exchange",
+    "replicas": "after every exchange all replicas have the same bits, and reports say the same",
+    "members": "only the dead are counted out, and who is in an exchange has begun its step",
+    "moved": "a vote moves parameters once",
+    "deals": "all ranks deal samples anew at the same step",
+    "samples": "in every epoch each sample counts once",
+    "abstained": "who has NaN abstains, and nobody else",
+    "resumed": "a relaunch goes on from the last checkpoint, to the same bits",
+    "end": "it ends well on all that live, with one model, and stops only where too few are left",
+    "loss": "the loss at the end is within the spread of seeds",
+}
+
+
+class Problem(NamedTuple):
+    """What is wrong: the name of the check, and what it has found."""
+
+    check: str
+    text: str
+
+
+TOLERANCE = 1e-3  # of how far a parameter moves, which is rounded
+COMPARED = ("exchange", "generation", "members", "crc", "skipped")
+
+
+@dataclass
+class Training:
+    """From its first launch to its end.
+
+    Attributes:
+        seed: repeats it.
+        launches: the first, and each that went on from a checkpoint.
+        struck: the faults.
+        samples: in an epoch.
+        step_size: see :class:`chaos_training.Variation`.
+    """
+
+    seed: int
+    variation: str
+    ranks: int
+    asynchronous: bool
+    samples: int
+    step_size: float | None
+    launches: list[Outcome] = field(default_factory=list)
+    struck: list[Struck] = field(default_factory=list)
+
+
+def check(training: Training) -> list[Problem]:
+    """All that is wrong, but for the loss."""
+    found: list[tuple[str, int, Iterable[str]]] = []
+    for launch in training.launches:
+        found.append(("hang", launch.number, [launch.hang] if launch.hang else []))
+        found.append(("left", launch.number, launch.left))
+        for name, one in _OF_A_LAUNCH.items():
+            found.append((name, launch.number, one(training, launch)))
+    for before, after in itertools.pairwise(training.launches):
+        found.append(("resumed", after.number, _resumed(before, after)))
+    for struck in training.struck:
+        found.append(("abstained", struck.launch, _abstained(training, struck)))
+    problems = [Problem(name, f"launch {number}: {text}") for name, number, texts in found for text in texts]
+    return problems + [Problem("samples", text) for text in _samples(training)]
+
+
+def commits(records: Sequence[Record]) -> list[Record]:
+    """A rank's steps, in order."""
+    return [record for record in records if record["what"] == "commit"]
+
+
+def counting(launch: Outcome, rank: int) -> list[Record]:
+    """Those steps of a rank that the others must know of."""
+    its = commits(launch.records[rank])
+    if rank in launch.killed:
+        last = max((at for at, record in enumerate(its) if "exchange" in record), default=len(its))
+        return its[:last]
+    return its
+
+
+def guide(launch: Outcome) -> int:
+    """The rank that knows most of what has counted."""
+    return max(launch.records, key=lambda rank: (len(counting(launch, rank)), rank not in launch.killed, -rank))
+
+
+# ------------------------------------------------------------------------------------------------ of a launch
+
+
+def _steps(training: Training, launch: Outcome) -> Iterator[str]:
+    """No step is lost, and none is made twice."""
+    for rank, records in launch.records.items():
+        begun = [record["step"] for record in records if record["what"] == "begin"]
+        if len(begun) != 1:
+            if begun or launch.code == 0:
+                yield f"rank {rank} has begun {len(begun)} times"
+            continue
+        for kind in ("take", "commit"):
+            steps = [begun[0], *(record["step"] for record in records if record["what"] == kind)]
+            for before, after in itertools.pairwise(steps):
+                if after != before + 1:
+                    yield f"rank {rank}: step {after} follows {before} ({kind}): one is lost, or made twice"
+        numbers = [record["exchange"] for record in commits(records) if "exchange" in record]
+        for before, after in itertools.pairwise(numbers):
+            if after != before + 1:
+                yield f"rank {rank}: exchange {after} follows {before}: one is lost, or counts twice"
+
+
+def _replicas(training: Training, launch: Outcome) -> Iterator[str]:
+    """After every exchange all ranks have the same parameters, and say the same of it."""
+    said: dict[int, tuple[int, Record]] = {}
+    for rank in launch.records:
+        for record in counting(launch, rank):
+            if "exchange" not in record:
+                continue
+            first, its = said.setdefault(record["step"], (rank, record))
+            for name in COMPARED:
+                if record[name] != its[name]:
+                    what = "replicas differ" if name == "crc" else f"{name} differs"
+                    yield (f"step {record['step']}: {what}: {record[name]} on rank {rank}, {its[name]} on rank {first}")
+
+
+def _members(training: Training, launch: Outcome) -> Iterator[str]:
+    """Only those who have died are counted out, and who votes has begun the step."""
+    killed = set(launch.killed)
+    taken = {rank: {r["step"] for r in its if r["what"] == "take"} for rank, its in launch.records.items()}
+    for rank in launch.records:
+        for record in launch.records[rank]:
+            if record["what"] == "change" and not set(record["lost"]) <= killed:
+                yield f"rank {rank} was told that {record['lost']} have died, and only {sorted(killed)} have"
+        for record in counting(launch, rank):
+            if "exchange" in record:
+                idle = [its for its in record["members"] if record["step"] not in taken[its]]
+                if idle or rank not in record["members"]:
+                    yield f"step {record['step']} on rank {rank}: members {record['members']}, of which {idle} had none"
+
+
+def _deals(training: Training, launch: Outcome) -> Iterator[str]:
+    """Samples are dealt anew at the same step, to the same ranks, by all."""
+
+    def dealt(rank: int, until: int) -> list[tuple[int, int, list[int]]]:
+        its = (r for r in launch.records[rank] if r["what"] == "deal" and r["step"] < until)
+        return [(record["step"], record["epoch"], record["members"]) for record in its]
+
+    most = guide(launch)
+    for rank in launch.records:
+        until = max((record["step"] for record in counting(launch, rank)), default=0)
+        mine, its = dealt(rank, until), dealt(most, until)
+        if mine != its:
+            differing = next((pair for pair in zip(mine, its, strict=False) if pair[0] != pair[1]), (mine, its))
+            yield f"samples were dealt otherwise to rank {rank} than to {most}: {differing[0]}, {differing[1]}"
+
+
+def _moved(training: Training, launch: Outcome) -> Iterator[str]:
+    """A vote is applied once."""
+    size = training.step_size
+    if size is None:
+        return
+    for rank, records in launch.records.items():
+        for record in commits(records):
+            expected = 0.0 if record["skipped"] else size
+            if abs(record["moved"] - expected) > TOLERANCE * size:
+                yield (
+                    f"rank {rank}: step {record['step']} has moved a parameter by {record['moved']:.6g}, and a vote "
+                    f"moves it by {expected:g}"
+                )
+
+
+def _end(training: Training, launch: Outcome) -> Iterator[str]:
+    """It ends well on all that live, or stops where too few are left; and nobody else ends."""
+    if launch.hang:
+        return
+    ends = {rank: r for rank, its in launch.records.items() for r in its if r["what"] == "end"}
+    living = [rank for rank in launch.records if rank not in launch.killed]
+    if launch.code == 0:
+        gone = [rank for rank in living if not any(r["what"] == "left" for r in launch.records[rank])]
+        if gone:
+            yield f"ranks {gone} have ended, and nobody has killed them"
+        if len({(r["step"], r["crc"]) for rank, r in ends.items() if rank in living}) > 1:
+            yield f"replicas differ at the end: {[(rank, r['step'], r['crc']) for rank, r in ends.items()]}"
+        return
+    members = last_members(launch)
+    left = [rank for rank in members if rank not in launch.killed]
+    if has_quorum(left, members) and len(left) >= launch.min_ranks:
+        yield (
+            f"it has stopped with exit code {launch.code}, and {left} of {members} could have gone on: "
+            f"{launch.text.strip()[-2000:]}"
+        )
+    elif silent := [rank for rank in left if f"rank {rank} stops: " not in launch.text]:
+        yield f"ranks {silent} have ended without a word: {launch.text.strip()[-2000:]}"
+
+
+_OF_A_LAUNCH: dict[str, Callable[[Training, Outcome], Iterator[str]]] = {
+    "steps": _steps,
+    "replicas": _replicas,
+    "members": _members,
+    "moved": _moved,
+    "deals": _deals,
+    "end": _end,
+}
+
+
+def last_members(launch: Outcome) -> list[int]:
+    """Of the last group that a rank has been in."""
+    changes = [record for its in launch.records.values() for record in its if record["what"] == "change"]
+    return max(changes, key=lambda r: r["generation"])["members"] if changes else list(range(launch.ranks))
+
+
+def _resumed(before: Outcome, after: Outcome) -> Iterator[str]:
+    """It goes on from a checkpoint that was whole, to the same bits."""
+    begun = {(r["step"], r["crc"]) for its in after.records.values() for r in its if r["what"] == "begin"}
+    if not begun:
+        return  # which is said elsewhere
+    if len(begun) > 1:
+        yield f"ranks begin otherwise than others: {sorted(begun)}"
+        return
+    ((step, crc),) = begun
+    certain = max((r["step"] for its in before.records.values() for r in its if r.get("certain")), default=0)
+    if step < certain:
+        yield f"it goes on from step {step}, and step {certain} had been saved"
+    first = min(r["step"] for its in before.records.values() for r in its if r["what"] == "begin")
+    there = {r["crc"] for r in commits(before.records[guide(before)]) if r["step"] == step and "crc" in r}
+    if step > first and there != {crc}:
+        yield f"it goes on from step {step}, whose parameters are not those that were there: {crc}, {there}"
+
+
+def _abstained(training: Training, struck: Struck) -> Iterator[str]:
+    """A rank whose gradients are NaN abstains, and nobody else does."""
+    if struck.fault.kind in DEADLY or training.variation.startswith("every"):
+        return
+    launch = training.launches[struck.launch]
+    spoiled = [r["step"] for rank in struck.struck for r in commits(launch.records[rank]) if r["nan"]]
+    for rank in launch.records:
+        for record in counting(launch, rank):
+            wanted = struck.struck if record["step"] in spoiled else None
+            if wanted is not None and record["silent"] != wanted:
+                yield f"step {record['step']}: {record['silent']} abstain on rank {rank}, and NaN have {wanted}"
+
+
+# ---------------------------------------------------------------------------------------------- of all launches
+
+
+def history(training: Training) -> list[tuple[Outcome, Record]]:
+    """What has counted in the end, as the rank that knows most of each launch has written it.
+
+    What was done after the checkpoint from which the next launch has gone on is left out.
+    """
+    found: list[tuple[Outcome, Record]] = []
+    begun = [_begun(launch) for launch in training.launches]
+    for place, launch in enumerate(training.launches):
+        if begun[place] is None:
+            continue
+        later = next((step for step in begun[place + 1 :] if step is not None), None)
+        found = [] if begun[place] == 0 else found
+        kept = guide(launch)
+        until = None if kept not in launch.killed else max((r["step"] for r in counting(launch, kept)), default=0)
+        ends = [step for step in (later, until) if step is not None]
+        for record in launch.records[kept]:
+            if ends and record["what"] != "commit" and record.get("step", 0) >= min(ends):
+                continue
+            if ends and record["what"] == "commit" and record["step"] > min(ends):
+                continue
+            found.append((launch, record))
+    return found
+
+
+def _begun(launch: Outcome) -> int | None:
+    return next((r["step"] for its in launch.records.values() for r in its if r["what"] == "begin"), None)
+
+
+def final_loss(training: Training) -> float | None:
+    """On the test images, if it has come to its end."""
+    last = training.launches[-1].records.values()
+    return next((record["loss"] for its in last for record in its if record["what"] == "end"), None)
+
+
+class _Deal:
+    """What is had of one deal."""
+
+    def __init__(self, ranks: int, left: int) -> None:
+        self.ranks, self.left = ranks, left
+        self.handed = self.again = 0
+
+
+def _samples(training: Training) -> Iterator[str]:
+    """In each epoch every sample counts once, but for those that are dealt twice so that all ranks get as many."""
+    counted: Counter[int] = Counter()
+    pending: list[tuple[int, list[int]]] = []
+    taken = {id(launch): _taken(launch) for launch in training.launches}
+    deal = _Deal(0, training.samples)
+    problems: list[str] = []
+
+    def settle(counts: Callable[[int], bool]) -> None:
+        for rank, samples in pending:
+            if counts(rank):
+                deal.again += sum(counted[sample] > 0 for sample in samples)
+                counted.update(samples)
+        pending.clear()
+
+    def close() -> None:
+        if deal.again > max(0, deal.handed - deal.left):
+            problems.append(f"{deal.again} samples have counted twice; {deal.left} were left, {deal.handed} dealt")
+
+    for launch, record in history(training):
+        what = record["what"]
+        if what == "deal":
+            settle(lambda rank, its=record["members"]: rank in its)  # type: ignore[misc]
+            close()
+            deal = _Deal(len(record["members"]), training.samples - len(counted))
+        elif what == "commit":
+            its = taken[id(launch)].get(record["step"], {})
+            pending += its.items()
+            deal.handed += deal.ranks * max((len(samples) for samples in its.values()), default=0)
+            if "exchange" in record:
+                settle(lambda rank, its=record["members"]: rank in its)  # type: ignore[misc]
+        elif what == "epoch":
+            settle(lambda rank: True)
+            close()
+            missing = training.samples - len(counted)
+            if missing:
+                problems.append(f"{missing} of {training.samples} samples have not counted")
+            yield from (f"epoch {record['epoch']}: {problem}" for problem in problems)
+            problems.clear()
+            counted.clear()
+            deal = _Deal(0, training.samples)
+
+
+def _taken(launch: Outcome) -> dict[int, dict[int, list[int]]]:
+    """By step and rank, the samples that were taken."""
+    found: dict[int, dict[int, list[int]]] = {}
+    for rank, records in launch.records.items():
+        for record in records:
+            if record["what"] == "take":
+                found.setdefault(record["step"], {})[rank] = record["samples"]
+    return found

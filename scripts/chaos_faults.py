@@ -1,0 +1,76 @@
+"""What scripts/chaos does to a training, and when: all of it drawn from a seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+__all__ = ["DEADLY", "KINDS", "Fault", "deal"]
+
+KINDS = {
+    "kill": "SIGKILL",
+    "segfault": "a read from address 0, wherever the rank is",
+    "exception": "an uncaught exception, before a step, in its backward pass or after it",
+    "two": "SIGKILL to two ranks at once",
+    "recovery": "SIGKILL to one rank, and to another about when the others recover",
+    "save": "a death while a checkpoint is saved",
+    "stretch": "SIGKILL to one rank while another spends 2 to 4 s without a call of MPI",
+    "stop": "SIGSTOP, and SIGCONT 0.1 to 2 s later",
+    "slow": "20 to 60 steps that take one rank 5 to 20 ms longer",
+    "nan": "1 to 3 steps in which all gradients of one rank are NaN",
+}
+DEADLY = ("kill", "segfault", "exception", "two", "recovery", "save", "stretch")
+"""Those of which ranks die."""
+
+PLACES = ("before", "backward", "after")
+SECONDS = {"stretch": (2.0, 4.0), "stop": (0.1, 2.0), "slow": (0.005, 0.02)}
+STEPS = {"slow": (20, 60), "nan": (1, 3)}
+RANK_0 = 0.2  # of the faults strike the lowest rank, besides those that strike it by chance
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One of ``KINDS``.
+
+    Attributes:
+        gap: seconds from when all are back from the last one.
+        picks: by how far into the list of those that live, in [0, 1), it strikes its one or two ranks.
+        delay: how far into what it interrupts, in [0, 1).
+        seconds, steps: how long it lasts.
+        place: where in a step an exception is raised, one of ``PLACES``.
+    """
+
+    kind: str
+    gap: float
+    picks: tuple[float, float]
+    delay: float
+    seconds: float
+    steps: int
+    place: str
+
+    def strikes(self, living: Sequence[int]) -> tuple[int, int]:
+        """Two different ranks of at least two: the victim first."""
+        first = living[int(self.picks[0] * len(living))]
+        others = [rank for rank in living if rank != first]
+        return first, others[int(self.picks[1] * len(others))]
+
+
+def deal(dice: random.Random, kinds: Sequence[str], gap: float) -> Iterator[Fault]:
+    """Faults without end: each kind once, in an order by chance, and then again.
+
+    Args:
+        gap: the mean of the seconds between them, which are those of a Poisson process.
+    """
+    while True:
+        for kind in dice.sample(list(kinds), len(kinds)):
+            first = 0.0 if dice.random() < RANK_0 else dice.random()
+            yield Fault(
+                kind,
+                dice.expovariate(1.0 / gap),
+                (first, dice.random()),
+                dice.random(),
+                dice.uniform(*SECONDS.get(kind, (0.0, 0.0))),
+                dice.randint(*STEPS.get(kind, (0, 0))),
+                dice.choice(PLACES),
+            )

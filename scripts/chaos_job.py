@@ -1,0 +1,351 @@
+"""A training that scripts/chaos has started: its processes, what its ranks have written so far, and what it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chaos_faults import Fault
+
+__all__ = ["HangError", "Job", "Launch", "Outcome", "Record", "Struck"]
+
+Record = dict[str, Any]
+"""What a rank has written: ``what`` it is about, when (``at``), and more; see :mod:`chaos_training`."""
+
+POLL_SECONDS = 0.01
+LEAVING_SECONDS = 8.0  # for what a launcher leaves behind to be gone
+STACKS_SECONDS = 2.0
+SHARED_MEMORY = "/dev/shm/"
+TORCHS = "torchinductor_"  # a cache that it makes for itself
+
+
+class HangError(Exception):
+    """Something that had to happen has not, for longer than anything may take."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, and how; as :mod:`chaos_training` reads it."""
+
+    variation: str
+    ranks: int
+    min_ranks: int
+    seeds: list[int]
+    epochs: int
+    batch_size: int
+    save_every: int
+    asynchronous: bool
+    compute: float
+    data: str
+    checkpoints: str
+    nodes: bool
+
+
+@dataclass
+class Struck:
+    """A fault that has come about.
+
+    Attributes:
+        launch: the number of the job's start.
+        living: how many ranks there were.
+        at: when, by the machine's monotonic clock; of two deaths the first, and ``last`` the other.
+        struck: which rank, and what it has done to it; of several the victim first.
+        victims: those who have died of it.
+    """
+
+    fault: Fault
+    launch: int
+    living: int
+    at: float
+    struck: list[int]
+    victims: list[int]
+    last: float = 0.0
+
+
+@dataclass
+class Outcome:
+    """How a launch has gone.
+
+    Attributes:
+        code: the exit code of ``python -m mpisign run``.
+        records: by rank, what each has written.
+        killed: those whom faults have ended.
+        hang: what has not happened in time, or "".
+        left: processes, and files in shared memory and among the temporary ones, that were left behind.
+        text: what was printed.
+    """
+
+    number: int
+    ranks: int
+    min_ranks: int
+    began: float
+    ended: float
+    code: int
+    records: dict[int, list[Record]]
+    killed: list[int] = field(default_factory=list)
+    hang: str = ""
+    left: list[str] = field(default_factory=list)
+    text: str = ""
+
+
+class Launch:
+    """One start of a job. Use it as a context: whatever is left of it at the end is killed.
+
+    Args:
+        folder: a new one, for all that it writes.
+        patience: seconds after which what has not happened is a hang.
+
+    Attributes:
+        records: by rank, what has been read so far.
+        killed: those whom faults have ended, in that order.
+    """
+
+    def __init__(self, job: Job, number: int, folder: Path, patience: float) -> None:
+        self.job, self.number, self._folder, self.patience = job, number, folder, patience
+        self.records: dict[int, list[Record]] = {rank: [] for rank in range(job.ranks)}
+        self.killed: list[int] = []
+        self._read_to = dict.fromkeys(self.records, 0)
+        self._shared: set[str] = set()
+        temporary = folder / "tmp"
+        temporary.mkdir(parents=True)
+        path = folder / "job.json"
+        path.write_text(json.dumps({**vars(job), "folder": str(folder)}))
+        self._output = open(folder / "output.txt", "wb")  # noqa: SIM115 - closed in __exit__
+        command = [sys.executable, "-m", "mpisign", "run", "-n", str(job.ranks), "--bind", "none"]
+        command += ["--continue-on-failure", str(Path(__file__).with_name("chaos_training.py")), str(path)]
+        self.began = time.monotonic()
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            env=_environment(temporary, job),
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Launch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kill_all()
+        self._output.close()
+
+    # ------------------------------------------------------------------------------------------- reading
+
+    @property
+    def runs(self) -> bool:
+        """Whether the launcher is there."""
+        return self._process.poll() is None
+
+    def read(self) -> None:
+        """Read what ranks have written since the last time."""
+        for rank, records in self.records.items():
+            with contextlib.suppress(FileNotFoundError), open(self._folder / f"rank-{rank}.jsonl", "rb") as file:
+                file.seek(self._read_to[rank])
+                whole = file.read().rpartition(b"\n")[0]
+                if whole:
+                    self._read_to[rank] += len(whole) + 1
+                    records.extend(map(json.loads, whole.split(b"\n")))
+
+    def living(self) -> list[int]:
+        """The ranks that no fault has ended, and that have begun."""
+        return [rank for rank, records in self.records.items() if records and rank not in self.killed]
+
+    def has(self, rank: int, what: str, since: float = 0.0) -> bool:
+        """Whether a rank has written of something since then."""
+        for record in reversed(self.records[rank]):
+            if record["at"] < since:
+                return False
+            if record["what"] == what:
+                return True
+        return False
+
+    def epoch(self) -> int:
+        """That which some rank has come to."""
+        told = (r["epoch"] for its in self.records.values() for r in its[-100:] if r["what"] in ("begin", "deal"))
+        return max(told, default=0)
+
+    # ------------------------------------------------------------------------------------------- waiting
+
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float | None = None) -> bool:
+        """Until it holds, which returns True, or the job is over. Raises :class:`HangError`."""
+        end = time.monotonic() + (self.patience if seconds is None else seconds)
+        while True:
+            over = not self.runs  # before reading: what is written last is read
+            self.read()
+            if condition():
+                return True
+            if over:
+                return False
+            if time.monotonic() > end:
+                raise HangError(f"{what}, for {self.patience if seconds is None else seconds:g} s")
+            time.sleep(POLL_SECONDS)
+
+    def pause(self, seconds: float) -> bool:
+        """Let it run for so long. Returns whether it still runs."""
+        end = time.monotonic() + seconds
+        while self.runs and time.monotonic() < end:
+            time.sleep(min(POLL_SECONDS, seconds))
+        self.read()
+        return self.runs
+
+    def wait_for_steps(self, since: float, what: str) -> bool:
+        """Until all that live have made a step that has begun since then."""
+
+        def back() -> bool:
+            return all(self._has_stepped(rank, since, self.killed) for rank in self.living())
+
+        return self.wait(back, what)
+
+    def _has_stepped(self, rank: int, since: float, lost: list[int]) -> bool:
+        missing, taken = set(lost), False
+        for record in self.records[rank]:
+            if record["what"] == "change":
+                missing -= set(record["lost"])
+                taken = taken or record["at"] >= since
+            elif record["what"] == "take":
+                taken = taken or record["at"] >= since
+            elif record["what"] in ("commit", "end") and taken and not missing and record["at"] >= since:
+                return True
+        return False
+
+    def wait_until_ready(self, seconds: float) -> bool:
+        """Until all ranks have made a step; then it is known what they share."""
+        ready = self.wait(lambda: all(self.has(rank, "commit") for rank in self.records), "no first step", seconds)
+        for rank in self.records if ready else ():
+            with contextlib.suppress(OSError, StopIteration):
+                lines = Path(f"/proc/{self._pid(rank)}/maps").read_text().splitlines()
+                paths = (line.partition("/")[2] for line in lines if SHARED_MEMORY in line)
+                self._shared |= {f"/{path}" for path in paths if not path.endswith("(deleted)")}
+        return ready
+
+    def finish(self, *, hang: str = "") -> Outcome:
+        """Wait for its end, as long as ranks make steps, and look for what it leaves. A hang ends it here."""
+        while not hang and self.runs:
+            now = time.monotonic()
+            try:
+                self.wait(lambda since=now: self._any_since(since), "nobody makes a step, and the job does not end")  # type: ignore[misc]
+            except HangError as error:
+                hang = str(error)
+        if hang:
+            self._ask_for_stacks()
+        code = self._process.poll()
+        if code is None:
+            self._kill_all()
+            code = self._process.wait()
+        left = self._left() if not hang else []
+        self.read()
+        self._output.flush()
+        text = (self._folder / "output.txt").read_text(errors="replace")
+        return Outcome(
+            self.number,
+            self.job.ranks,
+            self.job.min_ranks,
+            self.began,
+            time.monotonic(),
+            code,
+            self.records,
+            self.killed,
+            hang and f"{hang}\n{self._stacks()}",
+            left,
+            text,
+        )
+
+    def end(self) -> None:
+        """Let the launcher end it, as a user would."""
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(LEAVING_SECONDS)
+
+    def _any_since(self, since: float) -> bool:
+        return any(its and its[-1]["at"] >= since for its in self.records.values())
+
+    # ---------------------------------------------------------------------------------------- processes
+
+    def _pid(self, rank: int) -> int:
+        return int(next(record["pid"] for record in self.records[rank] if record["what"] == "here"))
+
+    def signal(self, rank: int, number: int) -> None:
+        """Send it to a rank, if it is still there."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid(rank), number)
+
+    def kill(self, rank: int) -> float:
+        """End a rank by SIGKILL. Returns when."""
+        self.killed.append(rank)
+        self.signal(rank, signal.SIGKILL)
+        return time.monotonic()
+
+    def order(self, rank: int, **order: Any) -> None:
+        """Tell a rank to harm itself."""
+        path = self._folder / f"rank-{rank}.order"
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(order))
+        new.replace(path)
+
+    def _processes(self) -> Iterator[tuple[int, str]]:
+        """Every process of the job that lives, and its name: they are the session that was made for it."""
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                name, _, rest = (entry / "stat").read_text().rpartition(")")
+            except OSError:  # it has ended since
+                continue
+            state, _, _, session = rest.split()[:4]
+            if state != "Z" and int(session) == self._process.pid:
+                yield int(entry.name), name.partition("(")[2]
+
+    def _kill_all(self) -> None:
+        for process, _ in self._processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        self._process.wait()
+
+    def _left(self) -> list[str]:
+        end = time.monotonic() + LEAVING_SECONDS
+        while (left := self._leftovers()) and time.monotonic() < end:
+            time.sleep(0.1)
+        return left
+
+    def _leftovers(self) -> list[str]:
+        processes = [f"process {process} ({name})" for process, name in self._processes()]
+        shared = [path for path in sorted(self._shared) if os.path.exists(path)]
+        names = (path.name for path in (self._folder / "tmp").iterdir())
+        temporary = [f"{name} among the temporary files" for name in names if not name.startswith(TORCHS)]
+        return processes + shared + temporary
+
+    def _ask_for_stacks(self) -> None:
+        for rank in self.living():
+            self.signal(rank, signal.SIGUSR2)
+        time.sleep(STACKS_SECONDS)
+
+    def _stacks(self) -> str:
+        told = []
+        for rank in self.living():
+            with contextlib.suppress(OSError):
+                told.append(f"rank {rank}: {(self._folder / f'rank-{rank}.stacks').read_text()}")
+        return "\n".join(told)
+
+
+def _environment(temporary: Path, job: Job) -> Mapping[str, str]:
+    root = str(Path(__file__).parents[1])
+    before = os.environ.get("PYTHONPATH")
+    nodes = [rank * 2 // job.ranks for rank in range(job.ranks)]
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{root}:{before}" if before else root,
+        "OMP_NUM_THREADS": "1",
+        "MPISIGN_CALIBRATE": "0",
+        "TMPDIR": str(temporary),
+        **({"MPISIGN_NODE_OF": ",".join(map(str, nodes))} if job.nodes else {}),
+    }
