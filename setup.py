@@ -12,7 +12,8 @@ from setuptools.command.build_ext import build_ext
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mpisign/__init__.py").read_text()).group(1)
 
-URL = "https://github.com/mpisign/mpisign"
+# Of a reserved domain, and the e-mail address too, until there is a home for it: CONTRIBUTING.md, "Releasing".
+URL = "https://mpisign.example/mpisign"
 README = (HERE / "README.md").read_text()
 README = re.sub(r"(!\[[^]]*\]\()(?!https?://)", rf"\1{URL}/raw/main/", README)  # pictures and links work elsewhere
 README = re.sub(r"\]\((?!https?://|#)", f"]({URL}/blob/main/", README)
@@ -24,7 +25,7 @@ INTEGRATIONS = [
     f'{name}; python_version >= "3.11"'
     for name in ("accelerate>=1.10", "lightning>=2.5", "torchmetrics>=1.5", "transformers>=5")
 ]
-DOCS = ["sphinx>=8.1", "myst-parser>=4", "furo>=2024.8"]
+DOCS = ["sphinx>=8.1", "myst-parser>=4", "furo>=2024.8", "sphinx-copybutton>=0.5"]
 TEST_MPI = ["pytest>=8", "pytest-mpi>=0.6", "pytest-timeout>=2.3"]  # what tests/mpi needs
 # To compile without a GPU: the compilers of CUDA 13 and 12, and the headers that CuPy gives to the first.
 COMPILERS = ["nvidia-cuda-nvrtc>=13", "nvidia-cuda-nvrtc-cu12>=12.8", "nvidia-cuda-runtime>=13"]
@@ -66,7 +67,7 @@ setup(
         "Changelog": f"{URL}/blob/main/CHANGELOG.md",
     },
     author="The mpisign maintainers",
-    author_email="maintainers@mpisign.example",  # of a reserved domain, until it is published
+    author_email="maintainers@mpisign.example",
     keywords=[
         "distributed training",
         "data parallel",

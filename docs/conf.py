@@ -7,7 +7,7 @@ import mpisign
 project = "mpisign"
 version = release = mpisign.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["README.md"]  # for those who look at the folder
 myst_heading_anchors = 3
 
@@ -29,7 +29,9 @@ python_display_short_literal_types = True
 
 html_theme = "furo"
 html_title = f"mpisign {version}"
-html_copy_source = html_show_sourcelink = False
+html_static_path = ["static"]
+html_css_files = ["style.css"]
+html_copy_source = html_show_copyright = html_show_sourcelink = False
 
 
 LINK_OUT = re.compile(r"(?<!!)(\[[^][]*\])\(\.\./")  # but not a picture's

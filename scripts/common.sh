@@ -60,19 +60,10 @@ make_venv() {
     "$python" -m venv --clear "$venv"
 }
 
-# run_ranks RANKS COMMAND...: under mpirun on this machine, however few cores it has; with $other_mpi, not Open MPI's.
+# run_ranks RANKS COMMAND...: on this machine, however few cores it has, by the launcher of the environment's MPI. Ranks
+# are bound to no cores, as other programs may share them.
 run_ranks() {
-    local ranks=$1 options=(--oversubscribe --bind-to none)
-    shift
-    if [[ ${other_mpi:-} ]]; then
-        options=() # MPICH and Intel MPI neither count slots nor bind
-    elif ((ranks > $(env -u OMP_NUM_THREADS nproc))); then # nproc would answer with that variable
-        options+=(--mca mpi_yield_when_idle 1)
-    fi
-    if ((EUID == 0)); then
-        export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-    fi
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    say "mpirun -n $ranks ${options[*]} $*"
-    mpirun -n "$ranks" "${options[@]}" "$@" </dev/null
+    say "$1 ranks: ${*:2}"
+    python -m mpisign run -n "$1" --bind none "${@:2}" </dev/null
 }

@@ -92,6 +92,7 @@ choose_launcher() {
     elif [[ $MPISIGN_LAUNCHER != mpirun ]]; then
         fail "MPISIGN_LAUNCHER=$MPISIGN_LAUNCHER is none of auto, srun, mpirun"
     fi
+    # Not `python -m mpisign run`: Python may be in a container, and the launcher is outside; and it knows fewer MPIs.
     launcher=("$(dirname "$(command -v "$PYTHON")")/mpirun") # a wheel's is beside its Python
     [[ -x ${launcher[0]} ]] || launcher=("$(command -v mpirun)") ||
         fail "there is no mpirun beside $PYTHON or on PATH: load your cluster's MPI module in this script, or:" \

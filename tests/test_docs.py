@@ -27,7 +27,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 OF_FRAMEWORKS = {"huggingface", "lightning"}  # pages whose scripts need more packages; test_integrations.py runs them
 # Of these "python" is run, and so is what "diff" makes of a file; "output" is what the block before it prints.
-LANGUAGES = {"", "bash", "python", "diff", "output", "{eval-rst}", "{include}", "{literalinclude}", "{toctree}"}
+LANGUAGES = {"", "bash", "python", "diff", "output", "text", "{eval-rst}", "{include}", "{literalinclude}", "{toctree}"}
 FETCHED = {("img", "src"), ("link", "href"), ("script", "src")}  # what a reader's browser loads by itself
 
 

@@ -89,6 +89,16 @@ def test_links_of_the_long_description_are_absolute(tmp_path: Path) -> None:
     assert re.findall(r"!\[[^]]*\]\((\S+)\)", text) == [f"{metadata_url(text)}/raw/main/docs/vote.svg"]
 
 
+def test_all_name_the_same_home() -> None:
+    """So that one search and replace, in CONTRIBUTING.md, is enough."""
+    (home,) = re.findall(r'^URL = "(\S+)"$', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    files = [ROOT / "CITATION.cff", *(ROOT / ".github").rglob("*.yml"), *(ROOT / "packaging").rglob("*")]
+    texts = {path: path.read_text() for path in files if path.is_file()}
+    named = [(path.name, url) for path, text in texts.items() for url in re.findall(r"https://[^\s'\"]*mpisign\S*", text)]
+    assert len(named) >= 8
+    assert not [(name, url) for name, url in named if not url.startswith(home)]
+
+
 def test_what_tells_of_a_release_tells_the_same() -> None:
     """The package, the citation, and the newest release in the changelog."""
     cited = dict(re.findall(r"^(version|date-released): \"?([^\"\n]+)\"?$", (ROOT / "CITATION.cff").read_text(), re.M))

@@ -9,11 +9,11 @@ from spack_repo.builtin.build_systems.python import PythonPackage
 class PyMpisign(PythonPackage):
     """Distributed training by majority vote: one bit a coordinate over MPI, around your own torch optimizer."""
 
-    homepage = "https://github.com/mpisign/mpisign"
+    homepage = "https://mpisign.example/mpisign"
     pypi = "mpisign/mpisign-0.2.0.tar.gz"
-    git = "https://github.com/mpisign/mpisign.git"
+    git = "https://mpisign.example/mpisign.git"
 
-    license("Apache-2.0", checked_by="mpisign")
+    license("Apache-2.0")
 
     version("main", branch="main")
     # Published versions: `spack checksum py-mpisign` adds them.
