@@ -140,6 +140,14 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="start MPI so that init(on_failure='continue') can go on without ranks that die (Open MPI's ULFM)",
     )
     add(
+        "--detect-links",
+        type=_typed(quantities.seconds),
+        default=unset,
+        metavar="TIME",
+        help="with --continue-on-failure: also go on without ranks that are silent for so long, as a link is cut or "
+        "they are stopped; for init(detect_links=seconds)",
+    )
+    add(
         "--shared-dir",
         type=Path,
         default=unset,
@@ -165,6 +173,7 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             given.get("hostfile"),
             args.bind,
             args.continue_on_failure,
+            given.get("detect_links"),
             shlex.split(args.launcher_options),
         )
         machine = starting.look_around()

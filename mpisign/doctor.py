@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mpisign import places, session
+from mpisign import heartbeat, places, session
 from mpisign.backends import WORD, backend_for
 from mpisign.bitmap import native
 from mpisign.bitmap.host import words_for
@@ -342,6 +342,8 @@ def _ulfm() -> Iterator[Finding]:
         yield Finding(OK, "fault tolerance", "no ULFM: a failed rank ends the job")
         return
     on = "it is on in this run, and init(on_failure='continue') outlives ranks"
+    if (silence := heartbeat.started_for()) is not None:
+        on += f"; init(detect_links={silence}) those that are silent for so long"
     how = on if can_survive() else f"it is off in this run: {_words().survive}"
     yield Finding(OK, "fault tolerance", f"the library has ULFM; {how}")
 

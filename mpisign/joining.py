@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from mpisign import heartbeat
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.group import Group, check_node_map
 from mpisign.policy import check_choice, check_integer, check_positive
@@ -20,9 +21,10 @@ from mpisign.watchdog import Watchdog
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["ON_FAILURE", "coded_options", "joined", "told_options", "wrong_failure", "wrong_options"]
+__all__ = ["ON_FAILURE", "Failure", "coded_options", "joined", "told_options", "wrong_failure", "wrong_options"]
 
 ON_FAILURE = ("abort", "continue")
+LINKS_BIT = 32  # of the options' code, from which on milliseconds are
 
 
 def wrong_options(times: dict[str, float | None], on_dead_training: str) -> OptionError | None:
@@ -37,8 +39,22 @@ def wrong_options(times: dict[str, float | None], on_dead_training: str) -> Opti
     return None
 
 
-def wrong_failure(on_failure: str, min_ranks: int | None, size: int) -> OptionError | None:
+class Failure(NamedTuple):
+    """What shall be done when a rank dies: options of :func:`mpisign.init`."""
+
+    on_failure: str
+    min_ranks: int | None
+    detect_links: float | None
+
+    @property
+    def survives(self) -> bool:
+        """The job goes on."""
+        return self.on_failure == "continue"
+
+
+def wrong_failure(failure: Failure, size: int) -> OptionError | None:
     """The same of what shall be done when a rank dies. MPI must have been started."""
+    on_failure, min_ranks, detect_links = failure
     try:
         check_choice("on_failure", on_failure, ON_FAILURE)
         if min_ranks is not None and on_failure == "abort":
@@ -47,6 +63,12 @@ def wrong_failure(on_failure: str, min_ranks: int | None, size: int) -> OptionEr
             raise OptionError(f"min_ranks={min_ranks} are more than the {size} ranks that this job has")
         if on_failure == "continue" and not can_survive():
             raise OptionError(f"on_failure='continue' needs an MPI that survives a rank (ULFM), and {how_to_survive()}")
+        if detect_links is not None:
+            if on_failure == "abort":
+                raise OptionError(
+                    f"detect_links={detect_links!r} lets a job go on without silent ranks: on_failure='continue'"
+                )
+            heartbeat.check(detect_links)
     except OptionError as error:
         return error
     return None
@@ -70,10 +92,10 @@ def joined(
         raise
 
 
-def coded_options(pickle: bool, on_dead_training: str, on_failure: str, min_ranks: int | None) -> int:
+def coded_options(pickle: bool, on_dead_training: str, failure: Failure) -> int:
     """All options that must be the same on all ranks, as one number."""
-    code = int(pickle) + 2 * ON_DEAD_TRAINING.index(on_dead_training) + 4 * ON_FAILURE.index(on_failure)
-    return code + 8 * (min_ranks or 0)
+    code = int(pickle) + 2 * ON_DEAD_TRAINING.index(on_dead_training) + 4 * failure.survives
+    return code + 8 * (failure.min_ranks or 0) + (round(1000 * (failure.detect_links or 0.0)) << LINKS_BIT)
 
 
 def told_options(code: int, other: int) -> str:
@@ -83,7 +105,8 @@ def told_options(code: int, other: int) -> str:
             f"pickle={bool(its & 1)}",
             f"on_dead_training={ON_DEAD_TRAINING[its >> 1 & 1]!r}",
             f"on_failure={ON_FAILURE[its >> 2 & 1]!r}",
-            f"min_ranks={its >> 3 or None}",
+            f"min_ranks={(its >> 3) % (1 << LINKS_BIT - 3) or None}",
+            f"detect_links={(its >> LINKS_BIT) / 1000 or None}",
         )
         for its in (code, other)
     ]

@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
+from mpisign import heartbeat
 from mpisign import timeline as timelines
 from mpisign.alarm import ring
 from mpisign.errors import AlreadyInitializedError, ConsistencyError, MpisignError, NotInitializedError, OptionError
 from mpisign.exit_words import is_told, tell_group
 from mpisign.group import Group
-from mpisign.joining import coded_options, joined, told_options, wrong_failure, wrong_options
+from mpisign.joining import Failure, coded_options, joined, told_options, wrong_failure, wrong_options
 from mpisign.last_words import LastWords
 from mpisign.launch import check_not_alone, import_mpi
 from mpisign.membership import Membership
@@ -228,6 +229,7 @@ def init(
     on_dead_training: Literal["warn", "raise"] | None = None,
     on_failure: Literal["abort", "continue"] = "abort",
     min_ranks: int | None = None,
+    detect_links: float | None = None,
 ) -> None:
     """Join the job: learn ranks and nodes, and get a private communicator. **Collective.**
 
@@ -251,6 +253,8 @@ def init(
             Open MPI with ULFM switched on. A rank with an uncaught exception then dies alone, whatever
             ``abort_on_exception`` is.
         min_ranks: with ``"continue"``, end the job when fewer are left; default 1.
+        detect_links: with ``"continue"``, seconds of silence after which a rank counts as dead: its link is cut, its
+            node is gone, or it is stopped. A thread answers for a rank that computes. Default: only ends of processes.
 
     Raises:
         AlreadyInitializedError: called twice.
@@ -262,17 +266,8 @@ def init(
     """
     check_may_start()
     with _joining:
-        _join(
-            comm,
-            abort_on_exception,
-            stall_warning,
-            stall_timeout,
-            node_of,
-            pickle,
-            on_dead_training,
-            on_failure,
-            min_ranks,
-        )
+        failure = Failure(on_failure, min_ranks, detect_links)
+        _join(comm, abort_on_exception, stall_warning, stall_timeout, node_of, pickle, on_dead_training, failure)
 
 
 def _join(
@@ -283,8 +278,7 @@ def _join(
     node_of: Sequence[int] | None,
     pickle: bool,
     on_dead_training: str | None,
-    on_failure: str,
-    min_ranks: int | None,
+    failure: Failure,
 ) -> None:
     global _session, _finalize_timeout
     if _session is not None:
@@ -299,7 +293,7 @@ def _join(
         stall_warning = stall_timeout = None
     tracer = Tracer()
     watchdog = Watchdog(tracer, stall_warning, stall_timeout)
-    if on_failure == "continue":
+    if failure.survives:
         leave_mpi_to_us()
     with watchdog.guard_start():
         MPI = import_mpi()  # noqa: N806 - and not before: a spawned DataLoader worker that starts MPI hangs the job
@@ -313,10 +307,12 @@ def _join(
         check_not_alone(os.environ, comm.Get_size(), library)
     if node_of is None and os.environ.get(NODE_MAP_VARIABLE):
         node_of = [int(place) if place.isdecimal() else -1 for place in os.environ[NODE_MAP_VARIABLE].split(",")]
-    wrong = wrong or wrong_failure(on_failure, min_ranks, comm.Get_size())
+    wrong = wrong or wrong_failure(failure, comm.Get_size())
+    if failure.detect_links is not None and wrong is None:
+        heartbeat.begin(failure.detect_links)
     group = joined(comm, watchdog, tracer, node_of, wrong)
     session = Session(group, watchdog, tracer, pickle=pickle, on_dead_training=on_dead_training)
-    codes = session.meet("init()", coded_options(pickle, on_dead_training, on_failure, min_ranks)).tolist()
+    codes = session.meet("init()", coded_options(pickle, on_dead_training, failure)).tolist()
     odd, usual = minority(codes)
     if odd:
         group.free(watchdog)
@@ -328,11 +324,11 @@ def _join(
     with session.telling("init()"):
         session.align_clocks()
     session.meet("init()")
-    if on_failure == "continue":
-        session.membership, watchdog.survives = Membership(session, min_ranks or 1), True
+    if failure.survives:
+        session.membership, watchdog.survives = Membership(session, failure.min_ranks or 1), True
     _session = session
     _finalize_timeout = session.process, stall_timeout
-    if abort_on_exception or on_failure == "continue":
+    if abort_on_exception or failure.survives:
         session.last_words = LastWords(functools.partial(_die, session))
     # One rank's variable counts, so that all do the same.
     told = [os.environ.get(timelines.VARIABLE, ""), session.token]

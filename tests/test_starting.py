@@ -81,6 +81,14 @@ def test_a_job_that_outlives_its_ranks() -> None:
             words(vendor, ranks=4, outlives=True)
 
 
+def test_a_job_that_outlives_silent_ranks() -> None:
+    typed = words(ranks=4, outlives=True, silence=5.0)[0]
+    assert "--with-ft ulfm" in typed
+    assert typed.endswith("mpi_ft_detector 1 --mca mpi_ft_detector_timeout 5 --mca mpi_ft_detector_period 1")
+    with pytest.raises(OptionError, match="--continue-on-failure"):
+        words(ranks=4, silence=5.0)
+
+
 def test_several_hosts(tmp_path: Path) -> None:
     told, settings = words(ranks=8, hosts="a:4,b:4", environ={"PATH": "/bin", "HOME": "/root", "MPISIGN_X": "1"})
     assert told == "mpirun -n 8 --host a:4,b:4 --bind-to none -x MPISIGN_X -x OMP_NUM_THREADS -x PATH"

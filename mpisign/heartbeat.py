@@ -1,0 +1,76 @@
+"""Silence as a failure, with ``init(detect_links=)``: MPI's detector of heartbeats, and the thread that keeps it going.
+
+Open MPI sends and looks for heartbeats only inside its calls. A rank that evaluates for ten seconds would be taken for
+dead, so a thread of this process calls MPI all the time; torch lets it run beside whatever it computes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+
+from mpisign.errors import OptionError
+from mpisign.policy import check_positive
+from mpisign.vendors import flags_of
+
+__all__ = ["begin", "check", "started_for"]
+
+LOOKS = 40  # at MPI while a rank may be silent
+
+DETECTOR = "OMPI_MCA_mpi_ft_detector"
+TIMEOUT = "OMPI_MCA_mpi_ft_detector_timeout"
+
+_stop = threading.Event()
+_thread: threading.Thread | None = None
+
+
+def check(seconds: float) -> None:
+    """Raise :class:`OptionError` unless MPI was started to take a rank for dead that is silent for so long."""
+    check_positive("detect_links", seconds, " of seconds, or None for never")
+    flags = flags_of("Open MPI")
+    assert flags is not None
+    how = f"start it with python -m mpisign run --continue-on-failure --detect-links {seconds:g}, or mpirun "
+    how += " ".join(flags.outlive(seconds))
+    told = started_for()
+    if told is None:
+        raise OptionError(f"detect_links={seconds:g} needs MPI's detector, which is off in this run: {how}")
+    if told != f"{seconds:g}":
+        raise OptionError(f"detect_links={seconds:g}, but this run was started with {TIMEOUT}={told!r}: {how}")
+    from mpi4py import MPI
+
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise OptionError(
+            f"detect_links={seconds:g} needs a thread that calls MPI beside this one, which MPI was not started for: "
+            f"unset MPI4PY_RC_THREADS and MPI4PY_RC_THREAD_LEVEL, and set no mpi4py.rc.thread_level"
+        )
+
+
+def started_for() -> str | None:
+    """Seconds of silence for which MPI was started, as they were typed; None without a detector."""
+    return os.environ.get(TIMEOUT, "") if os.environ.get(DETECTOR) in ("1", "true") else None
+
+
+def begin(seconds: float) -> None:
+    """Keep MPI called until Python exits, in a process of which ``check(seconds)`` is true."""
+    global _thread
+    if _thread is None:
+        _thread = threading.Thread(target=_beat, args=(seconds / LOOKS,), name="mpisign heartbeat", daemon=True)
+        _thread.start()
+        atexit.register(_end)
+
+
+def _beat(pause: float) -> None:
+    from mpi4py import MPI
+
+    while not _stop.wait(pause):
+        if MPI.Is_finalized():
+            return
+        MPI.COMM_SELF.Iprobe()
+
+
+def _end() -> None:
+    """Before MPI is finalized."""
+    _stop.set()
+    if _thread is not None:
+        _thread.join(1.0)
