@@ -22,7 +22,7 @@ from mpisign.membership import QUORUM_EXIT_CODE
 from mpisign.vendors import flags_of
 
 HERE = Path(__file__).parent
-SILENCE = 4.0  # seconds, on a machine that tests share
+SILENCE = 6.0  # seconds, on a machine that tests share
 
 needs_ulfm = pytest.mark.skipif(MPI.get_vendor()[0] != "Open MPI", reason="no ULFM")
 
