@@ -68,8 +68,9 @@ class ElasticSampler(Sampler[int]):
     has counted if its rank was in the exchange that ended its step, whether it voted or abstained. What a lost rank had
     in a step that ended without it has not; that, and all that nobody has had, is dealt to those who are there then, in
     the same order. With ``every``, samples count by the exchange that ends their window; if ranks change twice within
-    one window, what those of the second change had before the first counts, and what a lost rank had in a window that
-    is open at the end of an epoch is not dealt again.
+    one window, what those of the second change had before the first counts. A window that is open at the end of an
+    epoch has no exchange in it: call :func:`mpisign.barrier` after the inner loop, or what a rank that has been lost in
+    that window should have had is left out.
 
     The iterator ends early after a change, so begin again until the epoch is :attr:`finished`::
 

@@ -236,6 +236,8 @@ class Training:
                         self._save()
                     if self._sampler.changed:
                         break
+                if self._variation.every > 1:
+                    mpisign.barrier()  # who has died in a window that is still open is found before the epoch is over
             mpisign.average(float(self._step))
             self._agree(epoch)
             self._diary.write("epoch", step=self._step, epoch=epoch)
