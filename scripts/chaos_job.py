@@ -136,7 +136,11 @@ class Launch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.runs:
+            self.end()  # so that it tidies up
         self._kill_all()
+        for path in self._shared:
+            Path(path).unlink(missing_ok=True)
         self._output.close()
 
     # ------------------------------------------------------------------------------------------- reading

@@ -82,10 +82,11 @@ def _both(seconds: Sequence[float]) -> tuple[str, str]:
     return f"{1e3 * statistics.median(seconds):.0f}", f"{1e3 * max(seconds):.0f}"
 
 
-def checks_table(found: Found) -> str:
+def checks_table(found: Found, calm: dict[str, Spread]) -> str:
     """A row for each check."""
     wrong = Counter(problem.check for _, problems in found for problem in problems)
-    return markdown_table(["check", "violations"], [[text, str(wrong[name])] for name, text in CHECKS.items()])
+    told = {name: str(wrong[name]) if calm or name != "loss" else "not checked" for name in CHECKS}
+    return markdown_table(["check", "violations"], [[text, told[name]] for name, text in CHECKS.items()])
 
 
 def variations_table(found: Found, calm: dict[str, Spread]) -> str:
@@ -163,7 +164,7 @@ def describe(found: Found, calm: dict[str, Spread], measured: Sequence[Goodput],
         f"# {struck} faults in trainings of {ranks} ranks",
         summary(found),
         f"## By fault\n\n{kinds_table(found)}",
-        f"## What was checked\n\n{checks_table(found)}",
+        f"## What was checked\n\n{checks_table(found, calm)}",
         f"## By training\n\n{variations_table(found, calm)}",
     ]
     if wrong:
