@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -42,9 +42,9 @@ many parameters. Seconds are of the slowest rank. The error is the prediction ov
 and in brackets over the fastest one. The hosts share the cores of one machine: where ranks outnumber them, or the
 network is free, it is computing that is predicted, and whatever else this machine does (its load is below) disturbs
 measurement and calibration, not always alike. The card's bandwidth is calibrated by MPI's all-to-alls, as votes need
-them; gloo's ring of neighbours gets more out of a card on these hosts, so it is predicted too slow where the network
-is fast. Where latencies have used up a calibration's time, the card's bandwidth can come out above the rate, as a
-switch lets short transfers through at once."""
+them; gloo's ring of neighbours may get more out of a card on these hosts, so that it is predicted too slow. Where
+latencies have used up a calibration's time, the card's bandwidth can come out above the rate, as a switch lets short
+transfers through at once."""
 
 
 def main() -> None:
@@ -63,6 +63,7 @@ def main() -> None:
     if args.again:
         again(args)
         return
+    args.results.mkdir(parents=True, exist_ok=True)
     cases = []
     for shape in args.shapes:
         for rate in args.rates:
@@ -74,17 +75,14 @@ def main() -> None:
 
 def run(args: argparse.Namespace, shape: str, rate: str) -> dict[str, Any]:
     """One case, in a job of its own."""
-    args.results.mkdir(parents=True, exist_ok=True)
-    file = args.results / f"validation-{os.getpid()}.json"
-    # fmt: off
-    command = [str(HERE / "slow_network"), shape, rate, sys.executable, __file__, "--measure", str(file),
-               "--elements", str(args.elements), "--rounds", str(args.rounds)]
-    # fmt: on
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "found.json"
+        # fmt: off
+        command = [str(HERE / "slow_network"), shape, rate, sys.executable, __file__, "--measure", str(file),
+                   "--elements", str(args.elements), "--rounds", str(args.rounds)]
+        # fmt: on
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=600)
         found: dict[str, Any] = json.loads(file.read_text())
-    finally:
-        file.unlink(missing_ok=True)
     return {"shape": shape, "rate": rate, **found}
 
 

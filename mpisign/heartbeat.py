@@ -12,11 +12,12 @@ import threading
 
 from mpisign.errors import OptionError
 from mpisign.policy import check_positive
+from mpisign.survival import is_on
 from mpisign.vendors import flags_of
 
 __all__ = ["begin", "check", "started_for"]
 
-LOOKS = 40  # at MPI while a rank may be silent
+CALLS = 40  # of MPI while a rank may be silent
 
 DETECTOR = "OMPI_MCA_mpi_ft_detector"
 TIMEOUT = "OMPI_MCA_mpi_ft_detector_timeout"
@@ -30,8 +31,7 @@ def check(seconds: float) -> None:
     check_positive("detect_links", seconds, " of seconds, or None for never")
     flags = flags_of("Open MPI")
     assert flags is not None
-    how = f"start it with python -m mpisign run --continue-on-failure --detect-links {seconds:g}, or mpirun "
-    how += " ".join(flags.outlive(seconds))
+    how = f"start it with {flags.to_outlive(seconds)}"
     told = started_for()
     if told is None:
         raise OptionError(f"detect_links={seconds:g} needs MPI's detector, which is off in this run: {how}")
@@ -48,14 +48,14 @@ def check(seconds: float) -> None:
 
 def started_for() -> str | None:
     """Seconds of silence for which MPI was started, as they were typed; None without a detector."""
-    return os.environ.get(TIMEOUT, "") if os.environ.get(DETECTOR) in ("1", "true") else None
+    return os.environ.get(TIMEOUT, "") if is_on(DETECTOR) else None
 
 
 def begin(seconds: float) -> None:
     """Keep MPI called until Python exits, in a process of which ``check(seconds)`` is true."""
     global _thread
     if _thread is None:
-        _thread = threading.Thread(target=_beat, args=(seconds / LOOKS,), name="mpisign heartbeat", daemon=True)
+        _thread = threading.Thread(target=_beat, args=(seconds / CALLS,), name="mpisign heartbeat", daemon=True)
         _thread.start()
         atexit.register(_end)
 

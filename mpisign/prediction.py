@@ -146,8 +146,7 @@ def measured() -> tuple[Nodes, Links, Rates]:
             # The mean, as ranks that outnumber cores take turns on them.
             mine.append(amount / statistics.mean(_seconds(run, device) for _ in range(TRIES)))
     slowest = [min(rates) for rates in zip(*here.gather_values(mine, [float], ACT), strict=True)]
-    pack, unpack, count, reduce, sgd = slowest
-    return nodes, links, Rates(pack, unpack, count, reduce, sgd)
+    return nodes, links, Rates(*slowest)  # in the order of the trials
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

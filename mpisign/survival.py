@@ -11,7 +11,7 @@ from mpisign.vendors import words_of
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["RanksLostError", "can_survive", "how_to_survive", "is_loss"]
+__all__ = ["RanksLostError", "can_survive", "how_to_survive", "is_loss", "is_on"]
 
 
 class RanksLostError(MpisignError):
@@ -25,8 +25,12 @@ def can_survive() -> bool:
     from mpi4py import MPI
 
     # mpi4py emulates ULFM's calls where the library lacks them, so asking for them says nothing.
-    on = os.environ.get("OMPI_MCA_mpi_ft_enable") in ("1", "true")  # noqa: SIM112 - Open MPI spells it so
-    return on and MPI.get_vendor()[0] == "Open MPI"
+    return is_on("OMPI_MCA_mpi_ft_enable") and MPI.get_vendor()[0] == "Open MPI"
+
+
+def is_on(variable: str) -> bool:
+    """Whether a parameter of Open MPI's, which mpirun gives the ranks as a variable, is switched on."""
+    return os.environ.get(variable) in ("1", "true")
 
 
 def how_to_survive() -> str:

@@ -43,6 +43,11 @@ class Flags:
             return self.survive
         return (*self.survive, *(word.format(silence, silence / LOOKS) for word in self.silence))
 
+    def to_outlive(self, silence: float | None = None) -> str:
+        """The same as what to type, for a message."""
+        links = "" if silence is None else f" --detect-links {silence:g}"
+        return f"python -m mpisign run --continue-on-failure{links}, or mpirun {' '.join(self.outlive(silence))}"
+
 
 _FLAGS = {
     "Open MPI": Flags(
@@ -123,10 +128,6 @@ def words_of(vendor: str) -> Words:
         install=f"pip install {package}, or load your cluster's MPI module",
         unbind=f"start mpirun with {' '.join(flags.unbound)}, or {bound}",
         yield_cores=f"fewer ranks, or mpirun {crowded}",
-        survive=(
-            f"python -m mpisign run --continue-on-failure, or mpirun {' '.join(flags.survive)}"
-            if flags.survive
-            else _OTHERS.survive
-        ),
+        survive=flags.to_outlive() if flags.survive else _OTHERS.survive,
         pmi=pmi,
     )

@@ -17,7 +17,7 @@ from chaos_job import Outcome, Record, Struck
 
 from mpisign.membership import has_quorum
 
-__all__ = ["CHECKS", "Problem", "Training", "check", "final_loss", "history"]
+__all__ = ["CHECKS", "Problem", "Training", "check", "commits", "final_loss", "history", "resumed_from"]
 
 CHECKS = {
     "hang": "whatever must happen happens in bounded time",
@@ -265,12 +265,12 @@ def history(training: Training) -> list[tuple[Outcome, Record]]:
     What was done after the checkpoint from which the next launch has gone on is left out.
     """
     found: list[tuple[Outcome, Record]] = []
-    begun = [_begun(launch) for launch in training.launches]
+    starts = [resumed_from(launch) for launch in training.launches]
     for place, launch in enumerate(training.launches):
-        if begun[place] is None:
+        if starts[place] is None:
             continue
-        later = next((step for step in begun[place + 1 :] if step is not None), None)
-        found = [] if begun[place] == 0 else found
+        later = next((step for step in starts[place + 1 :] if step is not None), None)
+        found = [] if starts[place] == 0 else found
         kept = guide(launch)
         until = None if kept not in launch.killed else max((r["step"] for r in counting(launch, kept)), default=0)
         ends = [step for step in (later, until) if step is not None]
@@ -283,7 +283,8 @@ def history(training: Training) -> list[tuple[Outcome, Record]]:
     return found
 
 
-def _begun(launch: Outcome) -> int | None:
+def resumed_from(launch: Outcome) -> int | None:
+    """The step from which it has gone on; None if it has not come so far."""
     return next((r["step"] for its in launch.records.values() for r in its if r["what"] == "begin"), None)
 
 
@@ -309,9 +310,9 @@ def _samples(training: Training) -> Iterator[str]:
     deal = _Deal(0, training.samples)
     problems: list[str] = []
 
-    def settle(counts: Callable[[int], bool]) -> None:
+    def settle(members: Sequence[int] | None) -> None:
         for rank, samples in pending:
-            if counts(rank):
+            if members is None or rank in members:
                 deal.again += sum(counted[sample] > 0 for sample in samples)
                 counted.update(samples)
         pending.clear()
@@ -323,7 +324,7 @@ def _samples(training: Training) -> Iterator[str]:
     for launch, record in history(training):
         what = record["what"]
         if what == "deal":
-            settle(lambda rank, its=record["members"]: rank in its)  # type: ignore[misc]
+            settle(record["members"])
             close()
             deal = _Deal(len(record["members"]), training.samples - len(counted))
         elif what == "commit":
@@ -331,9 +332,9 @@ def _samples(training: Training) -> Iterator[str]:
             pending += its.items()
             deal.handed += deal.ranks * max((len(samples) for samples in its.values()), default=0)
             if "exchange" in record:
-                settle(lambda rank, its=record["members"]: rank in its)  # type: ignore[misc]
+                settle(record["members"])
         elif what == "epoch":
-            settle(lambda rank: True)
+            settle(None)
             close()
             missing = training.samples - len(counted)
             if missing:

@@ -140,7 +140,6 @@ def _all_goodputs(args: argparse.Namespace, plan: Plan) -> list[Goodput]:
     if not args.goodput:
         return []
     means = [None, *sorted(args.between, reverse=True)]
-    means = [None, *sorted(args.between, reverse=True)]
     cases = [(between, survives) for between in means for survives in (True, False)]
     measured = []
     for number, (between, survives) in enumerate(tqdm(cases, desc="goodput", disable=args.quiet)):

@@ -182,7 +182,8 @@ class Launch:
 
     def wait(self, condition: Callable[[], bool], what: str, seconds: float | None = None) -> bool:
         """Until it holds, which returns True, or the job is over. Raises :class:`HangError`."""
-        end = time.monotonic() + (self.patience if seconds is None else seconds)
+        seconds = self.patience if seconds is None else seconds
+        end = time.monotonic() + seconds
         while True:
             over = not self.runs  # before reading: what is written last is read
             self.read()
@@ -191,7 +192,7 @@ class Launch:
             if over:
                 return False
             if time.monotonic() > end:
-                raise HangError(f"{what}, for {self.patience if seconds is None else seconds:g} s")
+                raise HangError(f"{what}, for {seconds:g} s")
             time.sleep(POLL_SECONDS)
 
     def pause(self, seconds: float) -> bool:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from chaos_checks import Training, history
+from chaos_checks import Training, commits, history, resumed_from
 from chaos_faults import DEADLY
 from chaos_job import Outcome, Record, Struck
 
@@ -38,7 +38,7 @@ def times(launch: Outcome, struck: Struck) -> Times:
         since = max(since, next(over, since))
     found, back = [], []
     for records in launch.records.values():
-        at = _first(records, since, struck) if not deadly else _recovered(records, struck.victims)
+        at = _first(records, since) if not deadly else _recovered(records, struck.victims)
         if at is None:
             continue
         step = next((r for r in records[at:] if r["what"] in ("commit", "end")), None)
@@ -67,7 +67,7 @@ def _recovered(records: Sequence[Record], victims: Sequence[int]) -> int | None:
     return None
 
 
-def _first(records: Sequence[Record], since: float, struck: Struck) -> int | None:
+def _first(records: Sequence[Record], since: float) -> int | None:
     return next((at for at, r in enumerate(records) if r["what"] == "take" and r["at"] >= since), None)
 
 
@@ -91,9 +91,9 @@ def redone(training: Training) -> int:
     """Steps that were made again after a relaunch, as they were not in the checkpoint."""
     count = 0
     for before, after in itertools.pairwise(training.launches):
-        done = max((r["step"] for its in before.records.values() for r in its if r["what"] == "commit"), default=0)
-        begun = [r["step"] for its in after.records.values() for r in its if r["what"] == "begin"]
-        count += max(0, done - begun[0]) if begun and done else 0
+        done = max((r["step"] for its in before.records.values() for r in commits(its)), default=0)
+        again = resumed_from(after)
+        count += max(0, done - again) if again is not None and done else 0
     return count
 
 

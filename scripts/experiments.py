@@ -332,6 +332,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return _shown(value)
     return value if isinstance(value, int | str | None) else str(value)
 
 
@@ -343,11 +345,13 @@ def _command() -> str:
         parent = Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
     if Path(parent[0]).name in _LAUNCHERS:
         typed = ["mpirun" if Path(parent[0]).name == "prterun" else parent[0], *parent[1:]]  # prterun is mpirun inside
-    root = Path(__file__).parents[1]
-    return shlex.join(
-        str(path.relative_to(root) if path.is_relative_to(root) else path.name) if path.is_absolute() else word
-        for word, path in zip(typed, map(Path, typed), strict=True)
-    )
+    return shlex.join(_shown(Path(word)) if Path(word).is_absolute() else word for word in typed)
+
+
+def _shown(path: Path) -> str:
+    """As it is from the repository's root; of one outside, which is a place of this machine, the last name."""
+    root, full = Path(__file__).resolve().parents[1], path.resolve()
+    return str(full.relative_to(root)) if full.is_relative_to(root) else path.name
 
 
 def _circumstances() -> dict[str, Any]:

@@ -145,10 +145,9 @@ def show(args: argparse.Namespace, results: Sequence[Result], sizes: Mapping[str
         table.add_row(*row)
     # mpirun gives each rank a terminal of its own, so rich would colour what goes to a file in the end.
     Console(color_system=None, width=120).print(table)
-    plain = (int, float, list)
     data = {
         "seeds": seeds,
-        "options": {name: value if isinstance(value, plain) else str(value) for name, value in vars(args).items()},
+        "options": vars(args),
         "text_bytes": sizes,
         "runs": [asdict(result) for result in results],
     }

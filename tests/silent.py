@@ -49,8 +49,9 @@ if me == 0:  # evaluates, and calls nothing of MPI's
 step()
 assert not changes, changes
 say("all have waited")
-(folder / "writing").with_suffix(f".{me}").write_text(str(os.getpid()))
-(folder / "writing").with_suffix(f".{me}").rename(folder / f"{me}.pid")
+writing = folder / f"{me}.writing"
+writing.write_text(str(os.getpid()))
+writing.rename(folder / f"{me}.pid")  # whole from when it is there
 while mpisign.size() == size:
     step()
     time.sleep(0.01)

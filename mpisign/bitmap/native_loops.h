@@ -259,7 +259,7 @@ static bool GENERATION(average_part)(const Packing *task, Part part) {
                 for (u32 i = 0; i < n; ++i) wide.of64[i] = g[i] * task->unscale;
                 g = wide.of64;
             }
-            if (before) {
+            if (before) {  // calls of their own, as a compiler must see what overlaps to use vectors
                 finite &= GENERATION(average64)(
                     g, (const double *)before + at, average.of64, sent.of64, n, task->sent, task->kept);
                 stream(kept, average.of64, n * sizeof *kept);

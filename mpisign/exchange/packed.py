@@ -70,8 +70,9 @@ def rows_of_zeros(
         words, start, end = plan.spoken[bucket.index], end, end + len(bucket.segments)
         if words is None or not votes[start:end].any():
             continue
-        look = bucket.index in plan.scattered
-        look = look or bool(plan.backend.any_zero(words) if zeros is None else zeros[bucket.index])
+        look = bucket.index in plan.scattered or bool(
+            plan.backend.any_zero(words) if zeros is None else zeros[bucket.index]
+        )
         for place, segment in enumerate(bucket.segments):
             at = start + place
             if not votes[at] or not (look or segment.name in plan.told):
