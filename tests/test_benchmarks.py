@@ -47,12 +47,12 @@ def reporting(folder: Path) -> list[str]:
     return ["--rounds", str(ROUNDS), "--warmup", "0", "--report", "--results", str(folder)]
 
 
-def check_report(folder: Path, name: str, printed: str) -> dict[str, Any]:
-    """The two files of a report agree with each other and with what was printed; returns the raw numbers."""
+def check_report(folder: Path, name: str, printed: str, of: str = "") -> dict[str, Any]:
+    """A report's two files (named ``of`` something, if so) agree with what was printed; returns the raw numbers."""
     markdown, raw = (next(folder.glob(f"*.{kind}")) for kind in ("md", "json"))
     assert len(list(folder.iterdir())) == 2
     assert markdown.stem == raw.stem
-    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d-{name}", raw.stem)
+    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d-{name}{of}", raw.stem)
     text, data = markdown.read_text(), json.loads(raw.read_text())
 
     title = text.partition(f", {raw.stem[:10]}")[0].removeprefix("# ")
@@ -182,11 +182,11 @@ def test_methods_of_a_choice(tmp_path: Path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("model", ["transformer", "resnet50"])
-def test_training(tmp_path: Path, model: str):
+@pytest.mark.parametrize(("model", "of"), [("transformer", ""), ("resnet50", "-resnet50")])
+def test_training(tmp_path: Path, model: str, of: str):
     options = ["--model", model, "--width", "8", "--batch", "2", "--size", "32"]
     printed = run_ranks(2, "bench_training.py", *options, *reporting(tmp_path))
-    data = check_report(tmp_path, "training", printed)
+    data = check_report(tmp_path, "training", printed, of)
     names = {one["name"] for one in data["contenders"]}
     assert {"signum", "DDP fp32", "DDP bf16 hook", "DDP PowerSGD hook", "no communication"} <= names
     seconds = {one["name"]: one["seconds"] for one in data["contenders"]}
