@@ -92,6 +92,7 @@ from mpisign.preemption import REQUEUE_EXIT_CODE, stop_on_signal, stop_requested
 from mpisign.report import StepReport
 from mpisign.sampler import ElasticSampler
 from mpisign.session import barrier, init, is_initialized, shutdown, timeline
+from mpisign.standby import Standby
 from mpisign.sync import (
     allgather_object,
     broadcast_object,
@@ -119,6 +120,7 @@ __all__ = [
     "MpisignError",
     "NotInitializedError",
     "OptionError",
+    "Standby",
     "StepReport",
     "SynchronizationError",
     "__version__",

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["ON_FAILURE", "Failure", "coded_options", "joined", "told_options", "wrong_failure", "wrong_options"]
 
 ON_FAILURE = ("abort", "continue")
-LINKS_BIT = 32  # of the options' code, from which on milliseconds are
+SPARES_BIT = 18  # of the options' code, from which on these are; before them is min_ranks
+LINKS_BIT = 32  # and from which on milliseconds are
 
 
 def wrong_options(times: dict[str, float | None], on_dead_training: str) -> OptionError | None:
@@ -45,6 +46,7 @@ class Failure(NamedTuple):
     on_failure: str
     min_ranks: int | None
     detect_links: float | None
+    spares: int = 0
 
     @property
     def survives(self) -> bool:
@@ -54,13 +56,17 @@ class Failure(NamedTuple):
 
 def wrong_failure(failure: Failure, size: int) -> OptionError | None:
     """The same of what shall be done when a rank dies. MPI must have been started."""
-    on_failure, min_ranks, detect_links = failure
+    on_failure, min_ranks, detect_links, spares = failure
     try:
         check_choice("on_failure", on_failure, ON_FAILURE)
         if min_ranks is not None and on_failure == "abort":
             raise OptionError(f"min_ranks={min_ranks!r} says with how many ranks a job goes on: on_failure='continue'")
         if min_ranks is not None and check_integer("min_ranks", min_ranks, 1) > size:
             raise OptionError(f"min_ranks={min_ranks} are more than the {size} ranks that this job has")
+        if check_integer("spares", spares, 0) and on_failure == "abort":
+            raise OptionError(f"spares={spares} step in when a rank dies, in a job that goes on: on_failure='continue'")
+        if spares >= size:
+            raise OptionError(f"spares={spares} of {size} ranks leave nobody to train: start more ranks")
         if on_failure == "continue" and not can_survive():
             raise OptionError(f"on_failure='continue' needs an MPI that survives a rank (ULFM), and {how_to_survive()}")
         if detect_links is not None:
@@ -95,7 +101,8 @@ def joined(
 def coded_options(pickle: bool, on_dead_training: str, failure: Failure) -> int:
     """All options that must be the same on all ranks, as one number."""
     code = int(pickle) + 2 * ON_DEAD_TRAINING.index(on_dead_training) + 4 * failure.survives
-    return code + 8 * (failure.min_ranks or 0) + (round(1000 * (failure.detect_links or 0.0)) << LINKS_BIT)
+    code += 8 * (failure.min_ranks or 0) + (failure.spares << SPARES_BIT)
+    return code + (round(1000 * (failure.detect_links or 0.0)) << LINKS_BIT)
 
 
 def told_options(code: int, other: int) -> str:
@@ -105,7 +112,8 @@ def told_options(code: int, other: int) -> str:
             f"pickle={bool(its & 1)}",
             f"on_dead_training={ON_DEAD_TRAINING[its >> 1 & 1]!r}",
             f"on_failure={ON_FAILURE[its >> 2 & 1]!r}",
-            f"min_ranks={(its >> 3) % (1 << LINKS_BIT - 3) or None}",
+            f"min_ranks={(its >> 3) % (1 << SPARES_BIT - 3) or None}",
+            f"spares={(its >> SPARES_BIT) % (1 << LINKS_BIT - SPARES_BIT)}",
             f"detect_links={(its >> LINKS_BIT) / 1000 or None}",
         )
         for its in (code, other)

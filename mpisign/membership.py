@@ -8,6 +8,9 @@ they shrink it, and tell each other in which act they are. Then the last act cou
 - Whoever has its decision (or has heard that all were at its end) gives it to those who have not.
 - If nobody has, it is void: survivors do it again, or are told by :class:`~mpisign.MembershipChangedError`.
 
+Spares take part in shrinking, and in nothing else. One steps in by an act, too, in which it is given all that it needs
+(:mod:`mpisign.standby`): it votes from then on if the act counts, and waits on if not.
+
 A round's decision stays in its plan's buffers until all ranks have sent messages of the next, which each does after it
 has applied it: it is kept without a copy.
 """
@@ -22,19 +25,19 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from mpisign.errors import MembershipChangedError
 from mpisign.group import Group
+from mpisign.positions import BODY, CLOSING, DONE, FAILED, Position
 from mpisign.processes import end_at_once, end_without_mpi
+from mpisign.regrouping import Living
+from mpisign.spares import Spares
 from mpisign.survival import is_loss
 from mpisign.trace import Tracer
 from mpisign.watchdog import Watchdog
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
 
 __all__ = ["QUORUM_EXIT_CODE", "Act", "Membership", "MembershipChange", "has_quorum"]
 
@@ -45,11 +48,7 @@ logger = logging.getLogger(__name__)
 QUORUM_EXIT_CODE = 86
 """What ranks exit with that were left on the smaller side, or counted out."""
 
-BODY, CLOSING, DONE, FAILED = range(4)
-RECOVERING = "the recovery from a failure"
 TRIES = 100  # of a recovery, in which others die
-DRAIN_SECONDS = 5.0
-MAKING_SECONDS = 0.05  # until others have made the communicator that is to be revoked: see mpisign.group
 LINGER_SECONDS = 1.0  # for those who are still about to hear that all leave
 
 
@@ -60,11 +59,13 @@ class MembershipChange(NamedTuple):
         generation: how many groups this job has had before this one.
         members: the identities of its ranks, in the order of their numbers: their numbers in the job's first group.
         lost: the identities of those that have died since the last one.
+        joined: the identities of spares that have stepped in.
     """
 
     generation: int
     members: tuple[int, ...]
     lost: tuple[int, ...]
+    joined: tuple[int, ...] = ()
 
 
 class Act(Protocol):
@@ -100,36 +101,23 @@ class Job(Protocol):
     def regrouped(self, told: Sequence[int]) -> None: ...
 
 
-class Position(NamedTuple):
-    """Where a rank is: the last act that it has begun, and how far it has come in it."""
-
-    identity: int
-    gpu: int
-    generation: int
-    number: int
-    state: int
-    raises: int  # that act is not repeated, but the user is told
-    leaving: int  # it has ended all else, and leaves the job
-    given: int  # the last act whose decision it has
-    network: int  # what it knows of the ways between ranks
-
-
 class Membership:
     """Of one session whose job outlives its ranks.
 
     Args:
-        places: by identity, the number of a node.
         min_ranks: with fewer, the job stops.
+        spares: how many, the last ones, are to wait.
 
     Attributes:
         recovered: ranks have died: MPI cannot be ended in the usual way any more.
         acting: an act goes on, of which all that is done now is a part.
+        spares: those that wait, or will.
     """
 
-    def __init__(self, job: Job, min_ranks: int) -> None:
+    def __init__(self, job: Job, min_ranks: int, spares: int = 0) -> None:
         self._job, self._min_ranks = job, min_ranks
-        self._comm: MPI.Comm = job.group.comm
-        self._places = job.group.node_of
+        self._living = Living(job.group, job.watchdog)
+        self.spares = Spares(self, job, self._living, spares)
         self._number, self._state, self._counted = 0, DONE, True
         self._raises = self._leaving = self._pending = False
         self._last: tuple[int, Act | None] = -1, None  # the last exchange that was closed, with its number
@@ -151,6 +139,20 @@ class Membership:
     def watch(self, it: Recoverable) -> None:
         """Tell it, as long as it lives, before the group is replaced."""
         self._recoverables.add(it)
+
+    @property
+    def number(self) -> int:
+        """Of the last act that has begun; to be set by one who comes in before the next."""
+        return self._number
+
+    @number.setter
+    def number(self, number: int) -> None:
+        self._number = number
+
+    def lose_what_goes_on(self, act: Act | None) -> None:
+        """Let everything that is watched forget what is under way, but for this act."""
+        for it in list(self._recoverables):
+            it.lost(act)
 
     @property
     def group(self) -> Group:
@@ -262,6 +264,7 @@ class Membership:
     def part(self, farewells: ExitStack) -> None:
         """Do what is done when all leave; nobody waits for those who have died, or are done."""
         failed = False
+        self.spares.dismiss()
         try:
             farewells.close()
         except Exception as error:
@@ -286,7 +289,7 @@ class Membership:
     # ------------------------------------------------------------------------------------------- recovery
 
     def recover(self, act: Act | None = None) -> bool:
-        """Replace the group by one of those who live. **Collective** over them.
+        """Replace the group by one of those who live. **Collective** over them, and over those who wait.
 
         Args:
             act: the exchange that goes on; it is closed, if some rank had come so far.
@@ -300,22 +303,19 @@ class Membership:
         began, before = perf_counter(), self._job.group.identities
         acting, began_it, self.acting = self.acting, self.acting and self._counted, False
         self._without_mpi()
-        for it in list(self._recoverables):
-            it.lost(act)
+        self.lose_what_goes_on(act)
         with self._job.tracer.span("recovery"):
             for _ in range(TRIES):
                 try:
                     positions = self._regroup()
-                    counts = self._settle(positions, act)
+                    counts = not self.spares.is_one_that_waits and self._settle(positions, act)
                     break
                 except Exception as error:
                     if not self.is_loss(error):
                         raise
             else:
                 self._stop(f"ranks have died in each of {TRIES} tries to go on")
-        seconds = perf_counter() - began
-        self._seconds += seconds
-        self._announce(before, seconds)
+        self.announce(before, perf_counter() - began)
         self.acting = acting
         if not counts:
             self._number, self._counted = self._number - 1, not acting
@@ -323,29 +323,26 @@ class Membership:
         return counts and began_it
 
     def _regroup(self) -> list[Position]:
-        """A new group, after the present one has failed. Raises what MPI does if others die meanwhile."""
-        job, dog = self._job, self._job.watchdog
-        if self._comm is not job.group.comm:
-            time.sleep(MAKING_SECONDS)
-        for comm in (self._comm, *job.group.comms()):
-            comm.Revoke()
-        dog.drain(DRAIN_SECONDS)
-        former = job.group
-        with dog.guard(RECOVERING):
-            self._comm = self._comm.Shrink()
+        """A new group, after the present one has failed. Raises what MPI does if others die meanwhile.
+
+        Returns:
+            Where its ranks are.
+        """
+        living, job = self._living, self._job
+        living.shrink(job.group)
         positions, members = self._told()
-        self._check_quorum(positions, members)
-        at = [self._places[its.identity] for its in positions]
+        living.identities = tuple(its.identity for its in positions)
+        voting = self.spares.heard(positions)
+        self._check_quorum(positions, voting, members)
         generation = max(its.generation for its in positions) + 1
-        group = Group.form(self._comm, dog, at, generation, former.identity, former.gpus)
-        job.replace(group, job.there)
-        job.regrouped([its.network for its in positions])
-        return positions
+        if self.spares.form([its.identity for its in voting], generation, job.there):
+            job.regrouped([its.network for its in voting])
+        return voting
 
     def _told(self) -> tuple[list[Position], tuple[int, ...]]:
         """Where all are, by their new numbers, and the identities of the latest group that one of them knows."""
-        group, comm = self._job.group, self._comm
-        members = np.zeros(len(self._places), np.int64)
+        group = self._job.group
+        members = np.zeros(len(self._living.places), np.int64)
         members[list(group.identities)] = 1
         mine = Position(
             group.identity,
@@ -357,18 +354,21 @@ class Membership:
             int(self._leaving),
             self._last[0],
             self._job.network_told(),
+            self.spares.waits,
+            int(self.spares.leave_now),
         )
-        said = np.concatenate([np.array(mine, np.int64), members])
-        heard = np.empty((comm.size, said.size), np.int64)
-        with self._job.watchdog.guard(RECOVERING):
-            comm.Allgather(said, heard)
+        heard = self._living.tell_all(np.concatenate([np.array(mine, np.int64), members]))
         positions = [Position(*its) for its in heard[:, : len(mine)].tolist()]
-        latest = max(range(comm.size), key=lambda rank: positions[rank].generation)
+        latest = max(range(len(positions)), key=lambda rank: positions[rank].generation)
         return positions, tuple(np.flatnonzero(heard[latest, len(mine) :]).tolist())
 
-    def _check_quorum(self, positions: Sequence[Position], members: tuple[int, ...]) -> None:
+    def _check_quorum(
+        self, positions: Sequence[Position], voting: Sequence[Position], members: tuple[int, ...]
+    ) -> None:
         here = tuple(its.identity for its in positions)
-        if all(its.leaving for its in positions):  # who is missing may have left before
+        if not voting:
+            self._stop("it is a spare, and reaches nobody whom it could replace")
+        if all(its.leaving for its in voting):  # who is missing may have left before
             return
         if not has_quorum(here, members):
             self._stop(f"ranks {list(here)} are all that this one reaches of {list(members)}, and that is no majority")
@@ -413,13 +413,19 @@ class Membership:
             act.take(told)
             self.closed(act)
 
-    def _announce(self, before: tuple[int, ...], seconds: float) -> None:
+    def announce(self, before: tuple[int, ...], seconds: float) -> None:
+        """Tell that these ranks have been replaced by those that are here now, and how long it took."""
+        if self.spares.is_one_that_waits:
+            return
+        self._seconds += seconds
         group = self._job.group
         lost = tuple(its for its in before if its not in group.identities)
+        joined = tuple(its for its in group.identities if its not in before)
         if group.rank == 0:
+            what = [f"ranks {list(lost)} have died"] * bool(lost) + [f"spares {list(joined)} step in"] * bool(joined)
             logger.warning(
-                "ranks %s have died; %d go on (identities %s, generation %d, after %.3f s)",
-                list(lost),
+                "%s; %d go on (identities %s, generation %d, after %.3f s)",
+                " and ".join(what) or "nobody has died",
                 group.size,
                 list(group.identities),
                 group.generation,
@@ -427,7 +433,7 @@ class Membership:
             )
         for callback in list(self._callbacks):
             try:
-                callback(MembershipChange(group.generation, group.identities, lost))
+                callback(MembershipChange(group.generation, group.identities, lost, joined))
             except Exception:
                 logger.exception("a callback of on_membership_change() has failed")
 

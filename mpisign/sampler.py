@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,7 +112,12 @@ class ElasticSampler(Sampler[int]):
         self._shuffle, self._drop_last = bool(shuffle), bool(drop_last)
         self._seed = check_integer("seed", seed)
         self._commits = session.commits
+        self._before_dealing: Callable[[], object] = lambda: None
         self._begin(0, [])
+
+    def before_dealing(self, act: Callable[[], object]) -> None:
+        """Do something on all ranks, whenever iterating begins."""
+        self._before_dealing = act
 
     def _begin(self, epoch: int, deals: list[_Deal]) -> None:
         self.epoch, self._deals = epoch, deals
@@ -193,6 +198,8 @@ class ElasticSampler(Sampler[int]):
             OptionError: the epoch is over.
         """
         self._settle()
+        self.reset()
+        self._before_dealing()
         if len(self) == 0 and self._exhausted:
             raise OptionError(f"epoch {self.epoch} is over: begin the next by sampler.set_epoch({self.epoch + 1})")
         deal = self._iterated = self._deals[-1]
@@ -270,6 +277,17 @@ class ElasticSampler(Sampler[int]):
         """Where the epoch is: a few numbers, the same on all ranks. After a change what is left is dealt anew first."""
         if self._deals and self._deals[-1].members is not None:
             self.reset()
+        return self.position()
+
+    def step_in(self) -> None:
+        """This rank has the position of others, who deal anew now that it is one of them, and does as they do."""
+        self._commits = current("ElasticSampler").commits
+        there = current("ElasticSampler").there
+        if self._deals:
+            self._deals.append(_Deal(len(there), there))
+
+    def position(self) -> dict[str, Any]:
+        """As :meth:`state_dict`, with nothing dealt anew."""
         deals = [[deal.ranks, deal.taken, deal.pending, sorted(map(list, deal.lost.items()))] for deal in self._deals]
         return {**self._facts(), "epoch": self.epoch, "deals": deals}
 

@@ -230,6 +230,7 @@ def init(
     on_failure: Literal["abort", "continue"] = "abort",
     min_ranks: int | None = None,
     detect_links: float | None = None,
+    spares: int = 0,
 ) -> None:
     """Join the job: learn ranks and nodes, and get a private communicator. **Collective.**
 
@@ -255,6 +256,8 @@ def init(
         min_ranks: with ``"continue"``, end the job when fewer are left; default 1.
         detect_links: with ``"continue"``, seconds of silence after which a rank counts as dead: its link is cut, its
             node is gone, or it is stopped. A thread answers for a rank that computes. Default: only ends of processes.
+        spares: with ``"continue"``, how many ranks, the last ones, do not train until others have died: they wait in
+            :class:`mpisign.Standby`, which the script must make before its first step.
 
     Raises:
         AlreadyInitializedError: called twice.
@@ -266,7 +269,7 @@ def init(
     """
     check_may_start()
     with _joining:
-        failure = Failure(on_failure, min_ranks, detect_links)
+        failure = Failure(on_failure, min_ranks, detect_links, spares)
         _join(comm, abort_on_exception, stall_warning, stall_timeout, node_of, pickle, on_dead_training, failure)
 
 
@@ -325,7 +328,7 @@ def _join(
         session.align_clocks()
     session.meet("init()")
     if failure.survives:
-        session.membership, watchdog.survives = Membership(session, failure.min_ranks or 1), True
+        watchdog.survives, session.membership = True, Membership(session, failure.min_ranks or 1, failure.spares)
     _session = session
     _finalize_timeout = session.process, stall_timeout
     if abort_on_exception or failure.survives:

@@ -72,6 +72,7 @@ ACTS = (
     "calibration",
     "the end of a call",
     "a recovery",
+    "Standby()",
 )
 """What ranks do together besides steps. A call begins with -2 - its place here; a step's with a number above 0."""
 

@@ -17,7 +17,7 @@ from mpisign.checkpoint.directory import Manifest
 from mpisign.checkpoint.files import damage, read_tensors
 from mpisign.checkpoint.merging import merged
 from mpisign.checkpoint.saving import wait
-from mpisign.checkpoint.state import State, Stateful, check_stateful, map_tensors, reseed, set_random_state
+from mpisign.checkpoint.state import State, Stateful, check_stateful, map_tensors, put_back, reseed, set_random_state
 from mpisign.encoding import Optional, printable
 from mpisign.errors import CheckpointError, ConsistencyError
 from mpisign.memory.saved import checked
@@ -111,12 +111,12 @@ def load(
     error, extra = None, None
     try:
         shared, own = _read(folder, manifest, session)
-        _put_back("model", model, shared["model"])
+        put_back("model", model, shared["model"])
         for name, target in (("optimizer", optimizer), ("scheduler", scheduler), ("scaler", scaler)):
             if target is not None:
                 if shared[name] is None:
                     raise CheckpointError(f"it was saved without {name}=")
-                _put_back(name, target, _owned(shared[name]))
+                put_back(name, target, _owned(shared[name]))
         extra = _owned(shared["extra"])
         if manifest.ranks == session.size:
             set_random_state(own["random"])
@@ -261,16 +261,6 @@ def _parts(file: Path, parts: Mapping[str, type]) -> State:
             found = f"of type {type(content[name]).__name__}" if name in content else "missing"
             raise CheckpointError(f"{file}: {name!r} is {found}, so this is no checkpoint of mpisign's")
     return content
-
-
-def _put_back(name: str, target: Any, state: State) -> None:
-    """Raises CheckpointError that names the part, whatever goes wrong in it."""
-    try:
-        target.load_state_dict(state)
-    except CheckpointError:
-        raise
-    except Exception as error:  # torch's and users' own
-        raise CheckpointError(f"the saved {name} does not load: {type(error).__name__}: {error}") from error
 
 
 def _owned(tree: Any) -> Any:

@@ -25,6 +25,7 @@ __all__ = [
     "check_stateful",
     "collect",
     "map_tensors",
+    "put_back",
     "reseed",
     "set_random_state",
 ]
@@ -131,6 +132,16 @@ def collect(
     buffers = {name: value for name, value in weights.items() if name not in replicated}
     shared = {"model": weights, "optimizer": stepping, "scheduler": schedule, "scaler": scale}
     return shared, {"mpisign": memory, "buffers": buffers, "scaler": scale, "random": random_state()}
+
+
+def put_back(name: str, target: Any, state: State) -> None:
+    """Raises CheckpointError that names the part, whatever goes wrong in it."""
+    try:
+        target.load_state_dict(state)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch's and users' own
+        raise CheckpointError(f"the saved {name} does not load: {type(error).__name__}: {error}") from error
 
 
 def random_state() -> State:

@@ -113,6 +113,7 @@ def _closed(
     membership = current().membership
     if membership is None:
         return attempt(plan, True, _nobody)
+    membership.spares.demand_that_they_have_left()
     with membership.an_act():
         return survive(attempt, plan, remake, membership)
 

@@ -1,0 +1,168 @@
+"""Ranks that wait until others have died: they leave the others before the first step, and come in between steps."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from mpisign.errors import OptionError
+from mpisign.positions import STEPS_IN, VOTES, WAITS, Position, voting
+from mpisign.regrouping import Living
+
+if TYPE_CHECKING:
+    from mpisign.membership import Job, Membership
+
+__all__ = ["STANDBY", "Spares"]
+
+logger = logging.getLogger(__name__)
+
+STANDBY = "Standby()"
+STEP_IN, OVER = range(2)  # orders to those who wait
+DRAIN_SECONDS = 5.0
+
+
+class Spares:
+    """Of one job; on a rank that votes, and on one that waits.
+
+    Args:
+        number: how many, the last ranks of the job, are to wait.
+
+    Attributes:
+        wanted: how many ranks are to vote.
+        identities: of those that wait, or will.
+        waits: how this process stands: one of ``VOTES``, ``WAITS`` and ``STEPS_IN``.
+        leave_now: this process knows that all have come to where spares leave.
+        have_left: they have.
+    """
+
+    def __init__(self, membership: Membership, job: Job, living: Living, number: int) -> None:
+        self._membership, self._job, self._living = membership, job, living
+        self.wanted = job.group.size - number
+        self.identities = job.group.identities[self.wanted :]
+        self.waits = WAITS if job.group.identity in self.identities else VOTES
+        self.leave_now = self.have_left = not number
+        self._leader = job.group.identities[0]
+
+    @property
+    def is_one_that_waits(self) -> bool:
+        """Whether this process is a spare, and has left the others."""
+        return self.have_left and self.waits != VOTES
+
+    def demand_that_they_have_left(self) -> None:
+        """Raise :class:`OptionError` if spares would vote, as nobody has said where they are to wait."""
+        if not self.have_left:
+            raise OptionError(
+                f"init(spares={len(self.identities)}) keeps ranks that wait, and nothing says where: make "
+                f"mpisign.Standby(model=model, optimizer=optimizer, ...) before the first step"
+            )
+
+    def heard(self, positions: Sequence[Position]) -> list[Position]:
+        """Ranks have died, and all that live are at these positions. Returns those of the voters."""
+        self.leave_now = self.have_left = self.leave_now or any(its.apart for its in positions)
+        voters = voting(positions) if self.have_left else list(positions)
+        stay = [its for its in positions if its.waits != VOTES and not (self.have_left and its in voters)]
+        self.identities = tuple(its.identity for its in stay)
+        if self.waits != VOTES and self.have_left:
+            self.waits = WAITS if self._job.group.identity in self.identities else VOTES
+        return voters
+
+    def form(self, members: Sequence[int], generation: int, there: tuple[int, ...] = ()) -> bool:
+        """Make those with these identities the group. **Collective** over all. Returns whether this process is in."""
+        former = self._job.group
+        group = self._living.group_of(members, former.identity, former.gpus, generation)
+        self._leader = members[0]
+        if group is not None:
+            self._job.replace(group, there)
+        return group is not None
+
+    def leave(self) -> None:
+        """Let spares leave the others. **Collective** over all."""
+        membership = self._membership
+        membership.do(lambda: self._job.meet(STANDBY), raises=False)
+        self.leave_now = True
+        while not self.have_left:
+            try:
+                members = [its for its in self._living.identities if its not in self.identities]
+                self.form(members, self._job.group.generation + 1)
+                self.have_left = True
+            except Exception as error:
+                if not membership.is_loss(error):
+                    raise
+                membership.recover()
+
+    def let_in(self, hand_over: Callable[[int], None]) -> bool:
+        """Let one vote from now on. **Collective** over those who vote.
+
+        Args:
+            hand_over: gives all that it needs to the spare with this identity; is **collective** over the new group.
+
+        Returns:
+            Whether there was one.
+        """
+        membership = self._membership
+        began, before = perf_counter(), self._job.group.identities
+
+        def body() -> bool:
+            if not self.identities:
+                return False
+            group, joining = self._job.group, self.identities[0]
+            if group.rank == 0:
+                for spare in self.identities:
+                    self._living.order(spare, [STEP_IN, joining, group.generation + 1, membership.number])
+            self._enlarge(joining, group.generation + 1)
+            hand_over(joining)
+            return True
+
+        came = membership.do(body, raises=False)
+        if came:
+            membership.announce(before, perf_counter() - began)
+        return came
+
+    def wait(self, hand_over: Callable[[int], None]) -> None:
+        """Wait, as a spare, until there is a place. The same as :meth:`let_in`, from the other side.
+
+        Raises:
+            SystemExit: the job has ended.
+        """
+
+        def body() -> None:
+            joining = -1
+            while joining != self._job.group.identity:
+                order, joining, generation, number = self._living.await_order(self._leader)
+                if order == OVER:
+                    self._end()
+                self._membership.number = number
+                self._enlarge(joining, generation)
+            hand_over(joining)
+            self.waits = STEPS_IN
+
+        self._membership.do(body, raises=False)
+        self.waits = VOTES
+
+    def _end(self) -> None:
+        logger.info("spare %d was not needed", self._job.group.identity)
+        self._job.ended = True
+        sys.exit(0)
+
+    def _enlarge(self, joining: int, generation: int) -> None:
+        """A group with one more. **Collective** over all."""
+        former: Any = self._job.group
+        members = [its for its in self._living.identities if its not in self.identities or its == joining]
+        if self.form(members, generation) and self.waits == VOTES:
+            self._membership.lose_what_goes_on(None)
+            for comm in former.comms():
+                comm.Revoke()
+            self._job.watchdog.drain(DRAIN_SECONDS)
+        self.identities = tuple(its for its in self.identities if its != joining)
+
+    def dismiss(self) -> None:
+        """Tell those who wait that the job has ended."""
+        if self.have_left and self._job.group.rank == 0:
+            for spare in self.identities:
+                try:
+                    self._living.order(spare, [OVER, 0, 0, 0])
+                except Exception as error:
+                    logger.debug("%s", error)  # it has died, too

@@ -1,0 +1,170 @@
+"""mpisign.Standby: spares that step in when ranks die, in jobs of their own; see standing_by.py for what they do."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mpi4py import MPI
+from mpirun import Result, started
+
+HERE = Path(__file__).parent
+SAMPLES, BATCH = 203, 4
+ULFM = ("--with-ft", "ulfm", "--mca", "mpi_ft_propagator_with_rbcast", "1")
+
+pytestmark = pytest.mark.skipif(MPI.get_vendor()[0] != "Open MPI", reason="no ULFM")
+
+
+def event(rank: int, step: int, where: str = "step") -> dict[str, Any]:
+    return {"rank": rank, "step": step, "where": where}
+
+
+def run(ranks: int, spares: int, events: list[dict[str, Any]], **options: Any) -> Result:
+    """Run a job that must end by itself and leave nothing."""
+    env = {"PYTHONPATH": f"{HERE.parent}:{HERE}:{HERE / 'mpi'}", "MPISIGN_CALIBRATE": "0"}
+    scenario = {"samples": SAMPLES, "batch": BATCH, "spares": spares, "events": events, **options}
+    with started(ranks, HERE / "standing_by.py", json.dumps(scenario), env=env, options=ULFM) as job:
+        result = job.wait(100.0)
+        assert job.orphans() == []
+    return result
+
+
+def ends(result: Result) -> dict[int, tuple[list[int], int]]:
+    """By the ranks that have come to the end: who has voted last, and the number of steps."""
+    found = re.findall(r"rank (\d+): ends with (\[.*\]) after (\d+) steps", result.text)
+    return {int(rank): (json.loads(members), int(steps)) for rank, members, steps in found}
+
+
+def had(result: Result, epoch: int) -> dict[int, list[tuple[int, list[int], list[int]]]]:
+    """By rank: for each of its steps in an epoch the number, who has voted, and its samples."""
+    found = re.findall(rf"rank (\d+): epoch {epoch}: (.*)", result.text)
+    return {int(rank): json.loads(its) for rank, its in found}
+
+
+def members_by_step(result: Result, epoch: int = 0) -> dict[int, list[int]]:
+    """Who has voted in each step, as all ranks say alike."""
+    told: dict[int, list[int]] = {}
+    for its in had(result, epoch).values():
+        for step, members, _ in its:
+            assert told.setdefault(step, members) == members, result.text
+    return told
+
+
+def check_epoch(result: Result, epoch: int, lost: int) -> None:
+    """Every sample of an epoch once: at most ``lost`` are those of ranks that have not lived to tell; few fill up."""
+    samples = [index for its in had(result, epoch).values() for _, _, indices in its for index in indices]
+    assert SAMPLES - lost <= len(set(samples)) <= SAMPLES
+    assert len(samples) - len(set(samples)) < 3 * BATCH, "only to fill up"
+
+
+@pytest.mark.few
+@pytest.mark.parametrize(("died", "method"), [(1, "signum"), (0, "ef_signsgd")])
+def test_a_spare_votes_in_the_next_step(died: int, method: str) -> None:
+    """At the death of rank 0, too; with the mean of the momenta, or of what error feedback owes."""
+    result = run(4, 1, [event(died, 6)], method=method)
+    left = [rank for rank in range(3) if rank != died]
+    assert ends(result).keys() == {*left, 3}, result.text
+    told = members_by_step(result)
+    assert [told[step] for step in (5, 6, 7)] == [[0, 1, 2], left, [*left, 3]], result.text
+    check_epoch(result, 0, 5 * BATCH)
+    check_epoch(result, 1, 0)
+
+
+@pytest.mark.few
+def test_a_spare_that_is_not_needed_ends_well() -> None:
+    result = run(3, 1, [])
+    assert result.returncode == 0, result.text
+    assert ends(result).keys() == {0, 1}
+    check_epoch(result, 0, 0)
+
+
+@pytest.mark.long
+def test_one_after_the_other_steps_in_until_none_is_left() -> None:
+    result = run(5, 2, [event(1, 4), event(3, 8), event(0, 12)])
+    assert {rank: its for rank, (its, _) in ends(result).items()} == {2: [2, 4], 4: [2, 4]}, result.text
+    told = members_by_step(result)
+    assert [told[step] for step in (5, 8, 9, 12, 13)] == [[0, 2, 3], [0, 2], [0, 2, 4], [2, 4], [2, 4]], result.text
+    check_epoch(result, 1, 0)
+
+
+@pytest.mark.long
+def test_two_at_once_and_without_a_sampler() -> None:
+    """Of four; the two that are left are half with the lowest. Without a sampler it is admit() that lets them in."""
+    result = run(6, 2, [event(1, 5), event(2, 5)])
+    assert {rank: its for rank, (its, _) in ends(result).items()} == {rank: [0, 3, 4, 5] for rank in (0, 3, 4, 5)}, (
+        result.text
+    )
+    check_epoch(result, 0, 2 * 4 * BATCH)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 2, 3, 4])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "before the order",
+        "after the order",
+        "before the group",
+        "after the group",
+        "before it is given",
+        "while it is given",
+        "while it is taken",
+        "after it is given",
+        "at the end",
+    ],
+)
+def test_deaths_while_a_spare_steps_in(where: str, rank: int) -> None:
+    """Of rank 0, which gives; of another; of the spare that steps in; and of the one that waits on."""
+    orders, takes = where.endswith("the order"), where == "while it is taken"
+    if (orders and rank != 0) or (takes and rank != 3) or (rank == 4 and "group" not in where):
+        pytest.skip("it does not come there")
+    if rank == 3 and where == "while it is given":
+        pytest.skip("it does not come there")
+    waits = rank > 2
+    result = run(5, 2, [event(1, 4), event(rank, 0 if waits else 4, where)])
+    alive = {0, 2, 3, 4} - {rank}
+    assert ends(result).keys() == alive, result.text
+    assert next(iter(ends(result).values()))[0] == sorted(alive), result.text
+    check_epoch(result, 0, 2 * 4 * BATCH)
+    check_epoch(result, 1, 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("method", ["ef_signsgd", "scaled_vote"])
+def test_local_steps(method: str, delay: int) -> None:
+    result = run(4, 1, [event(1, 6)], method=method, every=4, delay=delay)
+    assert {rank: its for rank, (its, _) in ends(result).items()} == {rank: [0, 2, 3] for rank in (0, 2, 3)}, (
+        result.text
+    )
+    assert len({steps for _, steps in ends(result).values()}) == 1, result.text
+    check_epoch(result, 0, 6 * BATCH)
+    check_epoch(result, 1, 0)
+
+
+@pytest.mark.long
+def test_overlap() -> None:
+    result = run(4, 1, [event(2, 6)], overlap=True)
+    assert ends(result).keys() == {0, 1, 3}, result.text
+
+
+@pytest.mark.few
+def test_without_standby_no_spare_votes(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import mpisign, torch\n"
+        "mpisign.init(on_failure='continue', spares=1)\n"
+        "layer = torch.nn.Linear(2, 2)\n"
+        "optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1))\n"
+        "layer(torch.ones(2)).sum().backward()\n"
+        "try:\n"
+        "    optimizer.step()\n"
+        "except mpisign.OptionError as error:\n"
+        "    print(error)\n"
+    )
+    with started(2, script, options=ULFM) as job:
+        result = job.wait(60.0)
+    assert result.text.count("init(spares=1) keeps ranks that wait, and nothing says where") == 2, result.text
