@@ -137,6 +137,7 @@ class LocalSteps:
             apply=owner.apply,
             overlap=self.delay > 0,
             audit=owner.audit,
+            buddy_every=owner.buddy_every,
         )
         self._listen()
 

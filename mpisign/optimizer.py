@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from mpisign import applying, restoring, sitting_out, wrapping
 from mpisign.bitmap.located import Located
+from mpisign.buddies import Buddies
 from mpisign.checks import StepChecks
 from mpisign.errors import CheckpointError, OptionError, SynchronizationError
 from mpisign.exchange import header
@@ -80,6 +81,9 @@ class DistributedSignOptimizer(Planned):
             :meth:`no_sync`.
         audit: how many blocks of 1024 words of the others' decisions each rank recounts in every step; who has lied is
             named by an :class:`AuditError` on every rank, before anything is applied. 0 for none.
+        buddy_every: after how many exchanges each rank sends a copy of what error feedback still owes the parameters to
+            the next one, which takes that over if it dies; with ``init(on_failure="continue")``. None for never: it is
+            lost with the rank.
         every: None to exchange gradients, in every step. An integer to exchange *differences of parameters*, by
             ``method``, at the end of every window of so many calls of :meth:`step`, in which ``optimizer``, AdamW say,
             steps on this rank's own gradients; all go on from the decision.
@@ -126,6 +130,7 @@ class DistributedSignOptimizer(Planned):
         overlap: bool | Literal["auto"] = False,
         backward_passes_per_step: int = 1,
         audit: int = 0,
+        buddy_every: int | None = None,
         every: int | None = None,
         outer: Outer | None = None,
         average_buffers: torch.nn.Module | None = None,
@@ -149,6 +154,7 @@ class DistributedSignOptimizer(Planned):
             overlap,
             backward_passes_per_step,
             audit,
+            buddy_every,
         )
         self._exchanges = 0
         self._epoch: int | None = None  # until somebody says
@@ -225,6 +231,7 @@ class DistributedSignOptimizer(Planned):
         )
         self._exchanges += 1
         self._agreed()
+        self._buddies.exchanged(self, handshake)
         self._checks.heard(plan, handshake, self.report)
 
     @contextmanager
@@ -435,6 +442,7 @@ class DistributedSignOptimizer(Planned):
         self._plan = self._session = None
         self._synchronized = self._skip = False
         self._loss_scale, self._checks = LossScale(), StepChecks()
+        self._buddies = Buddies(self.buddy_every)
         self._overlap = Overlap(self.overlap, self.backward_passes_per_step)
         self.report = None
         super().__setstate__({})  # torch makes its hook tables

@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from mpisign import wrapping
+from mpisign.buddies import Buddies, check_buddy_every
 from mpisign.checks import StepChecks
 from mpisign.errors import SynchronizationError
 from mpisign.exchange.audit import check_audit
@@ -37,6 +38,7 @@ class Planned(Wrapper):
     overlap: bool | str = False
     backward_passes_per_step: int = 1
     audit: int = 0
+    buddy_every: int | None = None
     apply: str
     clip_grad_norm: float | None = None  # of optimizers that were pickled before there was one
     _names: dict[torch.Tensor, str]
@@ -49,6 +51,7 @@ class Planned(Wrapper):
     _number: int
     _overlap: Overlap
     _checks: StepChecks
+    _buddies: Buddies
 
     def _configure(
         self,
@@ -63,6 +66,7 @@ class Planned(Wrapper):
         overlap: bool | str,
         backward_passes_per_step: int,
         audit: int,
+        buddy_every: int | None,
     ) -> None:
         """Take what the user has said. Raises :class:`OptionError`."""
         methods = [method, *wrapping.methods_of(optimizer)]
@@ -79,6 +83,7 @@ class Planned(Wrapper):
         self.clip_grad_norm, self.bucket_cap_mb, self.apply = clip_grad_norm, bucket_cap_mb, apply
         self.overlap = check_overlap(overlap, methods, clip_grad_norm)
         self.backward_passes_per_step = check_integer("backward_passes_per_step", backward_passes_per_step, 1)
+        self.buddy_every = check_buddy_every(buddy_every, methods)
         self._names = wrapping.names_of(optimizer, named_parameters)
         self._memory = MemoryStore(method.memory)
 

@@ -19,6 +19,8 @@ __all__ = ["STANDBY", "Spares"]
 
 logger = logging.getLogger(__name__)
 
+HandOver = Callable[[tuple[int, ...]], None]
+
 STANDBY = "Standby()"
 STEP_IN, OVER = range(2)  # orders to those who wait
 DRAIN_SECONDS = 5.0
@@ -93,11 +95,11 @@ class Spares:
                     raise
                 membership.recover()
 
-    def let_in(self, hand_over: Callable[[int], None]) -> bool:
-        """Let one vote from now on. **Collective** over those who vote.
+    def let_in(self, hand_over: HandOver) -> bool:
+        """Let as many vote from now on as have died, if there are so many. **Collective** over those who vote.
 
         Args:
-            hand_over: gives all that it needs to the spare with this identity; is **collective** over the new group.
+            hand_over: gives all that they need to the spares with these identities; **collective** over the new group.
 
         Returns:
             Whether there was one.
@@ -108,10 +110,10 @@ class Spares:
         def body() -> bool:
             if not self.identities:
                 return False
-            group, joining = self._job.group, self.identities[0]
+            group, joining = self._job.group, self.identities[: max(0, self.wanted - self._job.group.size)]
             if group.rank == 0:
                 for spare in self.identities:
-                    self._living.order(spare, [STEP_IN, joining, group.generation + 1, membership.number])
+                    self._living.order(spare, [STEP_IN, len(joining), group.generation + 1, membership.number])
             self._enlarge(joining, group.generation + 1)
             hand_over(joining)
             return True
@@ -121,7 +123,7 @@ class Spares:
             membership.announce(before, perf_counter() - began)
         return came
 
-    def wait(self, hand_over: Callable[[int], None]) -> None:
+    def wait(self, hand_over: HandOver) -> None:
         """Wait, as a spare, until there is a place. The same as :meth:`let_in`, from the other side.
 
         Raises:
@@ -129,12 +131,12 @@ class Spares:
         """
 
         def body() -> None:
-            joining = -1
-            while joining != self._job.group.identity:
-                order, joining, generation, number = self._living.await_order(self._leader)
+            joining: tuple[int, ...] = ()
+            while self._job.group.identity not in joining:
+                order, most, generation, number = self._living.await_order(self._leader)
                 if order == OVER:
                     self._end()
-                self._membership.number = number
+                self._membership.number, joining = number, self.identities[:most]
                 self._enlarge(joining, generation)
             hand_over(joining)
             self.waits = STEPS_IN
@@ -147,16 +149,16 @@ class Spares:
         self._job.ended = True
         sys.exit(0)
 
-    def _enlarge(self, joining: int, generation: int) -> None:
-        """A group with one more. **Collective** over all."""
+    def _enlarge(self, joining: tuple[int, ...], generation: int) -> None:
+        """A group with some more. **Collective** over all."""
         former: Any = self._job.group
-        members = [its for its in self._living.identities if its not in self.identities or its == joining]
+        members = [its for its in self._living.identities if its not in self.identities or its in joining]
         if self.form(members, generation) and self.waits == VOTES:
             self._membership.lose_what_goes_on(None)
             for comm in former.comms():
                 comm.Revoke()
             self._job.watchdog.drain(DRAIN_SECONDS)
-        self.identities = tuple(its for its in self.identities if its != joining)
+        self.identities = tuple(its for its in self.identities if its not in joining)
 
     def dismiss(self) -> None:
         """Tell those who wait that the job has ended."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,35 +105,33 @@ class Standby:
         Returns:
             Whether a spare has stepped in.
         """
-        came = False
         with operation("Standby.admit()") as session:
             spares = None if session.membership is None else session.membership.spares
-            while spares is not None and not self._deserted and len(session.there) < spares.wanted:
-                if spares.let_in(lambda joining: self._hand_over(session, joining)):
-                    came = True
-                else:
-                    self._deserted = True
-        return came
+            if spares is None or self._deserted or len(session.there) >= spares.wanted:
+                return False
+            came = spares.let_in(lambda joining: self._hand_over(session, joining))
+            self._deserted = not came
+            return came
 
     # -------------------------------------------------------------------------------------------- what is given
 
-    def _hand_over(self, session: Session, joining: int) -> None:
-        """Bring the spare with this identity level. **Collective** over the new group, of which it is one."""
-        newcomer = session.group.identities.index(joining)
+    def _hand_over(self, session: Session, joining: tuple[int, ...]) -> None:
+        """Bring the spares with these identities level. **Collective** over the new group, in which they are."""
+        newcomers = [session.group.identities.index(its) for its in joining]
         session.meet(STANDBY)
         mine: Memory = {}
         given: State = {}
-        if session.rank != newcomer:
+        if session.rank not in newcomers:
             with session.telling(STANDBY):
                 given, mine = self._given(session)
-        means = _means(session, mine, newcomer)
+        means = _means(session, mine, newcomers)
         if session.rank == 0:
-            _send(session, _packed(given), newcomer)
-        elif session.rank == newcomer:
+            _send(session, _packed(given), newcomers)
+        elif session.rank in newcomers:
             self._take(session, _unpacked(_receive(session)), means)
 
     def _given(self, session: Session) -> tuple[State, Memory]:
-        """What a newcomer gets of rank 0, and what this rank remembers, of which it gets the mean."""
+        """What newcomers get of rank 0, and what this rank remembers, of which they get the mean."""
         shared, own = collect(self._model, self._optimizer, self._others["scheduler"], self._others["scaler"])
         local.divide(shared, own, self._model, self._optimizer)
         extra = self._others["extra"]
@@ -177,8 +175,8 @@ def _catch_up(state: dict[str, Any], begun: Mapping[str, Any]) -> None:
         state["sent"] = {place: state["common"][place].clone() for place in begun["sent"] if place in state["common"]}
 
 
-def _means(session: Session, mine: Memory, newcomer: int) -> dict[int, dict[str, torch.Tensor]]:
-    """On the newcomer, the means of what the others remember; who remembers nothing counts as zeros. **Collective.**"""
+def _means(session: Session, mine: Memory, newcomers: Sequence[int]) -> dict[int, dict[str, torch.Tensor]]:
+    """On newcomers, the means of what the others remember; who remembers nothing counts as zeros. **Collective.**"""
     mine_by = {(place, field): its for place, kept in mine.items() for field, its in kept.items()}
     said = [[place, field, list(its.shape), str(its.dtype)] for (place, field), its in mine_by.items()]
     everyones = session.gather_values(said, KEPT, STANDBY)
@@ -194,17 +192,18 @@ def _means(session: Session, mine: Memory, newcomer: int) -> dict[int, dict[str,
     for (place, field), (shape, dtype) in forms.items():
         kept = mine_by.get((place, field))
         its = torch.zeros(shape, dtype=torch.float64) if kept is None else kept.detach().double().cpu()
-        total = _sum(session, its.contiguous(), newcomer) / (session.size - 1)
+        total = _sum(session, its.contiguous(), newcomers) / (session.size - len(newcomers))
         means.setdefault(place, {})[field] = total.to(getattr(torch, dtype.removeprefix("torch.")))
     return means
 
 
-def _sum(session: Session, values: torch.Tensor, root: int) -> torch.Tensor:
-    """The sum over all ranks, on ``root``: fp64, so that equal values of ranks give a mean that equals them."""
+def _sum(session: Session, values: torch.Tensor, roots: Sequence[int]) -> torch.Tensor:
+    """The sum over all ranks, on ``roots``: fp64, so that equal values of ranks give a mean that equals them."""
     said, heard = values.view(-1).numpy(), np.empty(values.numel())
-    for start, length in cut(said.size, said.itemsize):
-        its = said[start : start + length], heard[start : start + length]
-        session.wait(session.post(session.group.comm.Ireduce(*its, root=root), *its))
+    for root in roots:
+        for start, length in cut(said.size, said.itemsize):
+            its = said[start : start + length], heard[start : start + length]
+            session.wait(session.post(session.group.comm.Ireduce(*its, root=root), *its))
     return torch.from_numpy(heard).view(values.shape)
 
 
@@ -219,12 +218,13 @@ def _unpacked(message: np.ndarray[Any, np.dtype[np.uint8]]) -> State:
     return given
 
 
-def _send(session: Session, message: np.ndarray[Any, np.dtype[np.uint8]], newcomer: int) -> None:
+def _send(session: Session, message: np.ndarray[Any, np.dtype[np.uint8]], newcomers: Sequence[int]) -> None:
     comm = session.group.comm
     with session.watchdog.guard(STANDBY):
-        comm.Send(np.array([message.size], np.int64), newcomer, TAG)
-        for start, length in cut(message.size):
-            comm.Send(message[start : start + length], newcomer, TAG)
+        for newcomer in newcomers:
+            comm.Send(np.array([message.size], np.int64), newcomer, TAG)
+            for start, length in cut(message.size):
+                comm.Send(message[start : start + length], newcomer, TAG)
 
 
 def _receive(session: Session) -> np.ndarray[Any, np.dtype[np.uint8]]:

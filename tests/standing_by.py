@@ -88,12 +88,12 @@ def main(scenario: dict[str, Any]) -> None:
     assert mpisign.size() <= size - scenario["spares"]
     came = identity() >= size - scenario["spares"]
     if came and not every:
-        memories = mpisign.allgather_object(memory_of(optimizer))
-        others = [its for rank, its in enumerate(memories) if rank != mpisign.rank()]
+        memories = mpisign.allgather_object((memory_of(optimizer), came))
+        others = [its for its, newcomer in memories if not newcomer]
         mean = (sum(its.double() for its in others) / len(others)).float()
-        assert torch.equal(memories[mpisign.rank()], mean), "a spare begins with the mean of what others remember"
+        assert torch.equal(memory_of(optimizer), mean), "a spare begins with the mean of what others remember"
     elif not every:
-        mpisign.on_membership_change(lambda change: joined.extend(change.joined))
+        mpisign.on_membership_change(lambda change: joined.extend(change.joined[:1]))
     joined: list[int] = []
     for epoch in range(sampler.epoch, EPOCHS):
         sampler.set_epoch(epoch)
@@ -101,7 +101,7 @@ def main(scenario: dict[str, Any]) -> None:
         while not sampler.finished:
             for number, (inputs, labels, indices) in enumerate(loader):
                 for _ in joined:
-                    mpisign.allgather_object(memory_of(optimizer))
+                    mpisign.allgather_object((memory_of(optimizer), came))
                 joined.clear()
                 optimizer.zero_grad()
                 torch.nn.functional.cross_entropy(model(inputs), labels).backward()

@@ -206,6 +206,49 @@ def alarms(scenario: Scenario) -> None:
     say(scenario, [current().group.generation])
 
 
+def owed(scenario: Scenario) -> None:
+    """With ``buddy_every=`` the next rank takes over what error feedback of a dead one has owed at the last copy.
+
+    Gradients are powers of two of each other's, and so are errors, exactly: each rank knows what the others owe.
+    """
+    tensors = ballots.parameters(*SHAPES, dtypes=[torch.float32])
+    sgd = torch.optim.SGD(tensors, lr=0.25)
+    method = getattr(mpisign, scenario["method"])()
+    every = scenario["buddy_every"]
+    optimizer = mpisign.DistributedSignOptimizer(sgd, ballots.named(tensors), method=method, buddy_every=every)
+    history: list[torch.Tensor] = []  # of this rank's errors times the learning rate, over 2^identity
+    everyone = current().group.identities
+    taken_over: dict[int, list[int]] = {who: [] for who in everyone}
+    for at in range(scenario["steps"]):
+        arm(scenario, at)
+        sgd.param_groups[0]["lr"] = 0.25 * 2.0 ** -(at // 4)
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(at)  # no zeros, whose signs would be each rank's own coins
+        drawn = [torch.randn(t.shape, generator=generator) for t in tensors]
+        backward(tensors, [its * 2.0 ** identity() for its in drawn])
+        optimizer.step()
+        memory = optimizer.state_dict()["mpisign"]["memory"]
+        field = method.memory.owed[0]
+        flat = torch.cat([its[field].reshape(-1) for _, its in sorted(memory.items())])
+        history.append(flat * sgd.param_groups[0]["lr"] / 2.0 ** identity())
+        errors = mpisign.allgather_object(history[-1].tolist())
+        gone = [who for who in everyone if who not in optimizer.report.members]
+        new = [who for who in gone if not any(who in its for its in taken_over.values())]
+        buddies = [min((its for its in current().group.identities if its > who), default=min(everyone)) for who in new]
+        for who, buddy in zip(new, buddies, strict=True):
+            taken_over[buddy].append(who)
+        plain = [its for who, its in zip(current().group.identities, errors, strict=True) if not taken_over[who]]
+        assert all(its == plain[0] for its in plain), "who has taken nothing over owes the same"
+        for who, buddy in zip(new, buddies, strict=True):
+            done = next(event["step"] for event in scenario["events"] if event["rank"] == who)
+            of_last_copy = history[done // every * every - 1] if done >= every else history[0]
+            expected = torch.tensor(plain[0]) + of_last_copy * 2.0 ** (who - buddy)
+            got = torch.tensor(errors[current().group.identities.index(buddy)])
+            assert torch.allclose(got, expected, rtol=1e-6, atol=1e-9), (at, who, buddy, (got - expected).abs().max())
+            assert of_last_copy.abs().max() > 0
+    say(scenario, sorted([buddy, its] for buddy, its in taken_over.items() if its))
+
+
 def windows(scenario: Scenario) -> None:
     """``every=``: an exchange counts once, on all; without momentum and with a mean, common parameters are NumPy's."""
     if scenario.get("delay"):

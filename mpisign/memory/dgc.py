@@ -40,6 +40,7 @@ class DGC(Memory):
     masking: bool = True
     name = "dgc"
     fields: ClassVar[tuple[str, ...]] = ("velocity", "residual")
+    owed: ClassVar[tuple[str, ...]] = ("residual",)
     feedback = True
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ class ErrorFeedback(Memory):
 
     name = "error_feedback"
     fields: ClassVar[tuple[str, ...]] = ("error",)
+    owed: ClassVar[tuple[str, ...]] = ("error",)
     follows_lr: ClassVar[tuple[str, ...]] = ("error",)
     feedback = True
 

@@ -37,6 +37,7 @@ class Memory:
             change them.
         summed: a field that holds the sum over all ranks of their :meth:`share`, or "". It is summed anew when ranks
             have come or gone.
+        owed: fields whose sum over ranks is yet to reach the parameters, and should when a rank dies.
         follows_lr: fields in units of the gradient whose product with the learning rate is what counts (an
             error still owed to the parameters): they are rescaled by old rate / new rate when the rate changes.
     """
@@ -51,6 +52,7 @@ class Memory:
     private: bool = False
     common: ClassVar[tuple[str, ...]] = ()
     summed = ""
+    owed: ClassVar[tuple[str, ...]] = ()
     follows_lr: ClassVar[tuple[str, ...]] = ()
 
     @property

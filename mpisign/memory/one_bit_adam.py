@@ -36,6 +36,7 @@ class OneBitAdam(Memory):
     frozen: bool = False
     name = "one_bit_adam"
     fields: ClassVar[tuple[str, ...]] = ("momentum", "variance", "error")
+    owed: ClassVar[tuple[str, ...]] = ("error",)
     common: ClassVar[tuple[str, ...]] = ("momentum", "variance")
     running = True
 

@@ -246,6 +246,10 @@ class MemoryStore:
                         self._former[parameter] = {lo: value * (before / rate) for lo, value in former.items()}
                 self._rates[parameter] = rate
 
+    def rates(self) -> dict[torch.Tensor, float]:
+        """The learning rates in whose units the fields are that follow them, by parameter."""
+        return dict(self._rates)
+
     # ------------------------------------------------------------------------------------- what rules keep
 
     def piece(self, parameter: torch.Tensor, lo: int, hi: int, dtype: torch.dtype | None = None) -> torch.Tensor:
