@@ -419,7 +419,8 @@ class Membership:
             return
         self._seconds += seconds
         group = self._job.group
-        lost = tuple(its for its in before if its not in group.identities)
+        alive = {*group.identities, *self.spares.identities}
+        lost = tuple(its for its in before if its not in alive)
         joined = tuple(its for its in group.identities if its not in before)
         if group.rank == 0:
             what = [f"ranks {list(lost)} have died"] * bool(lost) + [f"spares {list(joined)} step in"] * bool(joined)

@@ -105,11 +105,14 @@ class Spares:
             Whether there was one.
         """
         membership = self._membership
-        began, before = perf_counter(), self._job.group.identities
+        began = perf_counter()
+        before: tuple[int, ...] = ()
 
         def body() -> bool:
+            nonlocal before
             if not self.identities:
                 return False
+            before = self._job.group.identities
             group, joining = self._job.group, self.identities[: max(0, self.wanted - self._job.group.size)]
             if group.rank == 0:
                 for spare in self.identities:

@@ -23,8 +23,8 @@ EPOCHS = 2
 SPOTS: dict[str, tuple[Any, str, int, bool]] = {
     "before the order": (Living, "order", 1, False),
     "after the order": (Living, "order", 1, True),
-    "before the group": (Spares, "form", 1, False),
-    "after the group": (Spares, "form", 1, True),
+    "before the group": (Spares, "_enlarge", 1, False),
+    "after the group": (Spares, "_enlarge", 1, True),
     "before it is given": (Standby, "_hand_over", 1, False),
     "while it is given": (Standby, "_given", 1, True),
     "while it is taken": (Standby, "_take", 1, False),

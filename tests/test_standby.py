@@ -100,32 +100,21 @@ def test_two_at_once_and_without_a_sampler() -> None:
     check_epoch(result, 0, 2 * 4 * BATCH)
 
 
+DEATHS = [
+    *((where, 0) for where in ("before the order", "after the order", "while it is given")),
+    *((where, rank) for where in ("before the group", "after the group") for rank in (0, 2, 4, 5)),
+    *((where, rank) for where in ("before it is given", "after it is given") for rank in (0, 4)),
+    *(("while it is taken", 4), ("at the end", 3), ("at the end", 4)),
+]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("rank", [0, 2, 3, 4])
-@pytest.mark.parametrize(
-    "where",
-    [
-        "before the order",
-        "after the order",
-        "before the group",
-        "after the group",
-        "before it is given",
-        "while it is given",
-        "while it is taken",
-        "after it is given",
-        "at the end",
-    ],
-)
+@pytest.mark.parametrize(("where", "rank"), DEATHS)
 def test_deaths_while_a_spare_steps_in(where: str, rank: int) -> None:
     """Of rank 0, which gives; of another; of the spare that steps in; and of the one that waits on."""
-    orders, takes = where.endswith("the order"), where == "while it is taken"
-    if (orders and rank != 0) or (takes and rank != 3) or (rank == 4 and "group" not in where):
-        pytest.skip("it does not come there")
-    if rank == 3 and where == "while it is given":
-        pytest.skip("it does not come there")
-    waits = rank > 2
-    result = run(5, 2, [event(1, 4), event(rank, 0 if waits else 4, where)])
-    alive = {0, 2, 3, 4} - {rank}
+    waits = rank > 3
+    result = run(6, 2, [event(1, 4), event(rank, 0 if waits else 4, where)])
+    alive = {0, 2, 3, 4, 5} - {rank}
     assert ends(result).keys() == alive, result.text
     assert next(iter(ends(result).values()))[0] == sorted(alive), result.text
     check_epoch(result, 0, 2 * 4 * BATCH)
