@@ -133,7 +133,10 @@ class Spares:
             SystemExit: the job has ended.
         """
 
-        def body() -> None:
+        began = perf_counter()
+
+        def body() -> tuple[int, ...]:
+            nonlocal began
             joining: tuple[int, ...] = ()
             while self._job.group.identity not in joining:
                 order, most, generation, number = self._living.await_order(self._leader)
@@ -141,11 +144,15 @@ class Spares:
                     self._end()
                 self._membership.number, joining = number, self.identities[:most]
                 self._enlarge(joining, generation)
+            began = perf_counter()
             hand_over(joining)
             self.waits = STEPS_IN
+            return joining
 
-        self._membership.do(body, raises=False)
+        joined = self._membership.do(body, raises=False)
         self.waits = VOTES
+        here = tuple(its for its in self._job.group.identities if its not in joined)
+        self._membership.announce(here, perf_counter() - began)
 
     def _end(self) -> None:
         logger.info("spare %d was not needed", self._job.group.identity)

@@ -42,6 +42,7 @@ class Problem(NamedTuple):
     text: str
 
 
+ENDS = ("commit", "epoch")  # what is written of a step, or an epoch, that is over
 TOLERANCE = 1e-3  # of how far a parameter moves, which is rounded
 COMPARED = ("exchange", "generation", "members", "crc", "skipped")
 
@@ -61,6 +62,7 @@ class Training:
     seed: int
     variation: str
     ranks: int
+    spares: int
     asynchronous: bool
     samples: int
     step_size: float | None
@@ -98,9 +100,35 @@ def counting(launch: Outcome, rank: int) -> list[Record]:
     return its
 
 
-def guide(launch: Outcome) -> int:
-    """The rank that knows most of what has counted."""
-    return max(launch.records, key=lambda rank: (len(counting(launch, rank)), rank not in launch.killed, -rank))
+def guide(launch: Outcome, ranks: Iterable[int] | None = None) -> int:
+    """The rank, of these, that knows of the last steps that have counted, and most of those before."""
+
+    def knows(rank: int) -> tuple[int, int, bool, int]:
+        its = counting(launch, rank)
+        return (its[-1]["step"] if its else -1), len(its), rank not in launch.killed, -rank
+
+    return max(launch.records if ranks is None else ranks, key=knows)
+
+
+def begin(launch: Outcome, rank: int) -> Record | None:
+    """Where a rank has begun to train, if it has."""
+    return next((record for record in launch.records[rank] if record["what"] == "begin"), None)
+
+
+def story(launch: Outcome, ranks: Sequence[int] | None = None) -> list[Record]:
+    """All that has counted: what the guide has written, and before it has stepped in, those who were there then."""
+    kept = guide(launch, ranks)
+    mine = launch.records[kept]
+    if kept in launch.killed:
+        last = max((record["step"] for record in counting(launch, kept)), default=0)
+        mine = [r for r in mine if r.get("step", 0) < last or (r["what"] == "commit" and r["step"] == last)]
+    first = begin(launch, kept)
+    if first is None or not first["came"]:
+        return list(mine)
+    at = first["step"]
+    others = [its for its in launch.records if (was := begin(launch, its)) and (was["step"], was["came"]) < (at, True)]
+    before = [r for r in story(launch, others) if r.get("step", 0) < at or (r.get("step") == at and r["what"] in ENDS)]
+    return before + mine
 
 
 # ------------------------------------------------------------------------------------------------ of a launch
@@ -111,7 +139,7 @@ def _steps(training: Training, launch: Outcome) -> Iterator[str]:
     for rank, records in launch.records.items():
         begun = [record["step"] for record in records if record["what"] == "begin"]
         if len(begun) != 1:
-            if begun or launch.code == 0:
+            if begun or (launch.code == 0 and rank < launch.ranks):
                 yield f"rank {rank} has begun {len(begun)} times"
             continue
         for kind in ("take", "commit"):
@@ -157,17 +185,18 @@ def _members(training: Training, launch: Outcome) -> Iterator[str]:
 def _deals(training: Training, launch: Outcome) -> Iterator[str]:
     """Samples are dealt anew at the same step, to the same ranks, by all."""
 
-    def dealt(rank: int, until: int) -> list[tuple[int, int, list[int]]]:
-        its = (r for r in launch.records[rank] if r["what"] == "deal" and r["step"] < until)
+    def dealt(records: Sequence[Record], until: int) -> list[tuple[int, int, list[int]]]:
+        its = (r for r in records if r["what"] == "deal" and r["step"] < until)
         return [(record["step"], record["epoch"], record["members"]) for record in its]
 
-    most = guide(launch)
+    told = story(launch)
     for rank in launch.records:
-        until = max((record["step"] for record in counting(launch, rank)), default=0)
-        mine, its = dealt(rank, until), dealt(most, until)
+        since, until = begin(launch, rank), max((record["step"] for record in counting(launch, rank)), default=0)
+        mine = dealt(launch.records[rank], until)
+        its = [deal for deal in dealt(told, until) if since and deal[0] >= since["step"]]
         if mine != its:
             differing = next((pair for pair in zip(mine, its, strict=False) if pair[0] != pair[1]), (mine, its))
-            yield f"samples were dealt otherwise to rank {rank} than to {most}: {differing[0]}, {differing[1]}"
+            yield f"samples were dealt otherwise to rank {rank} than to others: {differing[0]}, {differing[1]}"
 
 
 def _moved(training: Training, launch: Outcome) -> Iterator[str]:
@@ -190,7 +219,7 @@ def _end(training: Training, launch: Outcome) -> Iterator[str]:
     if launch.hang:
         return
     ends = {rank: r for rank, its in launch.records.items() for r in its if r["what"] == "end"}
-    living = [rank for rank in launch.records if rank not in launch.killed]
+    living = [rank for rank in launch.records if rank not in launch.killed and begin(launch, rank)]
     if launch.code == 0:
         gone = [rank for rank in living if not any(r["what"] == "left" for r in launch.records[rank])]
         if gone:
@@ -225,9 +254,15 @@ def last_members(launch: Outcome) -> list[int]:
     return max(changes, key=lambda r: r["generation"])["members"] if changes else list(range(launch.ranks))
 
 
+def _begun(launch: Outcome) -> list[Record]:
+    """Where those have begun that were there from the start."""
+    begun = (begin(launch, rank) for rank in launch.records)
+    return [record for record in begun if record and not record["came"]]
+
+
 def _resumed(before: Outcome, after: Outcome) -> Iterator[str]:
     """It goes on from a checkpoint that was whole, to the same bits."""
-    begun = {(r["step"], r["crc"]) for its in after.records.values() for r in its if r["what"] == "begin"}
+    begun = {(r["step"], r["crc"]) for r in _begun(after)}
     if not begun:
         return  # which is said elsewhere
     if len(begun) > 1:
@@ -237,8 +272,8 @@ def _resumed(before: Outcome, after: Outcome) -> Iterator[str]:
     certain = max((r["step"] for its in before.records.values() for r in its if r.get("certain")), default=0)
     if step < certain:
         yield f"it goes on from step {step}, and step {certain} had been saved"
-    first = min(r["step"] for its in before.records.values() for r in its if r["what"] == "begin")
-    there = {r["crc"] for r in commits(before.records[guide(before)]) if r["step"] == step and "crc" in r}
+    first = min(r["step"] for r in _begun(before))
+    there = {r["crc"] for r in commits(story(before)) if r["step"] == step and "crc" in r}
     if step > first and there != {crc}:
         yield f"it goes on from step {step}, whose parameters are not those that were there: {crc}, {there}"
 
@@ -271,13 +306,10 @@ def history(training: Training) -> list[tuple[Outcome, Record]]:
             continue
         later = next((step for step in starts[place + 1 :] if step is not None), None)
         found = [] if starts[place] == 0 else found
-        kept = guide(launch)
-        until = None if kept not in launch.killed else max((r["step"] for r in counting(launch, kept)), default=0)
-        ends = [step for step in (later, until) if step is not None]
-        for record in launch.records[kept]:
-            if ends and record["what"] != "commit" and record.get("step", 0) >= min(ends):
+        for record in story(launch):
+            if later is not None and record["what"] != "commit" and record.get("step", 0) >= later:
                 continue
-            if ends and record["what"] == "commit" and record["step"] > min(ends):
+            if later is not None and record["what"] == "commit" and record["step"] > later:
                 continue
             found.append((launch, record))
     return found
@@ -285,7 +317,7 @@ def history(training: Training) -> list[tuple[Outcome, Record]]:
 
 def resumed_from(launch: Outcome) -> int | None:
     """The step from which it has gone on; None if it has not come so far."""
-    return next((r["step"] for its in launch.records.values() for r in its if r["what"] == "begin"), None)
+    return next((record["step"] for record in _begun(launch)), None)
 
 
 def final_loss(training: Training) -> float | None:

@@ -63,6 +63,7 @@ def main() -> None:
             gap=args.gap,
             patience=args.patience,
             most=args.most,
+            spares=args.spares,
             folder=folder,
             data=make_data(folder),
         )
@@ -128,6 +129,7 @@ def _say(args: argparse.Namespace, training: Training, problems: list[Problem]) 
 def _again(args: argparse.Namespace, seed: int) -> str:
     """The command that repeats one run."""
     words = ["scripts/chaos", "--seed", str(seed), "--runs", "1", "--ranks", *map(str, args.ranks)]
+    words += ["--spares", *map(str, args.spares)]
     for name in ("epochs", "gap", "most", "spread"):
         words += [f"--{name}", f"{getattr(args, name):g}"]
     for name, everything in (("kinds", KINDS), ("variations", VARIATIONS)):
@@ -166,6 +168,8 @@ def _arguments() -> argparse.Namespace:
     add("--runs", type=whole, metavar="N", help="train so often instead")
     add("--seed", type=count, default=0, help="of the first training; the next has the next number")
     add("--ranks", type=whole, nargs="+", default=ranks, metavar="N", help="drawn from these for each training")
+    spares = [0, 0, 1, 2]
+    add("--spares", type=count, nargs="+", default=spares, metavar="N", help="ranks that wait besides, drawn likewise")
     add("--kinds", nargs="+", choices=KINDS, metavar="KIND", help="of faults (default: all)")
     add("--variations", nargs="+", choices=VARIATIONS, metavar="NAME", help="of trainings (default: all)")
     add("--epochs", type=whole, default=14, metavar="N", help="of each training; nothing strikes in the last")

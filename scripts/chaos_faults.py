@@ -16,11 +16,12 @@ KINDS = {
     "recovery": "SIGKILL to one rank, and to another about when the others recover",
     "save": "a death while a checkpoint is saved",
     "stretch": "SIGKILL to one rank while another spends 2 to 4 s without a call of MPI",
+    "spare": "SIGKILL to one rank, and to the spare that steps in for it, or is about to",
     "stop": "SIGSTOP, and SIGCONT 0.1 to 2 s later",
     "slow": "20 to 60 steps that take one rank 5 to 20 ms longer",
     "nan": "1 to 3 steps in which all gradients of one rank are NaN",
 }
-DEADLY = ("kill", "segfault", "exception", "two", "recovery", "save", "stretch")
+DEADLY = ("kill", "segfault", "exception", "two", "recovery", "save", "stretch", "spare")
 """Those of which ranks die."""
 
 PLACES = ("before", "backward", "after")

@@ -26,6 +26,7 @@ def strike(launch: Launch, fault: Fault) -> Struck | None:
         "kill": _kill,
         "two": _kill,
         "recovery": _kill,
+        "spare": _kill_spare,
         "stop": _stop,
         "stretch": _stretch,
         "slow": _order,
@@ -45,6 +46,15 @@ def _kill(launch: Launch, struck: Struck, first: int, second: int) -> bool:
         time.sleep(struck.fault.delay * RECOVERY_SECONDS)
     struck.last = launch.kill(second)
     struck.struck = struck.victims = [first, second]
+    return True
+
+
+def _kill_spare(launch: Launch, struck: Struck, first: int, second: int) -> bool:
+    struck.at, struck.victims = launch.kill(first), [first]
+    if spares := launch.waiting():
+        time.sleep(struck.fault.delay * RECOVERY_SECONDS)
+        struck.last = launch.kill(spares[0])
+        struck.struck = [first, spares[0]]
     return True
 
 

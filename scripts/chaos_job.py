@@ -38,6 +38,7 @@ class Job:
 
     variation: str
     ranks: int
+    spares: int
     min_ranks: int
     seeds: list[int]
     epochs: int
@@ -111,7 +112,7 @@ class Launch:
 
     def __init__(self, job: Job, number: int, folder: Path, patience: float) -> None:
         self.job, self.number, self._folder, self.patience = job, number, folder, patience
-        self.records: dict[int, list[Record]] = {rank: [] for rank in range(job.ranks)}
+        self.records: dict[int, list[Record]] = {rank: [] for rank in range(job.ranks + job.spares)}
         self.killed: list[int] = []
         self._read_to = dict.fromkeys(self.records, 0)
         self._shared: set[str] = set()
@@ -120,7 +121,7 @@ class Launch:
         path = folder / "job.json"
         path.write_text(json.dumps({**vars(job), "folder": str(folder)}))
         self._output = open(folder / "output.txt", "wb")  # noqa: SIM115 - closed in __exit__
-        command = [sys.executable, "-m", "mpisign", "run", "-n", str(job.ranks), "--bind", "none"]
+        command = [sys.executable, "-m", "mpisign", "run", "-n", str(len(self.records)), "--bind", "none"]
         command += ["--continue-on-failure", str(Path(__file__).with_name("chaos_training.py")), str(path)]
         self.began = time.monotonic()
         self._process = subprocess.Popen(
@@ -161,8 +162,12 @@ class Launch:
                     records.extend(map(json.loads, whole.split(b"\n")))
 
     def living(self) -> list[int]:
-        """The ranks that no fault has ended, and that have begun."""
-        return [rank for rank, records in self.records.items() if records and rank not in self.killed]
+        """The ranks that no fault has ended, and that have begun to train."""
+        return [rank for rank in self.records if rank not in self.killed and self.has(rank, "begin")]
+
+    def waiting(self) -> list[int]:
+        """The spares that no fault has ended, and that have not stepped in."""
+        return [rank for rank in self.records if rank not in self.killed and not self.has(rank, "begin")]
 
     def has(self, rank: int, what: str, since: float = 0.0) -> bool:
         """Whether a rank has written of something since then."""
@@ -212,9 +217,12 @@ class Launch:
         return self.wait(back, what)
 
     def _has_stepped(self, rank: int, since: float, lost: list[int]) -> bool:
-        missing, taken = set(lost), False
+        missing, taken = {its for its in lost if self.has(its, "begin")}, False
         for record in self.records[rank]:
-            if record["what"] == "change":
+            if record["what"] == "begin":
+                missing &= set(record["members"])
+                taken = taken or record["at"] >= since
+            elif record["what"] == "change":
                 missing -= set(record["lost"])
                 taken = taken or record["at"] >= since
             elif record["what"] == "take":
@@ -225,7 +233,9 @@ class Launch:
 
     def wait_until_ready(self, seconds: float) -> bool:
         """Until all ranks have made a step; then it is known what they share."""
-        ready = self.wait(lambda: all(self.has(rank, "commit") for rank in self.records), "no first step", seconds)
+        ready = self.wait(
+            lambda: all(self.has(rank, "commit") for rank in range(self.job.ranks)), "no first step", seconds
+        )
         for rank in self.records if ready else ():
             with contextlib.suppress(OSError, StopIteration):
                 lines = Path(f"/proc/{self._pid(rank)}/maps").read_text().splitlines()
@@ -345,7 +355,7 @@ class Launch:
 def _environment(temporary: Path, job: Job) -> Mapping[str, str]:
     root = str(Path(__file__).parents[1])
     before = os.environ.get("PYTHONPATH")
-    nodes = [rank * 2 // job.ranks for rank in range(job.ranks)]
+    nodes = [rank * 2 // job.ranks % 2 for rank in range(job.ranks + job.spares)]
     return {
         **os.environ,
         "PYTHONPATH": f"{root}:{before}" if before else root,

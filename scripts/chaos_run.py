@@ -36,6 +36,7 @@ class Plan:
         gap: the mean of the seconds from one fault to the next.
         patience: seconds after which what has not happened is a hang.
         most: faults in one training; then it ends without.
+        spares: how many of them wait, drawn from these for each training.
         data: the digits, as :func:`make_data` has written them.
         told: is called with each fault that has come about.
     """
@@ -47,6 +48,7 @@ class Plan:
     gap: float
     patience: float
     most: int
+    spares: Sequence[int]
     folder: Path
     data: Path
     told: Callable[[str], object] = lambda what: None
@@ -65,6 +67,7 @@ def _job(plan: Plan, variation: str, ranks: int, seed: int) -> Job:
     return Job(
         variation=variation,
         ranks=ranks,
+        spares=0,
         min_ranks=2,
         seeds=[seed],
         epochs=plan.epochs,
@@ -87,12 +90,16 @@ def run(plan: Plan, seed: int) -> tuple[Training, list[Problem]]:
     dice = random.Random(seed)
     variation = plan.variations[seed % len(plan.variations)]
     ranks, asynchronous = dice.choice(list(plan.ranks)), dice.random() < 0.5
+    spares = dice.choice(list(plan.spares))
     with tempfile.TemporaryDirectory(dir=plan.folder, prefix=f"{seed}-") as folder:
         job = replace(
-            _job(plan, variation, ranks, seed), asynchronous=asynchronous, checkpoints=str(Path(folder) / "saved")
+            _job(plan, variation, ranks, seed),
+            spares=spares,
+            asynchronous=asynchronous,
+            checkpoints=str(Path(folder) / "saved"),
         )
         size = VARIATIONS[variation].step_size
-        training = Training(seed, variation, ranks, asynchronous, _samples(plan), size)
+        training = Training(seed, variation, ranks, spares, asynchronous, _samples(plan), size)
         faults = deal(dice, plan.kinds, plan.gap)
         for number in range(MOST_LAUNCHES):
             with Launch(job, number, Path(folder) / f"launch-{number}", plan.patience) as launch:
@@ -188,7 +195,7 @@ class Goodput:
 def goodput(plan: Plan, between: float | None, *, survives: bool, seconds: float, seed: int) -> Goodput:
     """Kill ranks for so long, one at a time, as a Poisson process does. Raises :class:`chaos_job.HangError`."""
     dice, ranks = random.Random(seed), max(plan.ranks)
-    training = Training(seed, plan.variations[0], ranks, False, _samples(plan), None)
+    training = Training(seed, plan.variations[0], ranks, 0, False, _samples(plan), None)
     with tempfile.TemporaryDirectory(dir=plan.folder, prefix="goodput-") as folder:
         job = replace(
             _job(plan, plan.variations[0], ranks, seed),

@@ -86,9 +86,11 @@ VARIATIONS = {
     "every": _local("4 local steps of AdamW, then a scaled vote", exchange="two_phase", every=4),
     "every-delay": _local("4 local steps, and a scaled vote 2 steps later", exchange="two_phase", every=4, delay=2),
     "every-hierarchical": _local("4 local steps on two nodes", exchange="hierarchical", every=4, nodes=True),
-    "feedback": _feedback("error feedback", mpisign.ef_signsgd, exchange="allgather"),
+    "feedback": _feedback("error feedback, with copies", mpisign.ef_signsgd, exchange="allgather", buddy_every=5),
     "feedback-overlap": _feedback("error feedback, overlapped", mpisign.ef_signsgd, exchange="allgather", overlap=True),
-    "feedback-twice": _feedback("error feedback on both sides", mpisign.double_squeeze, exchange="two_phase"),
+    "feedback-twice": _feedback(
+        "error feedback on both sides, with copies", mpisign.double_squeeze, exchange="two_phase", buddy_every=5
+    ),
 }
 
 
@@ -179,7 +181,7 @@ class Orders:
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
-    mpisign.init(on_failure="continue", min_ranks=job["min_ranks"])
+    mpisign.init(on_failure="continue", min_ranks=job["min_ranks"], spares=job["spares"])
     me = mpisign.rank()
     folder = Path(job["folder"])
     stacks = open(folder / f"rank-{me}.stacks", "w")  # noqa: SIM115 - as long as the process
@@ -215,19 +217,24 @@ class Training:
             **self._variation.options,
         )
         self._sampler = mpisign.ElasticSampler(range(len(self._labels)), seed=seed)
-        self._members = tuple(range(mpisign.size()))
+        self._members = tuple(range(job["ranks"]))
         self._step = self._saved = 0
 
     def run(self) -> None:
         """From the newest checkpoint to the end."""
         forget = mpisign.on_membership_change(self._changed)
         self._begin()
+        waits = mpisign.rank() >= self._job["ranks"]
+        mpisign.Standby(model=self._model, optimizer=self._optimizer, sampler=self._sampler, extra=self)
+        at = {"step": self._step, "epoch": self._sampler.epoch, "members": self._members}
+        self._diary.write("begin", crc=self._crc(), seed=self._seed, came=waits, **at)
         epochs, size = self._job["epochs"], self._job["batch_size"]
         for epoch in range(self._sampler.epoch, epochs):
             self._sampler.set_epoch(epoch)
             while not self._sampler.finished:
-                self._diary.write("deal", step=self._step, epoch=epoch, members=self._members)
                 for number, batch in enumerate(BatchSampler(self._sampler, size, drop_last=False)):
+                    if number == 0:
+                        self._diary.write("deal", step=self._step, epoch=epoch, members=self._members)
                     exchanged = self._train(batch)
                     self._sampler.record_batch(number, size)
                     self._orders.after()
@@ -255,7 +262,14 @@ class Training:
             resumed = checkpoint.load(folder, model=self._model, optimizer=self._optimizer)
             self._step = self._saved = resumed.step
             self._sampler.load_state_dict(resumed.extra["sampler"])
-        self._diary.write("begin", step=self._step, epoch=self._sampler.epoch, crc=self._crc(), seed=self._seed)
+
+    def state_dict(self) -> dict[str, int]:
+        """What a spare must know that steps in, besides model, optimizer and sampler."""
+        return {"step": self._step, "saved": self._saved}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on there."""
+        self._step, self._saved = state["step"], state["saved"]
 
     def _train(self, batch: list[int]) -> bool:
         """A step. Returns whether it was one with an exchange."""

@@ -136,7 +136,10 @@ def test_a_seed_repeats_its_faults(load: Callable[[str], ModuleType]) -> None:
 
 def records(rank: int, killed_at: int, resumed: int = 0, steps: int = 8) -> Records:
     """What a rank of 3 writes in two epochs of 12 samples: rank 2 dies in step ``killed_at`` without a vote in it."""
-    its: Records = [{"what": "here", "pid": 1}, {"what": "begin", "step": resumed, "epoch": 0, "crc": 1000 + resumed}]
+    its: Records = [
+        {"what": "here", "pid": 1},
+        {"what": "begin", "step": resumed, "epoch": 0, "crc": 1000 + resumed, "came": False},
+    ]
     members, left, dealt = [0, 1, 2], list(range(SAMPLES)), None
     step, epoch = resumed, 0
     while step < steps:
@@ -174,7 +177,7 @@ def training(load: Callable[[str], ModuleType]) -> Any:
     launch = job.Outcome(0, 3, 2, 0.0, 1.0, 0, its, killed=[2])
     fault = faults.Fault("kill", 0.1, (0.9, 0.0), 0.0, 0.0, 0, "before")
     struck = [job.Struck(fault, 0, 3, 5.0, [2], [2])]
-    return checks.Training(0, "flat", 3, False, SAMPLES, RATE, [launch], struck)
+    return checks.Training(0, "flat", 3, 0, False, SAMPLES, RATE, [launch], struck)
 
 
 def found(load: Callable[[str], ModuleType], training: Any) -> set[str]:
@@ -291,7 +294,7 @@ def relaunched(load: Callable[[str], ModuleType], training: Any) -> Any:
     again.number, again.code, again.killed = 1, 0, []
     again.records = {}
     for rank in range(3):
-        its = [{"what": "begin", "step": 2, "epoch": 0, "crc": 1002}]
+        its = [{"what": "begin", "step": 2, "epoch": 0, "crc": 1002, "came": False}]
         its += [{"what": "deal", "step": 2, "epoch": 0, "members": [0, 1, 2]}]
         its += [{"what": "take", "step": 3, "samples": left[rank::3]}]
         its += [{**commit_of(3), "crc": 1003}, {"what": "epoch", "step": 3, "epoch": 0}]
