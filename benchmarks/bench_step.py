@@ -47,16 +47,16 @@ DDP_BUCKET = 25 * 2**20  # bytes; torch DDP's bucket_cap_mb
 ALLREDUCE, GLOO_FP32, GLOO_BF16 = "Allreduce fp32 + SGD", "gloo fp32 + SGD", "gloo bf16 + SGD"
 SIGNUM, MEAN, FLOOR = "signum", "mean", "SGD alone"
 NUMPY = "by NumPy"
-OUTLIVES = "signum, continues"
+OUTLIVES, AUDITED = "signum, continues", "signum, audited"
 PHASES = ("pack", "exchange", "decide", "unpack")
 
 WORDS = """\
 The part of a training step after backward: from each rank's gradients to updated parameters. `signum`, `signsgd` and
 `lion` are `DistributedSignOptimizer.step()` around `SGD(lr)`; their momentum is on the worker; `by NumPy` says how
 fast they are where no compiler was found at installation; `continues` what `init(on_failure="continue")` costs while
-nobody dies, in runs where MPI has ULFM switched on. `mean` is the same wrapper around `SGD(lr, momentum=0.9)` with
-the full-precision baseline method. The rivals sum the gradients, which are views of one flat buffer, divide by the
-number of ranks, and take a step of `SGD(lr, momentum=0.9)`: with MPI's Allreduce, and with gloo in torch DDP's way
+nobody dies, in runs where MPI has ULFM switched on; `audited` what `audit=1` does. `mean` is the same wrapper around
+`SGD(lr, momentum=0.9)` with the full-precision baseline method. The rivals sum the gradients, which are views of one
+flat buffer, divide by the number of ranks, and take a step of `SGD(lr, momentum=0.9)`: with MPI's Allreduce, and with gloo in torch DDP's way
 (buckets of 25 MiB, all on their way at once; for bf16 cast, reduce, cast back, as DDP's bf16 hook does). `SGD alone`
 sends nothing: the floor of all that use momentum. No scheme overlaps with backward here. Gradients are put back
 before each run, untimed."""
@@ -98,6 +98,8 @@ def main() -> None:
         plain = (SGD(model.parameters, lr=LR) for _ in methods)
         pairs = zip(methods, plain, strict=True)
         steps += [WrappedStep(method, wrapped, args.exchange, model, comm, HOST) for method, wrapped in pairs]
+    wrapped, method = SGD(model.parameters, lr=LR), mpisign.signum(momentum=0.9)
+    steps.append(WrappedStep(method, wrapped, args.exchange, model, comm, audit=1, name=AUDITED))
     survives = can_survive()
     if survives:
         wrapped, method = SGD(model.parameters, lr=LR), mpisign.signum(momentum=0.9)
@@ -114,11 +116,11 @@ def main() -> None:
         return
 
     names = [one.name for one in contenders]
-    references = [name for name in (ALLREDUCE, GLOO_FP32, GLOO_BF16, MEAN) if name in names]
-    references += [SIGNUM] if survives else []
+    references = [name for name in (ALLREDUCE, GLOO_FP32, GLOO_BF16, MEAN, SIGNUM) if name in names]
     reports = {step.contender.name: step.report for step in steps if NUMPY not in step.contender.name}
     targets = [Target(SIGNUM, ALLREDUCE, 3.0), Target("signsgd", ALLREDUCE, 3.5)]
     targets += [Target(SIGNUM, GLOO_BF16, 2.5)] if args.gloo else []
+    targets += [Target(AUDITED, SIGNUM, 0.95)]
     targets += [Target(OUTLIVES, SIGNUM, 0.98)] if survives else []
     report = Report(
         "step",
@@ -211,18 +213,20 @@ class WrappedStep:
         comm: MPI.Comm,
         backend: str = backends.BACKENDS["cpu"],
         session: Session | None = None,
+        audit: int = 0,
         name: str = "",
     ) -> None:
         self._model, self._backend, self._comm, self.session = model, backend, comm, session or current()
         self._select()
-        self._optimizer = DistributedSignOptimizer(wrapped, method=method, exchange=exchange)
+        self._optimizer = DistributedSignOptimizer(wrapped, method=method, exchange=exchange, audit=audit)
         self.phases: list[dict[str, float]] = []
         inner = f"SGD({'momentum=0.9' if wrapped.defaults['momentum'] else ''})"
         by = f" {NUMPY}" if backend == HOST else ""
         self.contender = Contender(
             name or method.name + by,
-            f"`DistributedSignOptimizer({inner}, method=mpisign.{method.name}(...)).step()`{by}"
-            + (', after `init(on_failure="continue")`' if name else ""),
+            f"`DistributedSignOptimizer({inner}, method=mpisign.{method.name}(...)"
+            f"{f', audit={audit}' if audit else ''}).step()`{by}"
+            + (', after `init(on_failure="continue")`' if session else ""),
             self._optimizer.step,
             self._prepare,
             self._observe,

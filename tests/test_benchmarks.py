@@ -134,7 +134,7 @@ def test_step(tmp_path: Path, exchange: str):
     data = check_report(tmp_path, "step", printed)
     assert data["tensors"] == 161
     by_numpy = {"signum by NumPy", "signsgd by NumPy"} if native.library() is not None else set()
-    assert {"signum", "signsgd", "lion", "mean", *by_numpy} == data["phases"].keys()
+    assert {"signum", "signsgd", "lion", "mean", "signum, audited", *by_numpy} == data["phases"].keys()
     for phases in data["phases"].values():
         assert len(phases) == ROUNDS
         for repetition in phases:
