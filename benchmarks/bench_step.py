@@ -56,10 +56,10 @@ The part of a training step after backward: from each rank's gradients to update
 fast they are where no compiler was found at installation; `continues` what `init(on_failure="continue")` costs while
 nobody dies, in runs where MPI has ULFM switched on; `audited` what `audit=1` does. `mean` is the same wrapper around
 `SGD(lr, momentum=0.9)` with the full-precision baseline method. The rivals sum the gradients, which are views of one
-flat buffer, divide by the number of ranks, and take a step of `SGD(lr, momentum=0.9)`: with MPI's Allreduce, and with gloo in torch DDP's way
-(buckets of 25 MiB, all on their way at once; for bf16 cast, reduce, cast back, as DDP's bf16 hook does). `SGD alone`
-sends nothing: the floor of all that use momentum. No scheme overlaps with backward here. Gradients are put back
-before each run, untimed."""
+flat buffer, divide by the number of ranks, and take a step of `SGD(lr, momentum=0.9)`: with MPI's Allreduce, and with
+gloo in torch DDP's way (buckets of 25 MiB, all on their way at once; for bf16 cast, reduce, cast back, as DDP's bf16
+hook does). `SGD alone` sends nothing: the floor of all that use momentum. No scheme overlaps with backward here.
+Gradients are put back before each run, untimed."""
 
 
 def main() -> None:
