@@ -33,6 +33,7 @@ class Spares:
         number: how many, the last ranks of the job, are to wait.
 
     Attributes:
+        number: how many there were.
         wanted: how many ranks are to vote.
         identities: of those that wait, or will.
         waits: how this process stands: one of ``VOTES``, ``WAITS`` and ``STEPS_IN``.
@@ -42,7 +43,7 @@ class Spares:
 
     def __init__(self, membership: Membership, job: Job, living: Living, number: int) -> None:
         self._membership, self._job, self._living = membership, job, living
-        self.wanted = job.group.size - number
+        self.number, self.wanted = number, job.group.size - number
         self.identities = job.group.identities[self.wanted :]
         self.waits = WAITS if job.group.identity in self.identities else VOTES
         self.leave_now = self.have_left = not number
@@ -57,7 +58,7 @@ class Spares:
         """Raise :class:`OptionError` if spares would vote, as nobody has said where they are to wait."""
         if not self.have_left:
             raise OptionError(
-                f"init(spares={len(self.identities)}) keeps ranks that wait, and nothing says where: make "
+                f"init(spares={self.number}) keeps ranks that wait, and nothing says where: make "
                 f"mpisign.Standby(model=model, optimizer=optimizer, ...) before the first step"
             )
 

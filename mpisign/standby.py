@@ -30,7 +30,8 @@ Memory = Mapping[int, Mapping[str, torch.Tensor]]
 class Standby:
     """Where spares wait, and what they need to step in. **Collective**, with ``init(spares=)``; else nothing happens.
 
-    Make it when all that a training step needs is there, so that a spare has it, too, and before the first step::
+    Make it when all that a training step needs is there, so that a spare has it, too, after a checkpoint is loaded, and
+    before the first step::
 
         mpisign.init(on_failure="continue", spares=1)
         ...
@@ -80,7 +81,7 @@ class Standby:
         self._deserted = False  # no spare is left
         with operation(STANDBY) as session:
             spares = None if session.membership is None else session.membership.spares
-            if spares is None or not spares.identities:
+            if spares is None or not spares.number:
                 self._deserted = True
                 return
             if spares.have_left:

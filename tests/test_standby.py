@@ -157,3 +157,45 @@ def test_without_standby_no_spare_votes(tmp_path: Path) -> None:
     with started(2, script, options=ULFM) as job:
         result = job.wait(60.0)
     assert result.text.count("init(spares=1) keeps ranks that wait, and nothing says where") == 2, result.text
+
+
+RESUMED = """\
+import sys, torch, mpisign
+folder, spares = sys.argv[1], int(sys.argv[2])
+mpisign.init(on_failure="continue", spares=spares)
+torch.manual_seed(0)
+layer = torch.nn.Linear(40, 30)
+optimizer = mpisign.DistributedSignOptimizer(
+    torch.optim.SGD(layer.parameters(), lr=0.1), method=mpisign.double_squeeze(), exchange="two_phase"
+)
+begun = 0
+if mpisign.checkpoint.newest(folder) is not None:
+    begun = mpisign.checkpoint.load(folder, model=layer, optimizer=optimizer).step
+mpisign.Standby(model=layer, optimizer=optimizer)
+for step in range(begun, begun + 4):
+    generator = torch.Generator().manual_seed(10 * step + mpisign.rank())
+    optimizer.zero_grad()
+    layer(torch.randn(8, 40, generator=generator)).square().sum().backward()
+    optimizer.step()
+mpisign.check_consistency(layer, optimizer)
+if begun == 0:
+    mpisign.checkpoint.save(folder, model=layer, optimizer=optimizer, step=4)
+if mpisign.rank() == 0:
+    print("bits", layer.weight.detach().numpy().tobytes().hex(), torch.initial_seed())
+"""
+
+
+@pytest.mark.long
+def test_a_job_goes_on_bit_for_bit_with_and_without_spares(tmp_path: Path) -> None:
+    """What is loaded before spares leave is what those have saved who train."""
+    script = tmp_path / "train.py"
+    script.write_text(RESUMED)
+    said = []
+    for spares in (1, 0, 2):
+        folder = tmp_path / "saved"
+        with started(3 + spares, script, str(folder), str(spares), options=ULFM) as job:
+            result = job.wait(100.0)
+        assert result.returncode == 0, result.text
+        assert "was saved by" not in result.text
+        said.append(re.findall(r"bits (\w+)", result.text))
+    assert said[1] == said[2] != said[0]

@@ -118,15 +118,15 @@ def load(
                     raise CheckpointError(f"it was saved without {name}=")
                 put_back(name, target, _owned(shared[name]))
         extra = _owned(shared["extra"])
-        if manifest.ranks == session.size:
+        if manifest.ranks == session.trainers:
             set_random_state(own["random"])
         else:
             reseed(own["random"], session.rank, session.size)
         if session.rank == 0 and left_out:  # here, as a warning may be an error
             warn(f"training goes on from {folder}, as {'; '.join(left_out)}")
-        if session.rank == 0 and manifest.ranks != session.size:
+        if session.rank == 0 and manifest.ranks != session.trainers:
             warn(
-                f"{folder} was saved by {manifest.ranks} ranks and this job has {session.size}: every rank goes on "
+                f"{folder} was saved by {manifest.ranks} ranks and this job has {session.trainers}: every rank goes on "
                 f"with the mean of the old ranks' memories and fresh random numbers (see mpisign.checkpoint.load)"
             )
     except Exception as caught:  # whatever it is, the others must hear of it
@@ -221,17 +221,20 @@ def _read(folder: Path, manifest: Manifest, session: Session) -> tuple[State, St
     if shared["step"] != manifest.step:
         raise CheckpointError(f"{folder / directory.SHARED} is not of step {manifest.step}, of which its manifest is")
     files = [folder / directory.rank_file(rank) for rank in range(manifest.ranks)]
-    if manifest.ranks == session.size:
-        own = _parts(files[session.rank], OWN_PARTS)
+    if manifest.ranks == session.trainers:
+        mine = session.rank % manifest.ranks  # a spare takes another's, and is given all when it steps in
+        own = _parts(files[mine], OWN_PARTS)
         strange = sorted(map(str, own["buffers"].keys() - shared["model"].keys()))
         if strange:
             raise CheckpointError(
-                f"{files[session.rank]}: 'buffers' has {strange[0]!r}, which the model in {directory.SHARED} has not"
+                f"{files[mine]}: 'buffers' has {strange[0]!r}, which the model in {directory.SHARED} has not"
             )
         shared["model"].update(own["buffers"])
         shared["scaler"] = own["scaler"]
-        local.put_together(shared, own, files[session.rank])
+        local.put_together(shared, own, files[mine])
         memory = own["mpisign"]
+        if memory is not None and session.trainers < session.size:
+            memory = {**memory, "rank": session.rank, "size": session.size}
     else:
         kept = [_parts(file, OWN_PARTS) for file in files]  # nothing is read of it yet but what there is
         for file, its in zip(files, kept, strict=True):
