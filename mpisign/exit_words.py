@@ -10,10 +10,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mpisign.group import Group
 
-__all__ = ["REQUEUE_EXIT_CODE", "is_told", "shell", "tell_group"]
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["REQUEUE_EXIT_CODE", "is_told", "shell", "tell_group", "tell_that_it_waits"]
 
 REQUEUE_EXIT_CODE = 85
 """What a script that has saved and stopped exits with, so that its batch script knows to requeue it."""
@@ -62,13 +66,24 @@ def _word() -> str:
 
 def tell_group(group: Group) -> None:
     """Write down with whom this rank goes on, if somebody wants to know."""
+    _tell(group.comm, group.generation)
+
+
+def tell_that_it_waits(generation: int) -> None:
+    """Write down that this rank is a spare, whose end is nobody else's."""
+    from mpi4py import MPI
+
+    _tell(MPI.COMM_SELF, generation)
+
+
+def _tell(comm: MPI.Comm, generation: int) -> None:
     word = _word()
     if not word:
         return
     from mpi4py import MPI
 
-    members = group.comm.Get_group().Translate_ranks(None, MPI.COMM_WORLD.Get_group())
-    told = {"generation": group.generation, "members": list(members)}
+    members = comm.Get_group().Translate_ranks(None, MPI.COMM_WORLD.Get_group())
+    told = {"generation": generation, "members": list(members)}
     beside = Path(f"{word}.group.new")
     try:
         beside.write_text(json.dumps(told))

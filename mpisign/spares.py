@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from mpisign.errors import OptionError
+from mpisign.exit_words import tell_that_it_waits
 from mpisign.positions import STEPS_IN, VOTES, WAITS, Position, voting
 from mpisign.regrouping import Living
 
@@ -77,9 +78,11 @@ class Spares:
         former = self._job.group
         group = self._living.group_of(members, former.identity, former.gpus, generation)
         self._leader = members[0]
-        if group is not None:
-            self._job.replace(group, there)
-        return group is not None
+        if group is None:
+            tell_that_it_waits(generation)
+            return False
+        self._job.replace(group, there)
+        return True
 
     def leave(self) -> None:
         """Let spares leave the others. **Collective** over all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 
 from mpisign.checkpoint import local
+from mpisign.checkpoint.saving import wait
 from mpisign.checkpoint.state import State, Stateful, check_stateful, collect, put_back, reseed
 from mpisign.cuts import cut
-from mpisign.errors import ConsistencyError, OptionError
+from mpisign.errors import CheckpointError, ConsistencyError, OptionError
 from mpisign.plain import plain, uncompiled
 from mpisign.sampler import ElasticSampler
 from mpisign.session import Session, operation
@@ -20,6 +22,8 @@ from mpisign.spares import STANDBY
 from mpisign.windows import KEY
 
 __all__ = ["Standby"]
+
+logger = logging.getLogger(__name__)
 
 TAG = 0x6D76
 KEPT = [(int, str, [int], str)]  # place, field, shape and dtype of what a rank remembers
@@ -91,6 +95,7 @@ class Standby:
             spares.leave()
             if spares.is_one_that_waits:
                 spares.wait(lambda joining: self._hand_over(session, joining))
+                self._deserted = len(session.there) < spares.wanted  # as on those who were there before
                 if sampler is not None:
                     sampler.step_in()
         if sampler is not None:
@@ -110,8 +115,12 @@ class Standby:
             spares = None if session.membership is None else session.membership.spares
             if spares is None or self._deserted or len(session.there) >= spares.wanted:
                 return False
+            try:
+                wait()  # for a save in which those that step in have no part
+            except CheckpointError as error:
+                logger.error("%s", error)
             came = spares.let_in(lambda joining: self._hand_over(session, joining))
-            self._deserted = not came
+            self._deserted = not came or len(session.there) < spares.wanted  # all that waited have come
             return came
 
     # -------------------------------------------------------------------------------------------- what is given
