@@ -55,7 +55,9 @@ RATES = {
     "one_bit_adam": 3e-3,
     "zero_one_adam": 3e-3,
     **dict.fromkeys(LOCAL, 6e-3),
+    "local30-ef": 3e-3,
     **dict.fromkeys(DDP, 6e-3),
+    "ddp-powersgd": 3e-3,
 }
 """Highest learning rates, unless ``--rates`` says others."""
 
