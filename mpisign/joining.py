@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["ON_FAILURE", "Failure", "coded_options", "joined", "told_options", "wrong_failure", "wrong_options"]
 
 ON_FAILURE = ("abort", "continue")
+FAILURE_VARIABLE = "MPISIGN_ON_FAILURE"
 SPARES_BIT = 18  # of the options' code, from which on these are; before them is min_ranks
 LINKS_BIT = 32  # and from which on milliseconds are
 
@@ -47,6 +48,11 @@ class Failure(NamedTuple):
     min_ranks: int | None
     detect_links: float | None
     spares: int = 0
+
+    @classmethod
+    def wanted(cls, on_failure: str | None, *others: Any) -> Failure:
+        """What the arguments say, in this order, and where they do not say ``on_failure``, the variable."""
+        return cls(on_failure or os.environ.get(FAILURE_VARIABLE) or ON_FAILURE[0], *others)
 
     @property
     def survives(self) -> bool:

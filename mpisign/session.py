@@ -234,7 +234,7 @@ def init(
     node_of: Sequence[int] | None = None,
     pickle: bool = True,
     on_dead_training: Literal["warn", "raise"] | None = None,
-    on_failure: Literal["abort", "continue"] = "abort",
+    on_failure: Literal["abort", "continue"] | None = None,
     min_ranks: int | None = None,
     detect_links: float | None = None,
     spares: int = 0,
@@ -259,7 +259,7 @@ def init(
         on_failure: what happens when a rank dies. ``"abort"``: the job ends. ``"continue"``: those that are left go on
             with the step in which it has died, if they are more than half, or half with the lowest identity; it takes
             Open MPI with ULFM switched on. A rank with an uncaught exception then dies alone, whatever
-            ``abort_on_exception`` is.
+            ``abort_on_exception`` is. Default: what the variable ``MPISIGN_ON_FAILURE`` says, else ``"abort"``.
         min_ranks: with ``"continue"``, end the job when fewer are left; default 1.
         detect_links: with ``"continue"``, seconds of silence after which a rank counts as dead: its link is cut, its
             node is gone, or it is stopped. A thread answers for a rank that computes. Default: only ends of processes.
@@ -276,7 +276,7 @@ def init(
     """
     check_may_start()
     with _joining:
-        failure = Failure(on_failure, min_ranks, detect_links, spares)
+        failure = Failure.wanted(on_failure, min_ranks, detect_links, spares)
         _join(comm, abort_on_exception, stall_warning, stall_timeout, node_of, pickle, on_dead_training, failure)
 
 

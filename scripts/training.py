@@ -42,7 +42,8 @@ def train(
     """Train from the newest checkpoint, or else the start, to the end, or until the queue wants the nodes back.
 
     BatchNorm's statistics are each rank's own while it trains. Rank 0's are evaluated, and are what the model in a
-    checkpoint has.
+    checkpoint has. Where the job outlives its ranks, epochs keep their number of steps: what was dealt to a lost
+    rank is left out, other samples in each.
 
     Args:
         model: the model itself, not DDP's wrapper.
@@ -154,7 +155,7 @@ def resume(folder: Path, mode: str, state: dict[str, Any], extra: dict[str, Any]
 @torch.no_grad()
 def measured(model: nn.Module, evaluate: Callable[[], dict[str, float]], epoch: int) -> dict[str, float]:
     """What ``evaluate`` finds of the model with rank 0's buffers; rank 0 prints it. **Collective.**"""
-    mpisign.broadcast_parameters(dict(model.named_buffers()))
+    until_done(mpisign.broadcast_parameters, dict(model.named_buffers()))
     model.eval()
     scores = evaluate()
     if mpisign.rank() == 0:
@@ -213,33 +214,33 @@ class Log:
     """
 
     def __init__(self, folder: Path | None, tensorboard: bool, step: int, epoch: float) -> None:
-        self._folder = folder if mpisign.rank() == 0 else None
+        self._folder, self._tensorboard = folder, tensorboard
         self._board: Any = None
-        if self._folder is None:
+        if folder is None or mpisign.rank() > 0:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for name, until in (("train", epoch + 1e-6), ("eval", epoch - 1e-6)):  # it will be evaluated here again
-            table = self._folder / f"{name}.csv"
+            table = folder / f"{name}.csv"
             lines = table.read_text().splitlines(keepends=True) if table.exists() else []
             kept = [
                 row for row in lines[1:] if row.count(",") == lines[0].count(",") and float(row.split(",")[1]) < until
             ]
             table.write_text("".join([lines[0], *kept])) if kept else table.unlink(missing_ok=True)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # it need not be there otherwise
-
-            self._board = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def add(self, table: str, step: int, epoch: float, values: Mapping[str, float]) -> None:
         """Append a row: step, epoch, ``values``."""
-        if self._folder is None:
+        if self._folder is None or mpisign.rank() > 0:  # which may be another's number by now
             return
         with open(self._folder / f"{table}.csv", "a") as file:
             rows = csv.writer(file, lineterminator="\n")
             if file.tell() == 0:
                 rows.writerow(["step", "epoch", *values])
             rows.writerow([step, f"{epoch:.6f}", *(f"{value:.8g}" for value in values.values())])
-        if self._board is not None:
+        if self._tensorboard:
+            if self._board is None:
+                from torch.utils.tensorboard import SummaryWriter  # it need not be there otherwise
+
+                self._board = SummaryWriter(str(self._folder), purge_step=step + (table == "eval"))
             for name, value in values.items():
                 self._board.add_scalar(f"{table}/{name}", value, step)
 
@@ -281,6 +282,15 @@ def distribute(
         )
     except mpisign.OptionError as error:
         end(str(error))
-    mpisign.broadcast_parameters(model.state_dict())
-    mpisign.broadcast_optimizer_state(wrapper)
+    until_done(mpisign.broadcast_parameters, model.state_dict())
+    until_done(mpisign.broadcast_optimizer_state, wrapper)
     return wrapper
+
+
+def until_done(call: Callable[[T], None], argument: T) -> None:
+    """Call it, and again where ranks have died in it and the job goes on. **Collective.**"""
+    while True:
+        try:
+            return call(argument)
+        except mpisign.MembershipChangedError:
+            pass

@@ -147,6 +147,17 @@ def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
     assert not mpisign.is_initialized()
 
 
+@pytest.mark.parametrize(
+    ("value", "message"), [("continue", "--with-ft ulfm|take Open MPI 5"), ("go on", "choose one")]
+)
+def test_it_may_be_a_variable(value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPISIGN_ON_FAILURE", value)
+    with pytest.raises(mpisign.OptionError, match=message):
+        mpisign.init()
+    mpisign.init(on_failure="abort")
+    mpisign.shutdown()
+
+
 def test_without_it_callbacks_are_taken_and_never_called(world: None) -> None:
     def never(change: mpisign.MembershipChange) -> None:
         raise AssertionError(change)
