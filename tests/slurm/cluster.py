@@ -161,18 +161,22 @@ class Cluster:
             return self.run("sinfo", "-h", "-N", "-p", "main", "-t", "idle,mix", "-o", "%N").count("\n")
         return 0
 
-    def crash(self, node: str) -> None:
+    def crash(self, node: str, *, noticed: bool = True) -> None:
         """As if somebody had pulled the plug: its slurmd and everything that it has started are gone at once."""
         daemon = self._daemons.pop(node)
         daemon.kill()
         daemon.wait()
         self.kill_on(node)
-        # As a health check would; SLURM itself notices after SlurmdTimeout.
+        if noticed:
+            self.mark_down(node)
+
+    def mark_down(self, node: str) -> None:
+        """As a health check would; SLURM itself notices after SlurmdTimeout."""
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=crashed")
 
     def kill_on(self, node: str, program: str = "") -> None:
         """Kill what SLURM runs on a node, or only the processes of one program."""
-        for pid in self.processes():
+        for pid in sorted(self.processes(), reverse=True):  # srun has a child that cancels its step when it dies
             here = f"SLURMD_NODENAME={node}\0" in read(pid, "environ") or f"slurm_{node}/" in read(pid, "cgroup")
             if here and program in read(pid, "comm"):
                 os.kill(pid, signal.SIGKILL)
