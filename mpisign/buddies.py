@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,6 @@ from mpisign.policy import check_integer
 from mpisign.session import Session, current
 from mpisign.transfer import as_bytes
 from mpisign.watchdog import Pending
-
-if TYPE_CHECKING:
-    from mpisign.planned import Planned
 
 __all__ = ["Buddies", "check_buddy_every"]
 
@@ -83,32 +80,34 @@ class Buddies:
         self._copy: _Copy | None = None
         self._coming: tuple[_Copy, list[Pending], _Arrival] | None = None
 
-    def exchanged(self, planned: Planned, handshake: Handshake) -> None:
-        """An exchange is over, and what it has left in the memories counts. **Collective** in every so many."""
+    def exchanged(
+        self, store: MemoryStore, parameters: Sequence[torch.Tensor], exchanges: int, handshake: Handshake
+    ) -> None:
+        """So many exchanges are over, and what the last has left in memory counts. **Collective** in every so many."""
         session = current("DistributedSignOptimizer.step()")
         membership = session.membership
         if self._every is None or membership is None:
             return
         fields = [
             (parameter, field)
-            for parameter in planned._parameters()
+            for parameter in parameters
             if parameter.requires_grad
-            for field in planned._memory.memory_of(parameter).owed
+            for field in store.memory_of(parameter).owed
         ]
         all_here = all(joined is None for joined in handshake.joined_for)
-        due = planned._exchanges % self._every == 0
+        due = exchanges % self._every == 0
         while True:
             changed, self._group = self._group is not session.group, session.group
             if self._coming is not None and self._coming[2].there:
                 self._copy = self._coming[0]
             if changed:
                 self._coming = None  # what has not come is lost
-                self._inherit(planned._memory, fields, session.group)
+                self._inherit(store, fields, session.group)
             try:
                 if self._coming is not None:
                     self._coming[2].Test()
                 if session.size > 1 and all_here and (changed or due):
-                    self._send(session, planned._memory, fields)
+                    self._send(session, store, fields)
                 return
             except Exception as error:
                 if not membership.is_loss(error):

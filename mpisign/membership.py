@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -33,11 +33,9 @@ from mpisign.errors import MembershipChangedError
 from mpisign.group import Group
 from mpisign.positions import BODY, CLOSING, DONE, FAILED, Position
 from mpisign.processes import end_at_once, end_without_mpi
-from mpisign.regrouping import Living
+from mpisign.regrouping import Job, Living
 from mpisign.spares import Spares
 from mpisign.survival import is_loss
-from mpisign.trace import Tracer
-from mpisign.watchdog import Watchdog
 
 __all__ = ["QUORUM_EXIT_CODE", "Act", "Membership", "MembershipChange", "has_quorum"]
 
@@ -83,22 +81,6 @@ class Recoverable(Protocol):
 
     def lost(self, recovering: Act | None) -> None:
         """Forget it, but for the act that is being recovered."""
-
-
-class Job(Protocol):
-    """What a session must be able to do for it; see :class:`mpisign.session.Session`."""
-
-    group: Group
-    watchdog: Watchdog
-    tracer: Tracer
-    ended: bool
-    there: tuple[int, ...]
-
-    def meet(self, act: str, number: int = 0) -> Any: ...
-    def spread_bytes(self, mine: bytes, root: int, act: str, limit: int = ...) -> bytes: ...
-    def replace(self, group: Group, there: tuple[int, ...]) -> Group | None: ...
-    def network_told(self) -> int: ...
-    def regrouped(self, told: Sequence[int]) -> None: ...
 
 
 class Membership:

@@ -142,20 +142,8 @@ class DistributedSignOptimizer(Planned):
             raise OptionError("this is a DistributedSignOptimizer already: wrap the torch optimizer once")
         if not isinstance(method, Method):
             raise OptionError(f"method={method!r} is not a Method: use one of mpisign's, e.g. mpisign.signum(0.9)")
-        self._configure(
-            optimizer,
-            named_parameters,
-            method,
-            Policy(zeros, ties, seed),
-            exchange,
-            clip_grad_norm,
-            bucket_cap_mb,
-            apply,
-            overlap,
-            backward_passes_per_step,
-            audit,
-            buddy_every,
-        )
+        options = exchange, clip_grad_norm, bucket_cap_mb, apply, overlap, backward_passes_per_step, audit, buddy_every
+        self._configure(optimizer, named_parameters, method, Policy(zeros, ties, seed), *options)
         self._exchanges = 0
         self._epoch: int | None = None  # until somebody says
         self.__setstate__({})
@@ -231,7 +219,7 @@ class DistributedSignOptimizer(Planned):
         )
         self._exchanges += 1
         self._agreed()
-        self._buddies.exchanged(self, handshake)
+        self._buddies.exchanged(self._memory, self._parameters(), self._exchanges, handshake)
         self._checks.heard(plan, handshake, self.report)
 
     @contextmanager
@@ -427,7 +415,7 @@ class DistributedSignOptimizer(Planned):
             memory = self._memory.restored(saved, self._parameters(), self._memories(), group)
             with wrapping.without_methods(self.wrapped):
                 restoring.load(self.wrapped, state_dict, f"rank {group.rank}")
-            self._memory = memory
+            self._memory, self._buddies = memory, Buddies(self.buddy_every)
             self._drop_plan()  # it holds the old memory
             if saved is not None:
                 self._exchanges, self._epoch = saved["step"], saved["epoch"]
@@ -441,8 +429,7 @@ class DistributedSignOptimizer(Planned):
         self.__dict__.update(state)
         self._plan = self._session = None
         self._synchronized = self._skip = False
-        self._loss_scale, self._checks = LossScale(), StepChecks()
-        self._buddies = Buddies(self.buddy_every)
+        self._loss_scale, self._checks, self._buddies = LossScale(), StepChecks(), Buddies(self.buddy_every)
         self._overlap = Overlap(self.overlap, self.backward_passes_per_step)
         self.report = None
         super().__setstate__({})  # torch makes its hook tables

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from mpisign.group import Group
+from mpisign.trace import Tracer
 from mpisign.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["Living"]
+__all__ = ["Job", "Living"]
 
 ORDER_TAG = 0x6D75
 ORDER_NUMBERS = 4
@@ -28,6 +29,22 @@ MAKING_SECONDS = 0.05  # until others have made the communicator that is to be r
 WHAT = "the recovery from a failure"
 
 Numbers = npt.NDArray[np.int64]
+
+
+class Job(Protocol):
+    """What a session must be able to do for it; see :class:`mpisign.session.Session`."""
+
+    group: Group
+    watchdog: Watchdog
+    tracer: Tracer
+    ended: bool
+    there: tuple[int, ...]
+
+    def meet(self, act: str, number: int = 0) -> Any: ...
+    def spread_bytes(self, mine: bytes, root: int, act: str, limit: int = ...) -> bytes: ...
+    def replace(self, group: Group, there: tuple[int, ...]) -> Group | None: ...
+    def network_told(self) -> int: ...
+    def regrouped(self, told: Sequence[int]) -> None: ...
 
 
 class Living:

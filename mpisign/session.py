@@ -137,13 +137,6 @@ class Session(Talk):
             self.group.free(self.watchdog)
 
     @property
-    def trainers(self) -> int:
-        """How many ranks of the group are to train: all, but for spares that have not left yet."""
-        if self.membership is None or self.membership.spares.have_left:
-            return self.size
-        return self.size - len(self.membership.spares.identities)
-
-    @property
     def has_optimizers(self) -> bool:
         """Whether there has been a DistributedSignOptimizer."""
         return self._optimizers > 0

@@ -6,17 +6,16 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 from mpisign.errors import OptionError
 from mpisign.exit_words import tell_that_it_waits
 from mpisign.positions import STEPS_IN, VOTES, WAITS, Position, voting
-from mpisign.regrouping import Living
-
-if TYPE_CHECKING:
-    from mpisign.membership import Job, Membership
+from mpisign.regrouping import Job, Living
 
 __all__ = ["STANDBY", "Spares"]
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +24,18 @@ HandOver = Callable[[tuple[int, ...]], None]
 STANDBY = "Standby()"
 STEP_IN, OVER = range(2)  # orders to those who wait
 DRAIN_SECONDS = 5.0
+
+
+class Acts(Protocol):
+    """What they need of a :class:`mpisign.membership.Membership`."""
+
+    number: int
+
+    def do(self, body: Callable[[], T], *, raises: bool) -> T: ...
+    def recover(self) -> bool: ...
+    def is_loss(self, error: BaseException | None) -> bool: ...
+    def announce(self, before: tuple[int, ...], seconds: float) -> None: ...
+    def lose_what_goes_on(self, act: None) -> None: ...
 
 
 class Spares:
@@ -42,13 +53,18 @@ class Spares:
         have_left: they have.
     """
 
-    def __init__(self, membership: Membership, job: Job, living: Living, number: int) -> None:
+    def __init__(self, membership: Acts, job: Job, living: Living, number: int) -> None:
         self._membership, self._job, self._living = membership, job, living
         self.number, self.wanted = number, job.group.size - number
         self.identities = job.group.identities[self.wanted :]
         self.waits = WAITS if job.group.identity in self.identities else VOTES
         self.leave_now = self.have_left = not number
         self._leader = job.group.identities[0]
+
+    @property
+    def trainers(self) -> int:
+        """How many ranks of the group are to train: all, but for spares that have not left yet."""
+        return self._job.group.size - (0 if self.have_left else len(self.identities))
 
     @property
     def is_one_that_waits(self) -> bool:

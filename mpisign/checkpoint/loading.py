@@ -118,16 +118,16 @@ def load(
                     raise CheckpointError(f"it was saved without {name}=")
                 put_back(name, target, _owned(shared[name]))
         extra = _owned(shared["extra"])
-        if manifest.ranks == session.trainers:
+        if manifest.ranks == _trainers(session):
             set_random_state(own["random"])
         else:
             reseed(own["random"], session.rank, session.size)
         if session.rank == 0 and left_out:  # here, as a warning may be an error
             warn(f"training goes on from {folder}, as {'; '.join(left_out)}")
-        if session.rank == 0 and manifest.ranks != session.trainers:
+        if session.rank == 0 and manifest.ranks != _trainers(session):
             warn(
-                f"{folder} was saved by {manifest.ranks} ranks and this job has {session.trainers}: every rank goes on "
-                f"with the mean of the old ranks' memories and fresh random numbers (see mpisign.checkpoint.load)"
+                f"{folder} was saved by {manifest.ranks} ranks and this job has {_trainers(session)}: every rank goes "
+                f"on with the mean of the old ranks' memories and fresh random numbers (see mpisign.checkpoint.load)"
             )
     except Exception as caught:  # whatever it is, the others must hear of it
         error = caught
@@ -215,13 +215,18 @@ def _first_problem(session: Session, mine: str) -> str:
     return printable(next(said, ""))
 
 
+def _trainers(session: Session) -> int:
+    """How many ranks are to train: all, but for spares that have not left yet."""
+    return session.size if session.membership is None else session.membership.spares.trainers
+
+
 def _read(folder: Path, manifest: Manifest, session: Session) -> tuple[State, State]:
     """What is shared, with this rank's own in its place, and the rest of this rank's."""
     shared = _parts(folder / directory.SHARED, SHARED_PARTS)
     if shared["step"] != manifest.step:
         raise CheckpointError(f"{folder / directory.SHARED} is not of step {manifest.step}, of which its manifest is")
     files = [folder / directory.rank_file(rank) for rank in range(manifest.ranks)]
-    if manifest.ranks == session.trainers:
+    if manifest.ranks == _trainers(session):
         mine = session.rank % manifest.ranks  # a spare takes another's, and is given all when it steps in
         own = _parts(files[mine], OWN_PARTS)
         strange = sorted(map(str, own["buffers"].keys() - shared["model"].keys()))
@@ -233,7 +238,7 @@ def _read(folder: Path, manifest: Manifest, session: Session) -> tuple[State, St
         shared["scaler"] = own["scaler"]
         local.put_together(shared, own, files[mine])
         memory = own["mpisign"]
-        if memory is not None and session.trainers < session.size:
+        if memory is not None and _trainers(session) < session.size:
             memory = {**memory, "rank": session.rank, "size": session.size}
     else:
         kept = [_parts(file, OWN_PARTS) for file in files]  # nothing is read of it yet but what there is
