@@ -101,10 +101,10 @@ def test_two_at_once_and_without_a_sampler() -> None:
 
 
 DEATHS = [
-    *((where, 0) for where in ("before the order", "after the order", "while it is given")),
-    *((where, rank) for where in ("before the group", "after the group") for rank in (0, 2, 4, 5)),
-    *((where, rank) for where in ("before it is given", "after it is given") for rank in (0, 4)),
-    *(("while it is taken", 4), ("at the end", 3), ("at the end", 4)),
+    *((where, 0) for where in ("before the order", "after the order", "while it is given", "after it is given")),
+    *(("before the group", rank) for rank in (0, 4, 5)),
+    *(("after the group", rank) for rank in (2, 4)),
+    *(("before it is given", 4), ("while it is taken", 4), ("at the end", 3), ("at the end", 4)),
 ]
 
 
