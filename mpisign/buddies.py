@@ -14,9 +14,10 @@ from mpisign.cuts import cut, together
 from mpisign.errors import OptionError
 from mpisign.exchange.header import Handshake
 from mpisign.group import Group
-from mpisign.memory.store import MemoryStore
+from mpisign.memory.store import MemoryStore, state_dtype
 from mpisign.method import Method
 from mpisign.policy import check_integer
+from mpisign.report import StepReport
 from mpisign.session import Session, current
 from mpisign.transfer import as_bytes
 from mpisign.watchdog import Pending
@@ -47,6 +48,7 @@ class _Copy:
     """Of what a rank owes: its identity, the bytes of all fields, and the learning rates in whose units they are."""
 
     whose: int
+    fields: list[tuple[torch.Tensor, str]]
     message: Bytes
     rates: dict[torch.Tensor, float]
 
@@ -81,38 +83,41 @@ class Buddies:
         self._coming: tuple[_Copy, list[Pending], _Arrival] | None = None
 
     def exchanged(
-        self, store: MemoryStore, parameters: Sequence[torch.Tensor], exchanges: int, handshake: Handshake
+        self,
+        store: MemoryStore,
+        parameters: Sequence[torch.Tensor],
+        exchanges: int,
+        handshake: Handshake,
+        report: StepReport,
     ) -> None:
         """So many exchanges are over, and what the last has left in memory counts. **Collective** in every so many."""
         session = current("DistributedSignOptimizer.step()")
         membership = session.membership
         if self._every is None or membership is None:
             return
+        if report.generation != session.group.generation or not all(its is None for its in handshake.joined_for):
+            return  # ranks have died since, or have joined: the next exchange of all is the same on all
         fields = [
             (parameter, field)
             for parameter in parameters
             if parameter.requires_grad
             for field in store.memory_of(parameter).owed
         ]
-        all_here = all(joined is None for joined in handshake.joined_for)
-        due = exchanges % self._every == 0
-        while True:
-            changed, self._group = self._group is not session.group, session.group
-            if self._coming is not None and self._coming[2].there:
-                self._copy = self._coming[0]
-            if changed:
-                self._coming = None  # what has not come is lost
-                self._inherit(store, fields, session.group)
-            try:
-                if self._coming is not None:
-                    self._coming[2].Test()
-                if session.size > 1 and all_here and (changed or due):
-                    self._send(session, store, fields)
-                return
-            except Exception as error:
-                if not membership.is_loss(error):
-                    raise
-                membership.recover()
+        changed, self._group = self._group is not session.group, session.group
+        if self._coming is not None and self._coming[2].there:
+            self._copy = self._coming[0]
+        if changed:
+            self._coming = None  # what has not come is lost
+            self._inherit(store, session.group)
+        try:
+            if self._coming is not None:
+                self._coming[2].Test()
+            if session.size > 1 and (changed or exchanges % self._every == 0):
+                self._send(session, store, fields)
+        except Exception as error:
+            if not membership.is_loss(error):
+                raise
+            membership.recover()
 
     def _send(self, session: Session, store: MemoryStore, fields: Sequence[tuple[torch.Tensor, str]]) -> None:
         """Let copies travel, after the last ones have come. **Collective.**"""
@@ -128,20 +133,23 @@ class Buddies:
         to, whose = (rank + 1) % size, (rank - 1) % size
         gets = _Arrival(together([comm.Irecv(heard[at : at + length], whose, TAG) for at, length in parts]))
         sends = together([comm.Isend(mine[at : at + length], to, TAG) for at, length in parts])
-        copy = _Copy(session.group.identities[whose], heard, store.rates())
+        copy = _Copy(session.group.identities[whose], list(fields), heard, store.rates())
         self._coming = copy, [session.post(sends, mine), session.post(cast("Any", gets), heard)], gets
 
-    def _inherit(self, store: MemoryStore, fields: Sequence[tuple[torch.Tensor, str]], group: Group) -> None:
+    def _inherit(self, store: MemoryStore, group: Group) -> None:
         """Owe what the rank has owed whose copy this one has, if it has died."""
         copy, self._copy = self._copy, None
         if copy is None or copy.whose in group.identities:
             return
         rates, at = store.rates(), 0
-        for parameter, field in fields:
-            mine = store.of(parameter)[field]
-            theirs = torch.from_numpy(copy.message[at : at + mine.nbytes].copy()).view(mine.dtype)
-            at += mine.nbytes
+        for parameter, field in copy.fields:
+            size = parameter.numel() * state_dtype(parameter.dtype).itemsize
+            theirs = torch.from_numpy(copy.message[at : at + size].copy()).view(state_dtype(parameter.dtype))
+            at += size
+            if not parameter.requires_grad or field not in store.memory_of(parameter).owed:
+                continue  # it has been frozen since, or has another method
             factor = 1.0
             if field in store.memory_of(parameter).follows_lr and parameter in rates:
                 factor = copy.rates.get(parameter, rates[parameter]) / rates[parameter]
+            mine = store.of(parameter)[field]
             mine.add_(theirs.to(mine.device), alpha=factor)

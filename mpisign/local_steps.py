@@ -20,6 +20,7 @@ from mpisign import applying, restoring, sitting_out, sync, wrapping
 from mpisign.averages import warn_of_averaging
 from mpisign.backends import backend_for
 from mpisign.bitmap.tensors import is_dense
+from mpisign.buddies import Buddies
 from mpisign.codecs import SignBits, Trits
 from mpisign.collectives import average
 from mpisign.errors import CheckpointError, ConsistencyError, OptionError, SynchronizationError
@@ -314,7 +315,7 @@ class LocalSteps:
             if local is not None:
                 with wrapping.without_methods(inner.wrapped):
                     restoring.load(inner.wrapped, local["outer"], f"{whose}: outer")
-        inner._memory = memory
+        inner._memory, inner._buddies = memory, Buddies(inner.buddy_every)
         inner._overlap.dropped()
         inner._drop_plan()
         if local is None or saved is None:

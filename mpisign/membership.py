@@ -100,6 +100,7 @@ class Membership:
         self._job, self._min_ranks = job, min_ranks
         self._living = Living(job.group, job.watchdog)
         self.spares = Spares(self, job, self._living, spares)
+        self._good = job.group  # the last in which an act has been closed, which quorums are of
         self._number, self._state, self._counted = 0, DONE, True
         self._raises = self._leaving = self._pending = False
         self._last: tuple[int, Act | None] = -1, None  # the last exchange that was closed, with its number
@@ -185,7 +186,7 @@ class Membership:
 
     def closed(self, act: Act | None) -> None:
         """The act that goes on counts: nothing can go wrong in it any more. An exchange's is what others may need."""
-        self._state = DONE
+        self._state, self._good = DONE, self._job.group
         if act is not None:
             self._last = self._number, act
 
@@ -246,6 +247,8 @@ class Membership:
     def part(self, farewells: ExitStack) -> None:
         """Do what is done when all leave; nobody waits for those who have died, or are done."""
         failed = False
+        if self.spares.number:
+            self.without_mpi()  # of which a spare that has died unseen would be a part
         self.spares.dismiss()
         try:
             farewells.close()
@@ -255,7 +258,7 @@ class Membership:
             failed = True
             logger.error("a rank has died while all have left the job, and not all that is done then is done")
         if failed or self.recovered:
-            self._without_mpi()
+            self.without_mpi()
             try:
                 request = self._job.group.comm.Ibarrier()
                 end = time.monotonic() + LINGER_SECONDS
@@ -264,7 +267,8 @@ class Membership:
             except Exception as error:
                 logger.debug("%s", error)  # whoever is not here any more was the first to be done
 
-    def _without_mpi(self) -> None:
+    def without_mpi(self) -> None:
+        """End this process, when it comes to that, without ending MPI."""
         self.recovered = True
         end_without_mpi()
 
@@ -284,13 +288,17 @@ class Membership:
         """
         began, before = perf_counter(), self._job.group.identities
         acting, began_it, self.acting = self.acting, self.acting and self._counted, False
-        self._without_mpi()
+        self.without_mpi()
         self.lose_what_goes_on(act)
         with self._job.tracer.span("recovery"):
             for _ in range(TRIES):
                 try:
                     positions = self._regroup()
-                    counts = not self.spares.is_one_that_waits and self._settle(positions, act)
+                    voting, counts = any(its.identity == self._job.group.identity for its in positions), False
+                    if voting:
+                        counts = self._settle(positions, act)
+                    self.spares.regrouped(voting=voting)
+                    self._good = self._job.group
                     break
                 except Exception as error:
                     if not self.is_loss(error):
@@ -322,10 +330,10 @@ class Membership:
         return voting
 
     def _told(self) -> tuple[list[Position], tuple[int, ...]]:
-        """Where all are, by their new numbers, and the identities of the latest group that one of them knows."""
+        """Where all are, by their new numbers, and the identities of the last group that is known to have worked."""
         group = self._job.group
         members = np.zeros(len(self._living.places), np.int64)
-        members[list(group.identities)] = 1
+        members[list(self._good.identities)] = 1
         mine = Position(
             group.identity,
             int(group.gpus),
@@ -336,12 +344,13 @@ class Membership:
             int(self._leaving),
             self._last[0],
             self._job.network_told(),
+            self._good.generation,
             self.spares.waits,
             int(self.spares.leave_now),
         )
         heard = self._living.tell_all(np.concatenate([np.array(mine, np.int64), members]))
         positions = [Position(*its) for its in heard[:, : len(mine)].tolist()]
-        latest = max(range(len(positions)), key=lambda rank: positions[rank].generation)
+        latest = max(range(len(positions)), key=lambda rank: positions[rank].good)
         return positions, tuple(np.flatnonzero(heard[latest, len(mine) :]).tolist())
 
     def _check_quorum(
@@ -361,7 +370,7 @@ class Membership:
         """End this process, and touch no other."""
         logger.critical("rank %d stops: %s", self._job.group.identity, why)
         self._job.ended = True
-        self._without_mpi()
+        self.without_mpi()
         if threading.current_thread() is threading.main_thread():
             sys.exit(QUORUM_EXIT_CODE)
         end_at_once(QUORUM_EXIT_CODE)

@@ -219,7 +219,7 @@ class DistributedSignOptimizer(Planned):
         )
         self._exchanges += 1
         self._agreed()
-        self._buddies.exchanged(self._memory, self._parameters(), self._exchanges, handshake)
+        self._buddies.exchanged(self._memory, self._parameters(), self._exchanges, handshake, self.report)
         self._checks.heard(plan, handshake, self.report)
 
     @contextmanager
@@ -422,6 +422,12 @@ class DistributedSignOptimizer(Planned):
         self._forget_gradients()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _met_newcomers(self) -> None:
+        """A spare has stepped in, which knows nothing of earlier steps: all begin to compare anew."""
+        self._checks = StepChecks()
+        if self._local is not None:
+            self._local.inner._met_newcomers()
 
     # ------------------------------------------------------------------------------ pickle, deepcopy, print
 

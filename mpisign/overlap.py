@@ -355,6 +355,8 @@ def _mark(gradient: torch.Tensor) -> tuple[Callable[[], Any], int]:
 
 
 def _leave(session: Session, overlap: weakref.ref[Overlap], number: int) -> None:
+    if session.membership is not None and session.membership.recovered:
+        return  # nothing is waited for, and a spare that has made no step has not been told to come here
     its = overlap()
     if its is not None:
         its.leave(session, number)

@@ -23,6 +23,7 @@ class Position(NamedTuple):
     leaving: int  # it has ended all else, and leaves the job
     given: int  # the last act whose decision it has
     network: int  # what it knows of the ways between ranks
+    good: int  # the generation of the last group in which it has closed an act
     waits: int  # it is a spare, as all that are not VOTES
     apart: int  # it knows that all have come to where spares leave the others
 

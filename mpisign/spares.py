@@ -36,6 +36,7 @@ class Acts(Protocol):
     def is_loss(self, error: BaseException | None) -> bool: ...
     def announce(self, before: tuple[int, ...], seconds: float) -> None: ...
     def lose_what_goes_on(self, act: None) -> None: ...
+    def without_mpi(self) -> None: ...
 
 
 class Spares:
@@ -85,9 +86,12 @@ class Spares:
         voters = voting(positions) if self.have_left else list(positions)
         stay = [its for its in positions if its.waits != VOTES and not (self.have_left and its in voters)]
         self.identities = tuple(its.identity for its in stay)
-        if self.waits != VOTES and self.have_left:
-            self.waits = WAITS if self._job.group.identity in self.identities else VOTES
         return voters
+
+    def regrouped(self, *, voting: bool) -> None:
+        """A recovery is over, and this process is one of those who vote, or wait. Before, a spare may still do both."""
+        if self.waits != VOTES and self.have_left:
+            self.waits = VOTES if voting else WAITS
 
     def form(self, members: Sequence[int], generation: int, there: tuple[int, ...] = ()) -> bool:
         """Make those with these identities the group. **Collective** over all. Returns whether this process is in."""
@@ -103,17 +107,20 @@ class Spares:
     def leave(self) -> None:
         """Let spares leave the others. **Collective** over all."""
         membership = self._membership
-        membership.do(lambda: self._job.meet(STANDBY), raises=False)
+        # Who has been told in a recovery that all have come here has nobody to meet.
+        membership.do(lambda: None if self.have_left else self._job.meet(STANDBY), raises=False)
         self.leave_now = True
         while not self.have_left:
             try:
                 members = [its for its in self._living.identities if its not in self.identities]
-                self.form(members, self._job.group.generation + 1)
+                self.form(members, self._job.group.generation + 1, self._job.there)
                 self.have_left = True
             except Exception as error:
                 if not membership.is_loss(error):
                     raise
                 membership.recover()
+        if not self.is_one_that_waits:
+            membership.do(lambda: self._job.meet(STANDBY), raises=False)  # from here on all know the same to be there
 
     def let_in(self, hand_over: HandOver) -> bool:
         """Let as many vote from now on as have died, if there are so many. **Collective** over those who vote.
@@ -177,13 +184,14 @@ class Spares:
     def _end(self) -> None:
         logger.info("spare %d was not needed", self._job.group.identity)
         self._job.ended = True
+        self._membership.without_mpi()
         sys.exit(0)
 
     def _enlarge(self, joining: tuple[int, ...], generation: int) -> None:
         """A group with some more. **Collective** over all."""
         former: Any = self._job.group
         members = [its for its in self._living.identities if its not in self.identities or its in joining]
-        if self.form(members, generation) and self.waits == VOTES:
+        if self.form(members, generation, self._job.there) and self.waits == VOTES:
             self._membership.lose_what_goes_on(None)
             for comm in former.comms():
                 comm.Revoke()

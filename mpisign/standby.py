@@ -12,9 +12,10 @@ import torch
 
 from mpisign.checkpoint import local
 from mpisign.checkpoint.saving import wait
-from mpisign.checkpoint.state import State, Stateful, check_stateful, collect, put_back, reseed
+from mpisign.checkpoint.state import State, Stateful, check_loadable, check_stateful, collect, put_back, reseed
 from mpisign.cuts import cut
 from mpisign.errors import CheckpointError, ConsistencyError, OptionError
+from mpisign.optimizer import DistributedSignOptimizer
 from mpisign.plain import plain, uncompiled
 from mpisign.sampler import ElasticSampler
 from mpisign.session import Session, operation
@@ -92,6 +93,9 @@ class Standby:
                 raise OptionError(
                     "Standby() was made before, and spares wait in one place: make one, for all that trains"
                 )
+            wait()  # for a save of which those that wait would not hear the end
+            with session.telling(STANDBY):
+                check_loadable(self._given()[0])
             spares.leave()
             if spares.is_one_that_waits:
                 spares.wait(lambda joining: self._hand_over(session, joining))
@@ -130,31 +134,32 @@ class Standby:
         newcomers = [session.group.identities.index(its) for its in joining]
         session.meet(STANDBY)
         mine: Memory = {}
-        given: State = {}
+        message = np.zeros(0, np.uint8)
         if session.rank not in newcomers:
             with session.telling(STANDBY):
-                given, mine = self._given(session)
+                given, mine = self._given()
+                if session.rank == 0:
+                    message = _packed({**given, "commits": [session.commits, *session.counted]})
         means = _means(session, mine, newcomers)
         if session.rank == 0:
-            _send(session, _packed(given), newcomers)
+            _send(session, message, newcomers)
         elif session.rank in newcomers:
             self._take(session, _unpacked(_receive(session)), means)
+        if isinstance(self._optimizer, DistributedSignOptimizer):
+            self._optimizer._met_newcomers()
 
-    def _given(self, session: Session) -> tuple[State, Memory]:
-        """What newcomers get of rank 0, and what this rank remembers, of which they get the mean."""
+    def _given(self) -> tuple[State, Memory]:
+        """What newcomers get if this is rank 0, and what it remembers, of which they get the mean."""
         shared, own = collect(self._model, self._optimizer, self._others["scheduler"], self._others["scaler"])
         local.divide(shared, own, self._model, self._optimizer)
         extra = self._others["extra"]
         shared["extra"] = None if extra is None else extra.state_dict()
         memory = own["mpisign"] or {}
         mine: Memory = memory.get("memory", {})
-        if session.rank != 0:
-            return {}, mine
         if self._sampler is not None:
             shared["sampler"] = self._sampler.position()
-        kept = {key: value for key, value in memory.items() if key not in ("memory", "pieces", "secret")}
-        own = {**own, "mpisign": kept or None}
-        return {"shared": shared, "own": own, "commits": [session.commits, *session.counted]}, mine
+        kept = {key: value for key, value in memory.items() if key not in ("memory", "secret")}
+        return {"shared": shared, "own": {**own, "mpisign": kept or None}}, mine
 
     def _take(self, session: Session, given: State, means: dict[int, dict[str, torch.Tensor]]) -> None:
         shared, own = given["shared"], given["own"]
@@ -163,7 +168,7 @@ class Standby:
         memory = own["mpisign"]
         if memory is not None:
             begun = memory.get(KEY)
-            memory |= {"rank": session.rank, "size": session.size, "memory": means, "pieces": {}, "secret": ""}
+            memory |= {"rank": session.rank, "size": session.size, "memory": means, "secret": ""}
             local.restart(shared, memory, own, [], "a survivor's state")
             if begun is not None:
                 _catch_up(memory[KEY], begun)
@@ -202,19 +207,21 @@ def _means(session: Session, mine: Memory, newcomers: Sequence[int]) -> dict[int
     for (place, field), (shape, dtype) in forms.items():
         kept = mine_by.get((place, field))
         its = torch.zeros(shape, dtype=torch.float64) if kept is None else kept.detach().double().cpu()
-        total = _sum(session, its.contiguous(), newcomers) / (session.size - len(newcomers))
-        means.setdefault(place, {})[field] = total.to(getattr(torch, dtype.removeprefix("torch.")))
+        mean = _sum(session, its.contiguous(), newcomers) / (session.size - len(newcomers))
+        kind = getattr(torch, dtype.removeprefix("torch."))
+        means.setdefault(place, {})[field] = torch.from_numpy(mean.astype(np.float64)).to(kind)
     return means
 
 
-def _sum(session: Session, values: torch.Tensor, roots: Sequence[int]) -> torch.Tensor:
-    """The sum over all ranks, on ``roots``: fp64, so that equal values of ranks give a mean that equals them."""
-    said, heard = values.view(-1).numpy(), np.empty(values.numel())
+def _sum(session: Session, values: torch.Tensor, roots: Sequence[int]) -> np.ndarray[Any, np.dtype[np.longdouble]]:
+    """The sum over all ranks, on ``roots``, of fp64 values; of equal ones the mean is the same, to the last bit."""
+    said = values.view(-1).numpy().astype(np.longdouble)
+    heard = np.empty_like(said)
     for root in roots:
         for start, length in cut(said.size, said.itemsize):
             its = said[start : start + length], heard[start : start + length]
             session.wait(session.post(session.group.comm.Ireduce(*its, root=root), *its))
-    return torch.from_numpy(heard).view(values.shape)
+    return heard.reshape(values.shape)
 
 
 def _packed(given: State) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -83,9 +83,8 @@ LAYERS = [
         "restoring",
         "sampler",
         "checkpoint",
-        "standby",
     },
-    {"optimizer", "doctor", "prediction", "starting"},
+    {"standby", "optimizer", "doctor", "prediction", "starting"},
     {"integrations"},
     {"__init__", "__main__"},
 ]

@@ -61,9 +61,9 @@ def check_epoch(result: Result, epoch: int, lost: int) -> None:
 
 
 @pytest.mark.few
-@pytest.mark.parametrize(("died", "method"), [(1, "signum"), (0, "ef_signsgd")])
+@pytest.mark.parametrize(("died", "method"), [(1, "signum"), (0, "ef_signsgd"), (2, "centered_clipping")])
 def test_a_spare_votes_in_the_next_step(died: int, method: str) -> None:
-    """At the death of rank 0, too; with the mean of the momenta, or of what error feedback owes."""
+    """At the death of rank 0, too; with the mean of the momenta, or of what error feedback owes; and with a centre."""
     result = run(4, 1, [event(died, 6)], method=method)
     left = [rank for rank in range(3) if rank != died]
     assert ends(result).keys() == {*left, 3}, result.text
