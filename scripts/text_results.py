@@ -234,7 +234,7 @@ def found(groups: Mapping[str, Sequence[Result]], target: float) -> str:
     if len(groups) == 1 or mpisign.size() == 1:
         return "One training, or one rank: nothing to compare."
     last = {label: statistics.fmean(result.bits[-1] for result in results) for label, results in groups.items()}
-    if len(groups) > MANY:
+    if len(groups) > MANY or not all(result.seconds for results in groups.values() for result in results):
         named = ", ".join(f"{label} {last[label]:.3f}" for label in sorted(last, key=last.__getitem__))
         return f"Bits a byte at the end, means over the seeds: {named}."
 
