@@ -117,7 +117,11 @@ def test_rivals_and_local_steps_and_reports_made_of_reports(tmp_path: Path) -> N
 
     names = ("adamw", "local4-vote", "one_bit_adam", "ddp", "ddp-bf16", "ddp-powersgd")
     runs = report("all", "--only", *names, "--rates", "one_bit_adam=2e-3")
-    assert {name: run["lr"] for name, run in runs.items()} == {**dict.fromkeys(names, 6e-3), "one_bit_adam": 2e-3}
+    assert {name: run["lr"] for name, run in runs.items()} == {
+        **dict.fromkeys(names, 6e-3),
+        "one_bit_adam": 2e-3,
+        "ddp-powersgd": 3e-3,
+    }
     assert runs["ddp"]["losses"] == pytest.approx(runs["adamw"]["losses"], rel=1e-4)
     assert runs["ddp"]["bytes_sent"] == [4 * PARAMETERS] * STEPS
     assert runs["ddp-bf16"]["bytes_sent"] == [2 * PARAMETERS] * STEPS
@@ -136,6 +140,9 @@ def test_rivals_and_local_steps_and_reports_made_of_reports(tmp_path: Path) -> N
     assert {name: run["bits"] for name, run in gathered.items()} == {name: run["bits"] for name, run in runs.items()}
     (text,) = (tmp_path / "gathered").glob("*.md")
     assert f"until {runs['adamw']['bits'][-1] + 0.1:.2f} bits" in text.read_text()
+    whole, few = json.loads(saved.read_text()), tmp_path / "few.json"
+    few.write_text(json.dumps({**whole, "runs": whole["runs"][:2]}))
+    assert len(report("few", "--gather", few)) == 2
     timed = report("timed", "--losses", saved, "--only", "ddp", "local4-vote", "--max-steps", "10")
     assert timed["ddp"]["bits"] == runs["adamw"]["bits"]
     assert len(timed["ddp"]["seconds"]) == len(timed["local4-vote"]["seconds"]) == STEPS
