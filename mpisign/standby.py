@@ -206,7 +206,7 @@ def _means(session: Session, mine: Memory, newcomers: Sequence[int]) -> dict[int
     means: dict[int, dict[str, torch.Tensor]] = {}
     for (place, field), (shape, dtype) in forms.items():
         kept = mine_by.get((place, field))
-        its = torch.zeros(shape, dtype=torch.float64) if kept is None else kept.detach().double().cpu()
+        its = torch.zeros(shape, dtype=torch.float64, device="cpu") if kept is None else kept.detach().double().cpu()
         mean = _sum(session, its.contiguous(), newcomers) / (session.size - len(newcomers))
         kind = getattr(torch, dtype.removeprefix("torch."))
         means.setdefault(place, {})[field] = torch.from_numpy(mean.astype(np.float64)).to(kind)
