@@ -68,7 +68,7 @@ WHOLE = {  # what is small whatever the model is, or is the memory of other prog
     "header.py": {"Iallgather"},  # some bits a parameter or row
     "ties.py": {"Iallreduce"},  # a count
     "audit.py": {"Iallgather", "Ialltoall"},  # digests, and a few blocks
-    "membership.py": {"Allgather"},  # where ranks are
+    "regrouping.py": {"Allgather"},  # where ranks are
     "group.py": {"Allgather", "Bcast"},  # maps of ranks
     "presence.py": {"Alltoall"},
     "calibration.py": {"Iallgather", "Ialltoall", "Ibcast"},  # trials of some MiB

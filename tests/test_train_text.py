@@ -253,7 +253,7 @@ def test_help(parse: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> 
         parse("--help")
     text = capsys.readouterr().out
     assert "  mpirun -n 4 python scripts/train_text.py --seeds 0 1 --report\n" in text
-    assert "Learning rates are the best of these" in text
+    assert "Learning rates: each had three tries at least" in text
 
 
 def test_quick_stands_for_other_defaults(parse: Callable[..., Any]) -> None:
