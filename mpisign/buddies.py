@@ -62,9 +62,18 @@ class _Arrival:
 
     def Test(self) -> bool:  # noqa: N802 - mpi4py's name
         if not self._over:
-            self._over = True
+            self._over = True  # also where the next line raises
             self.there = self._over = bool(self._request.Test())
         return self._over
+
+
+@dataclass
+class _Coming:
+    """A copy that is on its way, and with it this rank's own to the next."""
+
+    copy: _Copy
+    arrival: _Arrival
+    pending: list[Pending]
 
 
 class Buddies:
@@ -80,7 +89,7 @@ class Buddies:
         self._every = every
         self._group: Group | None = None  # among which the last copies were made
         self._copy: _Copy | None = None
-        self._coming: tuple[_Copy, list[Pending], _Arrival] | None = None
+        self._coming: _Coming | None = None
 
     def exchanged(
         self,
@@ -97,35 +106,29 @@ class Buddies:
             return
         if report.generation != session.group.generation or not all(its is None for its in handshake.joined_for):
             return  # ranks have died since, or have joined: the next exchange of all is the same on all
-        fields = [
-            (parameter, field)
-            for parameter in parameters
-            if parameter.requires_grad
-            for field in store.memory_of(parameter).owed
-        ]
         changed, self._group = self._group is not session.group, session.group
-        if self._coming is not None and self._coming[2].there:
-            self._copy = self._coming[0]
+        if self._coming is not None and self._coming.arrival.there:
+            self._copy = self._coming.copy
         if changed:
             self._coming = None  # what has not come is lost
             self._inherit(store, session.group)
         try:
             if self._coming is not None:
-                self._coming[2].Test()
+                self._coming.arrival.Test()
             if session.size > 1 and (changed or exchanges % self._every == 0):
-                self._send(session, store, fields)
+                self._send(session, store, parameters)
         except Exception as error:
             if not membership.is_loss(error):
                 raise
             membership.recover()
 
-    def _send(self, session: Session, store: MemoryStore, fields: Sequence[tuple[torch.Tensor, str]]) -> None:
+    def _send(self, session: Session, store: MemoryStore, parameters: Sequence[torch.Tensor]) -> None:
         """Let copies travel, after the last ones have come. **Collective.**"""
         if self._coming is not None:
-            copy, pending, _ = self._coming
-            for its in pending:
-                session.wait(its)
-            self._copy, self._coming = copy, None
+            for pending in self._coming.pending:
+                session.wait(pending)
+            self._copy, self._coming = self._coming.copy, None
+        fields = [(p, field) for p in parameters if p.requires_grad for field in store.memory_of(p).owed]
         mine = np.concatenate([as_bytes(store.of(parameter)[field]) for parameter, field in fields])
         comm, rank, size = session.group.comm, session.rank, session.size
         heard = np.empty_like(mine)
@@ -133,8 +136,8 @@ class Buddies:
         to, whose = (rank + 1) % size, (rank - 1) % size
         gets = _Arrival(together([comm.Irecv(heard[at : at + length], whose, TAG) for at, length in parts]))
         sends = together([comm.Isend(mine[at : at + length], to, TAG) for at, length in parts])
-        copy = _Copy(session.group.identities[whose], list(fields), heard, store.rates())
-        self._coming = copy, [session.post(sends, mine), session.post(cast("Any", gets), heard)], gets
+        copy = _Copy(session.group.identities[whose], fields, heard, store.rates())
+        self._coming = _Coming(copy, gets, [session.post(sends, mine), session.post(cast("Any", gets), heard)])
 
     def _inherit(self, store: MemoryStore, group: Group) -> None:
         """Owe what the rank has owed whose copy this one has, if it has died."""

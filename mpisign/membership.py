@@ -93,6 +93,7 @@ class Membership:
     Attributes:
         recovered: ranks have died: MPI cannot be ended in the usual way any more.
         acting: an act goes on, of which all that is done now is a part.
+        number: of the last act that has begun; a spare that comes in before the next takes the others'.
         spares: those that wait, or will.
     """
 
@@ -101,7 +102,7 @@ class Membership:
         self._living = Living(job.group, job.watchdog)
         self.spares = Spares(self, job, self._living, spares)
         self._good = job.group  # the last in which an act has been closed, which quorums are of
-        self._number, self._state, self._counted = 0, DONE, True
+        self.number, self._state, self._counted = 0, DONE, True
         self._raises = self._leaving = self._pending = False
         self._last: tuple[int, Act | None] = -1, None  # the last exchange that was closed, with its number
         self._callbacks: list[Callable[[MembershipChange], object]] = []
@@ -122,15 +123,6 @@ class Membership:
     def watch(self, it: Recoverable) -> None:
         """Tell it, as long as it lives, before the group is replaced."""
         self._recoverables.add(it)
-
-    @property
-    def number(self) -> int:
-        """Of the last act that has begun; to be set by one who comes in before the next."""
-        return self._number
-
-    @number.setter
-    def number(self, number: int) -> None:
-        self._number = number
 
     def lose_what_goes_on(self, act: Act | None) -> None:
         """Let everything that is watched forget what is under way, but for this act."""
@@ -156,7 +148,7 @@ class Membership:
     def called(self) -> None:
         """All ranks' next call is made: with the first of an act, it has begun."""
         if self.acting and not self._counted:
-            self._number, self._state, self._counted = self._number + 1, BODY, True
+            self.number, self._state, self._counted = self.number + 1, BODY, True
 
     @contextmanager
     def an_act(self, *, raises: bool = False) -> Iterator[None]:
@@ -188,7 +180,7 @@ class Membership:
         """The act that goes on counts: nothing can go wrong in it any more. An exchange's is what others may need."""
         self._state, self._good = DONE, self._job.group
         if act is not None:
-            self._last = self._number, act
+            self._last = self.number, act
 
     def do(self, body: Callable[[], T], *, raises: bool) -> T:
         """Do something with all ranks, and make sure that all have done it, or none.
@@ -308,7 +300,7 @@ class Membership:
         self.announce(before, perf_counter() - began)
         self.acting = acting
         if not counts:
-            self._number, self._counted = self._number - 1, not acting
+            self.number, self._counted = self.number - 1, not acting
         self._state = DONE
         return counts and began_it
 
@@ -338,7 +330,7 @@ class Membership:
             group.identity,
             int(group.gpus),
             group.generation,
-            self._number,
+            self.number,
             self._state if self._counted else DONE,
             int(self._state in (BODY, CLOSING) and self._counted and self._raises),
             int(self._leaving),
@@ -387,8 +379,8 @@ class Membership:
         elif self._job.group.rank in needy:  # others have ended it with an error
             return False
         raises = any(its.raises for its in positions if its.number == top and not counts)
-        self._pending = raises and self._number < top
-        return self._number <= before
+        self._pending = raises and self.number < top
+        return self.number <= before
 
     def _give(self, needy: Sequence[int], giver: int, act: Act | None) -> None:
         """Let those in need close their exchange by what ``giver`` has of it. **Collective.**"""

@@ -73,13 +73,17 @@ class Living:
         if self._unfinished:
             time.sleep(MAKING_SECONDS)
         mine = [*self._unfinished, *group.comms()]
-        for comm in (self._comm, *(its for its in mine if its is not self._comm)):
-            comm.Revoke()
-        self._dog.drain(DRAIN_SECONDS)
+        self.give_up([self._comm, *(its for its in mine if its is not self._comm)])
         with self._dog.guard(WHAT):
             self._comm = self._comm.Shrink()
         self._dog.comm = self._comm
         self._unfinished = [self._comm]
+
+    def give_up(self, comms: Sequence[MPI.Comm]) -> None:
+        """Revoke them, and wait until what is under way there is over, so that MPI writes nowhere any more."""
+        for comm in comms:
+            comm.Revoke()
+        self._dog.drain(DRAIN_SECONDS)
 
     def tell_all(self, said: Numbers) -> Numbers:
         """All-gather: (fields,) to (processes, fields). **Collective.**"""

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from mpisign.errors import OptionError
 from mpisign.exit_words import tell_that_it_waits
@@ -23,7 +23,6 @@ HandOver = Callable[[tuple[int, ...]], None]
 
 STANDBY = "Standby()"
 STEP_IN, OVER = range(2)  # orders to those who wait
-DRAIN_SECONDS = 5.0
 
 
 class Acts(Protocol):
@@ -189,13 +188,11 @@ class Spares:
 
     def _enlarge(self, joining: tuple[int, ...], generation: int) -> None:
         """A group with some more. **Collective** over all."""
-        former: Any = self._job.group
+        former = self._job.group
         members = [its for its in self._living.identities if its not in self.identities or its in joining]
         if self.form(members, generation, self._job.there) and self.waits == VOTES:
             self._membership.lose_what_goes_on(None)
-            for comm in former.comms():
-                comm.Revoke()
-            self._job.watchdog.drain(DRAIN_SECONDS)
+            self._living.give_up(former.comms())
         self.identities = tuple(its for its in self.identities if its not in joining)
 
     def dismiss(self) -> None:

@@ -139,7 +139,7 @@ class Standby:
             with session.telling(STANDBY):
                 given, mine = self._given()
                 if session.rank == 0:
-                    message = _packed({**given, "commits": [session.commits, *session.counted]})
+                    message = _packed({**given, "commits": session.commits, "counted": list(session.counted)})
         means = _means(session, mine, newcomers)
         if session.rank == 0:
             _send(session, message, newcomers)
@@ -163,8 +163,7 @@ class Standby:
 
     def _take(self, session: Session, given: State, means: dict[int, dict[str, torch.Tensor]]) -> None:
         shared, own = given["shared"], given["own"]
-        session.commits, *counted = given["commits"]
-        session.counted = tuple(counted)
+        session.commits, session.counted = given["commits"], tuple(given["counted"])
         memory = own["mpisign"]
         if memory is not None:
             begun = memory.get(KEY)
@@ -231,7 +230,7 @@ def _packed(given: State) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def _unpacked(message: np.ndarray[Any, np.dtype[np.uint8]]) -> State:
-    given: State = torch.load(io.BytesIO(message.tobytes()), weights_only=True, map_location="cpu")
+    given: State = torch.load(io.BytesIO(message.data), weights_only=True, map_location="cpu")
     return given
 
 

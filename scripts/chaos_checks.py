@@ -42,7 +42,6 @@ class Problem(NamedTuple):
     text: str
 
 
-ENDS = ("commit", "epoch")  # what is written of a step, or an epoch, that is over
 TOLERANCE = 1e-3  # of how far a parameter moves, which is rounded
 COMPARED = ("exchange", "generation", "members", "crc", "skipped")
 
@@ -62,7 +61,6 @@ class Training:
     seed: int
     variation: str
     ranks: int
-    spares: int
     asynchronous: bool
     samples: int
     step_size: float | None
@@ -120,15 +118,18 @@ def story(launch: Outcome, ranks: Sequence[int] | None = None) -> list[Record]:
     kept = guide(launch, ranks)
     mine = launch.records[kept]
     if kept in launch.killed:
-        last = max((record["step"] for record in counting(launch, kept)), default=0)
-        mine = [r for r in mine if r.get("step", 0) < last or (r["what"] == "commit" and r["step"] == last)]
+        mine = _until(mine, max((record["step"] for record in counting(launch, kept)), default=0))
     first = begin(launch, kept)
     if first is None or not first["came"]:
         return list(mine)
     at = first["step"]
     others = [its for its in launch.records if (was := begin(launch, its)) and (was["step"], was["came"]) < (at, True)]
-    before = [r for r in story(launch, others) if r.get("step", 0) < at or (r.get("step") == at and r["what"] in ENDS)]
-    return before + mine
+    return _until(story(launch, others), at, ("commit", "epoch")) + mine
+
+
+def _until(records: Sequence[Record], step: int, ends: Sequence[str] = ("commit",)) -> list[Record]:
+    """What was written until a step was over: of the step itself only what is named ``ends``."""
+    return [r for r in records if r.get("step", 0) < step or (r["what"] in ends and r["step"] == step)]
 
 
 # ------------------------------------------------------------------------------------------------ of a launch
@@ -306,12 +307,8 @@ def history(training: Training) -> list[tuple[Outcome, Record]]:
             continue
         later = next((step for step in starts[place + 1 :] if step is not None), None)
         found = [] if starts[place] == 0 else found
-        for record in story(launch):
-            if later is not None and record["what"] != "commit" and record.get("step", 0) >= later:
-                continue
-            if later is not None and record["what"] == "commit" and record["step"] > later:
-                continue
-            found.append((launch, record))
+        records = story(launch)
+        found += [(launch, record) for record in (records if later is None else _until(records, later))]
     return found
 
 

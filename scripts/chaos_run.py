@@ -99,7 +99,7 @@ def run(plan: Plan, seed: int) -> tuple[Training, list[Problem]]:
             checkpoints=str(Path(folder) / "saved"),
         )
         size = VARIATIONS[variation].step_size
-        training = Training(seed, variation, ranks, spares, asynchronous, _samples(plan), size)
+        training = Training(seed, variation, ranks, asynchronous, _samples(plan), size)
         faults = deal(dice, plan.kinds, plan.gap)
         for number in range(MOST_LAUNCHES):
             with Launch(job, number, Path(folder) / f"launch-{number}", plan.patience) as launch:
@@ -195,7 +195,7 @@ class Goodput:
 def goodput(plan: Plan, between: float | None, *, survives: bool, seconds: float, seed: int) -> Goodput:
     """Kill ranks for so long, one at a time, as a Poisson process does. Raises :class:`chaos_job.HangError`."""
     dice, ranks = random.Random(seed), max(plan.ranks)
-    training = Training(seed, plan.variations[0], ranks, 0, False, _samples(plan), None)
+    training = Training(seed, plan.variations[0], ranks, False, _samples(plan), None)
     with tempfile.TemporaryDirectory(dir=plan.folder, prefix="goodput-") as folder:
         job = replace(
             _job(plan, plan.variations[0], ranks, seed),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -15,8 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import mpisign
+from mpisign.vendors import flags_of
 
-__all__ = ["Job", "Result", "environment", "mpirun", "started"]
+__all__ = ["ULFM", "Job", "Result", "environment", "mpirun", "outlived", "started"]
+
+HERE = Path(__file__).parent
+ULFM = flags_of("Open MPI").survive
+"""Options of mpirun for a job whose ranks outlive one another."""
 
 
 @dataclass(frozen=True)
@@ -156,3 +162,19 @@ def mpirun(
     """
     with started(ranks, *command, cwd=cwd, env=env, options=options) as job:
         return job.wait(timeout)
+
+
+def outlived(
+    ranks: int, program: str, scenario: object, *, env: Mapping[str, str] | None = None, timeout: float = 100.0
+) -> Result:
+    """Run a job whose ranks outlive one another: it must end by itself, and leave nothing.
+
+    Args:
+        program: beside this file; it is given ``scenario`` as JSON.
+        env: variables besides.
+    """
+    usual = {"PYTHONPATH": f"{HERE.parent}:{HERE}:{HERE / 'mpi'}", "MPISIGN_CALIBRATE": "0"}
+    with started(ranks, HERE / program, json.dumps(scenario), env={**usual, **(env or {})}, options=ULFM) as job:
+        result = job.wait(timeout)
+        assert job.orphans() == []
+    return result

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from mpi4py import MPI
-from mpirun import started
+from mpirun import outlived
 
 import mpisign
-
-HERE = Path(__file__).parent
-ULFM = ("--with-ft", "ulfm", "--mca", "mpi_ft_propagator_with_rbcast", "1")
 
 
 def run(ranks: int, **scenario: Any) -> list[Any]:
     """Who has taken over whose, as all ranks say alike that are left."""
-    env = {"PYTHONPATH": f"{HERE.parent}:{HERE}:{HERE / 'mpi'}", "MPISIGN_CALIBRATE": "0"}
-    scenario |= {"kind": "owed", "name": "owed"}
-    with started(ranks, HERE / "surviving.py", json.dumps([scenario]), env=env, options=ULFM) as job:
-        result = job.wait(100.0)
-        assert job.orphans() == []
+    result = outlived(ranks, "surviving.py", [{**scenario, "kind": "owed", "name": "owed"}])
     told = [json.loads(its) for its in re.findall(r"rank \d+: owed: (.*)", result.text)]
     assert len(told) == ranks - len({event["rank"] for event in scenario["events"]}), result.text
     assert all(its == told[0] for its in told), result.text

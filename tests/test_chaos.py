@@ -177,7 +177,7 @@ def training(load: Callable[[str], ModuleType]) -> Any:
     launch = job.Outcome(0, 3, 2, 0.0, 1.0, 0, its, killed=[2])
     fault = faults.Fault("kill", 0.1, (0.9, 0.0), 0.0, 0.0, 0, "before")
     struck = [job.Struck(fault, 0, 3, 5.0, [2], [2])]
-    return checks.Training(0, "flat", 3, 0, False, SAMPLES, RATE, [launch], struck)
+    return checks.Training(0, "flat", 3, False, SAMPLES, RATE, [launch], struck)
 
 
 def found(load: Callable[[str], ModuleType], training: Any) -> set[str]:

@@ -10,13 +10,10 @@ from typing import Any
 import pytest
 from methods_table import among, exchanges
 from mpi4py import MPI
-from mpirun import Result, started
+from mpirun import Result, outlived
 
 import mpisign
 from mpisign.membership import QUORUM_EXIT_CODE, has_quorum
-
-HERE = Path(__file__).parent
-ULFM = ("--with-ft", "ulfm", "--mca", "mpi_ft_propagator_with_rbcast", "1")
 
 needs_ulfm = pytest.mark.skipif(MPI.get_vendor()[0] != "Open MPI", reason="no ULFM")
 
@@ -47,13 +44,8 @@ def votes(name: str, steps: int, events: list[dict[str, Any]], **options: Any) -
 
 def run(ranks: int, scenarios: list[dict[str, Any]], *, nodes: str = "", timeout: float = 200.0) -> Result:
     """Run a job that must end by itself and leave nothing."""
-    env = {"PYTHONPATH": f"{HERE.parent}:{HERE}:{HERE / 'mpi'}", "MPISIGN_CALIBRATE": "0"}
-    if nodes:
-        env["MPISIGN_NODE_OF"] = nodes
-    with started(ranks, HERE / "surviving.py", json.dumps(scenarios), env=env, options=ULFM) as job:
-        result = job.wait(timeout)
-        assert job.orphans() == []
-    return result
+    env = {"MPISIGN_NODE_OF": nodes} if nodes else {}
+    return outlived(ranks, "surviving.py", scenarios, env=env, timeout=timeout)
 
 
 def ends(result: Result) -> dict[int, list[list[int]]]:

@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 from mpi4py import MPI
-from mpirun import Result, started
+from mpirun import ULFM, Result, outlived, started
 
-HERE = Path(__file__).parent
 SAMPLES, BATCH = 203, 4
-ULFM = ("--with-ft", "ulfm", "--mca", "mpi_ft_propagator_with_rbcast", "1")
 
 pytestmark = pytest.mark.skipif(MPI.get_vendor()[0] != "Open MPI", reason="no ULFM")
 
@@ -23,13 +21,8 @@ def event(rank: int, step: int, where: str = "step") -> dict[str, Any]:
 
 
 def run(ranks: int, spares: int, events: list[dict[str, Any]], **options: Any) -> Result:
-    """Run a job that must end by itself and leave nothing."""
-    env = {"PYTHONPATH": f"{HERE.parent}:{HERE}:{HERE / 'mpi'}", "MPISIGN_CALIBRATE": "0"}
     scenario = {"samples": SAMPLES, "batch": BATCH, "spares": spares, "events": events, **options}
-    with started(ranks, HERE / "standing_by.py", json.dumps(scenario), env=env, options=ULFM) as job:
-        result = job.wait(100.0)
-        assert job.orphans() == []
-    return result
+    return outlived(ranks, "standing_by.py", scenario)
 
 
 def ends(result: Result) -> dict[int, tuple[list[int], int]]:
