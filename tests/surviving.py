@@ -21,6 +21,7 @@ import torch
 from methods_table import TABLE
 
 import mpisign
+from mpisign.exchange.decider import Deciding
 from mpisign.exchange.encoder import Encoder
 from mpisign.exchange.hierarchical import Hierarchical
 from mpisign.exchange.round import Round
@@ -113,14 +114,24 @@ def deaf(former: Callable[[Round], None] = Round.close) -> None:
     Round.close = close  # type: ignore[method-assign]
 
 
+def lie(former: Callable[..., None] = Deciding.decide) -> None:
+    """Let this rank publish the contrary of all that it decides, from now on."""
+
+    def decide(self: Deciding, messages: Any, out: torch.Tensor, *args: Any, **options: Any) -> None:
+        former(self, messages, out, *args, **options)
+        out.bitwise_not_()
+
+    Deciding.decide = decide  # type: ignore[method-assign]
+
+
 def arm(scenario: Scenario, at: int) -> None:
     """Prepare what goes wrong on this rank in this step."""
     for event in scenario.get("events", ()):
         if event["rank"] != identity() or event["step"] != at:
             continue
         act = {"kill": die, "alarm": alarm, "raise": fail}.get(event["what"])
-        if event["what"] == "deaf":
-            deaf()
+        if event["what"] in ("deaf", "lie"):
+            globals()[event["what"]]()
         elif event["where"] == "before":
             assert act is not None
             act()

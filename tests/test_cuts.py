@@ -67,7 +67,7 @@ WHOLE = {  # what is small whatever the model is, or is the memory of other prog
     "talk.py": {"Iallgather"},  # a call
     "header.py": {"Iallgather"},  # some bits a parameter or row
     "ties.py": {"Iallreduce"},  # a count
-    "audit.py": {"Iallgather", "Ialltoall"},  # digests, and a few blocks
+    "audit.py": {"Iallgather", "Ialltoall", "Ibcast"},  # a few blocks
     "regrouping.py": {"Allgather"},  # where ranks are
     "group.py": {"Allgather", "Bcast"},  # maps of ranks
     "presence.py": {"Alltoall"},

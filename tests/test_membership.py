@@ -116,6 +116,20 @@ def test_samples_are_dealt_anew_at_the_same_step_on_all() -> None:
 
 
 @needs_ulfm
+@pytest.mark.parametrize(("exchange", "liar"), [("two_phase", 0), ("hierarchical", 2)])
+def test_who_is_found_to_lie_is_left_behind(exchange: str, liar: int) -> None:
+    """By an audit; the very step in which it has lied is made without it."""
+    scenario = votes("votes", 6, [event(liar, 3, "", "lie")], exchange=exchange, audit=50)
+    result = run(3, [scenario])
+    others = [0, 1, 2][:liar] + [0, 1, 2][liar + 1 :]
+    assert ends(result) == {other: [[liar]] for other in others}, result.text
+    assert f"rank {liar} ends, so that the others can go on: " in result.text
+    assert f"rank {liar} has published another decision than the votes say" in result.text
+    assert f"the job goes on without ranks [{liar}]" in result.text
+    assert [members for _, members in told(result, "votes")] == [[0, 1, 2]] * 3 + [others] * 3
+
+
+@needs_ulfm
 def test_the_smaller_side_stops_and_says_so() -> None:
     result = run(2, [votes("votes", 4, [event(0, 2, "encode")], exchange="two_phase")])
     assert result.returncode == QUORUM_EXIT_CODE, result.text

@@ -18,6 +18,7 @@ from mpisign.bitmap.tensors import flat, format_of, raw_bits
 
 __all__ = ["BACKEND", "Host", "as_words"]
 
+CACHE_LINE = 64  # bytes
 COINS = 1 << 16  # drawn at once: larger arrays would come fresh from the system each time
 PIECE = 1 << 19  # elements averaged and packed at once: few calls, and still near a core's cache
 NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
@@ -294,8 +295,11 @@ class Host(Backend):
         return host.agreement(as_words(ballot), as_words(decision), elements, *planes)
 
     def zeros(self, elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        # NumPy asks the system for huge pages where torch does not.
-        return torch.from_numpy(np.zeros(elements, NUMPY_DTYPES[dtype]))
+        # NumPy asks the system for huge pages where torch does not; torch begins where a cache line does.
+        size = elements * dtype.itemsize
+        raw = np.zeros(size + CACHE_LINE, np.uint8)
+        begin = -raw.ctypes.data % CACHE_LINE
+        return torch.from_numpy(raw[begin : begin + size].view(NUMPY_DTYPES[dtype]))
 
     def random(self, key: int, device: torch.device, *, private: bool) -> HostRandomNumbers:
         return HostRandomNumbers(key, private)

@@ -33,6 +33,7 @@ enum { FLOAT32, FLOAT64, FLOAT16, BFLOAT16 };                   // kernels.FORMA
 enum { ZEROS_COIN = 1, ZEROS_POSITIVE = 2, ZEROS_SPOKEN = 4 };  // kernels.ZEROS
 enum { TIES_COIN, TIES_POSITIVE, TIES_ZERO };                   // kernels.TIES
 enum { PIECE = 1 << 16, BLOCK = 1024, BLOCK_WORDS = BLOCK / 32 };  // elements
+enum { STREAMED = 256 };  // elements that go past the caches at once
 enum { WORDS_PIECE = 1 << 14, WORDS_BLOCK = 512 };              // words
 enum { MOST_PLANES = 33, MOST_THREADS = 256, LEAST_PIECES = 4 };  // of a thread: less is done before it has begun
 
@@ -88,18 +89,7 @@ INLINE u16 narrowed_bf16(float x) {
     return (u16)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Copies what nobody reads soon past the caches, so that the lines it goes to need not be read first. FENCE comes after
-// the last of them.
-INLINE void stream(void *to, const void *from, u64 bytes) {
-#if GENERATIONS > 1
-    if (((uintptr_t)to | bytes) % 16 == 0) {
-        for (u64 at = 0; at < bytes; at += 16)
-            _mm_stream_si128((__m128i *)((char *)to + at), _mm_loadu_si128((const __m128i *)((const char *)from + at)));
-        return;
-    }
-#endif
-    memcpy(to, from, bytes);
-}
+// After the last of what went past the caches.
 #if GENERATIONS > 1
 #define FENCE() _mm_sfence()
 #else

@@ -190,6 +190,25 @@ static bool GENERATION(pack_part)(const Packing *task, Part part) {
 
 // -------------------------------------------------------------------------------------------------------- momentum
 
+// Copies what nobody reads soon past the caches, so that the lines it goes to need not be read first. FENCE comes after
+// the last of them.
+INLINE void GENERATION(stream)(void *to, const void *from, u64 bytes) {
+#if defined(__AVX512F__)
+    if (((uintptr_t)to | bytes) % 64 == 0) {
+        for (u64 at = 0; at < bytes; at += 64)
+            _mm512_stream_si512((void *)((char *)to + at), _mm512_loadu_si512((const char *)from + at));
+        return;
+    }
+#elif GENERATIONS > 1
+    if (((uintptr_t)to | bytes) % 16 == 0) {
+        for (u64 at = 0; at < bytes; at += 16)
+            _mm_stream_si128((__m128i *)((char *)to + at), _mm_loadu_si128((const __m128i *)((const char *)from + at)));
+        return;
+    }
+#endif
+    memcpy(to, from, bytes);
+}
+
 // Takes `n` gradients into averages (m <- lerp(from, g, kept), unless g is NaN or Inf), and writes what is sent of them
 // (lerp(from, g, sent)). torch.lerp: m + w (g - m), or, from a half on, g - (1 - w) (g - m); the last two are one fma.
 #define AVERAGE(NAME, REAL, FMA, ISFINITE)                                                                            \
@@ -217,6 +236,18 @@ static bool GENERATION(pack_part)(const Packing *task, Part part) {
             }                                                                                                         \
         }                                                                                                             \
         return !bad;                                                                                                  \
+    }                                                                                                                 \
+    /* The same where averages go elsewhere: in small parts past the caches, between which others are read. */        \
+    INLINE bool GENERATION(NAME##_away)(                                                                              \
+        const REAL *restrict g, const REAL *from, REAL *to, REAL *restrict out, u32 n, REAL sent, REAL kept) {        \
+        REAL average[STREAMED];                                                                                       \
+        bool finite = true;                                                                                           \
+        for (u32 at = 0; at < n; at += STREAMED) {                                                                    \
+            const u32 k = (u32)least(STREAMED, n - at);                                                               \
+            finite &= GENERATION(NAME)(g + at, from + at, average, out + at, k, sent, kept);                          \
+            GENERATION(stream)(to + at, average, k * sizeof *to);                                                     \
+        }                                                                                                             \
+        return finite;                                                                                                \
     }
 AVERAGE(average32, float, fmaf, finite32)
 AVERAGE(average64, double, fma, finite64)
@@ -246,7 +277,7 @@ static bool GENERATION(average_part)(const Packing *task, Part part) {
     union {
         float of32[BLOCK];
         double of64[BLOCK];
-    } wide, sent, average;  // the last where it goes elsewhere than it comes from
+    } wide, sent;
     const u32 wide_size = format == FLOAT64 ? sizeof(double) : sizeof(float);
     const char *before = task->before ? (const char *)task->before[part.tensor] + part.start * wide_size : NULL;
     bool finite = true;
@@ -260,9 +291,8 @@ static bool GENERATION(average_part)(const Packing *task, Part part) {
                 g = wide.of64;
             }
             if (before) {  // calls of their own, as a compiler must see what overlaps to use vectors
-                finite &= GENERATION(average64)(
-                    g, (const double *)before + at, average.of64, sent.of64, n, task->sent, task->kept);
-                stream(kept, average.of64, n * sizeof *kept);
+                finite &= GENERATION(average64_away)(
+                    g, (const double *)before + at, kept, sent.of64, n, task->sent, task->kept);
             } else {
                 finite &= GENERATION(average64)(g, kept, kept, sent.of64, n, task->sent, task->kept);
             }
@@ -270,9 +300,8 @@ static bool GENERATION(average_part)(const Packing *task, Part part) {
             const float *g = GENERATION(wide32)(format, values + at * size, n, (float)task->unscale, wide.of32);
             float *kept = (float *)task->averages[part.tensor] + part.start + at;
             if (before) {
-                finite &= GENERATION(average32)(
-                    g, (const float *)before + at, average.of32, sent.of32, n, (float)task->sent, (float)task->kept);
-                stream(kept, average.of32, n * sizeof *kept);
+                finite &= GENERATION(average32_away)(
+                    g, (const float *)before + at, kept, sent.of32, n, (float)task->sent, (float)task->kept);
             } else {
                 finite &= GENERATION(average32)(g, kept, kept, sent.of32, n, (float)task->sent, (float)task->kept);
             }

@@ -19,7 +19,6 @@ class Flight:
     Attributes:
         header: until it is here.
         pending: its phase; None when the last one is over.
-        digests: what an audit has published beside it, until it is here.
         phase: the number of it.
         heard, deciding: what the headers say, and who decides accordingly, when they are here.
     """
@@ -27,7 +26,6 @@ class Flight:
     bucket: Bucket
     header: Pending | None
     pending: Pending | None
-    digests: Pending | None = None
     phase: int = 0
     heard: Heard | None = None
     deciding: Deciding | None = None

@@ -101,7 +101,7 @@ def taken(
             deciding(flight.bucket, flight.heard).decide(exchange.received, exchange.decision, 0, counts=False)
         elif not by_messages:
             target.copy_(part)
-        flight.header = flight.pending = flight.digests = None
+        flight.header = flight.pending = None
     ties = Ties(plan, step, flights, session)
     ties.know(count)
     return Handover(plan, flights, ties, handshake)

@@ -375,8 +375,7 @@ class Round:
             place = next((at for at, segment in enumerate(bucket.segments) if segment.index == ended), -1)
         told = self.plan.headers[bucket.index].post(session, self._channels, status, votes, place, zero_rows, spoken)
         posted = self.plan.exchanges[bucket.index].post(session, self._channels)
-        digests = None if self.plan.audit is None else self.plan.audit.publish(session, self._channels, bucket)
-        self._flights.append(Flight(bucket, told, posted, digests))
+        self._flights.append(Flight(bucket, told, posted))
 
     # ------------------------------------------------------------------------------------------- progress
 
@@ -406,16 +405,9 @@ class Round:
                 flight.deciding = self._deciding(flight.bucket, flight.heard)
         assert flight.pending is not None
         assert flight.deciding is not None
-        if flight.digests is not None:
-            with session.tracer.span("audit", index):
-                if not self._over(flight.digests, wait):
-                    return False
-                flight.digests = None
         with session.tracer.span(f"phase {flight.phase + 1}", index):
             if not self._over(flight.pending, wait):
                 return False
-        if flight.phase == 0 and self.plan.audit is not None:
-            self.plan.audit.check(flight.bucket)
         with session.tracer.span("send", index):
             exchange = self.plan.exchanges[index]
             flight.pending = exchange.go_on(session, self._channels, flight.phase, flight.deciding)

@@ -1,14 +1,25 @@
-"""A round that ends on all ranks that are left, or on none, if some die in it."""
+"""A round that ends on all ranks that are left, or on none, if some die in it, or are found to have lied."""
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
+import sys
+import time
 from collections.abc import Callable
 
+from mpisign.errors import AuditError
 from mpisign.exchange.plan import Plan
 from mpisign.exchange.round import Round
 from mpisign.membership import Membership
 
 __all__ = ["survive"]
+
+logger = logging.getLogger(__name__)
+
+LIAR_SECONDS = 10.0  # to be gone
+LOOK_SECONDS = 0.001
 
 Attempt = Callable[[Plan, bool, Callable[[Round], None]], Round]
 """Takes a plan, whether something may have left early by it, and whom to tell of a round. Returns one that is over."""
@@ -34,10 +45,41 @@ def survive(attempt: Attempt, plan: Plan, remake: Callable[[], Plan] | None, mem
                 membership.closed(a_round)
             return a_round
         except Exception as error:
-            if not membership.is_loss(error) or remake is None:
+            if remake is None:
+                raise
+            if isinstance(error, AuditError):
+                _go_without(error, membership)
+            elif not membership.is_loss(error):
                 raise
             if membership.recover(rounds[-1] if rounds else None):
                 return rounds[-1]
             plan.store.drop()
             plan.store.unsummed |= any(its.summed for its in rounds)  # what was summed was dropped
             rounds.clear()
+
+
+def _go_without(lie: AuditError, membership: Membership) -> None:
+    """Let those end who have been found to lie, or to say falsely that others do, and wait until they have.
+
+    Raises:
+        AuditError: they have not.
+    """
+    group = membership.group
+    if group.rank in lie.ranks:
+        logger.critical("rank %d ends, so that the others can go on: %s", group.identity, lie)
+        sys.stdout.flush()
+        os.kill(os.getpid(), signal.SIGKILL)  # an exit code alone is no death to ULFM
+    if group.rank == min(set(range(group.size)) - set(lie.ranks)):
+        logger.critical("%s: the job goes on without ranks %s", lie, [group.identities[rank] for rank in lie.ranks])
+    end = time.monotonic() + LIAR_SECONDS
+    while time.monotonic() < end:
+        try:
+            group.comm.Iprobe()  # MPI hears of deaths in its calls
+        except Exception as error:
+            if membership.is_loss(error):
+                return
+            raise
+        if group.comm.Is_revoked() or group.comm.Get_failed().Get_size():
+            return
+        time.sleep(LOOK_SECONDS)
+    raise lie

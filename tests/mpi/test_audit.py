@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mpisign
-from mpisign.exchange.audit import NOTHING, Audit, Finding
+from mpisign.exchange.audit import Audit, Block
 from mpisign.exchange.decider import Deciding
 
 from . import ballots
@@ -124,9 +124,8 @@ def test_bytes_are_counted(comm: MPI.Comm) -> None:
         take(optimizer, tensors, list(ballots.draw(tensors, ballots.generator(comm.rank))))
         sent.append(optimizer.report.bytes_sent)
     words = optimizer._plan.layout.buckets[0].length
-    shard = -(-words // comm.size)
-    answer = 4 * min(1024, shard) + 16 * -(-shard // 1024)
-    assert sent[1] - sent[0] == (comm.size - 1) * (16 * comm.size + 8 * (3 + 3) + 3 * answer)
+    ballot = 4 * min(1024, -(-words // comm.size))
+    assert sent[1] - sent[0] == (comm.size - 1) * (8 * (3 + 1) + 3 * ballot)
 
 
 # ------------------------------------------------------------------------------------------------- liars
@@ -168,8 +167,8 @@ def test_an_owner_that_tells_ranks_different_decisions(comm: MPI.Comm) -> None:
     def make(usual: Any) -> Any:
         def recount(self: Audit, *args: Any) -> Any:
             if comm.rank == comm.size - 1:  # what rank 0 has told this one
-                trail = self.trails[0]
-                trail.exchange.decision[0, trail.span(0)] ^= 1
+                exchange = self.blocks[0].exchange
+                exchange.decision[0, : exchange.shard] ^= 1
             return usual(self, *args)
 
         return recount
@@ -179,58 +178,91 @@ def test_an_owner_that_tells_ranks_different_decisions(comm: MPI.Comm) -> None:
     assert f"rank 0 has told ranks [{comm.size - 1}] another decision than the others" in said
 
 
-def test_a_voter_that_gives_the_owner_another_ballot(comm: MPI.Comm) -> None:
-    """Than it has published: the owner sees it before it decides."""
+def test_a_voter_that_gives_the_owner_another_ballot_than_all_others(comm: MPI.Comm) -> None:
+    """It would make the owner seem to lie, which shows what it has counted."""
     made = large(comm, exchange="two_phase")
 
     def make(usual: Any) -> Any:
-        def publish(self: Audit, session: Any, channels: Any, bucket: Any) -> Any:
-            message = self.trails[bucket.index].exchange.message
-            message ^= 1
-            try:
-                return usual(self, session, channels, bucket)
-            finally:
-                message ^= 1
+        def recount(self: Audit, *args: Any) -> Any:
+            if comm.rank == comm.size - 1:  # long after the ballots have left
+                exchange = self.blocks[0].exchange
+                exchange.message[:, : exchange.shard] ^= 1
+            return usual(self, *args)
 
-        return publish
+        return recount
 
-    with instead(Audit, "publish", make if comm.rank == comm.size - 1 else lambda usual: usual):
+    with instead(Audit, "recount", make):
         said, _ = steps(comm, made, 40)
-    assert f"ranks [{comm.size - 1}] show other ballots than they have published" in said
+    assert f"ranks [{comm.size - 1}] have given rank 0 another ballot to count than they show now" in said
 
 
 def test_a_voter_that_tells_auditors_another_ballot_than_the_owner(comm: MPI.Comm) -> None:
-    """It would make the owner seem to lie, and is named instead of it."""
+    """And all others what it has sent: those who ask it in private would seem to lie."""
     made = large(comm, exchange="two_phase")
+    liar, asked = comm.size - 1, 3 * comm.size
 
     def make(usual: Any) -> Any:
+        count = 0
+
         def answer(self: Audit, block: Any, into: Any) -> None:
+            nonlocal count
             usual(self, block, into)
-            into[:64] ^= 1
+            into[:64] ^= count < asked
+            count += 1
 
         return answer
 
-    with instead(Audit, "_answer", make if comm.rank == comm.size - 1 else lambda usual: usual):
-        said, _ = steps(comm, made, 40)
-    assert f"ranks [{comm.size - 1}] show other ballots than they have published" in said
+    with instead(Audit, "_answer", make if comm.rank == liar else lambda usual: usual):
+        said, step = steps(comm, made, 40)
+    assert step == 0
+    assert f"ranks [{liar}] have given rank " in said
+    assert "another ballot than they show now" in said
 
 
-@pytest.mark.parametrize("finding", [1, 2, 3, 7])
-def test_who_accuses_falsely(comm: MPI.Comm, finding: int) -> None:
-    accuser = comm.size - 1
+def test_an_owner_that_says_it_has_counted_other_ballots(comm: MPI.Comm) -> None:
+    """It is named with whom it accuses, as nobody else has seen what was sent."""
     made = large(comm, exchange="two_phase")
 
     def make(usual: Any) -> Any:
-        def judged(self: Audit, number: int, *args: Any) -> Finding:
-            assert usual(self, number, *args).kind == NOTHING
-            return Finding(finding, 0, number)
+        def held(self: Any) -> Any:
+            return [(voter, its ^ 1 if voter == 1 else its) for voter, its in usual(self)]
 
-        return judged
+        return held
 
-    with instead(Audit, "_judged", make if comm.rank == accuser else lambda usual: usual):
+    lying = falsified(0.1, 1)
+    with (
+        instead(Deciding, "decide", lying if comm.rank == 0 else lambda usual: usual),
+        instead(Block, "held", make if comm.rank == 0 else lambda usual: usual),
+    ):
         said, _ = steps(comm, made, 40)
-    accused = f"rank {accuser} accuses rank " if finding == 3 else f"rank {accuser} says so falsely"
-    assert (accused if finding < 7 else f"rank {accuser} accuses in a way that cannot be") in said
+    assert "ranks [1] have given rank 0 another ballot to count than they show now" in said
+    assert "or rank 0 says so falsely" in said
+
+
+@pytest.mark.parametrize("possible", [True, False])
+def test_who_accuses_falsely(comm: MPI.Comm, possible: bool) -> None:
+    accuser = comm.size - 1
+    made = large(comm, exchange="two_phase")
+
+    def make_recount(usual: Any) -> Any:
+        def recount(self: Audit, *args: Any) -> Any:
+            self._others = self._others if possible else [10**6]
+            return usual(self, *args)
+
+        return recount
+
+    def make_right(usual: Any) -> Any:
+        def is_right(self: Audit, number: int, ballots: Any, said: Any, *decided: Any) -> bool:
+            return bool(decided) and usual(self, number, ballots, said, *decided)  # in public it says what is true
+
+        return is_right
+
+    its = (lambda make: make) if comm.rank == accuser else (lambda make: lambda usual: usual)
+    with instead(Audit, "recount", its(make_recount)), instead(Audit, "_is_right", its(make_right)):
+        said, step = steps(comm, made, 40)
+    assert step == 0
+    assert f"rank {accuser} accuses " + ("rank " if possible else "in a way that cannot be") in said
+    assert ("falsely, of items " in said) == possible
 
 
 @pytest.mark.few
