@@ -2,6 +2,10 @@
 
 Open MPI sends and looks for heartbeats only inside its calls. A rank that evaluates for ten seconds would be taken for
 dead, so a thread of this process calls MPI all the time; torch lets it run beside whatever it computes.
+
+Who has been silent itself hears nothing of the others either: it would take those for dead that are well, and Open MPI
+would tell all others so, when it has woken or its link is mended, which believe that. So it ends before it has looked:
+when it finds that it has slept for too long, or when no other machine answers and its own ranks are no majority.
 """
 
 from __future__ import annotations
@@ -9,21 +13,40 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
+from typing import Protocol
 
+from mpisign import links
 from mpisign.errors import OptionError
 from mpisign.policy import check_positive
 from mpisign.survival import is_on
 from mpisign.vendors import flags_of
 
-__all__ = ["begin", "check", "started_for"]
+__all__ = ["begin", "check", "guard", "started_for"]
 
 CALLS = 40  # of MPI while a rank may be silent
+LOOKS = 10  # for answers of other machines
+CUT_OFF = 0.6  # of a silence: heartbeats come five times in it, so that the first may be missed from 0.8 on
+LEAST_SECONDS = 2.5  # without an answer: each machine is asked once a second
 
 DETECTOR = "OMPI_MCA_mpi_ft_detector"
 TIMEOUT = "OMPI_MCA_mpi_ft_detector_timeout"
 
 _stop = threading.Event()
 _thread: threading.Thread | None = None
+
+
+class Guarded(Protocol):
+    """A group of ranks of which this process is one."""
+
+    def stands_alone(self) -> bool:
+        """Whether those on this machine may go on without all others."""
+
+    def stop(self, why: str) -> None:
+        """End this process."""
+
+
+_guarded: Guarded | None = None
 
 
 def check(seconds: float) -> None:
@@ -55,15 +78,33 @@ def begin(seconds: float) -> None:
     """Keep MPI called until Python exits, in a process of which ``check(seconds)`` is true."""
     global _thread
     if _thread is None:
-        _thread = threading.Thread(target=_beat, args=(seconds / CALLS,), name="mpisign heartbeat", daemon=True)
+        _thread = threading.Thread(target=_beat, args=(seconds,), name="mpisign heartbeat", daemon=True)
         _thread.start()
         atexit.register(_end)
 
 
-def _beat(pause: float) -> None:
+def guard(it: Guarded | None) -> None:
+    """End this process when the others go on without it, or are about to; None for no more."""
+    global _guarded
+    _guarded = it
+
+
+def _beat(silence: float) -> None:
     from mpi4py import MPI
 
-    while not _stop.wait(pause):
+    before = looked = time.monotonic()
+    while not _stop.wait(silence / CALLS):
+        now = time.monotonic()
+        it = _guarded
+        if it is not None:
+            if now - before > silence:
+                it.stop(f"it has done nothing for {now - before:.1f} s, and detect_links={silence:g}")
+            if now - looked > silence / LOOKS:
+                looked = now
+                quiet = links.silence()
+                if quiet is not None and quiet > max(CUT_OFF * silence, LEAST_SECONDS) and not it.stands_alone():
+                    it.stop(f"no other machine has answered for {quiet:.1f} s")
+        before = now
         if MPI.Is_finalized():
             return
         MPI.COMM_SELF.Iprobe()

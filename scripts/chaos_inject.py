@@ -9,9 +9,17 @@ import time
 from chaos_faults import Fault
 from chaos_job import Launch, Struck
 
-__all__ = ["back_from", "strike"]
+from mpisign.membership import has_quorum
 
+__all__ = ["back_from", "can_strike", "strike"]
+
+LATER_SECONDS = 2.0  # within this from when all are back, those who were counted out are let go on
 RECOVERY_SECONDS = 0.1  # within this from the first kill comes the one in a recovery
+
+
+def can_strike(launch: Launch, fault: Fault) -> bool:
+    """Whether it comes to anything: a link between hosts does only where ranks live on several."""
+    return fault.kind not in ("cut", "flicker") or len(launch.hosts_of_the_living()) > 1
 
 
 def strike(launch: Launch, fault: Fault) -> Struck | None:
@@ -28,6 +36,10 @@ def strike(launch: Launch, fault: Fault) -> Struck | None:
         "recovery": _kill,
         "spare": _kill_spare,
         "stop": _stop,
+        "silence": _silence,
+        "node": _kill_node,
+        "cut": _cut,
+        "flicker": _flicker,
         "stretch": _stretch,
         "slow": _order,
         "nan": _order,
@@ -56,6 +68,44 @@ def _kill_spare(launch: Launch, struck: Struck, first: int, second: int) -> bool
         struck.last = launch.kill(spares[0])
         struck.struck = [first, spares[0]]
     return True
+
+
+def _kill_node(launch: Launch, struck: Struck, first: int, second: int) -> bool:
+    idle = launch.waiting_beside(first)
+    struck.struck = struck.victims = launch.beside(first)
+    struck.at = launch.kill(first)
+    for rank in [*struck.victims[1:], *idle]:
+        struck.last = launch.kill(rank)
+    return True
+
+
+def _silence(launch: Launch, struck: Struck, first: int, second: int) -> bool:
+    launch.signal(first, signal.SIGSTOP)
+    struck.at, struck.victims = time.monotonic(), [first]
+    launch.count_out([first], lambda: launch.signal(first, signal.SIGCONT))
+    return True
+
+
+def _cut(launch: Launch, struck: Struck, first: int, second: int) -> bool:
+    living, here = launch.living(), launch.beside(first)
+    there = [rank for rank in living if rank not in here]
+    stays = has_quorum(there, living)
+    struck.struck = struck.victims = here if stays else there
+    launch.set_link(first, "down")
+    struck.at = time.monotonic()
+    idle = [rank for rank in launch.waiting() if (rank in launch.waiting_beside(first)) == stays]
+    launch.count_out([*struck.victims, *idle], lambda: launch.set_link(first, "up"))
+    return True
+
+
+def _flicker(launch: Launch, struck: Struck, first: int, second: int) -> bool:
+    launch.set_link(first, "down")
+    try:
+        launch.pause(struck.fault.seconds)
+    finally:
+        launch.set_link(first, "up")
+    struck.at = time.monotonic()
+    return launch.runs
 
 
 def _stop(launch: Launch, struck: Struck, first: int, second: int) -> bool:
@@ -109,4 +159,5 @@ def back_from(launch: Launch, struck: Struck) -> bool:
     with contextlib.suppress(ValueError):
         time.sleep(struck.at - time.monotonic())  # it is about to die
     launch.wait_for_steps(struck.at, after)
+    launch.let_them_end(struck.fault.delay * LATER_SECONDS)
     return launch.runs

@@ -14,7 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import chaos_hosts
 from chaos_faults import Fault
+from chaos_hosts import Hosts
+
+from mpisign.endings import judge, read
+from mpisign.exit_words import shell
 
 __all__ = ["HangError", "Job", "Launch", "Outcome", "Record", "Struck"]
 
@@ -49,6 +54,8 @@ class Job:
     data: str
     checkpoints: str
     nodes: bool
+    hosts: int = 0
+    detect_links: float | None = None
 
 
 @dataclass
@@ -114,22 +121,33 @@ class Launch:
         self.job, self.number, self._folder, self.patience = job, number, folder, patience
         self.records: dict[int, list[Record]] = {rank: [] for rank in range(job.ranks + job.spares)}
         self.killed: list[int] = []
+        self.hosts = Hosts(job.hosts, len(self.records)) if job.hosts else None
+        self._at_last: Callable[[], None] | None = None  # lets those go on who were counted out
+        self._counted_out: list[int] = []
         self._read_to = dict.fromkeys(self.records, 0)
         self._shared: set[str] = set()
-        temporary = folder / "tmp"
-        temporary.mkdir(parents=True)
+        self._temporary, self._exits = folder / "tmp", folder / "exits"
+        self._temporary.mkdir(parents=True)
+        self._exits.mkdir()
         path = folder / "job.json"
         path.write_text(json.dumps({**vars(job), "folder": str(folder)}))
         self._output = open(folder / "output.txt", "wb")  # noqa: SIM115 - closed in __exit__
-        command = [sys.executable, "-m", "mpisign", "run", "-n", str(len(self.records)), "--bind", "none"]
-        command += ["--continue-on-failure", str(Path(__file__).with_name("chaos_training.py")), str(path)]
+        program = [str(Path(__file__).with_name("chaos_training.py")), str(path)]
+        if self.hosts is None:
+            command = [sys.executable, "-m", "mpisign", "run", "-n", str(len(self.records)), "--bind", "none"]
+            links = [] if job.detect_links is None else ["--detect-links", f"{job.detect_links:g}s"]
+            command += ["--continue-on-failure", *links, *program]
+        else:
+            assert job.detect_links is not None
+            words = shell(str(self._exits), outlives=True)
+            command = chaos_hosts.start(self.hosts, job.detect_links, [*words, sys.executable, *program])
         self.began = time.monotonic()
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            env=_environment(temporary, job),
+            env=_environment(self._temporary, job),
             start_new_session=True,
         )
 
@@ -140,6 +158,8 @@ class Launch:
         if self.runs:
             self.end()  # so that it tidies up
         self._kill_all()
+        if self.hosts:
+            chaos_hosts.remove(self._process.pid)
         for path in self._shared:
             Path(path).unlink(missing_ok=True)
         self._output.close()
@@ -182,6 +202,43 @@ class Launch:
         """That which some rank has come to."""
         told = (r["epoch"] for its in self.records.values() for r in its[-100:] if r["what"] in ("begin", "deal"))
         return max(told, default=0)
+
+    # -------------------------------------------------------------------------------------------- hosts
+
+    def beside(self, rank: int) -> list[int]:
+        """The ranks that train on this one's host, it first."""
+        return [rank, *(its for its in self.living() if its != rank and self._together(its, rank))]
+
+    def waiting_beside(self, rank: int) -> list[int]:
+        """The spares that wait on its host."""
+        return [its for its in self.waiting() if self._together(its, rank)]
+
+    def _together(self, one: int, other: int) -> bool:
+        return self.hosts is None or self.hosts.of(one) == self.hosts.of(other)
+
+    def hosts_of_the_living(self) -> set[int]:
+        """Where ranks train."""
+        return self.hosts.among(self.living()) if self.hosts else {0}
+
+    def set_link(self, rank: int, state: str) -> None:
+        """Let the link of its host be ``down``, or ``up``."""
+        assert self.hosts is not None
+        if self.runs:
+            chaos_hosts.set_link(self._process.pid, self.hosts.of(rank), state)
+
+    def count_out(self, ranks: list[int], at_last: Callable[[], None]) -> None:
+        """These will count as dead; afterwards, do this, and they end."""
+        self.killed += ranks
+        self._counted_out, self._at_last = ranks, at_last
+
+    def let_them_end(self, later: float) -> None:
+        """So many seconds later, let those go on who were counted out, and wait until they have ended."""
+        if self._at_last is None:
+            return
+        self.pause(later)
+        self._at_last()
+        gone, self._at_last = self._counted_out, None
+        self.wait(lambda: not any(map(self._lives, gone)), f"ranks {gone}, which were counted out, do not end")
 
     # ------------------------------------------------------------------------------------------- waiting
 
@@ -253,12 +310,16 @@ class Launch:
                 hang = str(error)
         if hang:
             self._ask_for_stacks()
+        elif self._at_last:
+            self._at_last()
         code = self._process.poll()
         if code is None:
             self._kill_all()
             code = self._process.wait()
         left = self._left() if not hang else []
         self.read()
+        if self.hosts:
+            code, _ = judge(read(self._exits), code, outlives=True)
         self._output.flush()
         text = (self._folder / "output.txt").read_text(errors="replace")
         return Outcome(
@@ -289,6 +350,12 @@ class Launch:
     def _pid(self, rank: int) -> int:
         return int(next(record["pid"] for record in self.records[rank] if record["what"] == "here"))
 
+    def _lives(self, rank: int) -> bool:
+        try:
+            return Path(f"/proc/{self._pid(rank)}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
     def signal(self, rank: int, number: int) -> None:
         """Send it to a rank, if it is still there."""
         with contextlib.suppress(ProcessLookupError):
@@ -308,16 +375,17 @@ class Launch:
         new.replace(path)
 
     def _processes(self) -> Iterator[tuple[int, str]]:
-        """Every process of the job that lives, and its name: they are the session that was made for it."""
+        """Every process of the job that lives, and its name: they keep their temporary files in its folder."""
+        mark = os.fsencode(f"TMPDIR={self._temporary}")
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
                 continue
             try:
                 name, _, rest = (entry / "stat").read_text().rpartition(")")
-            except OSError:  # it has ended since
+                its = mark in (entry / "environ").read_bytes().split(b"\0")
+            except OSError:  # it has ended since, or is another user's
                 continue
-            state, _, _, session = rest.split()[:4]
-            if state != "Z" and int(session) == self._process.pid:
+            if its and rest.split()[0] != "Z":
                 yield int(entry.name), name.partition("(")[2]
 
     def _kill_all(self) -> None:
@@ -335,9 +403,10 @@ class Launch:
     def _leftovers(self) -> list[str]:
         processes = [f"process {process} ({name})" for process, name in self._processes()]
         shared = [path for path in sorted(self._shared) if os.path.exists(path)]
-        names = (path.name for path in (self._folder / "tmp").iterdir())
+        names = (path.name for path in self._temporary.iterdir())
         temporary = [f"{name} among the temporary files" for name in names if not name.startswith(TORCHS)]
-        return processes + shared + temporary
+        namespaces = chaos_hosts.left(self._process.pid) if self.hosts else []
+        return processes + shared + temporary + namespaces
 
     def _ask_for_stacks(self) -> None:
         for rank in self.living():
@@ -362,5 +431,5 @@ def _environment(temporary: Path, job: Job) -> Mapping[str, str]:
         "OMP_NUM_THREADS": "1",
         "MPISIGN_CALIBRATE": "0",
         "TMPDIR": str(temporary),
-        **({"MPISIGN_NODE_OF": ",".join(map(str, nodes))} if job.nodes else {}),
+        **({"MPISIGN_NODE_OF": ",".join(map(str, nodes))} if job.nodes and not job.hosts else {}),
     }

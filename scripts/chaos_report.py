@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chaos_checks import CHECKS, Problem, Training, final_loss
 from chaos_faults import DEADLY, KINDS
@@ -18,7 +18,7 @@ from experiments import markdown_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Found", "data", "describe", "figures", "summary"]
+__all__ = ["Found", "Where", "data", "describe", "figures", "summary"]
 
 Found = Sequence[tuple[Training, Sequence[Problem]]]
 
@@ -32,8 +32,15 @@ READING = """\
 - A relaunch is a start of the whole job from its last checkpoint, where too few ranks were left (fewer than 2, or no
   quorum); steps after that checkpoint are made again, and are no lost steps.
 - Every rank writes down each step when it has made it. The checks go by these lines alone, but for the exit code,
-  processes and files.
+  processes and files."""
+HERE = """\
 - Cut links and lost nodes are not among the faults, nor is a stop for longer: trainings do without `detect_links=`."""
+ON_HOSTS = """\
+- Ranks are on {} hosts, network namespaces of this machine with a card each, as many on each as on the others or one
+  more. Links are cut at the port of the switch between them."""
+SILENCE = """\
+- Who is silent for {:g} s counts as dead (`detect_links=`): these seconds are a part of what is said of `cut` and
+  `silence`, once for each rank of a host in turn. A stretch without MPI takes longer, and nobody is lost by it."""
 
 GOODPUT = """\
 Samples that have counted in the end, of {:g} s from the first step on, where ranks die one at a time. In a step each
@@ -155,10 +162,18 @@ def summary(found: Found) -> str:
     return text
 
 
-def describe(found: Found, calm: dict[str, Spread], measured: Sequence[Goodput], asked: Sequence[int]) -> str:
+class Where(NamedTuple):
+    """The trainings' ranks, drawn from these; their hosts, 0 for this machine; the silence that counts as death."""
+
+    ranks: Sequence[int]
+    hosts: int
+    silence: float | None
+
+
+def describe(found: Found, calm: dict[str, Spread], measured: Sequence[Goodput], where: Where) -> str:
     """The report's text."""
     struck = sum(len(training.struck) for training, _ in found)
-    ranks = ", ".join(map(str, sorted(set(asked))))
+    ranks = ", ".join(map(str, sorted(set(where.ranks))))
     wrong = [f"- seed {training.seed}: {its.check}: {its.text}" for training, problems in found for its in problems]
     parts = [
         f"# {struck} faults in trainings of {ranks} ranks",
@@ -171,7 +186,8 @@ def describe(found: Found, calm: dict[str, Spread], measured: Sequence[Goodput],
         parts.append("## Violations\n\n" + "\n".join(wrong))
     if measured:
         parts.append(f"## Goodput\n\n{goodput_table(measured)}\n\n{GOODPUT.format(measured[0].seconds)}")
-    parts.append(f"## How to read it\n\n{READING}")
+    notes = [ON_HOSTS.format(where.hosts)] * bool(where.hosts) + [SILENCE.format(where.silence)] * bool(where.silence)
+    parts.append("## How to read it\n\n" + "\n".join([READING, *(notes or [HERE])]))
     return "\n\n".join(parts)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from chaos_checks import Problem, Training, check, final_loss
 from chaos_faults import deal
-from chaos_inject import back_from, strike
+from chaos_inject import back_from, can_strike, strike
 from chaos_job import HangError, Job, Launch
 from chaos_times import samples_by
 from chaos_training import VARIATIONS
@@ -37,6 +37,8 @@ class Plan:
         patience: seconds after which what has not happened is a hang.
         most: faults in one training; then it ends without.
         spares: how many of them wait, drawn from these for each training.
+        hosts: on how many ranks are, in trainings with faults; 0 for this machine.
+        detect_links: after how many seconds of silence they count as dead, in trainings with faults.
         data: the digits, as :func:`make_data` has written them.
         told: is called with each fault that has come about.
     """
@@ -49,6 +51,8 @@ class Plan:
     patience: float
     most: int
     spares: Sequence[int]
+    hosts: int
+    detect_links: float | None
     folder: Path
     data: Path
     told: Callable[[str], object] = lambda what: None
@@ -97,17 +101,19 @@ def run(plan: Plan, seed: int) -> tuple[Training, list[Problem]]:
             spares=spares,
             asynchronous=asynchronous,
             checkpoints=str(Path(folder) / "saved"),
+            hosts=plan.hosts,
+            detect_links=plan.detect_links,
         )
         size = VARIATIONS[variation].step_size
         training = Training(seed, variation, ranks, asynchronous, _samples(plan), size)
-        faults = deal(dice, plan.kinds, plan.gap)
+        faults = deal(dice, plan.kinds, plan.gap, plan.detect_links)
         for number in range(MOST_LAUNCHES):
             with Launch(job, number, Path(folder) / f"launch-{number}", plan.patience) as launch:
                 hang = ""
                 try:
                     launch.wait_until_ready(START_SECONDS)
                     while len(training.struck) < plan.most:
-                        fault = next(faults)
+                        fault = next(its for its in faults if can_strike(launch, its))
                         if not launch.pause(fault.gap) or launch.epoch() >= plan.epochs - 1:
                             break
                         struck = strike(launch, fault)

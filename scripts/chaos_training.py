@@ -181,7 +181,8 @@ class Orders:
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
-    mpisign.init(on_failure="continue", min_ranks=job["min_ranks"], spares=job["spares"])
+    failure = {"min_ranks": job["min_ranks"], "spares": job["spares"], "detect_links": job["detect_links"]}
+    mpisign.init(on_failure="continue", **failure)
     me = mpisign.rank()
     folder = Path(job["folder"])
     stacks = open(folder / f"rank-{me}.stacks", "w")  # noqa: SIM115 - as long as the process

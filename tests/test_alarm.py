@@ -14,6 +14,7 @@ import pytest
 from mpisign import alarm
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["start", "end"])
 def test_a_process_stopped_in_the_start_or_the_end_of_mpi_goes_on(part: str) -> None:
     """A scheduler stops the shell that counts too."""

@@ -58,6 +58,7 @@ def patched(library: Path, program: str) -> str:
     return python(f"{find}\n{program}")
 
 
+@pytest.mark.long
 def test_without_it_numpy_serves(tmp_path: Path) -> None:
     assert patched(tmp_path / "none.so", NAME) == "host"
     assert "not compiled when mpisign was installed" in patched(tmp_path / "none.so", WHY)
@@ -66,6 +67,7 @@ def test_without_it_numpy_serves(tmp_path: Path) -> None:
     assert "it cannot be loaded" in patched(tmp_path / "no.so", WHY)
 
 
+@pytest.mark.long
 @needs_compiler
 def test_one_of_other_sources_is_not_called(tmp_path: Path) -> None:
     library = tmp_path / "other.so"

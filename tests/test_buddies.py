@@ -25,7 +25,10 @@ def run(ranks: int, **scenario: Any) -> list[Any]:
 
 @pytest.mark.few
 @pytest.mark.skipif(MPI.get_vendor()[0] != "Open MPI", reason="no ULFM")
-@pytest.mark.parametrize(("method", "dead", "where"), [("ef_signsgd", 2, "before"), ("double_squeeze", 0, "close")])
+@pytest.mark.parametrize(
+    ("method", "dead", "where"),
+    [("ef_signsgd", 2, "before"), pytest.param("double_squeeze", 0, "close", marks=pytest.mark.long)],
+)
 def test_the_next_rank_takes_over(method: str, dead: int, where: str) -> None:
     """In the units of the present learning rate, which has halved since; rank 0 of three is the buddy of rank 2."""
     events = [{"rank": dead, "step": 8, "where": where, "what": "kill"}]

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from mpi4py import MPI
 from mpirun import environment
+from namespaces import namespaces, needs_namespaces
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 CHAOS = SCRIPTS / "chaos"
@@ -43,6 +44,7 @@ def chaos(*arguments: str, timeout: float = 250.0) -> subprocess.CompletedProces
 # ------------------------------------------------------------------------------------------------- end to end
 
 
+@pytest.mark.long
 @needs_ulfm
 def test_a_short_run_finds_nothing_wrong(tmp_path: Path) -> None:
     """Three faults on four ranks; a relaunch is not needed."""
@@ -74,11 +76,25 @@ def test_goodput_is_measured_with_and_without_relaunches(tmp_path: Path) -> None
     assert (tmp_path / f"{date.today():%Y-%m-%d}-chaos-goodput.png").exists()
 
 
-def short_run(folder: Path, *kinds: str, seed: int, spread: int) -> tuple[dict[str, Any], dict[str, Any]]:
+@needs_ulfm
+@needs_namespaces
+@pytest.mark.long
+@pytest.mark.timeout(400)
+def test_links_are_cut_and_mended(tmp_path: Path) -> None:
+    """Of who was cut off, or has slept, and comes back, nobody else hears: the others go on, all of them."""
+    before = namespaces()
+    training, _ = short_run(tmp_path, "cut", "silence", "flicker", "stretch", seed=3, spread=0, more=("--hosts", "4"))
+    assert training["launches"] == 1
+    assert namespaces() <= before
+
+
+def short_run(
+    folder: Path, *kinds: str, seed: int, spread: int, more: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the report says of the one training, and all of it."""
     done = chaos(
         "--runs", "1", "--seed", str(seed), "--ranks", "4", "--epochs", "6", "--most", "3", "--gap", "0.2",
-        "--spread", str(spread), "--kinds", *kinds, "--out", str(folder),
+        "--spread", str(spread), *more, "--kinds", *kinds, "--out", str(folder),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     stem = f"{date.today():%Y-%m-%d}-chaos"
@@ -99,7 +115,7 @@ def test_it_explains_itself() -> None:
     done = chaos("--help")
     assert done.returncode == 0
     assert "scripts/chaos --seed 1007 --runs 1" in done.stdout
-    assert "Cut links and lost nodes are not among the faults" in done.stdout
+    assert "--hosts" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -108,12 +124,24 @@ def test_it_explains_itself() -> None:
         (("--ranks", "2"), "--ranks must be 3 or more"),
         (("--spread", "1"), "is no spread"),
         (("--kinds", "flood"), "invalid choice: 'flood'"),
+        (("--kinds", "cut", "kill"), "--kinds cut: add --hosts 4"),
+        (("--detect-links", "2s"), "--detect-links must be 4s or more"),
+        (("--hosts", "5"), "--hosts must be 2 or more, and no more than there are ranks"),
     ],
 )
-def test_options_that_cannot_be(arguments: tuple[str, ...], message: str) -> None:
-    done = chaos(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_options_that_cannot_be(
+    arguments: tuple[str, ...],
+    message: str,
+    load: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = load("chaos_command")
+    monkeypatch.setattr(sys, "argv", ["chaos", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_seed_repeats_its_faults(load: Callable[[str], ModuleType]) -> None:

@@ -106,6 +106,7 @@ def test_adding_is_decoding_times_a_factor(codec: Quantized) -> None:
     torch.testing.assert_close(out, 1 - 0.5 * decoded(codec, message, out))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("codec", [codec for codec in CODECS if codec.clip is None], ids=str)
 def test_its_mean_is_the_value_and_its_variance_the_papers_bound(codec: Quantized) -> None:
     """QSGD, Lemma 3.1: at most min(n / s^2, sqrt(n) / s) |v|^2; of TernGrad, sum |v| (max - |v|)."""

@@ -198,6 +198,7 @@ def test_states_of_other_optimizers(ours: str) -> None:
         check(mine, {key: value for key, value in state.items() if key != "mpisign"}, "state", (theirs, "plain", ours))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ours", ALONE)
 def test_states_of_other_methods(ours: str) -> None:
     mine = Job(ALONE[ours])

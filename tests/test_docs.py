@@ -83,6 +83,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
     return {str(path.relative_to(work / "html")): Page(path) for path in (work / "html").rglob("*.html")}
 
 
+@pytest.mark.long
 def test_the_strict_build_passes(site: dict[str, Page]) -> None:
     assert {page.with_suffix(".html").name for page in PAGES if page.stem != "README"} <= site.keys()
 

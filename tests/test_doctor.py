@@ -68,6 +68,7 @@ def test_ranks_on_one_core_are_warned(tmp_path):
     assert "--bind-to none" in result.text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variable", ["0", "1"])
 def test_who_does_the_arithmetic(variable: str):
     told = run_alone(MPISIGN_NATIVE=variable).stdout
@@ -77,6 +78,7 @@ def test_who_does_the_arithmetic(variable: str):
         assert "NumPy, at about half of C's speed: " in told
 
 
+@pytest.mark.long
 def test_a_wrong_vote_fails(tmp_path):
     script = tmp_path / "broken.py"
     script.write_text(
@@ -211,6 +213,7 @@ def test_the_kernels_are_tried(monkeypatch):
     assert doctor._kernels(cpu).status == doctor.WARN
 
 
+@pytest.mark.long
 def test_whether_mpi_reads_a_device_is_tried_where_a_crash_hurts_nobody(monkeypatch):
     assert doctor._mpi_reads(torch.device("cpu"))
     assert not doctor._mpi_reads(torch.device("cuda", 99))

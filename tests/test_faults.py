@@ -80,6 +80,7 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
     assert re.search(r"rank 1 .*signal 9", result.text, re.DOTALL)
 
 
+@pytest.mark.long
 def test_an_interrupt_from_the_keyboard_ends_the_job(tmp_path: Path) -> None:
     body = f"""
         train(3)
@@ -126,6 +127,7 @@ def test_a_stalled_exchange_aborts_naming_rank_step_and_phase(tmp_path: Path) ->
     assert re.search(waits + "; stall_timeout=2 is over: aborting the job", result.text)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("ranks", "early"), [(2, 0), (3, 2)])
 def test_a_rank_that_makes_fewer_steps_is_an_error_to_the_others(tmp_path: Path, ranks: int, early: int) -> None:
     """Not a hang, even with no stall watch."""

@@ -90,6 +90,7 @@ def ended(pid: int) -> Callable[[], bool]:
     return it_has
 
 
+@pytest.mark.long
 @needs_ulfm
 def test_who_is_stopped_is_counted_out_and_who_computes_is_not(tmp_path: Path) -> None:
     with started(3, HERE / "silent.py", str(SILENCE), str(tmp_path), options=options()) as job:

@@ -42,6 +42,7 @@ LAYERS = [
         "warning",
         "survival",
         "heartbeat",
+        "links",
     },
     {
         "watchdog",

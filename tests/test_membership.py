@@ -106,6 +106,7 @@ def test_ranks_die_one_after_the_other_wherever_they_are() -> None:
     assert [members for _, members in told(result, "alone")] == [[1, 2]] * 2 + [[1]] * 3
 
 
+@pytest.mark.long
 @needs_ulfm
 def test_samples_are_dealt_anew_at_the_same_step_on_all() -> None:
     """However far each rank is in its local steps when it finds that one has died."""

@@ -90,6 +90,7 @@ def steady_peak(
     return peak(step)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("world")
 @pytest.mark.parametrize(
     ("method", "dtype", "options"),

@@ -166,6 +166,7 @@ print(f"rank {mpisign.rank()}: {hooks} hooks; {[str(one.message) for one in hear
 """
 
 
+@pytest.mark.long
 def test_backward_in_a_thread_for_which_mpi_was_not_started(tmp_path: Path) -> None:
     """There is no overlap then, which is said once; with MPI for all threads there is."""
     script = tmp_path / "train.py"

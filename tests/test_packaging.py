@@ -56,6 +56,7 @@ def test_an_sdist_holds_the_repository(tmp_path: Path) -> None:
     assert not [name for name in programs if not packed[name] & 0o111]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(what_is_missing()), reason=what_is_missing())
 def test_a_wheel_holds_every_file(tmp_path: Path) -> None:
     source, wheels = tmp_path / "source", tmp_path / "wheels"  # a build leaves its traces in the source

@@ -134,6 +134,7 @@ def test_a_second_interrupt_is_one() -> None:
     assert (ended.returncode, ended.stdout) == (0, "interrupted\n"), ended.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGUSR1, 7)])
 def test_forked_children_can_be_terminated_and_are_not_killed_by_warnings(number: int, code: int) -> None:
     """A DataLoader's workers inherit the handlers, and a queue sends its warning to all processes of a job."""

@@ -30,6 +30,7 @@ def test_the_diff_adds_six_statements_and_removes_none():
     assert len(added) == 6  # the sixth gives each rank its share of the data
 
 
+@pytest.mark.long
 def test_both_sides_of_the_diff_run(script_before_and_after, tmp_path):
     was, becomes = script_before_and_after
     check = "mpisign.check_consistency(model, optimizer)\nprint('ended on', mpisign.size())\n"

@@ -101,6 +101,9 @@ def test_the_shorter_tier(tmp_path: Path) -> None:
     runs = [command for command in commands if "pytest" in command]
     assert len(runs) == 3
     assert all("-m not long" in run for run in runs)
+    on_2, on_3 = (run.split() for run in commands if run.startswith(ON_RANKS))
+    assert on_2[-1] == "tests/mpi"
+    assert "tests/mpi/test_hierarchical.py" in on_3
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == "6 passed, 0 failed, 3 skipped"
 
@@ -112,7 +115,7 @@ def test_the_longer_tier(tmp_path: Path) -> None:
     assert sorted("-m not long" in run for run in serial) == [False, True]
     assert sorted("-m long" in run for run in serial) == [False, True]
     jobs = [command for command in commands if command.startswith(ON_RANKS)]
-    assert ["long" in command for command in jobs] == [False] * 2 + [True] * 5
+    assert ["long" in command for command in jobs] == [False] * 3 + [True] * 4
     for command in jobs[3:]:
         files = [word for word in command.split() if word.startswith("tests/")]
         assert len(files) > 5

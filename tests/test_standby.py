@@ -12,6 +12,7 @@ from mpi4py import MPI
 from mpirun import ULFM, Result, outlived, started
 
 SAMPLES, BATCH = 203, 4
+LONG = pytest.mark.long
 
 pytestmark = pytest.mark.skipif(MPI.get_vendor()[0] != "Open MPI", reason="no ULFM")
 
@@ -54,7 +55,10 @@ def check_epoch(result: Result, epoch: int, lost: int) -> None:
 
 
 @pytest.mark.few
-@pytest.mark.parametrize(("died", "method"), [(1, "signum"), (0, "ef_signsgd"), (2, "centered_clipping")])
+@pytest.mark.parametrize(
+    ("died", "method"),
+    [(0, "ef_signsgd"), pytest.param(1, "signum", marks=LONG), pytest.param(2, "centered_clipping", marks=LONG)],
+)
 def test_a_spare_votes_in_the_next_step(died: int, method: str) -> None:
     """At the death of rank 0, too; with the mean of the momenta, or of what error feedback owes; and with a centre."""
     result = run(4, 1, [event(died, 6)], method=method)
@@ -66,6 +70,7 @@ def test_a_spare_votes_in_the_next_step(died: int, method: str) -> None:
     check_epoch(result, 1, 0)
 
 
+@pytest.mark.long
 @pytest.mark.few
 def test_a_spare_that_is_not_needed_ends_well() -> None:
     result = run(3, 1, [])

@@ -169,6 +169,7 @@ def was_interrupted(operation: Any, at: int) -> tuple[bool, Handed]:
         return False, handed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_what_mpi_may_still_write_outlives_an_exception(name: str) -> None:
     """Wherever it comes between posting and waiting: also between the count of ties and its wait, at a step's end."""

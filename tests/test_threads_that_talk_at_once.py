@@ -108,6 +108,7 @@ def test_an_operation_within_another_is_one() -> None:
         mpisign.barrier()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("level", "may"), [("single", False), ("funneled", False), ("serialized", True)])
 def test_mpi_for_one_thread_is_for_one_thread(level: str, may: bool) -> None:
     ended = run(

@@ -57,6 +57,7 @@ def test_what_another_rank_sends_is_checked(names: bytes, table: bytes) -> None:
         list(_events(2, names, table))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("end", ["mpisign.shutdown()", ""], ids=["shutdown", "end"])
 def test_the_variable_leaves_a_trace_of_the_whole_job(tmp_path: Path, end: str) -> None:
     path = tmp_path / "trace.json"

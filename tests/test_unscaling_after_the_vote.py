@@ -86,7 +86,12 @@ def train(
     return parameter.tolist(), scaler.get_scale(), [value.tolist() for value in memory.values()]
 
 
-@pytest.mark.parametrize("order", [unscale_after, unscale_inner_before, not_at_all])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    "order", [unscale_after, pytest.param(unscale_inner_before, marks=LONG), pytest.param(not_at_all, marks=LONG)]
+)
 @pytest.mark.parametrize(
     "method",
     [method for method in methods_table.ALONE.values() if not (method.exchanges_models or method.memory.private)],

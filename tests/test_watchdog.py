@@ -130,6 +130,7 @@ def test_a_guard_ends_with_its_block() -> None:
     assert threading.active_count() == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("blocking", [False, True], ids=["nonblocking", "blocking"])
 def test_a_stopped_process_has_not_waited(blocking: bool) -> None:
     """A scheduler may suspend a job for longer than its stall_timeout."""

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import sys
 import time
 from collections.abc import Callable
 
@@ -13,6 +10,7 @@ from mpisign.errors import AuditError
 from mpisign.exchange.plan import Plan
 from mpisign.exchange.round import Round
 from mpisign.membership import Membership
+from mpisign.processes import die
 
 __all__ = ["survive"]
 
@@ -67,8 +65,7 @@ def _go_without(lie: AuditError, membership: Membership) -> None:
     group = membership.group
     if group.rank in lie.ranks:
         logger.critical("rank %d ends, so that the others can go on: %s", group.identity, lie)
-        sys.stdout.flush()
-        os.kill(os.getpid(), signal.SIGKILL)  # an exit code alone is no death to ULFM
+        die()
     if group.rank == min(set(range(group.size)) - set(lie.ranks)):
         logger.critical("%s: the job goes on without ranks %s", lie, [group.identities[rank] for rank in lie.ranks])
     end = time.monotonic() + LIAR_SECONDS

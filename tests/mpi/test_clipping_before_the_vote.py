@@ -41,6 +41,7 @@ def rounds(rank: int) -> list[list[torch.Tensor]]:
     return every
 
 
+@pytest.mark.long
 @GPU
 @walk_exchanges(lambda method: not method.memory.private)
 def test_as_if_by_hand(comm: MPI.Comm, make: Make, exchange: str, gpu: bool) -> None:

@@ -89,6 +89,7 @@ class Loop:
         return b"".join(t.detach().numpy().tobytes() for t in (*self.model.parameters(), *kept))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     ["train", "train_by_closure", "train_in_two", "train_scaled", "train_epoch", "train_unevenly"],

@@ -28,6 +28,7 @@ from .operations import FILLINGS, OPERATIONS, a_step, fuzz
 pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.usefixtures("nothing_runs_and_memory_stays")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("evil", [-1, 0], ids=["the last", "rank 0"])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_other_bytes_in_every_message(comm: MPI.Comm, folder: Path, name: str, evil: int) -> None:

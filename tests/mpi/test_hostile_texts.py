@@ -45,6 +45,7 @@ def texts(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("evil", [-1, 0], ids=["the last", "rank 0"])
 @pytest.mark.parametrize(
     "name",

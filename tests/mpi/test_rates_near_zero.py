@@ -77,6 +77,7 @@ def test_down_and_up_again(comm: MPI.Comm, make: Make, exchange: str) -> None:
     assert all(torch.isfinite(value).all() for value in (*tensors, *kept))
 
 
+@pytest.mark.long
 @GPU
 @walk_exchanges(lambda method: method.memory.feedback or method.memory.running)
 def test_gradients_that_overflow_what_is_kept(comm: MPI.Comm, make: Make, exchange: str, gpu: bool) -> None:

@@ -35,6 +35,7 @@ def test_from_a_save_in_the_background(folder: Path, method: Method) -> None:
     assert_resuming_is_exact(folder, lambda: Job(method), in_the_background, until=11)
 
 
+@pytest.mark.long
 @walk()
 def test_from_one_state_a_rank(comm: MPI.Comm, tmp_path: Path, make: Make) -> None:
     """Also by signSGD, which has no memory (the coins go by the step's number), and of replicas that differ."""

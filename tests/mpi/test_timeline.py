@@ -145,6 +145,7 @@ def odd_clock(request: pytest.FixtureRequest, comm: MPI.Comm, monkeypatch: pytes
     mpisign.init()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("odd_clock")
 def test_clocks_are_aligned_although_they_drift(comm: MPI.Comm, path: Path) -> None:
     """Nobody leaves a barrier before all have come, so the spans of all ranks overlap: on one clock alone."""

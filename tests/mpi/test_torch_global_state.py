@@ -52,6 +52,7 @@ def trained(comm: MPI.Comm, make: Make, exchange: str, state: State) -> str:
     return text([optimizer.state_dict(), tensors, optimizer.report.ties, shares])
 
 
+@pytest.mark.long
 @walk_exchanges(lambda method: not method.memory.private)  # whose noise nobody can repeat
 def test_steps(comm: MPI.Comm, make: Make, exchange: str) -> None:
     usual = trained(comm, make, exchange, nullcontext)
