@@ -5,7 +5,7 @@ dead, so a thread of this process calls MPI all the time; torch lets it run besi
 
 Who has been silent itself hears nothing of the others either: it would take those for dead that are well, and Open MPI
 would tell all others so, when it has woken or its link is mended, which believe that. So it ends before it has looked:
-when it finds that it has slept for too long, or when no other machine answers and its own ranks are no majority.
+when it was stopped for too long, or when no other machine answers and its own ranks are no majority.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from typing import Protocol
 
 from mpisign import links
+from mpisign.dead_man import Switch
 from mpisign.errors import OptionError
 from mpisign.policy import check_positive
 from mpisign.survival import is_on
@@ -26,7 +27,8 @@ __all__ = ["begin", "check", "guard", "started_for"]
 
 CALLS = 40  # of MPI while a rank may be silent
 LOOKS = 10  # for answers of other machines
-CUT_OFF = 0.6  # of a silence: heartbeats come five times in it, so that the first may be missed from 0.8 on
+STOPPED = 0.8  # of a silence: a fifth of it may be over when a rank stops, after its last heartbeat
+CUT_OFF = 0.6  # of it: and another rank's last heartbeat may be as old when the link is cut
 LEAST_SECONDS = 2.5  # without an answer: each machine is asked once a second
 
 DETECTOR = "OMPI_MCA_mpi_ft_detector"
@@ -92,22 +94,21 @@ def guard(it: Guarded | None) -> None:
 def _beat(silence: float) -> None:
     from mpi4py import MPI
 
-    before = looked = time.monotonic()
-    while not _stop.wait(silence / CALLS):
-        now = time.monotonic()
+    switch = Switch(STOPPED * silence)
+    looked = time.monotonic()
+    while not (_stop.wait(silence / CALLS) or MPI.Is_finalized()):
         it = _guarded
-        if it is not None:
-            if now - before > silence:
-                it.stop(f"it has done nothing for {now - before:.1f} s, and detect_links={silence:g}")
-            if now - looked > silence / LOOKS:
-                looked = now
+        if it is None:
+            switch.release()
+        else:
+            switch.put_off()
+            if time.monotonic() - looked > silence / LOOKS:
+                looked = time.monotonic()
                 quiet = links.silence()
                 if quiet is not None and quiet > max(CUT_OFF * silence, LEAST_SECONDS) and not it.stands_alone():
                     it.stop(f"no other machine has answered for {quiet:.1f} s")
-        before = now
-        if MPI.Is_finalized():
-            return
         MPI.COMM_SELF.Iprobe()
+    switch.release()
 
 
 def _end() -> None:

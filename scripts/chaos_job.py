@@ -266,10 +266,10 @@ class Launch:
         return self.runs
 
     def wait_for_steps(self, since: float, what: str) -> bool:
-        """Until all that live have made a step that has begun since then."""
+        """Until all that live have made a step that has begun since then, or have ended."""
 
         def back() -> bool:
-            return all(self._has_stepped(rank, since, self.killed) for rank in self.living())
+            return all(self._has_stepped(rank, since, self.killed) or not self._lives(rank) for rank in self.living())
 
         return self.wait(back, what)
 

@@ -43,6 +43,7 @@ LAYERS = [
         "survival",
         "heartbeat",
         "links",
+        "dead_man",
     },
     {
         "watchdog",
