@@ -15,7 +15,7 @@ from typing import NamedTuple
 from chaos_faults import DEADLY
 from chaos_job import Outcome, Record, Struck
 
-from mpisign.membership import has_quorum
+from mpisign.membership import QUORUM_EXIT_CODE, has_quorum
 
 __all__ = ["CHECKS", "Problem", "Training", "check", "commits", "final_loss", "history", "resumed_from"]
 
@@ -232,11 +232,15 @@ def _end(training: Training, launch: Outcome) -> Iterator[str]:
     left = [rank for rank in members if rank not in launch.killed]
     if has_quorum(left, members) and len(left) >= launch.min_ranks:
         yield (
-            f"it has stopped with exit code {launch.code}, and {left} of {members} could have gone on: "
+            f"it has stopped with exit code {launch.code}, and {left} of {members} could have gone on {launch.codes}: "
             f"{launch.text.strip()[-2000:]}"
         )
-    elif silent := [rank for rank in left if f"rank {rank} stops: " not in launch.text]:
-        yield f"ranks {silent} have ended without a word: {launch.text.strip()[-2000:]}"
+    elif silent := [
+        rank
+        for rank in left
+        if f"rank {rank} stops: " not in launch.text and launch.codes.get(rank) != QUORUM_EXIT_CODE
+    ]:
+        yield f"ranks {silent} have ended without a word ({launch.codes}): {launch.text.strip()[-2000:]}"
 
 
 _OF_A_LAUNCH: dict[str, Callable[[Training, Outcome], Iterator[str]]] = {

@@ -90,6 +90,7 @@ class Outcome:
         hang: what has not happened in time, or "".
         left: processes, and files in shared memory and among the temporary ones, that were left behind.
         text: what was printed.
+        codes: by rank, how it has ended; on hosts, whose last words are lost at times.
     """
 
     number: int
@@ -103,6 +104,7 @@ class Outcome:
     hang: str = ""
     left: list[str] = field(default_factory=list)
     text: str = ""
+    codes: dict[int, int | None] = field(default_factory=dict)
 
 
 class Launch:
@@ -318,8 +320,11 @@ class Launch:
             code = self._process.wait()
         left = self._left() if not hang else []
         self.read()
+        codes: dict[int, int | None] = {}
         if self.hosts:
-            code, _ = judge(read(self._exits), code, outlives=True)
+            endings = read(self._exits)
+            code, _ = judge(endings, code, outlives=True)
+            codes = {rank: ending.code for rank, ending in endings.items()}
         self._output.flush()
         text = (self._folder / "output.txt").read_text(errors="replace")
         return Outcome(
@@ -334,6 +339,7 @@ class Launch:
             hang and f"{hang}\n{self._stacks()}",
             left,
             text,
+            codes,
         )
 
     def end(self) -> None:
