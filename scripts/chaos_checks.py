@@ -232,7 +232,8 @@ def _end(training: Training, launch: Outcome) -> Iterator[str]:
     left = [rank for rank in members if rank not in launch.killed]
     if has_quorum(left, members) and len(left) >= launch.min_ranks:
         yield (
-            f"it has stopped with exit code {launch.code}, and {left} of {members} could have gone on {launch.codes}: "
+            f"it has stopped with exit code {launch.code}, and {left} of {members} could have gone on (exit codes "
+            f"{launch.codes}, last words {[launch.records[rank][-1:] for rank in left]}): "
             f"{launch.text.strip()[-2000:]}"
         )
     elif silent := [

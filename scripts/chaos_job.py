@@ -202,8 +202,11 @@ class Launch:
 
     def epoch(self) -> int:
         """That which some rank has come to."""
-        told = (r["epoch"] for its in self.records.values() for r in its[-100:] if r["what"] in ("begin", "deal"))
-        return max(told, default=0)
+        last = (
+            next((r["epoch"] for r in reversed(its) if r["what"] in ("begin", "deal")), 0)
+            for its in self.records.values()
+        )
+        return max(last)
 
     # -------------------------------------------------------------------------------------------- hosts
 

@@ -186,7 +186,8 @@ def describe(found: Found, calm: dict[str, Spread], measured: Sequence[Goodput],
         parts.append("## Violations\n\n" + "\n".join(wrong))
     if measured:
         parts.append(f"## Goodput\n\n{goodput_table(measured)}\n\n{GOODPUT.format(measured[0].seconds)}")
-    notes = [ON_HOSTS.format(where.hosts)] * bool(where.hosts) + [SILENCE.format(where.silence)] * bool(where.silence)
+    notes = [ON_HOSTS.format(where.hosts)] if where.hosts else []
+    notes += [] if where.silence is None else [SILENCE.format(where.silence)]
     parts.append("## How to read it\n\n" + "\n".join([READING, *(notes or [HERE])]))
     return "\n\n".join(parts)
 
