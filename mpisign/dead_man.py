@@ -1,19 +1,18 @@
 """A dead man's switch: the kernel ends this process unless it says in time that it goes on.
 
-A process that was stopped for too long is ended before it does anything else, which no thread of its own could promise.
+A process that was stopped for too long is ended before any of its threads does anything else, which none of them could
+promise.
 """
 
 from __future__ import annotations
 
 import ctypes
-import faulthandler
 import signal
 import sys
 
 __all__ = ["Switch"]
 
 MONOTONIC = 1  # Linux's CLOCK_MONOTONIC
-STDERR = 2
 
 
 class _Event(ctypes.Structure):
@@ -34,7 +33,7 @@ class _Times(ctypes.Structure):
 
 
 class Switch:
-    """Ends this process, with the stacks of its threads on stderr, when it was not put off for so many seconds.
+    """Ends this process by ``SIGRTMAX`` when it was not put off for so many seconds.
 
     It does nothing where there is no Linux. A forked child has none.
     """
@@ -44,12 +43,11 @@ class Switch:
         self._library: ctypes.CDLL | None = None
         if sys.platform != "linux":
             return
-        ends = signal.SIGRTMAX
-        faulthandler.register(ends, STDERR, all_threads=True, chain=True)  # and then the signal ends the process
         library = ctypes.CDLL(None)
         if not hasattr(library, "timer_create"):
             library = ctypes.CDLL("librt.so.1")
-        if library.timer_create(MONOTONIC, ctypes.byref(_Event(None, ends, 0)), ctypes.byref(self._timer)) == 0:
+        event = _Event(None, signal.SIGRTMAX, 0)  # which has no handler: that would run while other threads do
+        if library.timer_create(MONOTONIC, ctypes.byref(event), ctypes.byref(self._timer)) == 0:
             self._library = library
 
     def put_off(self) -> None:

@@ -14,6 +14,7 @@ __all__ = ["Ending", "judge", "read"]
 
 GOOD = (0, REQUEUE_EXIT_CODE)
 ENDED = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
+WHY = {"SIGKILL": " (out of memory?)", "SIGRTMAX": " (it did nothing for most of detect_links=)"}
 
 
 @dataclass(frozen=True)
@@ -114,4 +115,4 @@ def _how(code: int | None) -> str:
         name = signal.Signals(code - 128).name
     except ValueError:
         return f"which ended with exit code {code}"
-    return f"ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    return f"ended by {name}{WHY.get(name, '')}"

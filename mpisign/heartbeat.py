@@ -5,7 +5,7 @@ dead, so a thread of this process calls MPI all the time; torch lets it run besi
 
 Who has been silent itself hears nothing of the others either: it would take those for dead that are well, and Open MPI
 would tell all others so, when it has woken or its link is mended, which believe that. So it ends before it has looked:
-when it was stopped for too long, or when no other machine answers and its own ranks are no majority.
+when it was stopped for too long, or when other machines do not answer and the ranks of the rest are no majority.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ import atexit
 import os
 import threading
 import time
+from collections.abc import Callable, Sequence, Set
 from typing import Protocol
 
-from mpisign import links
 from mpisign.dead_man import Switch
 from mpisign.errors import OptionError
+from mpisign.links import Links, addresses
 from mpisign.policy import check_positive
 from mpisign.survival import is_on
 from mpisign.vendors import flags_of
 
-__all__ = ["begin", "check", "guard", "started_for"]
+__all__ = ["begin", "check", "guard", "look", "started_for"]
 
 CALLS = 40  # of MPI while a rank may be silent
 LOOKS = 10  # for answers of other machines
-STOPPED = 0.8  # of a silence: a fifth of it may be over when a rank stops, after its last heartbeat
+STOPPED = 0.7  # of a silence: a fifth of it may be over when a rank stops, after its last heartbeat
 CUT_OFF = 0.6  # of it: and another rank's last heartbeat may be as old when the link is cut
 LEAST_SECONDS = 2.5  # without an answer: each machine is asked once a second
 
@@ -41,14 +42,18 @@ _thread: threading.Thread | None = None
 class Guarded(Protocol):
     """A group of ranks of which this process is one."""
 
-    def stands_alone(self) -> bool:
-        """Whether those on this machine may go on without all others."""
+    @property
+    def is_alone(self) -> bool:
+        """Whether nobody else is there, who could hear it."""
+
+    def can_go_on(self, without: Set[int]) -> bool:
+        """Whether the others than these, by their numbers in the job's first group, may go on."""
 
     def stop(self, why: str) -> None:
         """End this process."""
 
 
-_guarded: Guarded | None = None
+_guarded: tuple[Guarded, Links] | None = None
 
 
 def check(seconds: float) -> None:
@@ -85,30 +90,43 @@ def begin(seconds: float) -> None:
         atexit.register(_end)
 
 
-def guard(it: Guarded | None) -> None:
-    """End this process when the others go on without it, or are about to; None for no more."""
+def guard(it: Guarded | None, gathered: Callable[[list[str]], Sequence[Sequence[str]]] = lambda its: [its]) -> None:
+    """End this process when the others go on without it, or are about to; None for no more.
+
+    Args:
+        gathered: tells all ranks of something, and gives what each has told. **Collective.**
+    """
     global _guarded
-    _guarded = it
+    here = [] if it is None else addresses()
+    _guarded = None if it is None else (it, Links(gathered(here), here))
 
 
 def _beat(silence: float) -> None:
     from mpi4py import MPI
 
-    switch = Switch(STOPPED * silence)
-    looked = time.monotonic()
-    while not (_stop.wait(silence / CALLS) or MPI.Is_finalized()):
-        it = _guarded
-        if it is None:
-            switch.release()
-        else:
-            switch.put_off()
-            if time.monotonic() - looked > silence / LOOKS:
-                looked = time.monotonic()
-                quiet = links.silence()
-                if quiet is not None and quiet > max(CUT_OFF * silence, LEAST_SECONDS) and not it.stands_alone():
-                    it.stop(f"no other machine has answered for {quiet:.1f} s")
-        MPI.COMM_SELF.Iprobe()
-    switch.release()
+    switch, looked = Switch(STOPPED * silence), time.monotonic()
+    try:
+        while not (_stop.wait(silence / CALLS) or MPI.Is_finalized()):
+            guarded = _guarded
+            if guarded is None or guarded[0].is_alone:
+                switch.release()
+            else:
+                switch.put_off()
+                if time.monotonic() - looked > silence / LOOKS:
+                    looked = time.monotonic()
+                    look(*guarded, max(CUT_OFF * silence, LEAST_SECONDS))
+            MPI.COMM_SELF.Iprobe()
+    finally:
+        switch.release()
+
+
+def look(it: Guarded, its_links: Links, seconds: float) -> None:
+    """End this process if machines have not answered for so long, and the ranks of the others may not go on."""
+    silent = its_links.silent(seconds)
+    if silent and not it.can_go_on(silent):
+        it.stop(
+            f"the machines of ranks {sorted(silent)} have not answered for {seconds:g} s: the others go on without it"
+        )
 
 
 def _end() -> None:

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from time import perf_counter
 from typing import NamedTuple, Protocol, TypeVar
@@ -31,9 +31,10 @@ import numpy as np
 
 from mpisign import heartbeat
 from mpisign.errors import MembershipChangedError
+from mpisign.exit_words import is_told
 from mpisign.group import Group
 from mpisign.positions import BODY, CLOSING, DONE, FAILED, Position
-from mpisign.processes import end_at_once, end_without_mpi
+from mpisign.processes import die, end_at_once, end_without_mpi
 from mpisign.regrouping import Job, Living
 from mpisign.spares import Spares
 from mpisign.survival import is_loss
@@ -110,7 +111,7 @@ class Membership:
         self._recoverables: weakref.WeakSet[Recoverable] = weakref.WeakSet()
         self._seconds = 0.0
         self.recovered = self.acting = False
-        heartbeat.guard(self)
+        heartbeat.guard(self, lambda its: job.gather_values(its, [str], "init()"))
 
     def tell(self, callback: Callable[[MembershipChange], object]) -> Callable[[], None]:
         """Call it after each recovery. Returns what ends that."""
@@ -241,7 +242,6 @@ class Membership:
     def part(self, farewells: ExitStack) -> None:
         """Do what is done when all leave; nobody waits for those who have died, or are done."""
         failed = False
-        heartbeat.guard(None)
         if self.spares.number:
             self.without_mpi()  # of which a spare that has died unseen would be a part
         self.spares.dismiss()
@@ -361,10 +361,18 @@ class Membership:
         if len(here) < self._min_ranks:
             self.stop(f"ranks {list(here)} are left, and min_ranks={self._min_ranks}")
 
-    def stands_alone(self) -> bool:
-        """Whether the ranks of this machine may go on without all others."""
-        group = self._job.group
-        return has_quorum([group.identities[rank] for rank in group.neighbours], self._good.identities)
+    @property
+    def is_alone(self) -> bool:
+        """Whether all other processes of the job have died."""
+        return len(self._living.identities) == 1
+
+    def can_go_on(self, without: Set[int]) -> bool:
+        """Whether those who vote may, without the ones with these identities."""
+        voters = self._good.identities
+        if self.spares.is_one_that_waits:  # which has not heard of all groups
+            voters = tuple(its for its in self._living.identities if its not in self.spares.identities)
+        here = [its for its in voters if its not in without]
+        return has_quorum(here, voters) and len(here) >= self._min_ranks
 
     def stop(self, why: str) -> None:
         """End this process, and touch no other."""
@@ -373,7 +381,7 @@ class Membership:
         self.without_mpi()
         if threading.current_thread() is threading.main_thread():
             sys.exit(QUORUM_EXIT_CODE)
-        end_at_once(QUORUM_EXIT_CODE)
+        end_at_once(QUORUM_EXIT_CODE) if is_told() else die()  # either way the others see it, and go on
 
     def _settle(self, positions: Sequence[Position], act: Act | None) -> bool:
         """Let the last act count for all, or for none. Returns whether this rank's does."""

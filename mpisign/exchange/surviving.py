@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from mpisign.errors import AuditError
 from mpisign.exchange.plan import Plan
 from mpisign.exchange.round import Round
+from mpisign.group import Group
 from mpisign.membership import Membership
 from mpisign.processes import die
 
@@ -45,38 +47,50 @@ def survive(attempt: Attempt, plan: Plan, remake: Callable[[], Plan] | None, mem
         except Exception as error:
             if remake is None:
                 raise
+            liars: set[int] = set()
             if isinstance(error, AuditError):
-                _go_without(error, membership)
+                liars = _go_without(error, membership)
             elif not membership.is_loss(error):
                 raise
-            if membership.recover(rounds[-1] if rounds else None):
+            counts = membership.recover(rounds[-1] if rounds else None)
+            if liars.intersection(membership.group.identities):
+                raise  # they have not ended
+            if counts:
                 return rounds[-1]
             plan.store.drop()
             plan.store.unsummed |= any(its.summed for its in rounds)  # what was summed was dropped
             rounds.clear()
 
 
-def _go_without(lie: AuditError, membership: Membership) -> None:
+def _go_without(lie: AuditError, membership: Membership) -> set[int]:
     """Let those end who have been found to lie, or to say falsely that others do, and wait until they have.
 
+    Returns:
+        Their identities.
+
     Raises:
-        AuditError: they have not.
+        AuditError: they have not, or too few would be left.
     """
-    group = membership.group
-    if group.rank in lie.ranks:
+    group, named = membership.group, set(lie.ranks)
+    liars = {group.identities[rank] for rank in named}
+    if not membership.can_go_on(liars):
+        raise lie
+    if group.rank in named:
         logger.critical("rank %d ends, so that the others can go on: %s", group.identity, lie)
         die()
-    if group.rank == min(set(range(group.size)) - set(lie.ranks)):
-        logger.critical("%s: the job goes on without ranks %s", lie, [group.identities[rank] for rank in lie.ranks])
+    if group.rank == min(set(range(group.size)) - named):
+        logger.critical("%s: the job goes on without ranks %s", lie, sorted(liars))
     end = time.monotonic() + LIAR_SECONDS
-    while time.monotonic() < end:
-        try:
-            group.comm.Iprobe()  # MPI hears of deaths in its calls
-        except Exception as error:
-            if membership.is_loss(error):
-                return
-            raise
-        if group.comm.Is_revoked() or group.comm.Get_failed().Get_size():
-            return
+    while not (named <= _dead(group) or group.comm.Is_revoked()):
+        if time.monotonic() > end:
+            raise lie
         time.sleep(LOOK_SECONDS)
-    raise lie
+    return liars
+
+
+def _dead(group: Group) -> set[int]:
+    """The ranks of a group that MPI knows to be dead; it hears of that in its calls."""
+    with contextlib.suppress(Exception):  # which say so, too
+        group.comm.Iprobe()
+    failed = group.comm.Get_failed()
+    return set(failed.Translate_ranks(list(range(failed.Get_size())), group.comm.Get_group()))
