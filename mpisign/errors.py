@@ -45,7 +45,9 @@ class ConsistencyError(MpisignError, RuntimeError):
 
 
 class AuditError(ConsistencyError):
-    """A rank has published something else than the votes say: see ``audit`` of the optimizer. Raised on every rank.
+    """A rank has published something else than the votes say: see ``audit`` of the optimizer.
+
+    Raised on every rank; with ``init(on_failure="continue")`` only where the others cannot go on without it.
 
     Attributes:
         ranks: who has lied; of several, one.

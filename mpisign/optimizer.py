@@ -80,7 +80,7 @@ class DistributedSignOptimizer(Planned):
         backward_passes_per_step: how many backward passes make a gradient, as in Horovod; for ``overlap``, like
             :meth:`no_sync`.
         audit: how many blocks of 1024 words of the others' decisions each rank recounts in every step; who has lied is
-            named by an :class:`AuditError` on every rank, before anything is applied. 0 for none.
+            named by an :class:`AuditError`, before anything is applied. 0 for none.
         buddy_every: after how many exchanges each rank sends a copy of what error feedback still owes the parameters to
             the next one, which takes that over if it dies; with ``init(on_failure="continue")``. None for never: it is
             lost with the rank.

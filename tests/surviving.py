@@ -21,6 +21,7 @@ import torch
 from methods_table import TABLE
 
 import mpisign
+from mpisign.exchange import surviving
 from mpisign.exchange.decider import Deciding
 from mpisign.exchange.encoder import Encoder
 from mpisign.exchange.hierarchical import Hierarchical
@@ -114,14 +115,27 @@ def deaf(former: Callable[[Round], None] = Round.close) -> None:
     Round.close = close  # type: ignore[method-assign]
 
 
-def lie(former: Callable[..., None] = Deciding.decide) -> None:
+def lie() -> None:
     """Let this rank publish the contrary of all that it decides, from now on."""
+    for name, place in (("decide", 1), ("settle", 2)):
+        former = getattr(Deciding, name)
 
-    def decide(self: Deciding, messages: Any, out: torch.Tensor, *args: Any, **options: Any) -> None:
-        former(self, messages, out, *args, **options)
-        out.bitwise_not_()
+        def contrary(self: Deciding, *args: Any, former: Any = former, place: int = place, **options: Any) -> None:
+            former(self, *args, **options)
+            args[place].bitwise_not_()
 
-    Deciding.decide = decide  # type: ignore[method-assign]
+        setattr(Deciding, name, contrary)
+
+
+def refuse(act: Callable[[], None] = lambda: None) -> None:
+    """Lie, and do something else than end when that is found."""
+    lie()
+    surviving.die = act  # type: ignore[attr-defined]
+
+
+def revoke() -> None:
+    """And let the others believe that somebody has seen this rank end."""
+    refuse(current().group.comm.Revoke)
 
 
 def arm(scenario: Scenario, at: int) -> None:
@@ -130,7 +144,7 @@ def arm(scenario: Scenario, at: int) -> None:
         if event["rank"] != identity() or event["step"] != at:
             continue
         act = {"kill": die, "alarm": alarm, "raise": fail}.get(event["what"])
-        if event["what"] in ("deaf", "lie"):
+        if event["what"] in ("deaf", "lie", "refuse", "revoke"):
             globals()[event["what"]]()
         elif event["where"] == "before":
             assert act is not None

@@ -131,6 +131,23 @@ def test_who_is_found_to_lie_is_left_behind(exchange: str, liar: int) -> None:
 
 
 @needs_ulfm
+@pytest.mark.parametrize(
+    ("ranks", "what", "exchange"),
+    [
+        (4, "lie", "hierarchical"),  # 0 and 2 count together, and 1 and 3 are no majority
+        (3, "revoke", "two_phase"),
+        pytest.param(3, "refuse", "two_phase", marks=pytest.mark.long),
+    ],
+)
+def test_liars_that_do_not_end_or_are_too_many_end_the_job(ranks: int, what: str, exchange: str) -> None:
+    """With the error on whoever is not ended by that of another, and without a step that counts."""
+    scenario = votes("votes", 6, [event(0, 3, "", what)], exchange=exchange, audit=50)
+    result = run(ranks, [scenario], nodes="0,0,1,1" if ranks == 4 else "")
+    assert ends(result) == {}
+    assert re.search(r"AuditError: .*published another decision.* \(this is rank \d\)", result.text), result.text
+
+
+@needs_ulfm
 def test_the_smaller_side_stops_and_says_so() -> None:
     result = run(2, [votes("votes", 4, [event(0, 2, "encode")], exchange="two_phase")])
     assert result.returncode == QUORUM_EXIT_CODE, result.text
