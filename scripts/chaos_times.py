@@ -38,7 +38,7 @@ def times(launch: Outcome, struck: Struck) -> Times:
         since = max(since, next(over, since))
     found, back = [], []
     for records in launch.records.values():
-        at = _first(records, since) if not deadly else _recovered(records, struck.victims)
+        at = _recovered(records, struck.victims) if deadly else _first(records, since)
         if at is None:
             continue
         step = next((r for r in records[at:] if r["what"] in ("commit", "end")), None)
@@ -68,6 +68,9 @@ def _recovered(records: Sequence[Record], victims: Sequence[int]) -> int | None:
 
 
 def _first(records: Sequence[Record], since: float) -> int | None:
+    """Where a rank that was there has gone on."""
+    if not any(r["what"] == "begin" and r["at"] <= since for r in records):
+        return None
     return next((at for at, r in enumerate(records) if r["what"] == "take" and r["at"] >= since), None)
 
 

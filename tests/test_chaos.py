@@ -372,3 +372,10 @@ def test_how_long_it_takes(load: Callable[[str], ModuleType], training: Any) -> 
     )
     assert its.found == pytest.approx(change - 0.1 - struck.at)
     assert its.back == step - struck.at
+
+
+def test_a_spare_that_comes_later_is_not_waited_for(load: Callable[[str], ModuleType], training: Any) -> None:
+    launch, fault = training.launches[0], load("chaos_faults").Fault("stop", 0.1, (0.0, 0.0), 0.0, 1.0, 0, "before")
+    struck = load("chaos_job").Struck(fault, 0, 2, 8.5, [0], [])
+    launch.records[3] = [{**record, "at": record["at"] + 100.0} for record in launch.records[1]]
+    assert 0 < load("chaos_times").times(launch, struck).back < 5
