@@ -30,6 +30,7 @@ def test_alone_it_finds_everything_in_place():
     assert "FAIL" not in seen.stdout
 
 
+@pytest.mark.long
 def test_an_allocation_in_which_srun_does_not_work(tmp_path):
     """tests/slurm has those in which it does."""
     seen = run_alone(SLURM_JOB_ID="7", PATH=str(tmp_path))
@@ -95,6 +96,7 @@ def test_a_wrong_vote_fails(tmp_path):
     assert "coordinates differ from NumPy" in result.text
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_said_of_what_gpus_need():
     seen = run_alone(MPISIGN_GPU_AWARE_MPI="1").stdout

@@ -166,6 +166,7 @@ def test_a_script_that_catches_that_error_can_end(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- the launch
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("variables", "advice"),
     [

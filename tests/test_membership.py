@@ -117,7 +117,9 @@ def test_samples_are_dealt_anew_at_the_same_step_on_all() -> None:
 
 
 @needs_ulfm
-@pytest.mark.parametrize(("exchange", "liar"), [("two_phase", 0), ("hierarchical", 2)])
+@pytest.mark.parametrize(
+    ("exchange", "liar"), [("two_phase", 0), pytest.param("hierarchical", 2, marks=pytest.mark.long)]
+)
 def test_who_is_found_to_lie_is_left_behind(exchange: str, liar: int) -> None:
     """By an audit; the very step in which it has lied is made without it."""
     scenario = votes("votes", 6, [event(liar, 3, "", "lie")], exchange=exchange, audit=50)
@@ -134,9 +136,10 @@ def test_who_is_found_to_lie_is_left_behind(exchange: str, liar: int) -> None:
 @pytest.mark.parametrize(
     ("ranks", "what", "exchange"),
     [
-        (4, "lie", "hierarchical"),  # 0 and 2 count together, and 1 and 3 are no majority
         (3, "revoke", "two_phase"),
         pytest.param(3, "refuse", "two_phase", marks=pytest.mark.long),
+        # 0 and 2 count together, and 1 and 3 are no majority
+        pytest.param(4, "lie", "hierarchical", marks=pytest.mark.long),
     ],
 )
 def test_liars_that_do_not_end_or_are_too_many_end_the_job(ranks: int, what: str, exchange: str) -> None:

@@ -207,6 +207,7 @@ def test_rare_large_gradients_need_error_feedback() -> None:
     assert descend(mpisign.ef_signsgd(), [0.0], gradient, 100, 0.1) < 0
 
 
+@pytest.mark.long
 def test_a_sign_can_be_orthogonal_to_where_to_go() -> None:
     """f = eps |x1 + x2| + |x1 - x2| from (1, 1): the sign keeps x1 + x2 = 2 for ever."""
 

@@ -119,6 +119,7 @@ def test_help_has_units_and_examples(capsys: pytest.CaptureFixture[str], monkeyp
     assert "mpirun -n 4 python -m mpisign predict --calibrate" in text.partition("examples:")[2]
 
 
+@pytest.mark.long
 def test_it_draws(tmp_path: Path):
     pytest.importorskip("matplotlib")
     seen = predict("--plot", str(path := tmp_path / "prediction.svg"))
@@ -132,6 +133,7 @@ def test_it_draws(tmp_path: Path):
     assert "write --plot prediction.png" in seen.stderr
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="for Linux")
 def test_from_a_calibration_on_two_nodes():
     result = mpirun(2, "-m", "mpisign", "predict", "--calibrate", "--backward", "200ms", env={"MPISIGN_NODE_OF": "0,1"})

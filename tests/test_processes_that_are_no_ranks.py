@@ -135,6 +135,7 @@ def test_a_dataset_that_talks_is_an_error_of_its_rank(tmp_path: Path, method: st
     assert (result.text.count("told"), result.text.count("went on")) == (4, 2), result.text
 
 
+@pytest.mark.long
 def test_a_script_that_a_spawned_worker_imports_anew_says_what_is_missing(tmp_path: Path) -> None:
     """It would start MPI in the worker, which hangs."""
     path = tmp_path / "job.py"

@@ -202,6 +202,7 @@ def test_methods_of_other_messages(method: Method) -> None:
     assert_same(method, [draw(step, [torch.float32]) for step in range(2)], dtypes=[torch.float32])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", SCALED.values(), ids=SCALED)
 def test_methods_whose_scales_are_sums(method: Method) -> None:
     """A GPU adds them up in fp64, the host in fp32: the last bits differ."""
