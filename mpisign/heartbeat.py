@@ -24,7 +24,7 @@ from mpisign.policy import check_positive
 from mpisign.survival import is_on
 from mpisign.vendors import flags_of
 
-__all__ = ["begin", "check", "guard", "look", "started_for"]
+__all__ = ["begin", "check", "guard", "leave", "look", "started_for"]
 
 CALLS = 40  # of MPI while a rank may be silent
 LOOKS = 10  # for answers of other machines
@@ -90,15 +90,22 @@ def begin(seconds: float) -> None:
         atexit.register(_end)
 
 
-def guard(it: Guarded | None, gathered: Callable[[list[str]], Sequence[Sequence[str]]] = lambda its: [its]) -> None:
-    """End this process when the others go on without it, or are about to; None for no more.
+def guard(it: Guarded, gathered: Callable[[list[str]], Sequence[Sequence[str]]]) -> None:
+    """After :func:`begin`, end this process when the others go on without it, or are about to.
 
     Args:
         gathered: tells all ranks of something, and gives what each has told. **Collective.**
     """
     global _guarded
-    here = [] if it is None else addresses()
-    _guarded = None if it is None else (it, Links(gathered(here), here))
+    if _thread is not None:
+        here = addresses()
+        _guarded = it, Links(gathered(here), here)
+
+
+def leave() -> None:
+    """The others are done with this process, or it with them: nothing is to be ended any more."""
+    global _guarded
+    _guarded = None
 
 
 def _beat(silence: float) -> None:

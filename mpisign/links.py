@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import ipaddress
 import itertools
 import os
@@ -94,6 +95,7 @@ def _silence(number: int) -> float | None:
     return float(min(data, answer)) / 1e3
 
 
+@functools.cache
 def _library() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 

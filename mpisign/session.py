@@ -376,7 +376,7 @@ def _leave(leaving: Session, world: int) -> None:
         _finalize_timeout = -1, None
     if not leaving.ended:
         leaving.say_goodbye(leaving.farewells)
-    heartbeat.guard(None)
+    heartbeat.leave()
 
 
 def _write_timeline(session: Session, path: str) -> None:

@@ -73,11 +73,9 @@ def deal(dice: random.Random, kinds: Sequence[str], gap: float, silence: float |
         gap: the mean of the seconds between them, which are those of a Poisson process.
         silence: seconds of silence that count as death.
     """
-    seconds = (
-        {**SECONDS, **{kind: (silence * low, silence * high) for kind, (low, high) in OF_SILENCE.items()}}
-        if silence
-        else SECONDS
-    )
+    seconds = dict(SECONDS)
+    if silence is not None:
+        seconds |= {kind: (silence * low, silence * high) for kind, (low, high) in OF_SILENCE.items()}
     deck = [*kinds, *(kind for kind in kinds if kind not in DEADLY)]
     while True:
         for kind in dice.sample(deck, len(deck)):

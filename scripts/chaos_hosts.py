@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mpisign.vendors import flags_of
 
-__all__ = ["Hosts", "missing", "start"]
+__all__ = ["Hosts", "left", "missing", "remove", "set_link", "start"]
 
 SLOW_NETWORK = Path(__file__).parents[1] / "benchmarks" / "slow_network"
 TOOLS = ("ip", "tc", "nsenter", "unshare")

@@ -207,29 +207,21 @@ class Audit:
         got = np.zeros((session.size, 1 + self._answer_bytes), np.uint8)  # whether, and what
         if answers is not None:
             got[:, 0], got[:, 1:] = True, answers
-        others = self._that_differ(session, got, accuser, shown)
-        if others:
-            return AuditError(
-                f"ranks {others} have given rank {accuser} another ballot than they show now, for {block}, or rank "
-                f"{accuser} says so falsely {here}",
-                (*others, accuser),
-            )
+        what = f"another ballot than they show now, for {block}"
+        if contradicted := self._contradicted(session, got, accuser, shown, what):
+            return contradicted
         right = [self._is_right(number, shown, said, decision) for decision in decisions]
         if all(right):
             return AuditError(f"rank {accuser} accuses rank {owners[0]} falsely, of {block} {here}", (accuser,))
+        what = f"another ballot to count than they show now, for {block}"
         for owner in owners:
             got = np.zeros_like(got)
             if owner == session.rank:
                 for voter, ballot in block.held():
                     its = np.ascontiguousarray(ballot).view(np.uint8).reshape(-1)
                     got[voter, 0], got[voter, 1 : 1 + its.size] = True, its
-            others = self._that_differ(session, got, owner, shown)
-            if others:
-                return AuditError(
-                    f"ranks {others} have given rank {owner} another ballot to count than they show now, for {block}, "
-                    f"or rank {owner} says so falsely {here}",
-                    (*others, owner),
-                )
+            if contradicted := self._contradicted(session, got, owner, shown, what):
+                return contradicted
         one = f"one of ranks {sorted(owners)}, which count together, has"
         if len(owners) == 1:
             one = f"rank {owners[0]} has"
@@ -241,9 +233,18 @@ class Audit:
             )
         return AuditError(f"{one} published another decision than the votes say, for {block} {here}", tuple(owners))
 
-    def _that_differ(self, session: Session, got: npt.NDArray[np.uint8], witness: int, shown: Ballots) -> list[int]:
-        """The other ranks of which a witness says that it has got other ballots than they show."""
+    def _contradicted(
+        self, session: Session, got: npt.NDArray[np.uint8], witness: int, shown: Ballots, what: str
+    ) -> AuditError | None:
+        """Who is named where a witness says that it has got other ballots than other ranks show."""
         self._talk(session, session.group.comm.Ibcast(got, witness), got)
         differ = (got[:, 0] == 1) & (got[:, 1:] != shown).any(axis=1)
         differ[witness] = False
-        return [int(rank) for rank in np.flatnonzero(differ)]
+        others = np.flatnonzero(differ).tolist()
+        if not others:
+            return None
+        return AuditError(
+            f"ranks {others} have given rank {witness} {what}, or rank {witness} says so falsely (this is rank "
+            f"{session.rank})",
+            (*others, witness),
+        )
