@@ -63,11 +63,12 @@ def test_help_does_nothing_else(command: str, option: str, tmp_path: Path) -> No
     assert not (tmp_path / "venv").exists()
 
 
+FAILURE = "FAILED tests/test_it.py::test_it - it is not"
 STAND_IN = f"""#!/bin/sh
 [ "$1" != - ] || exec {sys.executable} "$@"
 echo "${{0##*/}} $*" >>"$LOG"
 case "$*" in *pytest*) echo "2 passed, 1 skipped in 0.10s" ;; esac
-case "${{0##*/}} $*" in *"$FAILS"*) [ -z "$FAILS" ] ;; esac
+case "${{0##*/}} $*" in *"$FAILS"*) [ -z "$FAILS" ] || {{ echo "{FAILURE}"; exit 1; }} ;; esac
 """
 
 
@@ -143,7 +144,8 @@ def test_the_numbers_of_ranks_can_be_told(tmp_path: Path) -> None:
 def test_a_part_that_fails_is_named_and_counted(tmp_path: Path, fails: str, part: str) -> None:
     _, done = what_the_tests_run(tmp_path, "--all", fails=fails)
     assert done.returncode == 1
-    named, total = done.stdout.splitlines()[-2:]
+    *_, said_again, named, total = done.stdout.splitlines()
+    assert part == "types" or said_again == f"{part}: {FAILURE}"
     assert named == f"failed parts: {part}"
     assert total == "18 passed, 1 failed, 9 skipped"
 
