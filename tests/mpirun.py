@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class Job:
         """Every process of the job that lives, mpirun included."""
         return [pid for pid, session in _sessions() if session == self.process.pid]
 
-    def orphans(self, patience: float = 5.0) -> list[int]:
+    def orphans(self, patience: float = 30.0) -> list[int]:
         """Processes that are still there ``patience`` seconds after mpirun has ended."""
         wait_until(lambda: not self.processes(), patience)
         return self.processes()
@@ -70,7 +70,8 @@ class Job:
     def end(self) -> None:
         """Kill what is left. Ranks have process groups of their own, so the session is what finds them."""
         for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
 
@@ -103,6 +104,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "",  # which writes a line of print() in pieces, between which others' come
         **(extra or {}),
     }
 
@@ -165,7 +167,7 @@ def mpirun(
 
 
 def outlived(
-    ranks: int, program: str, scenario: object, *, env: Mapping[str, str] | None = None, timeout: float = 100.0
+    ranks: int, program: str, scenario: object, *, env: Mapping[str, str] | None = None, timeout: float = 250.0
 ) -> Result:
     """Run a job whose ranks outlive one another: it must end by itself, and leave nothing.
 

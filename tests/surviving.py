@@ -349,7 +349,7 @@ def dealt(scenario: Scenario) -> None:
         for index in sampler:
             arm(scenario, at)
             if identity() == scenario["slow"] and 10 <= at < 15:
-                time.sleep(0.3)
+                time.sleep(1.0)
             optimizer.zero_grad()
             layer(torch.full((1, 3), float(index))).sum().backward()
             optimizer.step()

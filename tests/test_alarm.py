@@ -19,8 +19,8 @@ from mpisign import alarm
 def test_a_process_stopped_in_the_start_or_the_end_of_mpi_goes_on(part: str) -> None:
     """A scheduler stops the shell that counts too."""
     times = {
-        "start": "with Watchdog(Tracer(), None, 1.5).guard_start():\n    stop()\n",
-        "end": "from mpisign.alarm import ring\nshell = ring(1.5, '')\nstop()\nshell.kill()\nshell.wait()\n",
+        "start": "with Watchdog(Tracer(), None, 6.0).guard_start():\n    stop()\n",
+        "end": "from mpisign.alarm import ring\nshell = ring(6.0, '')\nstop()\nshell.kill()\nshell.wait()\n",
     }
     program = (
         "import time\n"
@@ -35,11 +35,12 @@ def test_a_process_stopped_in_the_start_or_the_end_of_mpi_goes_on(part: str) -> 
         assert process.stdout is not None
         assert process.stdout.readline() == "waiting\n"
         os.killpg(process.pid, signal.SIGSTOP)
-        time.sleep(2.5)
+        time.sleep(8.0)
         os.killpg(process.pid, signal.SIGCONT)
         assert (process.communicate(timeout=60)[0], process.returncode) == ("went on\n", 0)
     finally:
         process.kill()
+        process.communicate()
 
 
 def test_who_uses_the_signal_keeps_it() -> None:

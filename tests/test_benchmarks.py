@@ -320,7 +320,7 @@ def test_slow_network_knows_hosts_and_ranks(shape: str):
 @pytest.mark.parametrize(("shape", "said"), [("2", "2 on 2 nodes"), ("2x2", "4 on 2 nodes"), ("2+1", "3 on 2 nodes")])
 def test_slow_network_runs_ranks_on_each_host_and_leaves_nothing(shape: str, said: str):
     job = slow_network(shape, "100mbit", sys.executable, "-m", "mpisign", "doctor")
-    output, _ = job.communicate(timeout=120)
+    output, _ = job.communicate(timeout=280)
     assert job.returncode == 0, output
     assert said in output
     assert not [name for name in namespaces() if name.startswith(f"mpisign{job.pid}-")]
@@ -332,7 +332,7 @@ def test_bytes_out_of_a_card_are_the_formulas(tmp_path: Path):
     """Two hosts of two ranks: frames, headers and acknowledgements are a few per cent of a megabyte."""
     command = [sys.executable, str(BENCHMARKS / "bench_card.py"), "--elements", "8M", "--no-gloo"]
     job = slow_network("2x2", "none", *command, *reporting(tmp_path))
-    output, _ = job.communicate(timeout=120)
+    output, _ = job.communicate(timeout=280)
     assert job.returncode == 0, output
     data = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert data["node_sizes"] == [2, 2]

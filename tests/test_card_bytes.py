@@ -59,7 +59,7 @@ if comm.rank == 0:
 def counted(tmp_path: Path, shape: str, exchange: str, node_of: list[int] | None = None) -> dict[str, object]:
     (script := tmp_path / "steps.py").write_text(STEPS)
     job = slow_network(shape, "none", sys.executable, str(script), exchange, json.dumps(node_of))
-    output, _ = job.communicate(timeout=180)
+    output, _ = job.communicate(timeout=280)
     assert job.returncode == 0, output
     (line,) = [its for its in output.splitlines() if its.startswith("counted ")]
     found: dict[str, object] = json.loads(line.partition(" ")[2])

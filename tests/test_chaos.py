@@ -36,7 +36,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     return importlib.import_module
 
 
-def chaos(*arguments: str, timeout: float = 250.0) -> subprocess.CompletedProcess[str]:
+def chaos(*arguments: str, timeout: float = 400.0) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(CHAOS), *arguments]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
 
@@ -79,11 +79,13 @@ def test_goodput_is_measured_with_and_without_relaunches(tmp_path: Path) -> None
 @needs_ulfm
 @needs_namespaces
 @pytest.mark.long
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(500)
 def test_links_are_cut_and_mended(tmp_path: Path) -> None:
     """Of who was cut off, or has slept, and comes back, nobody else hears: the others go on, all of them."""
     before = namespaces()
-    training, _ = short_run(tmp_path, "cut", "silence", "flicker", "stretch", seed=3, spread=0, more=("--hosts", "4"))
+    training, _ = short_run(
+        tmp_path, "cut", "silence", "flicker", "stretch", seed=3, spread=0, more=("--hosts", "4", "--detect-links", "8")
+    )
     assert training["launches"] == 1
     assert namespaces() <= before
 

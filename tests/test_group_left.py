@@ -12,10 +12,10 @@ SUPPORT = Path(__file__).parent / "mpi"
 PARTING = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-import torch, mpisign
+import torch, torch._dynamo, mpisign
 from regroup import part
 
-mpisign.init(stall_timeout=6.0)
+mpisign.init(stall_timeout=12.0)
 rank = mpisign.rank()
 parameter = torch.nn.Parameter(torch.zeros(5))
 optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD([parameter], lr=1.0), method=mpisign.signsgd())

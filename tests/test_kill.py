@@ -80,7 +80,7 @@ def saving(path: Path) -> bool:
     return any((path / "checkpoints").glob("*.tmp"))
 
 
-@pytest.mark.timeout(120 + 15 * KILLS)
+@pytest.mark.timeout(600 + 60 * KILLS)
 def test_killed_again_and_again(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)

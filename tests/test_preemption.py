@@ -102,6 +102,7 @@ def test_a_second_sigterm_ends_the_process() -> None:
     ended = run("""
         mpisign.init()
         mpisign.stop_on_signal()
+        preemption.ECHO_SECONDS = 60.0
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # passed on twice
         print("goes on", flush=True)
@@ -160,8 +161,11 @@ def test_in_the_middle_of_a_wait() -> None:
         mpisign.init()
         mpisign.stop_on_signal()
         session = current()
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-        threading.Timer(0.4, lambda: session.group.comm.Send(numpy.ones(1), dest=0)).start()
+        def warn():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.2)
+            session.group.comm.Send(numpy.ones(1), dest=0)
+        threading.Timer(0.2, warn).start()
         session.wait(session.post(session.group.comm.Irecv(numpy.empty(1), source=0)))
         mpisign.barrier()
         print(mpisign.stop_requested())

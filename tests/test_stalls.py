@@ -17,14 +17,14 @@ from mpirun import Job, Result, started, wait_until
 
 LATE_EVERYWHERE = """
 import dataclasses, json, logging, sys, time
-import torch
+import torch, torch._dynamo
 import mpisign
 from mpisign import doctor
 from mpisign.memory import ErrorFeedback, Identity
 from mpisign.memory.noise import StochasticSign
 from mpisign.rules import MajorityVote
 
-WARNING, LATE = 1.0, 2.6
+WARNING, LATE = 2.0, 5.0
 mpisign.init(stall_warning=WARNING, stall_timeout=60.0)
 rank, said, late = mpisign.rank(), [], None
 
@@ -121,12 +121,13 @@ for number, (phase, act) in enumerate(acts.items()):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(500)
 def test_every_phase_names_who_is_missing(tmp_path: Path) -> None:
     """Over TCP, where a large message does not arrive while its sender does something else."""
     path = tmp_path / "late.py"
     path.write_text(LATE_EVERYWHERE)
     with started(3, path, tmp_path, env={"OMPI_MCA_btl": "self,tcp"}) as job:
-        result = job.wait(timeout=240.0)
+        result = job.wait(timeout=400.0)
     assert result.returncode == 0, result.text
     told = [json.loads(line) for line in result.text.splitlines() if line.startswith('["')]
     assert len(told) == 3 * 21
@@ -148,7 +149,7 @@ def test_every_phase_names_who_is_missing(tmp_path: Path) -> None:
 
 PRELUDE = """
 import os, signal, sys, time
-import torch
+import torch, torch._dynamo  # which optimizers import, seconds one after the other
 import mpisign
 from mpisign.memory import Identity
 
@@ -162,7 +163,7 @@ def stop():
     os.kill(os.getpid(), signal.SIGSTOP)
 
 first = int(os.environ["OMPI_COMM_WORLD_RANK"])
-times = {"stall_warning": 1.5, "stall_timeout": 5.0}
+times = {"stall_warning": 4.0, "stall_timeout": 10.0}
 """
 
 NEVER = {
@@ -246,7 +247,7 @@ def test_a_rank_that_never_comes_is_named_and_the_job_ends(tmp_path: Path, where
     waits = rf"rank ([02]) of 3 has waited [\d.]+ s in {re.escape(phase)}; not heard from yet: ranks \[1\]"
     assert set(re.findall(waits, result.text)) == {"0", "2"}, result.text
     assert len(re.findall(waits, result.text)) == result.text.count("has waited"), "and nobody else is"
-    assert re.search(waits + "; stall_timeout=5 is over: aborting the job", result.text)
+    assert re.search(waits + "; stall_timeout=10 is over: aborting the job", result.text)
 
 
 @pytest.mark.long
@@ -262,7 +263,7 @@ def test_a_rank_that_never_exits_does_not_keep_the_others(tmp_path: Path) -> Non
         """,
     )
     assert "rank 1 stays away" in result.text
-    assert "MPI has not ended within 5 s; stall_timeout is over" in result.text
+    assert "MPI has not ended within 10 s; stall_timeout is over" in result.text
     assert "Alarm clock" in result.text
 
 
@@ -275,14 +276,14 @@ def test_a_rank_that_never_exits_does_not_keep_the_others(tmp_path: Path) -> Non
     [
         (
             "hang()",
-            r'MPI has not started within 5 s; stall_timeout is(?s:.)*session\.py", line \d+ in init\n(?s:.)*job\.py"',
+            r'MPI has not started within 10 s; stall_timeout is(?s:.)*session\.py", line \d+ in init\n(?s:.)*job\.py"',
         ),
         ("raise ValueError('no data')", "ValueError: no data"),
         # mpirun only minds a process that leaves when another one has begun to start MPI; else stall_timeout does
-        ("sys.exit(0)", 'did not call "init" before exiting|MPI has not started within 5 s; stall_timeout is over'),
+        ("sys.exit(0)", 'did not call "init" before exiting|MPI has not started within 10 s; stall_timeout is over'),
         (
             "from mpi4py import MPI; raise ValueError('no data')",
-            r"in init\(\); not heard from yet: ranks \[1\]; stall_timeout=5 is over: aborting the job",
+            r"in init\(\); not heard from yet: ranks \[1\]; stall_timeout=10 is over: aborting the job",
         ),
     ],
     ids=["hangs", "raises", "exits", "raises when MPI has started"],
@@ -296,13 +297,13 @@ def test_a_rank_that_fails_before_init_ends_the_job(tmp_path: Path, end: str, to
 
 
 TRAINING = """
-mpisign.init(stall_warning=1.0, stall_timeout=10.0)
+mpisign.init(stall_warning=1.0, stall_timeout=20.0)
 parameter = torch.nn.Parameter(torch.zeros(100))
 optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD([parameter], lr=1.0))
 for step in range(3):
     if step == 1 and mpisign.rank() == 1:
         print("rank 1 is slow:", os.getpid(), flush=True)
-        time.sleep(1.5)
+        time.sleep(5.0)
     parameter.grad = torch.ones(100)
     optimizer.step()
 print("rank", mpisign.rank(), "has trained", flush=True)
@@ -327,7 +328,7 @@ def train(tmp_path: Path, job_of: Callable[[Job], list[int]], seconds: float) ->
 
 @pytest.mark.long
 def test_a_job_that_was_stopped_and_continued_is_not_stalled(tmp_path: Path) -> None:
-    result = train(tmp_path, Job.processes, seconds=12.0)
+    result = train(tmp_path, Job.processes, seconds=22.0)
     assert result.returncode == 0, result.text
     assert result.text.count("has trained") == 3
 
@@ -337,7 +338,7 @@ def test_a_rank_that_was_stopped_for_less_than_the_timeout_goes_on(tmp_path: Pat
     def slow(job: Job) -> list[int]:
         return [int(re.findall(r"rank 1 is slow: (\d+)", job.text())[0])]
 
-    result = train(tmp_path, slow, seconds=4.0)
+    result = train(tmp_path, slow, seconds=8.0)
     assert result.returncode == 0, result.text
     assert result.text.count("has trained") == 3
     assert re.search(
@@ -349,7 +350,7 @@ SUSPENDED = """
 print("a rank starts", flush=True)
 if first == 1:
     time.sleep(1.0)  # the other waits in the start of MPI, and is stopped there
-mpisign.init(stall_warning=None, stall_timeout=3.0)
+mpisign.init(stall_warning=None, stall_timeout=8.0)
 parameter = torch.nn.Parameter(torch.zeros(100_000))
 optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD([parameter], lr=1.0))
 print("rank trains", flush=True)
@@ -378,7 +379,7 @@ def test_a_job_that_a_scheduler_suspends_goes_on(tmp_path: Path, launcher: bool)
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(process, number)
                     time.sleep(0.05)
-                time.sleep(4.0 if number == signal.SIGSTOP else 0.0)
+                time.sleep(9.0 if number == signal.SIGSTOP else 0.0)
         result = job.wait(timeout=120.0)
     assert result.returncode == 0, result.text
     assert result.text.count("rank has trained") == 2

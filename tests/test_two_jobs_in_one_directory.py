@@ -178,7 +178,7 @@ def test_a_clock_that_is_wrong_does_not_matter(folder: Path, mine: Owner, monkey
         left(folder, elsewhere(mine), seconds_ago=ago)
         with monkeypatch.context() as here:
             here.setattr(time, "time", lambda: 0.0)
-            with pytest.raises(CheckpointError, match="sign of life 0 s ago"):
+            with pytest.raises(CheckpointError, match=r"sign of life \d s ago"):
                 Job().save(folder, step=1)
 
 
@@ -195,13 +195,13 @@ def test_a_requeued_slurm_job(folder: Path, mine: Owner, monkeypatch: pytest.Mon
 
 
 def test_whoever_holds_it_gives_signs_of_life(folder: Path, mine: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(owner, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(owner, "HEARTBEAT_SECONDS", 0.1)
     Job().save(folder, step=1)
     os.utime(folder / OWNER, (0, 0))
     wait_until(lambda: os.stat(folder / OWNER).st_mtime > 0, 30.0)
     assert os.stat(folder / OWNER).st_mtime > 0
     left(folder, elsewhere(mine), seconds_ago=1000)
-    time.sleep(0.2)
+    time.sleep(0.5)
     assert time.time() - os.stat(folder / OWNER).st_mtime > 900, "and touches no other's"
     mpisign.shutdown()
     assert (folder / OWNER).exists(), "nor removes it"

@@ -101,7 +101,7 @@ def test_too_long_a_wait_ends_the_job() -> None:
     )
     assert ended.returncode != 0
     assert re.search(
-        r"rank 0 of 1 has waited 0\.1\d* s in step 3, bucket 0, phase 1; .*stall_timeout=0\.1 is over", ended.stderr
+        r"rank 0 of 1 has waited [\d.]+ s in step 3, bucket 0, phase 1; .*stall_timeout=0\.1 is over", ended.stderr
     )
     assert "aborting the job" in ended.stderr
 
@@ -115,8 +115,8 @@ def test_a_call_that_blocks_is_watched_too() -> None:
         "    session.group.comm.Recv(numpy.empty(1), source=0)\n"
     )
     assert ended.returncode != 0
-    assert re.search(r"rank 0 of 1 has waited 0\.1\d* s in a test\n", ended.stderr)
-    assert re.search(r"rank 0 of 1 has waited 0\.5\d* s in a test; stall_timeout=0\.5 is over", ended.stderr)
+    assert re.search(r"rank 0 of 1 has waited [\d.]+ s in a test\n", ended.stderr)
+    assert re.search(r"rank 0 of 1 has waited [\d.]+ s in a test; stall_timeout=0\.5 is over", ended.stderr)
 
 
 def test_a_guard_ends_with_its_block() -> None:
@@ -158,6 +158,7 @@ def test_a_stopped_process_has_not_waited(blocking: bool) -> None:
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
+        process.communicate()
     assert (process.returncode, out) == (0, "went on\n"), err
 
 
@@ -167,12 +168,12 @@ def test_the_start_of_mpi_is_watched() -> None:
         "import sys, time\n"
         "from mpisign.trace import Tracer\n"
         "from mpisign.watchdog import Watchdog\n"
-        "with Watchdog(Tracer(), None, 0.3).guard_start():\n"
+        "with Watchdog(Tracer(), None, 2.0).guard_start():\n"
         "    time.sleep(60)\n",
-        timeout=30,
+        timeout=120,
     )
     assert ended.returncode == -signal.SIGALRM
-    assert "MPI has not started within 0.3 s; stall_timeout is over" in ended.stderr
+    assert "MPI has not started within 2 s; stall_timeout is over" in ended.stderr
     assert 'File "<string>", line 5 in <module>' in ended.stderr
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 PATIENCE = 0.3  # seconds after which a rank that is still waited for, and is through, will not come any more
+LONG = 10.0  # the same where nobody is waited for in vain
 OVER_TAG = 17
 SENDS = ("Iallgather", "Iallgatherv", "Ialltoall", "Igatherv", "Iallreduce", "Ibcast")
 SENDS_AT_ONCE = ("Allgather", "Bcast", "Send", "Sendrecv")
@@ -96,8 +97,8 @@ class Line:
 class Others:
     """Knows which ranks are through, and gives up waiting for those who are."""
 
-    def __init__(self, comm: MPI.Comm, hostile: int) -> None:
-        self._comm, self._hostile = comm, hostile
+    def __init__(self, comm: MPI.Comm, hostile: int, patience: float) -> None:
+        self._comm, self._hostile, self._patience = comm, hostile, patience
         self._since: float | None = None
         self._requests: list[MPI.Request] = []
 
@@ -112,7 +113,7 @@ class Others:
         while not request.Get_status():
             time.sleep(0)
             self._look()
-            if self._since is not None and time.monotonic() - self._since > PATIENCE:
+            if self._since is not None and time.monotonic() - self._since > self._patience:
                 raise AloneError
 
     def _look(self) -> None:
@@ -154,17 +155,24 @@ def leave(comm: MPI.Comm) -> None:
 
 
 def attack(
-    comm: MPI.Comm, hostile: int, operation: Callable[[], object], number: int, change: Change, joining: bool = False
+    comm: MPI.Comm,
+    hostile: int,
+    operation: Callable[[], object],
+    number: int,
+    change: Change,
+    joining: bool = False,
+    patience: float = PATIENCE,
 ) -> tuple[list[BaseException | None], list[str]]:
     """Let a rank send something else in its ``number``-th send of an operation. **Collective.**
 
     Args:
         joining: the operation itself makes the session.
+        patience: seconds; longer than any rank may be kept from running where all of them come through.
 
     Returns:
         What each rank has met, the same on all; and how the hostile rank has sent, each time.
     """
-    others = Others(comm, hostile)
+    others = Others(comm, hostile, patience)
     line: Line | None = None  # the other ranks have one, too: in what blocks they wait for ever without
     if comm.rank != hostile:
         number = -1

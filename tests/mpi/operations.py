@@ -214,7 +214,8 @@ def fuzz(comm: MPI.Comm, folder: Path, name: str, evil: int, chosen: Callable[[i
 
     def play(number: int, change: hostile.Change) -> tuple[list[BaseException | None], list[str]]:
         operation = OPERATIONS[name](folder)
-        played = hostile.attack(comm, evil, operation, number, change, joining)
+        patience = hostile.PATIENCE if number >= 0 else hostile.LONG
+        played = hostile.attack(comm, evil, operation, number, change, joining, patience)
         hostile.start_anew(comm)
         return played
 

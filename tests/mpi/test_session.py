@@ -150,9 +150,9 @@ def test_those_who_wait_say_for_whom_at_which_step_and_phase(
 ) -> None:
     """A rank comes late to a step, or takes its time inside one."""
     mpisign.shutdown()
-    mpisign.init(stall_warning=0.3, stall_timeout=60.0)
+    mpisign.init(stall_warning=0.5, stall_timeout=60.0)
     late = comm.size - 1
-    delays = (*[0.0] * late, 1.0)
+    delays = (*[0.0] * late, 3.0)
     slow = mpisign.Method(Sluggish(delays), mpisign.signsgd().codec, mpisign.signsgd().rule)
     parameter = torch.nn.Parameter(torch.zeros(3))
     sgd = torch.optim.SGD([parameter], lr=1.0)
@@ -162,6 +162,8 @@ def test_those_who_wait_say_for_whom_at_which_step_and_phase(
     parameter.grad = torch.ones(3)
     optimizer.step()
     if comm.rank != late:
-        said = next(r.getMessage() for r in caplog.records if f"step 0, {phase}" in r.getMessage())
-        assert said.startswith(f"rank {comm.rank} of {comm.size} has waited ")
-        assert said.endswith(f"; not heard from yet: ranks [{late}]")
+        said = [r.getMessage() for r in caplog.records if f"step 0, {phase}" in r.getMessage()]
+        assert all(text.startswith(f"rank {comm.rank} of {comm.size} has waited ") for text in said)
+        assert any(
+            text.endswith(f"; not heard from yet: ranks [{late}]") for text in said
+        )  # at first perhaps others too

@@ -161,7 +161,7 @@ def test_clocks_are_aligned_although_they_drift(comm: MPI.Comm, path: Path) -> N
     for together in zip(*barriers, strict=True):
         came = [e["ts"] for e in together]
         left = [e["ts"] + e["dur"] for e in together]
-        assert max(came) <= min(left) + 100_000.0, "microseconds, and by now clocks are seconds apart"
+        assert max(came) <= min(left) + 500_000.0, "microseconds, and by now clocks are seconds apart"
 
 
 # ------------------------------------------------------------------------------------------- the variable

@@ -100,7 +100,7 @@ class Cluster:
             files = [f"--{name}={self.root}/munge/{name}" for name in ("pid-file", "log-file", "seed-file")]
             self._start("munged", "--foreground", "--force", f"--key-file={self.root}/munge/key", *files,
                         f"--socket={self.root}/munge.socket")  # fmt: skip
-            wait_until((self.root / "munge.socket").exists, 10.0)
+            wait_until((self.root / "munge.socket").exists, 60.0)
             self._start("slurmctld", "-D")
             for node in self.nodes:
                 self.start_node(node)
@@ -153,7 +153,7 @@ class Cluster:
 
     def wait_for_nodes(self) -> None:
         """Wait until every node is ready for jobs."""
-        wait_until(lambda: self._ready() == len(self.nodes), 30.0)
+        wait_until(lambda: self._ready() == len(self.nodes), 120.0)
         assert self._ready() == len(self.nodes), self.run("sinfo", "-N", "-l") + self.logs()
 
     def _ready(self) -> int:

@@ -122,7 +122,7 @@ def test_cancelled_it_is_gone(submit: Submit, cluster: Cluster, launcher: str) -
     assert len(cluster.processes(job.number)) >= 4, "the script, the launcher and two ranks"
     job.cancel()
     job.wait("CANCELLED")
-    wait_until(lambda: not cluster.processes(job.number), 10.0)
+    wait_until(lambda: not cluster.processes(job.number), 60.0)
     assert cluster.processes(job.number) == []
     assert job.shown("Restarts") == ["0"]
 
