@@ -129,6 +129,8 @@ class Buddies:
                 session.wait(pending)
             self._copy, self._coming = self._coming.copy, None
         fields = [(p, field) for p in parameters if p.requires_grad for field in store.memory_of(p).owed]
+        if not fields:
+            return  # all that owe are frozen, on every rank
         mine = np.concatenate([as_bytes(store.of(parameter)[field]) for parameter, field in fields])
         comm, rank, size = session.group.comm, session.rank, session.size
         heard = np.empty_like(mine)

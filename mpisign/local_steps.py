@@ -43,8 +43,12 @@ Outer = Callable[[list[dict[str, Any]]], Optimizer]
 """Makes the outer optimizer, of parameter groups as torch's optimizers take them."""
 
 
-def check_method(method: Method, outer: Outer | None) -> None:
-    """Raise :class:`OptionError`, with the reason, if a method makes no sense on differences of parameters."""
+def check_method(method: Method, has_rate: bool) -> None:
+    """Raise :class:`OptionError`, with the reason, if a method makes no sense on differences of parameters.
+
+    Args:
+        has_rate: whether an outer optimizer was given.
+    """
     named = f"every= and method={method.name}"
     instead = "take mpisign.scaled_vote(), mpisign.ef_signsgd(), mpisign.double_squeeze() or mpisign.mean()"
     memory = method.memory
@@ -65,7 +69,7 @@ def check_method(method: Method, outer: Outer | None) -> None:
             f"{named} do not go together: its noise and bounds are in units of gradients, and differences "
             f"shrink with the learning rate; {instead}"
         )
-    if outer is None and isinstance(method.codec, (SignBits, Trits)):
+    if not has_rate and isinstance(method.codec, (SignBits, Trits)):
         raise OptionError(
             f"{named} need a rate, as what it decides is +-1 and not a distance: give "
             f"outer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3), about what a parameter moves in a window, "
@@ -102,17 +106,16 @@ class LocalSteps:
                 f"this one is decided; choose {every - 1} at most"
             )
         for method in owner._methods():
-            check_method(method, outer)
+            check_method(method, outer is not None)
         if owner.overlap is True:
             raise OptionError("overlap=True hides exchanges of gradients behind backward, and every= has none: drop it")
         if average_buffers is not None and not isinstance(average_buffers, nn.Module):
             raise OptionError(f"average_buffers={type(average_buffers).__name__} is no module: pass the model itself")
         self._buffers = average_buffers
-        self._begun = False
+        self._begun, self._has_rate = False, outer is not None
         self._forms: list[Any] = []
         names = {**wrapping.default_names(owner.param_groups), **owner._names}
-        for parameter in owner._parameters():
-            check_supported(names[parameter], parameter)
+        _check_types(owner._parameters(), names)
         self.windows = Windows(owner._parameters())
         groups = [
             {"params": self.windows.common(group["params"]), **self._options(group)} for group in owner.param_groups
@@ -159,6 +162,10 @@ class LocalSteps:
             for its, group in zip(outer.param_groups, groups, strict=True):
                 its.update(self._options(group))
             return
+        names = {**wrapping.default_names(groups), **owner._names}
+        _check_types(parameters, names)
+        for method in owner._methods():
+            check_method(method, self._has_rate)
         self._forms = forms
         self.windows.follow(parameters)
         for at, group in enumerate(groups):
@@ -168,7 +175,6 @@ class LocalSteps:
             else:
                 outer.param_groups[at].update(its)
         del outer.param_groups[len(groups) :]
-        names = {**wrapping.default_names(groups), **owner._names}
         pairs = zip(parameters, self.windows.common(parameters), strict=True)
         self.inner._names = {common: names[parameter] for parameter, common in pairs}
 
@@ -196,7 +202,11 @@ class LocalSteps:
         with plain(), current().telling("step()"):
             self._begin(owner)
             abstention, unscale = owner._loss_scale.says(owner)
-            moving = [p for p in owner._parameters() if p.requires_grad and p.grad is not None]
+            wrapping.drop_frozen(owner._parameters())  # torch's optimizers would go on by their momentum
+            moving = [p for p in owner._parameters() if p.grad is not None]
+            for parameter in moving:
+                if (gradient := parameter.grad) is not None and gradient.is_sparse:
+                    parameter.grad = gradient.coalesce()  # of rows that come twice the sum has the norm
             finite = abstention == header.VOTES and _prepared([p.grad for p in moving], unscale, owner.clip_grad_norm)
             owner._checks.stepped(finite)
         if finite:
@@ -267,22 +277,21 @@ class LocalSteps:
         return last
 
     def _average_buffers(self, *, votes: bool) -> None:
-        """Let floating-point buffers be the mean of those ranks whose are finite. **Collective.**"""
+        """Let each floating-point buffer be the mean of those ranks' whose is finite. **Collective.**"""
         if self._buffers is None:
             return
         with plain():
             buffers = [b for b in self._buffers.buffers() if b.is_floating_point() and b.numel()]
             if not buffers:
                 return
-            mine = torch.cat([b.detach().reshape(-1).double().cpu() for b in buffers])
-            counts = votes and bool(mine.isfinite().all())
-            told = torch.cat([mine, mine.new_ones(1)]) if counts else mine.new_zeros(len(mine) + 1)
-            mean = average(told, name="buffers")
-            if mean[-1] == 0:
-                return
-            means = (mean[:-1] / mean[-1]).split([b.numel() for b in buffers])
-            for buffer, its in zip(buffers, means, strict=True):
-                buffer.detach().copy_(its.view(buffer.shape))
+            mine = [b.detach().reshape(-1).double().cpu() for b in buffers]
+            counts = [votes and bool(its.isfinite().all()) for its in mine]
+            told = [its if counted else torch.zeros_like(its) for its, counted in zip(mine, counts, strict=True)]
+            told.append(torch.tensor(counts, dtype=torch.float64))
+            *means, shares = average(torch.cat(told), name="buffers").split([len(its) for its in told])
+            for buffer, its, share in zip(buffers, means, shares.tolist(), strict=True):
+                if share:  # else it is finite nowhere, such as a mask
+                    buffer.detach().copy_((its / share).view(buffer.shape))
 
     # --------------------------------------------------------------------------------------------- states
 
@@ -353,6 +362,13 @@ class LocalSteps:
                 self.inner._overlap.dropped()
             except CheckpointError as error:
                 raise ConsistencyError(f"{act}: {error}") from error
+
+
+def _check_types(parameters: Sequence[torch.Tensor], names: Mapping[torch.Tensor, str]) -> None:
+    """Raise :class:`GradientError` if one that is trained is of a type that cannot be exchanged."""
+    for parameter in parameters:
+        if parameter.requires_grad:
+            check_supported(names[parameter], parameter)
 
 
 def _prepared(gradients: Sequence[Any], unscale: float, clip: float | None) -> bool:

@@ -300,11 +300,11 @@ class DistributedSignOptimizer(Planned):
         """A step on this rank's own gradient, unless it is not finite, and then the exchange of models."""
         with plain(), current().telling("step()"):
             abstention, unscale = self._loss_scale.says(self)
-            finite = abstention == header.VOTES
-            finite = finite and local_update(plan, self._exchanges, plan.gradients.read(), unscale)
+            finite = abstention == header.VOTES and local_update(plan, self._exchanges, plan.gradients.read(), unscale)
             self._checks.stepped(finite)
         if finite:
             with current().telling("step()"):
+                wrapping.drop_frozen(self._parameters())
                 applying.step(self.wrapped)
         self._loss_scale.reset()
         with plain():
@@ -438,7 +438,8 @@ class DistributedSignOptimizer(Planned):
         self._loss_scale, self._checks, self._buddies = LossScale(), StepChecks(), Buddies(self.buddy_every)
         self._overlap = Overlap(self.overlap, self.backward_passes_per_step)
         self.report = None
-        super().__setstate__({})  # torch makes its hook tables
+        with wrapping.as_defaults(self.wrapped):
+            super().__setstate__({})  # torch makes its hook tables
         applying.forbid_alone(self.wrapped, self)
 
     def __repr__(self) -> str:

@@ -122,7 +122,12 @@ def _problem(  # noqa: PLR0911 - a line a kind
                 return f"{where} is {shown(group[key])}, and here {shown(usual[key])}"
         samples: dict[tuple[object, ...], Sample] = {}
         for parameter in group["params"]:
-            form = len(parameter.shape), 0 in parameter.shape, parameter.dtype, parameter.device
+            if not parameter.requires_grad and not parameter.numel():
+                place += 1  # it stands for a frozen one, and its state for what comes when that is trained again
+                continue
+            form: tuple[object, ...] = len(parameter.shape), 0 in parameter.shape, parameter.dtype, parameter.device
+            if not _is_of_torch(optimizer):
+                form = (id(parameter),)  # it may keep one thing for large ones, and another for small ones
             if form not in samples:
                 samples[form] = Sample(optimizer, group, usual, parameter, before.get(parameter) or {})
                 if samples[form].fails:
@@ -138,12 +143,18 @@ def _problem(  # noqa: PLR0911 - a line a kind
     return ""
 
 
-def _alike(value: Any, usual: Any) -> bool:
+def _is_of_torch(optimizer: Optimizer) -> bool:
+    return type(optimizer).__module__.startswith("torch.optim")
+
+
+def _alike(value: Any, usual: Any) -> bool:  # noqa: PLR0911 - a line a kind
     """Whether an option is of the kind that it is here; None here may be anything small."""
     if usual is None:
         return not isinstance(value, torch.Tensor) or _alike(value, 0.0)
     if isinstance(usual, bool):
-        return isinstance(value, (bool, int)) and value in (0, 1)
+        return value is None or (isinstance(value, (bool, int)) and value in (0, 1))
+    if isinstance(usual, torch.Tensor) and usual.numel() != 1:
+        return isinstance(value, torch.Tensor) and value.shape == usual.shape
     if isinstance(usual, (int, float, torch.Tensor)):
         if isinstance(value, torch.Tensor):
             number = value.numel() == 1 and not (value.is_complex() or value.is_meta or value.is_sparse)
@@ -151,7 +162,9 @@ def _alike(value: Any, usual: Any) -> bool:
             number = isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
         return number and (math.isfinite(value) or not math.isfinite(usual))
     if isinstance(usual, (list, tuple)):
-        return isinstance(value, (list, tuple)) and len(value) == len(usual) and all(map(_alike, value, usual))
+        if not isinstance(value, (list, tuple)) or len(value) != len(usual):
+            return False
+        return all(one is None or _alike(one, its) for one, its in zip(value, usual, strict=True))  # as Adafactor's eps
     return isinstance(value, type(usual))
 
 
@@ -188,7 +201,7 @@ class Sample:
         self._shape: Sequence[int] = parameter.shape
         self.kept: Entry | None = own or None
         self.fails = ""
-        self._tries = type(optimizer).__module__.startswith("torch.optim")  # others may do more in a step than that
+        self._tries = _is_of_torch(optimizer)  # others may do more in a step than that
         if not self._tries:
             return
         self._shape = [min(2, length) for length in parameter.shape]

@@ -17,6 +17,7 @@ from mpisign.method import Method
 from mpisign.plain import plain, uncompiled
 from mpisign.session import Session, collective, current
 from mpisign.transfer import as_bytes, broadcast_tensors, check_root, demand_equal
+from mpisign.wrapping import local_steps_of
 
 __all__ = [
     "allgather_object",
@@ -170,7 +171,7 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
         if session.rank != root_rank:
             _load_told(optimizer, own, told, tensors, root_rank, session)
     session.meet(act)
-    local = _local_steps(optimizer)
+    local = local_steps_of(optimizer)
     if local is not None:
         local.broadcast(optimizer, root_rank)
 
@@ -214,8 +215,8 @@ def _load_told(
 def _check_options(own: Sequence[Any], theirs: Sequence[Any], needed: Iterable[str]) -> None:
     """Raise ValueError or KeyError if options would load, and fail in a step: one is missing, or of another kind."""
     for mine, other in zip(own, theirs, strict=True):
-        for key in needed:
-            here, there = mine.get(key), other[key]
+        for key in (key for key in needed if key in mine):
+            here, there = mine[key], other[key]
             if None not in (here, there) and _kind(here) != _kind(there):
                 raise ValueError(f"{key!r} is {there!r:.80}, and here {here!r:.80}")
 
@@ -271,7 +272,7 @@ def _lines(model: torch.nn.Module, optimizer: HasState | None, buffers: bool, se
     for name, tensor in [*model.named_parameters(), *(model.named_buffers() if buffers else ())]:
         if why := unreadable(tensor):
             raise OptionError(f"rank {session.rank}: check_consistency() cannot compare all tensors: {name!r} is {why}")
-    method, local = getattr(optimizer, "method", None), _local_steps(optimizer)
+    method, local = getattr(optimizer, "method", None), local_steps_of(optimizer)
     differ = isinstance(method, Method) and method.exchanges_models  # replicas that differ by design (MoNNA)
     lines = []
     if local is not None:
@@ -288,11 +289,6 @@ def _lines(model: torch.nn.Module, optimizer: HasState | None, buffers: bool, se
         lines += _option_lines(optimizer)
         lines += _state_lines(optimizer, {p: name for name, p in model.named_parameters()})
     return lines
-
-
-def _local_steps(optimizer: object) -> Any:
-    """The local steps of a DistributedSignOptimizer with ``every``; None of any other optimizer."""
-    return getattr(optimizer, "_local", None) if hasattr(optimizer, "common_parameters") else None
 
 
 def _option_lines(optimizer: HasState) -> list[str]:

@@ -18,7 +18,7 @@ __all__ = ["Wrapper"]
 
 # What a copy does not take along, besides hooks.
 OF_A_PROCESS = {"_plan", "_session", "report", "_synchronized", "_skip", "_loss_scale", "step", "_overlap"}
-OF_A_PROCESS |= {"found_inf", "grad_scale"}  # GradScaler's
+OF_A_PROCESS |= {"_checks", "_buddies", "found_inf", "grad_scale"}  # the last two are GradScaler's
 
 
 def _passed_through(name: str, doc: str) -> Any:  # a copied reference would go stale when a state is loaded

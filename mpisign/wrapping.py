@@ -15,9 +15,11 @@ from mpisign.method import Method
 from mpisign.warning import warn
 
 __all__ = [
+    "as_defaults",
     "check_wrappable",
     "default_names",
     "drop_frozen",
+    "local_steps_of",
     "methods_of",
     "names_of",
     "no_attribute",
@@ -142,11 +144,27 @@ def warn_of_epochs(method: Method) -> None:
     )
 
 
+@contextmanager
+def as_defaults(optimizer: Optimizer) -> Iterator[None]:
+    """Afterwards its defaults are what they were: torch adds options of its own to those of any optimizer."""
+    before = optimizer.defaults
+    optimizer.defaults = dict(before)
+    try:
+        yield
+    finally:
+        optimizer.defaults = before
+
+
 def drop_frozen(parameters: Iterable[torch.Tensor]) -> None:
     """Drop gradients that are left from before their parameters were frozen: nobody votes on them."""
     for parameter in parameters:
         if not parameter.requires_grad:
             parameter.grad = None
+
+
+def local_steps_of(optimizer: object) -> Any:
+    """The local steps of a DistributedSignOptimizer with ``every``; None of any other optimizer."""
+    return getattr(optimizer, "_local", None) if hasattr(optimizer, "common_parameters") else None
 
 
 def default_names(groups: list[dict[str, Any]]) -> dict[torch.Tensor, str]:

@@ -5,6 +5,7 @@ Usage: surviving.py SCENARIOS, a JSON list, of which each is a training. It begi
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -271,6 +272,14 @@ def owed(scenario: Scenario) -> None:
             got = torch.tensor(errors[current().group.identities.index(buddy)])
             assert torch.allclose(got, expected, rtol=1e-6, atol=1e-9), (at, who, buddy, (got - expected).abs().max())
             assert of_last_copy.abs().max() > 0
+    copy.deepcopy(optimizer)
+    head = torch.nn.Parameter(torch.zeros(3))  # all that owe are frozen, and something else is trained
+    optimizer.add_param_group({"params": [head], "method": mpisign.signsgd()})
+    for tensor in tensors:
+        tensor.requires_grad_(False)
+    for _ in range(every):
+        head.grad = torch.ones(3)
+        optimizer.step()
     say(scenario, sorted([buddy, its] for buddy, its in taken_over.items() if its))
 
 

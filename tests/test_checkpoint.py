@@ -64,6 +64,28 @@ def test_only_the_model(tmp_path: Path) -> None:
     assert other.optimizer.state_dict()["mpisign"]["step"] == 0
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_schedules_of_every_kind_go_on(tmp_path: Path, asynchronous: bool) -> None:
+    """MultiStepLR counts its milestones in a Counter, whose update() adds."""
+    rates = []
+    for resumed in (False, True):
+        model = torch.nn.Linear(3, 2)
+        sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(sgd, [2, 4, 4], gamma=0.1)
+        if resumed:
+            checkpoint.load(tmp_path, model=model, optimizer=sgd, scheduler=schedule)
+        for at in range(1 if resumed else 0, 6):
+            rates.append(sgd.param_groups[0]["lr"])
+            sgd.step()
+            schedule.step()
+            if at == 0:
+                parts = {"model": model, "optimizer": sgd, "scheduler": schedule}
+                checkpoint.save(tmp_path, **parts, step=1, asynchronous=asynchronous)
+        checkpoint.wait()
+    assert rates[6:] == rates[1:6]
+    assert len(set(rates)) == 3
+
+
 # ------------------------------------------------------------------------------------------------ the files
 
 

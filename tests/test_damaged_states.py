@@ -259,6 +259,47 @@ def test_an_optimizer_of_ones_own_is_compared_and_takes_no_step() -> None:
     assert Lazy.steps == steps
 
 
+def test_an_optimizer_of_ones_own_may_keep_what_it_likes() -> None:
+    """One thing for large parameters and another for small ones, or matrices in a list."""
+
+    class Picky(optim.Optimizer):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {"lr": 0.1})
+
+        def step(self, closure: Any = None) -> None:
+            for parameter in self.param_groups[0]["params"]:
+                self.state[parameter]["factors"] = [torch.eye(length) for length in parameter.shape]
+                if parameter.numel() > 5:
+                    self.state[parameter]["scale"] = torch.ones(1)
+
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 2), (2, 2))]
+    optimizer = DistributedSignOptimizer(Picky(parameters), method=ALONE["signsgd"])
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    good = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(good)
+    with pytest.raises(CheckpointError, match=r"\['state'\]\[0\]\['factors'\]"):
+        optimizer.load_state_dict(spoilt(good, ("state", 0, "factors"), [torch.eye(3), torch.eye(3)]))
+    with pytest.raises(CheckpointError, match=r"\['state'\]\[0\]\['scale'\] is missing"):
+        optimizer.load_state_dict(spoilt(good, ("state", 0, "scale"), GONE))
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (lambda its: optim.SGD(its, lr=0.1), lambda its: optim.SGD(its, lr=0.1, fused=True)),
+        (optim.AdamW, lambda its: optim.AdamW(its, foreach=False)),
+        (optim.Adafactor, lambda its: optim.Adafactor(its, eps=(1e-6, 1e-3))),
+    ],
+)
+def test_an_option_that_was_none_and_is_not_now(before: Callable[..., Any], now: Callable[..., Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        job = Job(make=before)
+        Job(make=now).load(job.optimizer.state_dict())
+
+
 def test_a_trial_leaves_no_trace() -> None:
     """Neither hooks nor schedulers hear of it, nor random numbers, nor gradients."""
     job = Job(make=WRAPPED["Adam"])

@@ -79,11 +79,11 @@ def test_methods_on_differences(name: str) -> None:
     method, kind = TABLE[name](SOME), name.split(maxsplit=1)[0]
     for outer in (None, lambda its: SGD(its, lr=0.01)):
         if kind in MAKES_SENSE and not (outer is None and kind in NEED_A_RATE):
-            check_method(method, outer)
+            check_method(method, outer is not None)
             continue
         reason = "need a rate" if kind in NEED_A_RATE else "do not go together"
         with pytest.raises(OptionError, match=rf"every= and method={re.escape(method.name)}.* {reason}"):
-            check_method(method, outer)
+            check_method(method, outer is not None)
 
 
 def test_a_groups_method_is_looked_at_too() -> None:
@@ -244,6 +244,61 @@ def test_groups_also_added_later() -> None:
     assert [len(group["params"]) for group in optimizer.outer.param_groups] == [2, 2]
 
 
+def test_a_group_added_later_is_looked_at_too() -> None:
+    model = layers()
+    optimizer = DistributedSignOptimizer(AdamW(model[0].parameters()), every=3, method=mpisign.mean())
+    optimizer.add_param_group({"params": list(model[2].parameters()), "method": mpisign.signum()})
+    backward(model, 0)
+    with pytest.raises(OptionError, match=r"every= and method=signum.* need a rate"):
+        optimizer.step()
+
+
+def test_momentum_does_not_move_what_is_frozen() -> None:
+    """Though its last gradient is left."""
+    model, _, _, _ = pair(2)
+    optimizer = local(model, 2)
+    train(model, optimizer, range(1))
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    assert model[0].weight.grad is not None
+    train(model, optimizer, range(1, 4))
+    assert torch.allclose(model[0].weight, before, rtol=0, atol=1e-13)
+
+
+def test_frozen_parameters_may_be_of_any_type() -> None:
+    """Such as the weights of a model that is quantized, beside which others are trained."""
+    quantized = nn.Parameter(torch.arange(4, dtype=torch.uint8), requires_grad=False)
+    trained = nn.Parameter(torch.zeros(3))
+    optimizer = DistributedSignOptimizer(SGD([quantized, trained], lr=0.1), every=1, method=mpisign.mean())
+    trained.grad = torch.ones(3)
+    optimizer.step()
+    assert quantized.tolist() == [0, 1, 2, 3]
+    assert torch.equal(trained.detach(), torch.full((3,), -0.1))
+
+
+def test_a_frozen_models_state_goes_back_and_forth() -> None:
+    """The outer momentum of what is frozen waits until that is trained again."""
+
+    def nesterov(parameters: Any) -> SGD:
+        return SGD(parameters, lr=0.7, momentum=0.9, nesterov=True)
+
+    model = layers()
+    optimizer = local(model, 2, outer=nesterov)
+    train(model, optimizer, range(4))
+    whole = copy.deepcopy(optimizer.state_dict())
+    model[0].requires_grad_(False)
+    train(model, optimizer, range(4, 8))
+    frozen = copy.deepcopy(optimizer.state_dict())
+    for state in (whole, frozen):
+        optimizer.load_state_dict(state)
+        train(model, optimizer, range(2))
+    model[0].requires_grad_(True)
+    train(model, optimizer, range(4))
+    for state in (whole, frozen):
+        optimizer.load_state_dict(state)
+        train(model, optimizer, range(2))
+
+
 def test_frozen_parameters() -> None:
     """Frozen within a window: it is exchanged a last time, and then left to whoever writes it."""
     ours, optimizer, theirs, plain = pair(3)
@@ -275,6 +330,16 @@ def test_sparse_gradients() -> None:
             model(torch.tensor([1, 1, 4])).square().sum().backward()
             its.step()
     assert same(ours, theirs, 1e-6)
+
+
+def test_sparse_gradients_are_clipped_by_their_sums() -> None:
+    """A row that comes a hundred times has one gradient, by which it moves."""
+    table = nn.Embedding(5, 4, sparse=True)
+    before = table.weight.detach().clone()
+    optimizer = local(table, 2, SGD(table.parameters(), lr=1.0), clip_grad_norm=1.0)
+    table(torch.full((100,), 2)).sum().backward()
+    optimizer.step()
+    assert (table.weight.detach() - before).norm() == pytest.approx(1.0, rel=1e-5)
 
 
 def test_a_closure_that_fails_leaves_the_window_as_it_was() -> None:

@@ -176,6 +176,13 @@ def test_the_state_of_another_method_starts_the_memory_fresh() -> None:
     assert job.optimizer.report.step == 2, "the ranks' common count of steps goes on"
 
 
+def test_with_momentum_ef21_is_another() -> None:
+    for before, now in ((mpisign.ef21(), mpisign.ef21_sgdm()), (mpisign.ef21_sgdm(), mpisign.ef21())):
+        saved = Job(before).train(2).everything()
+        with pytest.warns(UserWarning, match=r"the memory \(ef21.*\) starts fresh"):
+            Job(now).resume(saved).train(1)
+
+
 def test_the_state_of_another_rank_starts_the_memory_fresh() -> None:
     saved = Job().train(2).everything()
     saved["optimizer"]["mpisign"]["rank"] = 3

@@ -24,6 +24,7 @@ from mpisign.memory.saved import checked
 from mpisign.plain import plain, uncompiled
 from mpisign.session import Session, collective, current
 from mpisign.warning import warn
+from mpisign.wrapping import local_steps_of
 
 __all__ = ["Resumed", "load", "newest"]
 
@@ -89,6 +90,9 @@ def load(
     - With ``every``, all go on from the last common parameters, rank r with the wrapped optimizer's state of old rank
       ``r % ranks``. Save right after an exchange for that, as what was done in a window that had begun is given up.
 
+    Of a checkpoint of an optimizer with ``every``, a model alone, or one with an optimizer without ``every``, gets the
+    common parameters, on any number of ranks.
+
     Call it after the model, optimizer and so on are made as for the first start; nothing needs to be broadcast then.
 
     Args:
@@ -110,7 +114,7 @@ def load(
     folder, manifest, left_out = _choose(session, path)
     error, extra = None, None
     try:
-        shared, own = _read(folder, manifest, session)
+        shared, own = _read(folder, manifest, session, optimizer)
         put_back("model", model, shared["model"])
         for name, target in (("optimizer", optimizer), ("scheduler", scheduler), ("scaler", scaler)):
             if target is not None:
@@ -220,12 +224,18 @@ def _trainers(session: Session) -> int:
     return session.size if session.membership is None else session.membership.spares.trainers
 
 
-def _read(folder: Path, manifest: Manifest, session: Session) -> tuple[State, State]:
+def _read(folder: Path, manifest: Manifest, session: Session, optimizer: Stateful | None) -> tuple[State, State]:
     """What is shared, with this rank's own in its place, and the rest of this rank's."""
     shared = _parts(folder / directory.SHARED, SHARED_PARTS)
     if shared["step"] != manifest.step:
         raise CheckpointError(f"{folder / directory.SHARED} is not of step {manifest.step}, of which its manifest is")
     files = [folder / directory.rank_file(rank) for rank in range(manifest.ranks)]
+    left = local_steps_of(optimizer) is None and local.leave(shared, _parts(files[0], OWN_PARTS), files[0])
+    if left and optimizer is not None and session.rank == 0:
+        warn(
+            f"{folder} was saved with every=, and this optimizer is without: all go on from the common parameters, "
+            f"with rank 0's state of the wrapped optimizer"
+        )
     if manifest.ranks == _trainers(session):
         mine = session.rank % manifest.ranks  # a spare takes another's, and is given all when it steps in
         own = _parts(files[mine], OWN_PARTS)
@@ -236,7 +246,8 @@ def _read(folder: Path, manifest: Manifest, session: Session) -> tuple[State, St
             )
         shared["model"].update(own["buffers"])
         shared["scaler"] = own["scaler"]
-        local.put_together(shared, own, files[mine])
+        if not left:
+            local.put_together(shared, own, files[mine])
         memory = own["mpisign"]
         if memory is not None and _trainers(session) < session.size:
             memory = {**memory, "rank": session.rank, "size": session.size}
@@ -248,13 +259,13 @@ def _read(folder: Path, manifest: Manifest, session: Session) -> tuple[State, St
         own = kept[0]
         memory = merged(files, session.rank, session.size)
         at = session.rank % manifest.ranks
-        given_up = local.restart(shared, memory, kept[at], kept, files[at])
+        given_up = [] if left else local.restart(shared, memory, kept[at], kept, files[at])
         if given_up and session.rank == 0:
             warn(
                 f"{folder} was saved within a window of local steps, and by another number of ranks: at most "
                 f"{max(given_up)} steps of each are given up, and all go on from their last common parameters"
             )
-    if memory is not None:
+    if memory is not None and not left:
         shared["optimizer"]["mpisign"] = memory
     return shared, own
 

@@ -11,7 +11,7 @@ from mpisign.checkpoint.state import State, Stateful
 from mpisign.errors import CheckpointError
 from mpisign.windows import KEY
 
-__all__ = ["divide", "put_together", "restart"]
+__all__ = ["divide", "leave", "put_together", "restart"]
 
 PERSONAL = ("position", "touched", "trained", "sent", "moved")
 
@@ -66,6 +66,17 @@ def restart(shared: State, memory: dict[str, Any] | None, own: State, owns: Sequ
     every = local["every"] if isinstance(local.get("every"), int) else 0
     steps = [its["position"] + every * bool(its["sent"]) for its in (one["mpisign"][KEY] for one in owns)]
     return [number for number in steps if number]
+
+
+def leave(shared: State, first: State, file: Any) -> bool:
+    """For who goes on without local steps: from the common parameters, with rank 0's optimizer, of whose rest ``first``
+    is. Returns whether it was saved with them.
+    """
+    local, _ = _common(shared, first, file)
+    if local is None:
+        return False
+    shared["optimizer"] = first["optimizer"]
+    return True
 
 
 def _common(shared: State, own: State, file: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:

@@ -46,7 +46,8 @@ def map_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
         return change(tree)
     if isinstance(tree, dict):
         copied = copy.copy(tree)  # keeps what hangs on a model's state besides its entries
-        copied.update({key: map_tensors(value, change) for key, value in tree.items()})
+        for key, value in tree.items():  # update() would add to what a Counter holds
+            copied[key] = map_tensors(value, change)
         return copied
     if isinstance(tree, (list, tuple)):
         return type(tree)(map_tensors(value, change) for value in tree)

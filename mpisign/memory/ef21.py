@@ -35,7 +35,6 @@ class EF21(Memory):
 
     momentum: float = 0.0
     shares: tuple[float, ...] | None = None
-    name = "ef21"
     feedback = True
     running = True
     common: ClassVar[tuple[str, ...]] = ("average",)
@@ -43,6 +42,11 @@ class EF21(Memory):
 
     def __post_init__(self) -> None:
         check_decay("momentum", self.momentum)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Of what is kept: with momentum it is something else."""
+        return "ef21_sgdm" if self.momentum else "ef21"
 
     @property
     def fields(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -292,9 +292,19 @@ def test_buffers_are_averaged_if_asked(comm: MPI.Comm) -> None:
     assert layer.running_mean[0] == comm.rank
     train(optimizer, tensors, range(1, 2), comm.rank)
     if comm.size > 1:
-        assert set(layer.running_mean.tolist()) == {sum(range(1, comm.size)) / (comm.size - 1)}
+        assert set(layer.running_mean.tolist()) == {(comm.size - 1) / 2}
         assert set(layer.running_var.tolist()) == {2.0}
     assert layer.num_batches_tracked == comm.rank
+
+
+def test_a_mask_that_is_not_finite_keeps_no_other_buffer_from_its_mean(comm: MPI.Comm) -> None:
+    tensors = model()
+    module = nn.Module()
+    module.register_buffer("mask", torch.full((2, 2), -float("inf")).triu(1))
+    module.register_buffer("mean", torch.full((3,), float(comm.rank)))
+    train(wrap(tensors, 1, average_buffers=module), tensors, range(1), comm.rank)
+    assert set(module.get_buffer("mean").tolist()) == {(comm.size - 1) / 2}
+    assert torch.equal(module.get_buffer("mask"), torch.full((2, 2), -float("inf")).triu(1))
 
 
 # --------------------------------------------------------------------------------------------- ranks that differ

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -49,6 +49,38 @@ def test_the_model_in_a_checkpoint_is_the_common_one(comm: MPI.Comm, folder: Pat
     job.train(8)
     job.save(folder)
     assert torch.load(folder / "step-00000008" / f"rank-{comm.rank:05d}.pt", weights_only=True)["parameters"] == {}
+
+
+@pytest.mark.parametrize("ranks", ["as many", "fewer"])
+@pytest.mark.parametrize("who", ["the model alone", "a plain optimizer", "votes on gradients"])
+def test_without_local_steps_all_get_what_is_common(comm: MPI.Comm, folder: Path, who: str, ranks: str) -> None:
+    """From the middle of a window, in which each rank's parameters and optimizer are its own."""
+    saving = AdamJob(mpisign.mean(), 4).train(6)
+    saving.save(folder)
+    with saving.optimizer.common_parameters():
+        common = [p.detach().clone() for p in saving.model.parameters()]
+    with job_of(comm, comm.size if ranks == "as many" else max(1, comm.size - 1)) as inside:
+        if not inside:
+            return
+        model = AdamJob(mpisign.mean(), 4).model
+        adam = torch.optim.AdamW(model.parameters(), lr=0.01)
+        optimizer: Any = None if who == "the model alone" else adam
+        if who == "votes on gradients":
+            optimizer = mpisign.DistributedSignOptimizer(adam, model.named_parameters(), method=mpisign.mean())
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            mpisign.checkpoint.load(folder, model=model, optimizer=optimizer)
+        said = " ".join(str(one.message) for one in warned)
+        assert ("saved with every=" in said) == (optimizer is not None and mpisign.rank() == 0)
+        assert all(torch.equal(p, its) for p, its in zip(model.parameters(), common, strict=True))
+        if optimizer is None:
+            return
+        for at in range(3):  # on the same gradients, as a plain optimizer exchanges nothing
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, at - 1.0)
+            optimizer.step()
+        mpisign.check_consistency(model, buffers=False)
+        assert float(adam.state[next(model.parameters())]["step"]) == 9
 
 
 @pytest.mark.mpi(min_size=2)

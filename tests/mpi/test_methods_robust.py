@@ -147,3 +147,17 @@ def test_a_rank_of_monna_with_a_nan_makes_no_step_of_its_own_and_goes_on(comm: M
     expected = -0.1 * np.sum(steps, axis=0) / comm.size if steps else np.zeros(sum(t.numel() for t in tensors))
     assert_close([whole([ballots.flat(t) for t in tensors])], [expected], 1e-12)
     assert optimizer.report.voters == tuple(range(comm.size))
+
+
+def test_mixing_leaves_what_is_frozen_alone(comm: MPI.Comm) -> None:
+    """Though Adam's momentum would go on with a gradient that is left."""
+    frozen, trained = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4))
+    optimizer = mpisign.DistributedSignOptimizer(torch.optim.Adam([frozen, trained], lr=0.1), method=mpisign.monna(0))
+    for at in range(3):
+        frozen.grad, trained.grad = torch.full((4,), comm.rank + 1.0), torch.ones(4)
+        if at == 1:
+            frozen.requires_grad_(False)
+            before = frozen.detach().clone()
+        optimizer.step()
+    assert torch.equal(frozen.detach(), before)
+    assert not torch.equal(trained.detach(), torch.ones(4))

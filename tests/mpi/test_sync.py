@@ -134,6 +134,20 @@ def test_a_plain_optimizers_state(comm: MPI.Comm, kind: Callable[..., torch.opti
         assert all(p in optimizer.state for p in net.parameters())
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, torch.optim.SGD])
+def test_what_torch_would_add_to_an_optimizers_defaults(comm: MPI.Comm, kind: type[torch.optim.Optimizer]) -> None:
+    """Which not all of its optimizers know: a wrapped one's state can be sent, too, and ranks may sit out."""
+    net = model(0)
+    plain = kind(net.parameters(), lr=0.01)  # type: ignore[call-arg]
+    before = dict(plain.defaults)
+    optimizer = mpisign.DistributedSignOptimizer(plain, net.named_parameters(), method=mpisign.mean())
+    assert plain.defaults == before
+    mpisign.broadcast_optimizer_state(optimizer)
+    a_few_steps(net, optimizer, 1 + (comm.rank == 0))
+    optimizer.join()
+    mpisign.check_consistency(net, buffers=False)
+
+
 def assert_same(a: Any, b: Any) -> None:
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype
