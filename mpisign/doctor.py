@@ -107,7 +107,7 @@ def _versions() -> Iterator[Finding]:
             yield Finding(OK, package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             if package == "mpisign":
-                yield Finding(WARN, package, "runs from source, not installed", "pip install .")
+                yield Finding(WARN, package, "runs from source, not installed", "in the checkout: pip install .")
             else:
                 yield Finding(FAIL, package, "not installed", f"pip install {package}")
     cupys = sorted(set(importlib.metadata.packages_distributions().get("cupy", ())))  # cupy-cuda12x, cupy-cuda13x, ...
@@ -358,7 +358,7 @@ def _arithmetic() -> Iterator[Finding]:
     if os.environ.get(native.VARIABLE) == "0":
         yield Finding(OK, "CPU arithmetic", seen)
     else:
-        advice = "install a C compiler (gcc), then mpisign again: pip install --force-reinstall --no-deps mpisign"
+        advice = "install a C compiler (gcc), then in the checkout: pip install --force-reinstall --no-deps ."
         yield Finding(WARN, "CPU arithmetic", seen, advice)
 
 
