@@ -39,6 +39,7 @@ OK, WARN, FAIL = "ok", "warn", "FAIL"
 
 NVIDIA = Path("/dev/nvidia0")  # what a driver makes for the first GPU
 TRIAL = 30.0  # seconds that a child may take
+NARROW = 2  # a rank that is bound to less than one in so many of its share of the cores is worth a warning
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,22 @@ def _binding() -> Iterator[Finding]:
         yield Finding(WARN, "CPU binding", seen, f"export OMP_NUM_THREADS={max(1, available // here.local_size)}")
     elif here.local_size > available:
         yield Finding(WARN, "CPU binding", seen + ": they take turns", _words().yield_cores)
+    elif (whole := _cores_of_launcher()) > NARROW * len(cores) * here.local_size:
+        seen = f"{here.local_size} ranks here, each bound to {len(cores)} of {whole} cores"
+        advice = f"python -m mpisign run -n {here.size} ..., which binds each to its share; or {_words().unbind}"
+        yield Finding(WARN, "CPU binding", seen, advice)
     else:
         yield Finding(OK, "CPU binding", seen)
+
+
+def _cores_of_launcher() -> int:
+    """Those of the parent, if it is Open MPI's mpirun, which binds each of one or two ranks to a single one; else 0."""
+    if (launcher := find_launcher(os.environ)) is None or launcher.variable != "OMPI_COMM_WORLD_SIZE":
+        return 0
+    try:
+        return len(os.sched_getaffinity(os.getppid()))
+    except (AttributeError, OSError):  # this system has no binding, or the launcher is another user's
+        return 0
 
 
 def _gpus() -> Iterator[Finding]:
