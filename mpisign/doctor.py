@@ -39,6 +39,7 @@ OK, WARN, FAIL = "ok", "warn", "FAIL"
 
 NVIDIA = Path("/dev/nvidia0")  # what a driver makes for the first GPU
 TRIAL = 30.0  # seconds that a child may take
+NARROW = 2  # a rank that is bound to less than one in so many of its share of the cores is worth a warning
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _versions() -> Iterator[Finding]:
             yield Finding(OK, package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             if package == "mpisign":
-                yield Finding(WARN, package, "runs from source, not installed", "pip install .")
+                yield Finding(WARN, package, "runs from source, not installed", "in the checkout: pip install .")
             else:
                 yield Finding(FAIL, package, "not installed", f"pip install {package}")
     cupys = sorted(set(importlib.metadata.packages_distributions().get("cupy", ())))  # cupy-cuda12x, cupy-cuda13x, ...
@@ -208,8 +209,22 @@ def _binding() -> Iterator[Finding]:
         yield Finding(WARN, "CPU binding", seen, f"export OMP_NUM_THREADS={max(1, available // here.local_size)}")
     elif here.local_size > available:
         yield Finding(WARN, "CPU binding", seen + ": they take turns", _words().yield_cores)
+    elif (whole := _cores_of_launcher()) > NARROW * len(cores) * here.local_size:
+        seen = f"{here.local_size} ranks here, each bound to {len(cores)} of {whole} cores"
+        advice = f"python -m mpisign run -n {here.size} ..., which binds each to its share; or {_words().unbind}"
+        yield Finding(WARN, "CPU binding", seen, advice)
     else:
         yield Finding(OK, "CPU binding", seen)
+
+
+def _cores_of_launcher() -> int:
+    """Those of the parent, if it is Open MPI's mpirun, which binds each of one or two ranks to a single one; else 0."""
+    if (launcher := find_launcher(os.environ)) is None or launcher.variable != "OMPI_COMM_WORLD_SIZE":
+        return 0
+    try:
+        return len(os.sched_getaffinity(os.getppid()))
+    except (AttributeError, OSError):  # this system has no binding, or the launcher is another user's
+        return 0
 
 
 def _gpus() -> Iterator[Finding]:
@@ -358,7 +373,7 @@ def _arithmetic() -> Iterator[Finding]:
     if os.environ.get(native.VARIABLE) == "0":
         yield Finding(OK, "CPU arithmetic", seen)
     else:
-        advice = "install a C compiler (gcc), then mpisign again: pip install --force-reinstall --no-deps mpisign"
+        advice = "install a C compiler (gcc), then in the checkout: pip install --force-reinstall --no-deps ."
         yield Finding(WARN, "CPU arithmetic", seen, advice)
 
 

@@ -172,7 +172,7 @@ def plot(scenario: Scenario, path: Path) -> None:
         mpl.use("agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise OptionError("drawing needs matplotlib: pip install 'mpisign[scripts]'") from error
+        raise OptionError("drawing needs matplotlib; in the checkout: pip install '.[scripts]'") from error
     widths = [1e8 / 8 * 10 ** (place / 10) for place in range(37)]  # 100 Mbit/s to 400 Gbit/s
     numbers = sorted({round(10 ** (place / 8)) for place in range(33)})
     per_node = scenario.nodes.fullest

@@ -219,7 +219,7 @@ def parse_arguments() -> argparse.Namespace:
     with said_once():
         args = parse(parser)
         if torchvision is None:
-            parser.error("this needs torchvision, which is not installed: pip install 'mpisign[imagenet]'")
+            parser.error("this needs torchvision, which is not installed; in the checkout: pip install '.[imagenet]'")
         # The auxiliary heads of these two need a loss of their own.
         known = set(torchvision.models.list_models(torchvision.models)) - {"googlenet", "inception_v3"}
         if args.model not in known:

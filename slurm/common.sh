@@ -45,6 +45,7 @@ sys.exit(f"{here}: torch sees {found} GPUs for {ranks} ranks{build}" if found < 
 
 # prepare PACKAGE...: find Python, the launcher and the folder for results. Fail now rather than in an hour.
 prepare() {
+    local extras=mpi,scripts
     if [[ -z $PYTHON ]]; then
         PYTHON=python3
         [[ -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} || ! -x $MPISIGN_ROOT/.venv/bin/python ]] ||
@@ -55,8 +56,9 @@ prepare() {
     "${python[@]}" -c '' ||
         fail "${python[*]} does not run on $(hostname). Activate your environment before sbatch, or name its Python:" \
             "PYTHON=/path/to/python sbatch ..."
+    [[ " $* " != *" pytest "* ]] || extras+=,test-mpi
     library=$("${python[@]}" -c "$LIBRARY" mpisign torch numpy mpi4py "$@") ||
-        fail "above is what ${python[*]} lacks: $PYTHON -m pip install -e '${MPISIGN_ROOT}[mpi,scripts]'. If your" \
+        fail "above is what ${python[*]} lacks: $PYTHON -m pip install -e '${MPISIGN_ROOT}[$extras]'. If your" \
             "cluster has an MPI, leave out \"mpi\" and load its module in this script"
 
     { mkdir -p "$MPISIGN_OUT" && test -w "$MPISIGN_OUT"; } ||

@@ -249,7 +249,7 @@ def test_types_that_cannot_be_voted_on() -> None:
 
 @pytest.mark.parametrize(
     ("version", "extra"),
-    [("12.6", "'mpisign[cuda12]',"), ("13.0", "'mpisign[cuda13]',"), (None, "'mpisign[cuda12]' or 'mpisign[cuda13]',")],
+    [("12.6", "'.[cuda12]',"), ("13.0", "'.[cuda13]',"), (None, "'.[cuda12]' or '.[cuda13]',")],
 )
 def test_without_cupy_the_error_names_the_extra(
     version: str | None, extra: str, monkeypatch: pytest.MonkeyPatch

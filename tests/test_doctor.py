@@ -69,6 +69,24 @@ def test_ranks_on_one_core_are_warned(tmp_path):
     assert "--bind-to none" in result.text
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot bind a process to a core")
+@pytest.mark.parametrize(("cores", "status"), [(64, "warn"), (2, "ok")])
+def test_ranks_on_few_of_many_cores_are_warned(cores: int, status: str, tmp_path: Path):
+    """Each is bound to one, as Open MPI binds one or two; how many the launcher has is pretended."""
+    script = tmp_path / "bound.py"
+    script.write_text(
+        "import os, sys\nfrom mpisign import doctor\nfrom mpisign.__main__ import main\n"
+        "os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})\nitself = os.sched_getaffinity\n"
+        f"os.sched_getaffinity = lambda which: range({cores}) if which else itself(0)\n"
+        "sys.argv[1:] = ['doctor']\nsys.exit(main())\n"
+    )
+    result = mpirun(1, script)
+    assert result.returncode == 0, result.text
+    assert re.search(rf"{status} +CPU binding ", result.text), result.text
+    warned = "1 ranks here, each bound to 1 of 64 cores" in result.text
+    assert warned == ("python -m mpisign run -n 1 ..., which binds" in result.text) == (status == "warn")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("variable", ["0", "1"])
 def test_who_does_the_arithmetic(variable: str):

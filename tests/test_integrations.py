@@ -22,7 +22,7 @@ PACKAGES = {"lightning": ["lightning"], "huggingface": ["transformers", "acceler
 def test_the_script_of_a_page_runs(tmp_path: Path, page: str, ranks: int) -> None:
     missing = [name for name in PACKAGES[page] if find_spec(name) is None]
     if missing:
-        pytest.skip(f"needs {missing}: pip install 'mpisign[integrations]'")
+        pytest.skip(f"needs {missing}: pip install '.[integrations]'")
     script = tmp_path / f"train_with_{page}.py"
     # Where torchvision does not load (see there), frameworks that import it would not, either.
     before = f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'mpi')!r}); import frameworks\n"

@@ -220,6 +220,6 @@ def test_without_cupy_an_optimizer_of_cuda_parameters_names_what_to_install(
         parameter = torch.nn.Parameter(torch.zeros(3, device="cuda"))
         sgd = torch.optim.SGD([parameter], lr=0.1)
         with pytest.raises(
-            GradientError, match=f"CuPy, which cannot be imported .*pip install 'mpisign\\[cuda{major}\\]'"
+            GradientError, match=f"CuPy, which cannot be imported .*in the checkout: pip install '\\.\\[cuda{major}\\]'"
         ):
             DistributedSignOptimizer(sgd)

@@ -2,11 +2,13 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from code_blocks import after, before, code_blocks
-from mpirun import mpirun
+from mpirun import environment, mpirun
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -22,12 +24,14 @@ def script_before_and_after() -> tuple[str, str]:
     return before(diff), after(diff)
 
 
-def test_the_diff_adds_six_statements_and_removes_none():
+def test_the_diff_adds_six_statements_and_two_that_show_it_and_removes_none():
     (diff,) = blocks("diff")
     assert not re.search(r"^-", diff, flags=re.MULTILINE)
     added = re.findall(r"^\+(.*)", diff, flags=re.MULTILINE)
-    assert len([line for line in added if "mpisign" in line and not line.startswith("inputs")]) == 5
-    assert len(added) == 6  # the sixth gives each rank its share of the data
+    needed, shown = added[:6], added[6:]
+    assert len([line for line in needed if "mpisign" in line and not line.startswith("inputs")]) == 5
+    assert len(needed) == 6  # the sixth gives each rank its share of the data
+    assert [line.partition("(")[0] for line in shown] == ["mpisign.check_consistency", "print"]
 
 
 @pytest.mark.long
@@ -52,15 +56,18 @@ def test_the_commands_exist(script_before_and_after, tmp_path):
         if words[0].startswith("./scripts/"):
             assert (ROOT / words[0]).stat().st_mode & 0o111, f"{words[0]} is not executable"
         else:
-            assert words[:2] == ["mpirun", "-n"], line
-            assert words[3] == "python"
-            command = words[4:]
-            if not command[0].startswith("-") and (ROOT / command[0]).exists():
-                assert command[0].startswith(("scripts/", "benchmarks/"))  # long jobs, which have tests of their own
+            assert words[:5] == ["python", "-m", "mpisign", "run", "-n"], line
+            if words[6] == "-m":
+                job = mpirun(int(words[5]), *words[6:], cwd=tmp_path)
+                assert job.returncode == 0, job.text
                 continue
-            result = mpirun(int(words[2]), *command, cwd=tmp_path)
-            assert result.returncode == 0, result.text
-    assert {"./scripts/quickstart", "./scripts/test", "mpirun"} <= seen
+            command = [sys.executable, *words[1:]]
+            done = subprocess.run(
+                command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert f"rank 1 of {words[5]}: replicas are equal, the last vote was of (0, 1)" in done.stdout
+    assert {"./scripts/quickstart", "./scripts/test", "python"} <= seen
 
 
 def test_it_is_short():

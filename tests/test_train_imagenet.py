@@ -288,7 +288,7 @@ def test_without_torchvision_it_says_what_to_install(
     monkeypatch.setattr(imagenet, "torchvision", None)
     with pytest.raises(SystemExit, match="2"):
         run_here("--data", "synthetic")
-    assert "pip install 'mpisign[imagenet]'" in capsys.readouterr().err
+    assert "in the checkout: pip install '.[imagenet]'" in capsys.readouterr().err
 
 
 def test_an_image_that_cannot_be_read_is_named(run_here: Callable[..., None], tmp_path: Path) -> None:

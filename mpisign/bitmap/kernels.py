@@ -189,10 +189,10 @@ def import_cupy() -> Any:
         ) from failed
     except ImportError as failed:
         major = (torch.version.cuda or "").partition(".")[0]
-        extra = f"'mpisign[cuda{major}]'" if major in ("12", "13") else "'mpisign[cuda12]' or 'mpisign[cuda13]'"
+        extra = f"'.[cuda{major}]'" if major in ("12", "13") else "'.[cuda12]' or '.[cuda13]'"
         raise GradientError(
-            f"CUDA tensors are voted on with CuPy, which cannot be imported ({failed}): "
-            f"pip install {extra}, or move the model with model.cpu()"
+            f"CUDA tensors are voted on with CuPy, which cannot be imported ({failed}); "
+            f"in the checkout: pip install {extra}, or move the model with model.cpu()"
         ) from failed
 
 

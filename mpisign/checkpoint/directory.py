@@ -123,7 +123,7 @@ class Manifest:
         if version != FORMAT_VERSION:
             raise CheckpointError(
                 f"{path} has format {_shown(version)} and this mpisign reads {FORMAT_VERSION}: "
-                + ("pip install --upgrade mpisign" if version > FORMAT_VERSION else "it is too old")
+                + ("in the checkout of a newer one: pip install ." if version > FORMAT_VERSION else "it is too old")
             )
         try:
             return cls.from_json(content)

@@ -174,8 +174,8 @@ def _compare_applied(session: Session, applied: np.ndarray, training: Sequence[i
     raise ConsistencyError(
         f"ranks {odd} apply something else to the decision than the others (this is rank {session.rank}), so replicas "
         f"would drift apart: {here} on rank {odd[0]}, {there} on rank {usual_rank}. Change learning rates and other "
-        f"options on all ranks alike: give a scheduler the same numbers everywhere, such as a loss that was averaged "
-        f"over ranks with mpisign.allgather_object(loss), or load the same state"
+        f"options on all ranks alike: give a scheduler the same numbers everywhere, such as mpisign.average(loss), "
+        f"or load the same state"
     )
 
 

@@ -51,10 +51,12 @@ def vote(model: DistributedDataParallel, **options: Any) -> Vote:
 
     Example::
 
+        from mpisign.integrations import ddp
+
         mpisign.init()
-        mpisign.integrations.ddp.init_process_group()
+        ddp.init_process_group()
         model = DistributedDataParallel(model)
-        mpisign.integrations.ddp.vote(model, method=mpisign.signum())
+        ddp.vote(model, method=mpisign.signum())
     """
     its = Vote(model, **options)
     model.register_comm_hook(its, _hook)  # type: ignore[arg-type]  # annotations that torch can compare are no texts
@@ -86,7 +88,7 @@ class Vote:
         if place != (session.rank, session.size):
             raise OptionError(
                 f"{here}to torch.distributed this is rank {place[0]} of {place[1]}, and to MPI rank {session.rank} of "
-                f"{session.size}: use mpisign.integrations.ddp.init_process_group()"
+                f"{session.size}: use init_process_group() of mpisign.integrations.ddp"
             )
         ignored = set(getattr(model, "parameters_to_ignore", ()))
         named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad and name not in ignored]

@@ -30,7 +30,9 @@ def write_reports(optimizer: DistributedSignOptimizer, to: Any, *, every: int = 
 
     Example::
 
-        with mpisign.integrations.reports.write_reports(optimizer, "steps.csv", every=10):
+        from mpisign.integrations.reports import write_reports
+
+        with write_reports(optimizer, "steps.csv", every=10):
             train()
     """
     return ReportWriter(optimizer, to, every=every)

@@ -90,7 +90,7 @@ def checked(saved: Any, parameters: Sequence[torch.Tensor] | None, whose: str) -
     if saved["version"] > STATE_VERSION:
         raise CheckpointError(
             f"{whose}: this state has version {saved['version']}, written by a newer mpisign; this one reads "
-            f"{STATE_VERSION}: pip install --upgrade mpisign"
+            f"{STATE_VERSION}: in the checkout of a newer one: pip install ."
         )
     whole = {**ABSENT, **saved}
     for name, (what, fits) in FIELDS.items():

@@ -17,7 +17,7 @@ __all__ = ["data", "declare_operators", "framework"]
 def framework(name: str) -> ModuleType:
     """A framework's module; a test is skipped without it."""
     if find_spec(name.partition(".")[0]) is None:
-        pytest.skip(f"needs {name}: pip install 'mpisign[integrations]'")
+        pytest.skip(f"needs {name}: pip install '.[integrations]'")
     declare_operators()
     return importlib.import_module(name)
 

@@ -120,12 +120,16 @@ def test_a_setting_that_cannot_work(submit: Submit, variable: str, value: str, s
     assert re.search(said, submit(*on(1), SLURM / "train_cpu.sbatch", **{variable: value}).wait("FAILED"))
 
 
-def test_a_python_without_the_packages(submit: Submit, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "missing", "extras"),
+    [("train_cpu", "tqdm", "mpi,scripts"), ("test", "pytest pytest_mpi pytest_timeout", "mpi,scripts,test-mpi")],
+)
+def test_a_python_without_the_packages(submit: Submit, tmp_path: Path, script: str, missing: str, extras: str) -> None:
     venv.create(tmp_path / "venv", symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
-    text = submit(*on(1), SLURM / "train_cpu.sbatch", PYTHON=python, PYTHONPATH="").wait("FAILED")
-    assert "missing: mpisign torch numpy mpi4py tqdm" in text
-    assert f"{python} -m pip install -e '{SLURM.parent}[mpi,scripts]'" in text
+    text = submit(*on(1), SLURM / f"{script}.sbatch", PYTHON=python, PYTHONPATH="").wait("FAILED")
+    assert f"missing: mpisign torch numpy mpi4py {missing}" in text
+    assert f"{python} -m pip install -e '{SLURM.parent}[{extras}]'" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here are GPUs")
