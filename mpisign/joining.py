@@ -64,7 +64,8 @@ def wrong_failure(failure: Failure, size: int) -> OptionError | None:
     """The same of what shall be done when a rank dies. MPI must have been started."""
     on_failure, min_ranks, detect_links, spares = failure
     try:
-        check_choice("on_failure", on_failure, ON_FAILURE)
+        by_variable = on_failure == os.environ.get(FAILURE_VARIABLE)
+        check_choice(FAILURE_VARIABLE if by_variable else "on_failure", on_failure, ON_FAILURE)
         if min_ranks is not None and on_failure == "abort":
             raise OptionError(f"min_ranks={min_ranks!r} says with how many ranks a job goes on: on_failure='continue'")
         if min_ranks is not None and check_integer("min_ranks", min_ranks, 1) > size:

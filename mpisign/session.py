@@ -334,7 +334,7 @@ def _join(
     if abort_on_exception or failure.survives:
         session.last_words = LastWords(functools.partial(_die, session))
     # One rank's variable counts, so that all do the same.
-    told = [os.environ.get(timelines.VARIABLE, ""), session.token]
+    told = [timelines.wanted() if session.rank == 0 else "", session.token]
     path, session.token = session.spread_value(told, (str, str), 0, "init()")
     if path:
         tracer.keep(timelines.RECORDED)

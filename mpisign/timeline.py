@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,9 @@ from mpisign.errors import MpisignError
 from mpisign.talk import Talk
 from mpisign.trace import OTHER, PHASE_OF, PHASES, Span
 
-__all__ = ["RECORDED", "VARIABLE", "write"]
+__all__ = ["RECORDED", "VARIABLE", "wanted", "write"]
+
+logger = logging.getLogger(__name__)
 
 ACT = "timeline()"
 VARIABLE = "MPISIGN_TIMELINE"
@@ -25,6 +28,15 @@ LIMIT_BYTES = 512 << 20
 NAME_LENGTH = 200
 COLUMNS = 5  # name, step, message, begin, end
 ROWS = (*PHASES, OTHER)
+
+
+def wanted() -> str:
+    """What the variable says, or "". If that cannot be written, the log says so, and not only after the training."""
+    path = os.environ.get(VARIABLE, "")
+    folder = Path(path).parent
+    if path and not os.access(folder, os.W_OK | os.X_OK):
+        logger.warning("%s=%r: %s is no folder that rank 0 may write to", VARIABLE, path, folder)
+    return path
 
 
 def write(talk: Talk, path: str | os.PathLike[str]) -> None:

@@ -74,3 +74,4 @@ def test_a_trace_that_cannot_be_written_does_not_fail_the_job(tmp_path: Path) ->
     result = mpirun(2, "-c", "import mpisign; mpisign.init()", env={"MPISIGN_TIMELINE": str(path)})
     assert result.returncode == 0, result.text
     assert result.text.count("rank 0 cannot write it: FileNotFoundError: ") == 2, "each rank logs it"
+    assert result.text.count("is no folder that rank 0 may write to") == 1, "and rank 0 before"
