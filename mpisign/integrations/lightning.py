@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,8 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """The file, with what is this rank's own under ``"mpisign"``."""
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
-        path = self._file(checkpoint_path)
+        linked = os.path.islink(checkpoint_path)  # by save_last="link"
+        path = self._file(os.path.realpath(checkpoint_path) if linked else checkpoint_path)
         if path.is_file():
             own = torch.load(path, map_location="cpu", weights_only=True)
             # Version 0.2 has saved the memories alone.

@@ -154,6 +154,24 @@ def test_resuming_is_exact(comm: MPI.Comm, folder: Path, pl: Any, options: dict[
     assert not (folder / "halves" / "epoch=0.ckpt.ranks").exists()
 
 
+def test_a_checkpoint_that_is_a_link(comm: MPI.Comm, folder: Path, pl: Any) -> None:
+    """Ranks' files are beside what it points to, and stay there when the link is removed."""
+    link = folder / "last.ckpt"
+    callback = pl.callbacks.ModelCheckpoint(str(folder), "{epoch}", save_last="link")
+    trainer = fit(pl, folder, 1, callbacks=[callback])
+    assert link.is_symlink()
+    memory = trainer.strategy.load_checkpoint(link)["mpisign"][0]["mpisign"]
+    assert memory["rank"] == comm.rank
+    assert_equal(memory, trainer.optimizers[0].state_dict()["mpisign"])
+    mpisign.barrier()
+    trainer.strategy.remove_checkpoint(link)
+    mpisign.barrier()
+    names = {path.name for path in folder.iterdir()}
+    assert {"epoch=0.ckpt", "epoch=0.ckpt.ranks"} <= names
+    assert "last.ckpt" not in names
+    assert len(list((folder / "epoch=0.ckpt.ranks").iterdir())) == comm.size
+
+
 def test_with_several_optimizers(comm: MPI.Comm, folder: Path, pl: Any) -> None:
     """Each has windows of its own; and what version 0.2 has saved still loads."""
     from mpisign.integrations.lightning import MpisignStrategy
