@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpisign.collectives import allreduce
+from mpisign.errors import GradientError
 from mpisign.places import size
 from mpisign.session import is_initialized
 
@@ -20,7 +21,11 @@ class SyncBatchNorm(_BatchNorm):
 
     In training, forward and backward are **collective**: every rank must run the same layers in the same order. Ranks
     may have batches of different sizes. Each layer costs one small :func:`mpisign.allreduce` forward and one
-    backward. In evaluation it is plain BatchNorm. Ioffe and Szegedy, "Batch Normalization", 2015, Algorithm 1.
+    backward. In evaluation it is plain BatchNorm, and never collective: without ``track_running_stats``, over this
+    rank's batch. Ioffe and Szegedy, "Batch Normalization", 2015, Algorithm 1.
+
+    Its gradients have none themselves: differentiating what ``create_graph=True`` has given raises
+    :class:`~mpisign.GradientError`.
 
     Its arguments are those of ``torch.nn.BatchNorm1d``; its input is (n, channels, ...).
     """
@@ -32,11 +37,10 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(n, channels, ...) to the same."""
         self._check_input_dim(input)
-        own = self.running_mean is None or self.running_var is None
-        if not (self.training or own) or not is_initialized() or size() == 1:
+        if not self.training or not is_initialized() or size() == 1:
             return super().forward(input)
         out, mean, var, count = _Normalized.apply(input, self.weight, self.bias, self.eps)
-        if self.training and self.track_running_stats and self.running_mean is not None:
+        if self.track_running_stats and self.running_mean is not None:
             with torch.no_grad():
                 assert self.num_batches_tracked is not None
                 assert self.running_var is not None
@@ -83,10 +87,9 @@ class _Normalized(torch.autograd.Function):
         deviation = (var + eps).rsqrt()
         wide = torch.float32 if input.itemsize < 4 else input.dtype
         shape = [1, -1] + [1] * (input.dim() - 2)
-        centered = (input.to(wide) - mean.to(wide).view(shape)) * deviation.to(wide).view(shape)
-        ctx.save_for_backward(centered, weight, deviation.to(wide), count.to(wide))
-        ctx.others, ctx.shape, ctx.of_bias = others, shape, bias is not None
-        out = centered
+        ctx.save_for_backward(input, weight, mean.to(wide), deviation.to(wide), count.to(wide))
+        ctx.others, ctx.shape = others, shape
+        out = (input.to(wide) - mean.to(wide).view(shape)) * deviation.to(wide).view(shape)
         if weight is not None:
             out = out * weight.to(wide).view(shape) + bias.to(wide).view(shape)
         ctx.mark_non_differentiable(mean, var)
@@ -94,17 +97,37 @@ class _Normalized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
-        centered, weight, deviation, count = ctx.saved_tensors
-        wide = gradient.to(centered.dtype)
-        of_bias, of_weight = wide.sum(ctx.others), (wide * centered).sum(ctx.others)
-        told = allreduce(torch.cat([of_bias, of_weight]), "sum") / count
-        mean, along = told.view(2, -1)
-        scale = deviation if weight is None else deviation * weight.to(deviation.dtype)
-        of_input = (wide - mean.view(ctx.shape) - centered * along.view(ctx.shape)) * scale.view(ctx.shape)
-        mine = weight is not None
-        return (
-            of_input.to(gradient.dtype),
-            of_weight.to(weight.dtype) if mine else None,
-            of_bias.to(weight.dtype) if mine else None,
-            None,
+        input, weight, mean, deviation, count = ctx.saved_tensors
+        with torch.no_grad():
+            wide = gradient.to(deviation.dtype)
+            centered = (input.to(wide.dtype) - mean.view(ctx.shape)) * deviation.view(ctx.shape)
+            of_bias, of_weight = wide.sum(ctx.others), (wide * centered).sum(ctx.others)
+            told = allreduce(torch.cat([of_bias, of_weight]), "sum") / count
+            usual, along = told.view(2, -1)
+            scale = deviation if weight is None else deviation * weight.to(deviation.dtype)
+            of_input = (wide - usual.view(ctx.shape) - centered * along.view(ctx.shape)) * scale.view(ctx.shape)
+            found = [of_input.to(gradient.dtype)]
+            if weight is not None:
+                found += [of_weight.to(weight.dtype), of_bias.to(weight.dtype)]
+        if torch.is_grad_enabled():  # create_graph=True
+            found = [_Last.apply(its, gradient, input, weight) for its in found]
+        return (*found, *[None] * (4 - len(found)))
+
+
+class _Last(torch.autograd.Function):
+    """A gradient that cannot be differentiated by what it was made of.
+
+    torch's ``once_differentiable`` refuses only where the gradient that came in depends on something, and is silent
+    where something else leads to the same parameters.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, found: torch.Tensor, *made_of: Any) -> torch.Tensor:
+        return found.view_as(found)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        raise GradientError(
+            "gradients of SyncBatchNorm cannot be differentiated again, as a gradient penalty or a Hessian does: they "
+            "are sums over all ranks. Use torch.nn.BatchNorm, or another norm"
         )

@@ -16,7 +16,9 @@ from accelerate.state import AcceleratorState, PartialState
 from transformers import TrainerCallback
 
 from mpisign import session
+from mpisign.checkpoint.state import random_state, set_random_state
 from mpisign.errors import OptionError
+from mpisign.integrations import personal
 from mpisign.optimizer import DistributedSignOptimizer
 from mpisign.places import local_rank, rank, size
 from mpisign.report import StepReport
@@ -72,11 +74,12 @@ def _number_states() -> None:
 
 
 class MpisignCallback(TrainerCallback):
-    """For ``Trainer(callbacks=[MpisignCallback(optimizer)])``: rank 0 saves and logs, each rank keeps its memory.
+    """For ``Trainer(callbacks=[MpisignCallback(optimizer)])``: rank 0 saves and logs, each rank keeps its own.
 
-    A checkpoint's folder gets a file ``mpisign-rank-00001.pt`` from each rank but 0, whose memory is in Trainer's own
-    ``optimizer.pt``: this rank's memory and its random numbers. Resuming with as many ranks is then exact; Trainer
-    loads rank 0's on all first, which warns, and this callback puts it right. It also adds the numbers of
+    A checkpoint's folder gets a file ``mpisign-rank-00001.pt`` from each rank but 0, whose state is in Trainer's own
+    files: this rank's memory, its states of random number generators and its buffers; with ``every=`` also the wrapped
+    optimizer's state and, within a window, its parameters. Resuming with as many ranks is then exact; Trainer loads
+    rank 0's on all first, which warns, and this callback puts it right. It also adds the numbers of
     ``optimizer.report`` to Trainer's logs, and steps ``set_epoch`` for methods that change with it.
 
     Args:
@@ -92,7 +95,8 @@ class MpisignCallback(TrainerCallback):
                 f"{type(optimizer).__name__} is none"
             )
         self.optimizer, self.resume_from = optimizer, resume_from
-        self._random: torch.Tensor | None = None
+        self._random: dict[str, Any] | torch.Tensor | None = None
+        self._due = False
 
     def on_init_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """TrainingArguments have made Accelerate's state anew."""
@@ -117,27 +121,56 @@ class MpisignCallback(TrainerCallback):
             if not path.is_file():
                 warn(f"rank {rank()}: {path} is not there, so this rank's memory starts fresh")
                 return
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            self.optimizer.load_state_dict({**self.optimizer.wrapped.state_dict(), "mpisign": saved["mpisign"]})
-            self._random = saved["rng"]
+            own = torch.load(path, map_location="cpu", weights_only=True)
+            self.optimizer.load_state_dict(personal.state(own, self.optimizer, self.optimizer.state_dict()))
+            personal.put_back(own, self.optimizer, model)
+            self._random = own.get("random", own.get("rng"))
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **more: Any) -> None:
+        """Methods that change with the epoch hear of it.
+
+        Where an epoch begins after a resume, Trainer loads rank 0's random numbers, calls the loader's ``set_epoch``,
+        and draws: this rank's own must be there in between.
+        """
+        self.optimizer.set_epoch(int(state.epoch or 0))
+        its = getattr(train_dataloader, "set_epoch", None)
+        if self._random is not None and its is not None:
+
+            def set_epoch(epoch: int) -> None:
+                del train_dataloader.set_epoch
+                self._restore_random()
+                its(epoch)
+
+            train_dataloader.set_epoch = set_epoch
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Trainer loads rank 0's random numbers just before the first step after a resume."""
-        if self._random is not None:
-            torch.set_rng_state(self._random)
-            self._random = None
+        """Within an epoch it loads rank 0's just before the first step."""
+        self._restore_random()
+        self._due = False
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Methods that change with the epoch hear of it."""
-        self.optimizer.set_epoch(int(state.epoch or 0))
+    def _restore_random(self) -> None:
+        own, self._random = self._random, None
+        if isinstance(own, torch.Tensor):  # as 0.2 has saved it
+            torch.set_rng_state(own)
+        elif own is not None:
+            set_random_state(own)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         """Trainer would save on every rank."""
-        self._save(args, state, control)
+        self._save(args, state, control, model)
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         """Likewise."""
-        self._save(args, state, control)
+        self._save(args, state, control, model)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        """Of several datasets, after each."""
+        if self._due:
+            self._write(args, state, model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Evaluations from here on come after no save."""
+        self._due = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
         """Add what the latest step did."""
@@ -145,14 +178,20 @@ class MpisignCallback(TrainerCallback):
         if logs is not None and report is not None and "loss" in logs:
             logs.update({f"mpisign_{name}": value for name, value in report.as_dict().items() if name != "step"})
 
-    def _save(self, args: Any, state: Any, control: Any) -> None:
+    def _save(self, args: Any, state: Any, control: Any, model: Any) -> None:
         if not control.should_save or rank() == 0:
             return
         control.should_save = False
+        self._due = control.should_evaluate  # before a save, and it draws random numbers
+        if not self._due:
+            self._write(args, state, model)
+
+    def _write(self, args: Any, state: Any, model: Any) -> None:
+        own = personal.taken(self.optimizer, self.optimizer.state_dict(), model)
         path = self._file(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(".tmp")
-        torch.save({"mpisign": self.optimizer.state_dict()["mpisign"], "rng": torch.get_rng_state()}, beside)
+        torch.save({**own, "random": random_state()}, beside)
         beside.replace(path)
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mpisign import places, session
 from mpisign.collectives import allgather, allreduce
 from mpisign.errors import OptionError
+from mpisign.integrations import personal
 from mpisign.integrations.metrics import sync_metrics
 from mpisign.optimizer import DistributedSignOptimizer
 from mpisign.sync import broadcast_object, broadcast_parameters
@@ -32,14 +34,15 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
 
     Each plain optimizer that ``configure_optimizers`` returns is wrapped in a
     :class:`~mpisign.DistributedSignOptimizer`, and the model starts as rank 0's. Rank 0 logs and writes checkpoints;
-    beside each, ``NAME.ckpt.ranks`` holds one file a rank with its memory, so that resuming on as many ranks is exact.
+    beside each, ``NAME.ckpt.ranks`` holds one file a rank with what is its own: its memory and buffers; with ``every=``
+    also the wrapped optimizers' state and, within a window, its parameters. Resuming on as many ranks is exact.
     Data is shared out by Lightning's own distributed samplers, ``sync_dist=True`` reduces metrics over all ranks, and
     torchmetrics in the module compute over all.
 
     Args:
-        options: ``method``, ``zeros``, ``ties``, ``exchange``, ``seed``, ``clip_grad_norm``, ``bucket_cap_mb`` and
-            ``apply`` of :class:`~mpisign.DistributedSignOptimizer`; ``seed`` is raised by one for each further
-            optimizer.
+        options: ``method``, ``zeros``, ``ties``, ``exchange``, ``seed``, ``clip_grad_norm``, ``bucket_cap_mb``,
+            ``apply``, ``every``, ``outer`` and ``delay`` of :class:`~mpisign.DistributedSignOptimizer`; ``seed`` is
+            raised by one for each further optimizer.
 
     Making one joins the job, if nobody has called :func:`mpisign.init`: it is **collective** then.
 
@@ -157,25 +160,41 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """One file by rank 0, and beside it one a rank. **Collective.**"""
-        memories = [state.pop("mpisign", None) for state in checkpoint.get("optimizer_states", ())]
+        states = checkpoint.get("optimizer_states", ())
+        pairs = zip(self.optimizers, states, strict=False)  # none, if the model alone is saved
+        own = [personal.taken(optimizer, state, self.lightning_module) for optimizer, state in pairs]
+        for state in states:
+            del state["mpisign"]
         super().save_checkpoint(checkpoint, filepath, storage_options)
-        if any(memory is not None for memory in memories):
+        if own:
             path = self._file(filepath)
             path.parent.mkdir(parents=True, exist_ok=True)
             beside = path.with_suffix(".tmp")
-            torch.save(memories, beside)
+            torch.save(own, beside)
             beside.replace(path)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """The file, with this rank's memory."""
+        """The file, with what is this rank's own under ``"mpisign"``."""
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
-        path = self._file(checkpoint_path)
+        linked = os.path.islink(checkpoint_path)  # by save_last="link"
+        path = self._file(os.path.realpath(checkpoint_path) if linked else checkpoint_path)
         if path.is_file():
-            memories = torch.load(path, map_location="cpu", weights_only=True)
-            for state, memory in zip(checkpoint.get("optimizer_states", ()), memories, strict=True):
-                if memory is not None:
-                    state["mpisign"] = memory
+            own = torch.load(path, map_location="cpu", weights_only=True)
+            # Version 0.2 has saved the memories alone.
+            checkpoint["mpisign"] = [its if "mpisign" in its else {"mpisign": its} for its in own]
         return checkpoint
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """As Lightning's own, and then what is this rank's own in the model, which is rank 0's so far."""
+        own = checkpoint.get("mpisign")
+        if own is None:
+            super().load_optimizer_state_dict(checkpoint)
+            return
+        each = list(zip(own, self.optimizers, checkpoint["optimizer_states"], strict=True))
+        states = [personal.state(its, optimizer, shared) for its, optimizer, shared in each]
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+        for its, optimizer, _ in each:
+            personal.put_back(its, optimizer, self.lightning_module)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """As Lightning's own."""

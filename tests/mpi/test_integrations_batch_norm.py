@@ -102,3 +102,32 @@ def test_a_model_that_is_trained_with_it_stays_the_same_on_all_ranks(comm: MPI.C
         net(x + comm.rank).square().mean().backward()
         optimizer.step()
     mpisign.check_consistency(net, optimizer)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("track", [True, False])
+def test_evaluation_is_not_collective(comm: MPI.Comm, track: bool) -> None:
+    layer, plain = SyncBatchNorm(3, track_running_stats=track), nn.BatchNorm1d(3, track_running_stats=track)
+    if comm.rank == 0:
+        x = torch.randn(4, 3)
+        assert torch.equal(layer.eval()(x), plain.eval()(x))
+    mpisign.barrier()
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bends", [True, False])
+def test_gradients_of_gradients_are_refused(comm: MPI.Comm, bends: bool, affine: bool) -> None:
+    layer, x = SyncBatchNorm(3, affine=affine), torch.randn(4, 3, requires_grad=True)
+
+    def gradient(create_graph: bool) -> torch.Tensor:
+        y = layer(x) * torch.arange(12.0).view(4, 3)
+        return torch.autograd.grad((y.tanh() if bends else y).sum(), x, create_graph=create_graph)[0]
+
+    first = gradient(create_graph=True)
+    torch.testing.assert_close(first.detach(), gradient(create_graph=False))
+    loss = x.sum() + first.square().sum()
+    with pytest.raises(mpisign.GradientError, match="again"):
+        torch.autograd.grad(loss, x, retain_graph=True)
+    with pytest.raises(mpisign.GradientError, match="again"):
+        loss.backward()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from resumable import assert_equal
 from torch import nn
 
 import mpisign
@@ -31,7 +32,7 @@ def pl(job: None) -> Iterator[Any]:
     rank_zero.rank = before
 
 
-def module_of(pl: Any, **wrong: Any) -> Any:
+def module_of(pl: Any, **options: Any) -> Any:
     """A LightningModule with a metric of torchmetrics, a schedule and dropout."""
     import torchmetrics
 
@@ -57,9 +58,10 @@ def module_of(pl: Any, **wrong: Any) -> Any:
             self.log("rank", float(mpisign.rank()), sync_dist=True)
 
         def configure_optimizers(self) -> Any:
-            optimizer: Any = torch.optim.SGD(self.parameters(), lr=0.01)
+            kind: Any = torch.optim.AdamW if options.get("adam") else torch.optim.SGD
+            optimizer: Any = kind(self.parameters(), lr=0.01)
             schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
-            if wrong.get("wrapped"):
+            if options.get("wrapped"):
                 return mpisign.DistributedSignOptimizer(optimizer)
             return [optimizer], [schedule]
 
@@ -122,27 +124,92 @@ def test_a_training(comm: MPI.Comm, folder: Path, pl: Any) -> None:
     assert files == {f"rank-{rank:05d}.pt" for rank in range(comm.size)}
 
 
-def test_resuming_is_exact(comm: MPI.Comm, folder: Path, pl: Any) -> None:
-    plain = {"callbacks": None, "enable_checkpointing": False}
+LOCAL = {"every": 5, "method": mpisign.scaled_vote(0.5)}  # an epoch has six steps
 
-    module = module_of(pl)
-    module.net[2] = nn.Identity()  # Lightning does not save random numbers
-    first = module_of(pl)
-    first.net[2] = nn.Identity()
-    fit(pl, folder / "halves", 1, module=first)
-    again = module_of(pl)
-    again.net[2] = nn.Identity()
-    torch.manual_seed(0)
-    resumed = fit(pl, folder / "halves", 2, folder / "halves" / "epoch=0.ckpt", module=again)
-    whole = fit(pl, folder / "whole", 2, module=module, **plain)
-    memory, expected = (its.optimizers[0].state_dict()["mpisign"] for its in (resumed, whole))
-    torch.testing.assert_close(memory["memory"], expected["memory"], rtol=0, atol=0)
-    assert memory["step"] == expected["step"] == 12
-    for a, b in zip(again.net.parameters(), module.net.parameters(), strict=True):
-        assert torch.equal(a, b)
+
+@pytest.mark.parametrize(
+    "options", [{"method": mpisign.signum(0.9)}, LOCAL, {**LOCAL, "delay": 2}], ids=["votes", "windows", "undecided"]
+)
+def test_resuming_is_exact(comm: MPI.Comm, folder: Path, pl: Any, options: dict[str, Any]) -> None:
+    from mpisign.integrations.lightning import MpisignStrategy
+
+    def module() -> Any:
+        made = module_of(pl, adam="every" in options)
+        made.net[2] = nn.BatchNorm1d(16)  # in place of dropout, as Lightning does not save random numbers
+        return made
+
+    def fitted(folder: Path, epochs: int, resume: Path | None = None, **more: Any) -> Any:
+        return fit(pl, folder, epochs, resume, module(), strategy=MpisignStrategy(**options), **more)
+
+    fitted(folder / "halves", 1)
+    resumed = fitted(folder / "halves", 2, folder / "halves" / "epoch=0.ckpt")
+    whole = fitted(folder / "whole", 2, callbacks=None, enable_checkpointing=False)
+    assert_equal(resumed.optimizers[0].state_dict(), whole.optimizers[0].state_dict())
+    net = whole.lightning_module.net.state_dict()
+    assert_equal(resumed.lightning_module.net.state_dict(), net)
+    assert comm.size == 1 or len(set(comm.allgather(net["2.running_mean"].sum().item()))) > 1, "each has its own"
+    assert comm.size == 1 or len(set(comm.allgather(net["0.weight"].sum().item()))) == 1 + ("every" in options)
     resumed.strategy.remove_checkpoint(folder / "halves" / "epoch=0.ckpt")
     mpisign.barrier()
     assert not (folder / "halves" / "epoch=0.ckpt.ranks").exists()
+
+
+def test_a_checkpoint_that_is_a_link(comm: MPI.Comm, folder: Path, pl: Any) -> None:
+    """Ranks' files are beside what it points to, and stay there when the link is removed."""
+    link = folder / "last.ckpt"
+    callback = pl.callbacks.ModelCheckpoint(str(folder), "{epoch}", save_last="link")
+    trainer = fit(pl, folder, 1, callbacks=[callback])
+    assert link.is_symlink()
+    memory = trainer.strategy.load_checkpoint(link)["mpisign"][0]["mpisign"]
+    assert memory["rank"] == comm.rank
+    assert_equal(memory, trainer.optimizers[0].state_dict()["mpisign"])
+    mpisign.barrier()
+    trainer.strategy.remove_checkpoint(link)
+    mpisign.barrier()
+    names = {path.name for path in folder.iterdir()}
+    assert {"epoch=0.ckpt", "epoch=0.ckpt.ranks"} <= names
+    assert "last.ckpt" not in names
+    assert len(list((folder / "epoch=0.ckpt.ranks").iterdir())) == comm.size
+
+
+def test_with_several_optimizers(comm: MPI.Comm, folder: Path, pl: Any) -> None:
+    """Each has windows of its own; and what version 0.2 has saved still loads."""
+    from mpisign.integrations.lightning import MpisignStrategy
+
+    class Two(pl.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            torch.manual_seed(0)
+            self.nets = nn.ModuleList(nn.Linear(6, 2) for _ in range(2))
+
+        def training_step(self, batch: Any, place: int) -> None:
+            for which, optimizer in enumerate(self.optimizers()):
+                if which <= place % 2:
+                    optimizer.zero_grad()
+                    self.manual_backward(nn.functional.cross_entropy(self.nets[which](batch[0]), batch[1]))
+                    optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.AdamW(net.parameters(), lr=0.01) for net in self.nets]
+
+    def fitted(folder: Path, epochs: int, resume: Path | None = None, **options: Any) -> Any:
+        strategy = MpisignStrategy(**options)
+        keep = pl.callbacks.ModelCheckpoint(str(folder), "{epoch}", save_top_k=-1)
+        return fit(pl, folder, epochs, resume, Two(), strategy=strategy, callbacks=[keep]).lightning_module
+
+    options = {"every": 4, "method": mpisign.scaled_vote()}  # 6 and 3 steps an epoch
+    fitted(folder / "halves", 1, **options)
+    resumed = fitted(folder / "halves", 2, folder / "halves" / "epoch=0.ckpt", **options)
+    whole = fitted(folder / "whole", 2, **options)
+    assert_equal(resumed.state_dict(), whole.state_dict())
+
+    options = {"method": mpisign.signum(0.9)}
+    whole = fitted(folder / "votes", 2, **options)
+    file = folder / "votes" / "epoch=0.ckpt.ranks" / f"rank-{comm.rank:05d}.pt"
+    torch.save([its["mpisign"] for its in torch.load(file, weights_only=True)], file)
+    resumed = fitted(folder / "votes", 2, folder / "votes" / "epoch=0.ckpt", **options)
+    assert_equal(resumed.state_dict(), whole.state_dict())
 
 
 def test_accumulation_clipping_and_bf16(comm: MPI.Comm, folder: Path, pl: Any) -> None:

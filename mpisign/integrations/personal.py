@@ -1,0 +1,76 @@
+"""What is a rank's own in a training: for its file beside a framework's checkpoint, all of which is rank 0's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mpisign.errors import CheckpointError
+from mpisign.optimizer import DistributedSignOptimizer
+from mpisign.places import rank
+from mpisign.windows import KEY
+
+__all__ = ["put_back", "state", "taken"]
+
+State = dict[str, Any]
+
+
+def taken(optimizer: DistributedSignOptimizer, its: State, model: torch.nn.Module) -> State:
+    """What is this rank's own, where ``its`` is a state of ``optimizer``; plain types and tensors, nothing is copied.
+
+    That is its memory and the model's buffers that are saved; with ``every`` also the wrapped optimizer's state, and
+    within a window its parameters.
+    """
+    memory = its["mpisign"]
+    local = memory.get(KEY)
+    own: State = {"mpisign": memory, "buffers": _buffers(model)}
+    if local is not None:
+        own["optimizer"] = {key: value for key, value in its.items() if key != "mpisign"}
+        if local["position"] or local["sent"]:
+            parameters = _parameters(optimizer)
+            own["parameters"] = {place: parameters[place].detach() for place in local["common"]}
+    return own
+
+
+def state(own: State, optimizer: DistributedSignOptimizer, shared: State) -> State:
+    """For ``optimizer`` to load: what :func:`taken` gave, and of ``shared``, rank 0's state, what was not in it."""
+    its = own.get("optimizer", shared) if _is_local(optimizer) else shared
+    return {**its, "mpisign": own["mpisign"]}
+
+
+def put_back(own: State, optimizer: DistributedSignOptimizer, model: torch.nn.Module) -> None:
+    """Write this rank's parameters and buffers into the model, where it had its own.
+
+    Raises:
+        CheckpointError: the model has no such parameter or buffer; it is as it was then.
+    """
+    parameters = own.get("parameters", {}) if _is_local(optimizer) else {}
+    targets: dict[Any, torch.Tensor] = dict(enumerate(_parameters(optimizer)))
+    pairs = [(f"parameter {place}", targets.get(place), value) for place, value in parameters.items()]
+    here = _buffers(model)
+    pairs += [(f"buffer {name!r}", here.get(name), value) for name, value in own.get("buffers", {}).items()]
+    for what, target, value in pairs:
+        if target is None or target.shape != value.shape:
+            has = "no such" if target is None else f"one of shape {tuple(target.shape)}"
+            raise CheckpointError(
+                f"rank {rank()}: its file has a {what} of shape {tuple(value.shape)}, and this model has {has}: load "
+                f"the checkpoint of the same model"
+            )
+    with torch.no_grad():
+        for _, target, value in pairs:
+            assert target is not None
+            target.copy_(value)
+
+
+def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    saved = model.state_dict().keys()
+    return {name: its.detach() for name, its in model.named_buffers() if name in saved}
+
+
+def _is_local(optimizer: DistributedSignOptimizer) -> bool:
+    return optimizer.outer is not None
+
+
+def _parameters(optimizer: DistributedSignOptimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
