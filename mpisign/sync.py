@@ -13,11 +13,10 @@ from mpisign.bitmap.tensors import unreadable
 from mpisign.encoding import Optional
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.hyperparameters import IMPLEMENTATION, described, line, options_of
-from mpisign.method import Method
 from mpisign.plain import plain, uncompiled
 from mpisign.session import Session, collective, current
 from mpisign.transfer import as_bytes, broadcast_tensors, check_root, demand_equal
-from mpisign.wrapping import local_steps_of
+from mpisign.wrapping import lets_replicas_differ, local_steps_of
 
 __all__ = [
     "allgather_object",
@@ -272,8 +271,7 @@ def _lines(model: torch.nn.Module, optimizer: HasState | None, buffers: bool, se
     for name, tensor in [*model.named_parameters(), *(model.named_buffers() if buffers else ())]:
         if why := unreadable(tensor):
             raise OptionError(f"rank {session.rank}: check_consistency() cannot compare all tensors: {name!r} is {why}")
-    method, local = getattr(optimizer, "method", None), local_steps_of(optimizer)
-    differ = isinstance(method, Method) and method.exchanges_models  # replicas that differ by design (MoNNA)
+    local, differ = local_steps_of(optimizer), lets_replicas_differ(optimizer)
     lines = []
     if local is not None:
         lines = [f"{name} {_digest(tensor)}" for name, tensor in local.in_common(optimizer)]

@@ -19,6 +19,7 @@ __all__ = [
     "check_wrappable",
     "default_names",
     "drop_frozen",
+    "lets_replicas_differ",
     "local_steps_of",
     "methods_of",
     "names_of",
@@ -165,6 +166,12 @@ def drop_frozen(parameters: Iterable[torch.Tensor]) -> None:
 def local_steps_of(optimizer: object) -> Any:
     """The local steps of a DistributedSignOptimizer with ``every``; None of any other optimizer."""
     return getattr(optimizer, "_local", None) if hasattr(optimizer, "common_parameters") else None
+
+
+def lets_replicas_differ(optimizer: object) -> bool:
+    """Whether ranks train models of their own, which they mix (MoNNA)."""
+    method = getattr(optimizer, "method", None)
+    return isinstance(method, Method) and method.exchanges_models
 
 
 def default_names(groups: list[dict[str, Any]]) -> dict[torch.Tensor, str]:

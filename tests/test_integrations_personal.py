@@ -31,8 +31,13 @@ def stepped(steps: int, width: int = 3, **options: Any) -> tuple[nn.Module, mpis
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "steps, options, kept",
-    [(3, {}, set()), (3, LOCAL, {"optimizer", "parameters"}), (4, LOCAL, {"optimizer"})],
-    ids=["votes", "within a window", "at its end"],
+    [
+        (3, {}, set()),
+        (3, LOCAL, {"optimizer", "parameters"}),
+        (4, LOCAL, {"optimizer"}),
+        (3, {"method": mpisign.monna(0)}, {"optimizer", "parameters"}),
+    ],
+    ids=["votes", "within a window", "at its end", "models that are mixed"],
 )
 def test_what_is_kept(world: None, steps: int, options: dict[str, Any], kept: set[str]) -> None:
     model, optimizer = stepped(steps, **options)
@@ -43,7 +48,7 @@ def test_what_is_kept(world: None, steps: int, options: dict[str, Any], kept: se
     shared = {**its, "state": {}} if kept else its
     again, other = stepped(0, **options)
     other.load_state_dict(personal.state(own, other, shared))
-    if not kept or steps == 4:
+    if "parameters" not in kept:
         again.load_state_dict(model.state_dict())
     personal.put_back(own, other, again)
     assert_equal(again.state_dict(), model.state_dict())

@@ -87,6 +87,7 @@ def load(
       were, up to rounding, on any number of ranks.
     - Random number generators are seeded anew, each rank's from rank 0's saved state and its own number.
     - Buffers and loss scale are rank 0's.
+    - Where ranks mix models of their own (:func:`mpisign.monna`), all go on from rank 0's, with its optimizer.
     - With ``every``, all go on from the last common parameters, rank r with the wrapped optimizer's state of old rank
       ``r % ranks``. Save right after an exchange for that, as what was done in a window that had begun is given up.
 
@@ -247,7 +248,7 @@ def _read(folder: Path, manifest: Manifest, session: Session, optimizer: Statefu
         shared["model"].update(own["buffers"])
         shared["scaler"] = own["scaler"]
         if not left:
-            local.put_together(shared, own, files[mine])
+            local.put_together(shared, own, files[mine], optimizer)
         memory = own["mpisign"]
         if memory is not None and _trainers(session) < session.size:
             memory = {**memory, "rank": session.rank, "size": session.size}

@@ -1,4 +1,7 @@
-"""Checkpoints of local steps: what ranks have in common is saved once, and where each has gone since then, by each."""
+"""Checkpoints of replicas that differ: what ranks have in common is saved once, and where each has gone, by each.
+
+They differ between the exchanges of local steps, and where ranks train models of their own, which they mix (MoNNA).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from mpisign.checkpoint.state import State, Stateful
 from mpisign.errors import CheckpointError
 from mpisign.windows import KEY
+from mpisign.wrapping import lets_replicas_differ
 
 __all__ = ["divide", "leave", "put_together", "restart"]
 
@@ -19,11 +23,14 @@ PERSONAL = ("position", "touched", "trained", "sent", "moved")
 def divide(shared: State, own: State, model: torch.nn.Module, optimizer: Stateful) -> None:
     """Of an optimizer with ``every``: the model that is shared becomes the common one, and this rank's goes to its own.
 
-    Changes both in place; does nothing to a state of another optimizer.
+    Of models that ranks mix rank 0's is shared. Changes both in place; does nothing to a state of another optimizer.
     """
     memory = own["mpisign"]
     local = None if memory is None else memory.pop(KEY, None)
     if local is None:
+        if lets_replicas_differ(optimizer):
+            names = (name for name, _ in model.named_parameters(remove_duplicate=False) if name in shared["model"])
+            own["parameters"], own["optimizer"] = {name: shared["model"][name] for name in names}, shared["optimizer"]
         return
     parameters = _parameters(optimizer)
     places = {parameters[place]: place for place in local["common"]}
@@ -39,17 +46,19 @@ def divide(shared: State, own: State, model: torch.nn.Module, optimizer: Statefu
     shared["optimizer"] = {KEY: local}
 
 
-def put_together(shared: State, own: State, file: Any) -> None:
+def put_together(shared: State, own: State, file: Any, optimizer: Any) -> None:
     """For a rank that goes on where it was: the other way round. Raises :class:`CheckpointError`."""
-    local, kept = _common(shared, own, file)
-    if local is None:
+    local = _common(shared, own, file)
+    if local is None and not (lets_replicas_differ(optimizer) and "parameters" in own):
         return
+    kept, state = _personal(own, file)
     unknown = sorted(map(str, kept.keys() - shared["model"].keys()))
     if unknown:
         raise CheckpointError(f"{file}: 'parameters' has {unknown[0]!r}, which the model has not")
     shared["model"].update(kept)
-    shared["optimizer"] = own["optimizer"]
-    own["mpisign"] = {**own["mpisign"], KEY: {**local, **own["mpisign"][KEY]}}
+    shared["optimizer"] = state
+    if local is not None:
+        own["mpisign"] = {**own["mpisign"], KEY: {**local, **own["mpisign"][KEY]}}
 
 
 def restart(shared: State, memory: dict[str, Any] | None, own: State, owns: Sequence[State], file: Any) -> list[int]:
@@ -58,7 +67,7 @@ def restart(shared: State, memory: dict[str, Any] | None, own: State, owns: Sequ
     Returns:
         How many steps of a window are given up thereby, by rank that had saved.
     """
-    local, _ = _common(shared, own, file)
+    local = _common(shared, own, file)
     if local is None or memory is None:
         return []
     shared["optimizer"] = own["optimizer"]
@@ -72,26 +81,31 @@ def leave(shared: State, first: State, file: Any) -> bool:
     """For who goes on without local steps: from the common parameters, with rank 0's optimizer, of whose rest ``first``
     is. Returns whether it was saved with them.
     """
-    local, _ = _common(shared, first, file)
-    if local is None:
+    if _common(shared, first, file) is None:
         return False
     shared["optimizer"] = first["optimizer"]
     return True
 
 
-def _common(shared: State, own: State, file: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """What is shared of local steps, and a rank's own parameters; None if it was saved without ``every``."""
+def _personal(own: State, file: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A rank's own parameters and optimizer. Raises :class:`CheckpointError`."""
+    for name in ("parameters", "optimizer"):
+        if not isinstance(own.get(name), dict):
+            raise CheckpointError(f"{file}: {name!r} is missing, and the checkpoint is one of replicas that differ")
+    return own["parameters"], own["optimizer"]
+
+
+def _common(shared: State, own: State, file: Any) -> dict[str, Any] | None:
+    """What is shared of local steps; None if it was saved without ``every``. Raises :class:`CheckpointError`."""
     local = shared["optimizer"].get(KEY)
     if local is None:
-        return None, {}
+        return None
+    _personal(own, file)
     memory = own["mpisign"]
-    for name, value in (("parameters", own.get("parameters")), ("optimizer", own.get("optimizer"))):
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{file}: {name!r} is missing, and the checkpoint is one of local steps")
     personal = memory.get(KEY) if isinstance(memory, dict) else None
     if not isinstance(local, dict) or not isinstance(personal, dict) or set(personal) != set(PERSONAL):
         raise CheckpointError(f"{file}: {KEY!r} is damaged, or of something else")
-    return local, own["parameters"]
+    return local
 
 
 def _parameters(optimizer: Any) -> list[torch.Tensor]:

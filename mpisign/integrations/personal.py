@@ -10,6 +10,7 @@ from mpisign.errors import CheckpointError
 from mpisign.optimizer import DistributedSignOptimizer
 from mpisign.places import rank
 from mpisign.windows import KEY
+from mpisign.wrapping import lets_replicas_differ
 
 __all__ = ["put_back", "state", "taken"]
 
@@ -20,7 +21,7 @@ def taken(optimizer: DistributedSignOptimizer, its: State, model: torch.nn.Modul
     """What is this rank's own, where ``its`` is a state of ``optimizer``; plain types and tensors, nothing is copied.
 
     That is its memory and the model's buffers that are saved; with ``every`` also the wrapped optimizer's state, and
-    within a window its parameters.
+    within a window its parameters; and both where ranks mix models of their own (MoNNA).
     """
     memory = its["mpisign"]
     local = memory.get(KEY)
@@ -30,12 +31,15 @@ def taken(optimizer: DistributedSignOptimizer, its: State, model: torch.nn.Modul
         if local["position"] or local["sent"]:
             parameters = _parameters(optimizer)
             own["parameters"] = {place: parameters[place].detach() for place in local["common"]}
+    elif lets_replicas_differ(optimizer):
+        own["optimizer"] = {key: value for key, value in its.items() if key != "mpisign"}
+        own["parameters"] = {place: p.detach() for place, p in enumerate(_parameters(optimizer))}
     return own
 
 
 def state(own: State, optimizer: DistributedSignOptimizer, shared: State) -> State:
     """For ``optimizer`` to load: what :func:`taken` gave, and of ``shared``, rank 0's state, what was not in it."""
-    its = own.get("optimizer", shared) if _is_local(optimizer) else shared
+    its = own.get("optimizer", shared) if _differs(optimizer) else shared
     return {**its, "mpisign": own["mpisign"]}
 
 
@@ -45,7 +49,7 @@ def put_back(own: State, optimizer: DistributedSignOptimizer, model: torch.nn.Mo
     Raises:
         CheckpointError: the model has no such parameter or buffer; it is as it was then.
     """
-    parameters = own.get("parameters", {}) if _is_local(optimizer) else {}
+    parameters = own.get("parameters", {}) if _differs(optimizer) else {}
     targets: dict[Any, torch.Tensor] = dict(enumerate(_parameters(optimizer)))
     pairs = [(f"parameter {place}", targets.get(place), value) for place, value in parameters.items()]
     here = _buffers(model)
@@ -68,8 +72,8 @@ def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: its.detach() for name, its in model.named_buffers() if name in saved}
 
 
-def _is_local(optimizer: DistributedSignOptimizer) -> bool:
-    return optimizer.outer is not None
+def _differs(optimizer: DistributedSignOptimizer) -> bool:
+    return optimizer.outer is not None or lets_replicas_differ(optimizer)
 
 
 def _parameters(optimizer: DistributedSignOptimizer) -> list[torch.Tensor]:

@@ -128,13 +128,15 @@ LOCAL = {"every": 5, "method": mpisign.scaled_vote(0.5)}  # an epoch has six ste
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": mpisign.signum(0.9)}, LOCAL, {**LOCAL, "delay": 2}], ids=["votes", "windows", "undecided"]
+    "options",
+    [{"method": mpisign.signum(0.9)}, LOCAL, {**LOCAL, "delay": 2}, {"method": mpisign.monna(0)}],
+    ids=["votes", "windows", "undecided", "mixed"],
 )
 def test_resuming_is_exact(comm: MPI.Comm, folder: Path, pl: Any, options: dict[str, Any]) -> None:
     from mpisign.integrations.lightning import MpisignStrategy
 
     def module() -> Any:
-        made = module_of(pl, adam="every" in options)
+        made = module_of(pl, adam="every" in options or options["method"].exchanges_models)
         made.net[2] = nn.BatchNorm1d(16)  # in place of dropout, as Lightning does not save random numbers
         return made
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.mpi
 
 
-@walk_exchanges(lambda method: not method.exchanges_models)  # a checkpoint has one model, rank 0's
+@walk_exchanges()
 def test_resuming_is_exact(comm: MPI.Comm, folder: Path, make: Make, exchange: str) -> None:
     """Also of what a rule remembers and of what the deciding ranks keep."""
     method = make(comm.size)
