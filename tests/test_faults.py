@@ -135,6 +135,7 @@ def test_a_rank_that_makes_fewer_steps_is_an_error_to_the_others(tmp_path: Path,
     assert re.search(rf"ConsistencyError: .*ranks \[{early}\] have left the job", result.text)
 
 
+@pytest.mark.long
 def test_a_rank_that_exits_early_is_an_error_to_the_others(tmp_path: Path) -> None:
     body = f"""
         train(3)

@@ -101,6 +101,7 @@ def wait_for(said: IO[str], silences: list[int]) -> None:
 
 
 @needs_namespaces
+@pytest.mark.long
 def test_an_idle_machine_answers_until_its_link_is_cut(machines: None) -> None:
     with running(THERE, ANSWERS) as there:
         there.readline()

@@ -133,13 +133,13 @@ def test_who_is_found_to_lie_is_left_behind(exchange: str, liar: int) -> None:
 
 
 @needs_ulfm
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ranks", "what", "exchange"),
     [
         (3, "revoke", "two_phase"),
-        pytest.param(3, "refuse", "two_phase", marks=pytest.mark.long),
-        # 0 and 2 count together, and 1 and 3 are no majority
-        pytest.param(4, "lie", "hierarchical", marks=pytest.mark.long),
+        (3, "refuse", "two_phase"),
+        (4, "lie", "hierarchical"),  # 0 and 2 count together, and 1 and 3 are no majority
     ],
 )
 def test_liars_that_do_not_end_or_are_too_many_end_the_job(ranks: int, what: str, exchange: str) -> None:

@@ -98,7 +98,8 @@ def test_a_forked_child_gets_errors_and_the_job_goes_on(tmp_path: Path) -> None:
         assert answers == [True, parents[parent]["rank"], 2, parents[parent]["rank"], 2, 0, 1, "cpu", True]
 
 
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_dataset_that_talks_is_an_error_of_its_rank(tmp_path: Path, method: str) -> None:
     result = job(
         tmp_path,
@@ -173,6 +174,7 @@ if child == 0:
 """
 
 
+@pytest.mark.long
 def test_a_forked_child_ends_as_it_wants_and_leaves_mpi_alone() -> None:
     command = [sys.executable, "-c", FORKING]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

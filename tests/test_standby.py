@@ -139,6 +139,7 @@ def test_overlap() -> None:
 
 
 @pytest.mark.few
+@pytest.mark.long
 def test_without_standby_no_spare_votes(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(
