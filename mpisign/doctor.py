@@ -211,7 +211,9 @@ def _binding() -> Iterator[Finding]:
         yield Finding(WARN, "CPU binding", seen + ": they take turns", _words().yield_cores)
     elif (whole := _cores_of_launcher()) > NARROW * len(cores) * here.local_size:
         seen = f"{here.local_size} ranks here, each bound to {len(cores)} of {whole} cores"
-        advice = f"python -m mpisign run -n {here.size} ..., which binds each to its share; or {_words().unbind}"
+        advice = _words().unbind
+        if here.local_size == here.size:
+            advice = f"python -m mpisign run -n {here.size} ..., which binds each to its share; or {advice}"
         yield Finding(WARN, "CPU binding", seen, advice)
     else:
         yield Finding(OK, "CPU binding", seen)

@@ -93,7 +93,7 @@ def _unfit(optimizer: Optimizer, state: Mapping[str, Any]) -> str:
     """What in a state that has not been taken is of another kind than what the optimizer has, or ""."""
     for at, (group, own) in enumerate(zip(state["param_groups"], optimizer.param_groups, strict=True)):
         for key in (key for key in optimizer.defaults if key in own and key in group):
-            if not any(_alike(group[key], its.get(key)) for its in (own, optimizer.defaults)):
+            if not any(_may_be(optimizer, group[key], its.get(key)) for its in (own, optimizer.defaults)):
                 return f"['param_groups'][{at}][{key!r}] is {shown(group[key])}, and here {shown(own[key])}"
         for number, parameter in zip(group["params"], own["params"], strict=True):
             sample = Sample(optimizer, own, own, parameter, optimizer.state.get(parameter) or {})
@@ -118,7 +118,7 @@ def _problem(  # noqa: PLR0911 - a line a kind
             where = f"['param_groups'][{at}][{key!r}]"
             if key not in group:
                 return f"{where} is missing"
-            if not any(_alike(group[key], its[key]) for its in (usual, optimizer.defaults)):
+            if not any(_may_be(optimizer, group[key], its[key]) for its in (usual, optimizer.defaults)):
                 return f"{where} is {shown(group[key])}, and here {shown(usual[key])}"
         samples: dict[tuple[object, ...], Sample] = {}
         for parameter in group["params"]:
@@ -147,7 +147,14 @@ def _is_of_torch(optimizer: Optimizer) -> bool:
     return type(optimizer).__module__.startswith("torch.optim")
 
 
-def _alike(value: Any, usual: Any) -> bool:  # noqa: PLR0911 - a line a kind
+def _may_be(optimizer: Optimizer, value: Any, usual: Any) -> bool:
+    """Whether an option is of the kind that it is here. Of those that are tried, some of several may be None."""
+    if _is_of_torch(optimizer) and isinstance(value, (list, tuple)) and isinstance(usual, (list, tuple)):
+        value = [its if one is None else one for one, its in zip(value, usual, strict=False)] + [*value[len(usual) :]]
+    return _alike(value, usual)
+
+
+def _alike(value: Any, usual: Any) -> bool:
     """Whether an option is of the kind that it is here; None here may be anything small."""
     if usual is None:
         return not isinstance(value, torch.Tensor) or _alike(value, 0.0)
@@ -162,9 +169,7 @@ def _alike(value: Any, usual: Any) -> bool:  # noqa: PLR0911 - a line a kind
             number = isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
         return number and (math.isfinite(value) or not math.isfinite(usual))
     if isinstance(usual, (list, tuple)):
-        if not isinstance(value, (list, tuple)) or len(value) != len(usual):
-            return False
-        return all(one is None or _alike(one, its) for one, its in zip(value, usual, strict=True))  # as Adafactor's eps
+        return isinstance(value, (list, tuple)) and len(value) == len(usual) and all(map(_alike, value, usual))
     return isinstance(value, type(usual))
 
 

@@ -170,8 +170,11 @@ def local_steps_of(optimizer: object) -> Any:
 
 def lets_replicas_differ(optimizer: object) -> bool:
     """Whether ranks train models of their own, which they mix (MoNNA)."""
-    method = getattr(optimizer, "method", None)
-    return isinstance(method, Method) and method.exchanges_models
+    usual = getattr(optimizer, "method", None)
+    if not isinstance(usual, Method):
+        return False
+    groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])
+    return any(group.get("method", usual).exchanges_models for group in groups)
 
 
 def default_names(groups: list[dict[str, Any]]) -> dict[torch.Tensor, str]:

@@ -343,7 +343,8 @@ def test_who_only_follows_keeps_a_running_memory_like_the_others(name: str) -> N
     results = play(ranks, 2, [(0, 1)] * len(SHAPES), absent=[2])
     assert results[2] == [None] * len(SHAPES)
     assert parts.same(ranks[2].memories(), before) == (not method.memory.running)
-    shared = {"ef21": ("average",), "one_bit_adam": ("momentum", "variance")}.get(method.memory.name, ())
+    in_common = {"ef21": ("average",), "ef21_sgdm": ("average",), "one_bit_adam": ("momentum", "variance")}
+    shared = in_common.get(method.memory.name, ())
     assert bool(shared) == method.memory.running, "say here what ranks share in this memory"
     for place in range(len(SHAPES)):
         for field in shared:

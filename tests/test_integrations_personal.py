@@ -13,6 +13,7 @@ import mpisign
 from mpisign.integrations import personal
 
 LOCAL = {"every": 4, "method": mpisign.scaled_vote()}
+MIXED = {"method": mpisign.monna(0)}
 
 
 def stepped(steps: int, width: int = 3, **options: Any) -> tuple[nn.Module, mpisign.DistributedSignOptimizer]:
@@ -35,7 +36,7 @@ def stepped(steps: int, width: int = 3, **options: Any) -> tuple[nn.Module, mpis
         (3, {}, set()),
         (3, LOCAL, {"optimizer", "parameters"}),
         (4, LOCAL, {"optimizer"}),
-        (3, {"method": mpisign.monna(0)}, {"optimizer", "parameters"}),
+        (3, MIXED, {"optimizer", "parameters"}),
     ],
     ids=["votes", "within a window", "at its end", "models that are mixed"],
 )
@@ -56,11 +57,12 @@ def test_what_is_kept(world: None, steps: int, options: dict[str, Any], kept: se
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_window_is_nothing_to_votes(world: None) -> None:
-    """Ranks that vote must have equal parameters: rank 0's."""
-    model, optimizer = stepped(3, **LOCAL)
+@pytest.mark.parametrize(("saved", "resumed"), [(LOCAL, {}), (LOCAL, MIXED), (MIXED, {}), (MIXED, LOCAL)])
+def test_what_differed_otherwise_is_rank_0s(world: None, saved: dict[str, Any], resumed: dict[str, Any]) -> None:
+    """Ranks that vote, or begin a window, must have equal parameters: rank 0's."""
+    model, optimizer = stepped(3, **saved)
     own = personal.taken(optimizer, optimizer.state_dict(), model)
-    again, votes = stepped(0)
+    again, votes = stepped(0, **resumed)
     before = again[0].weight.detach().clone()
     shared = {**votes.state_dict(), "state": {}}
     assert personal.state(own, votes, shared)["state"] == {}

@@ -24,7 +24,7 @@ from mpisign.memory import ErrorFeedback, Identity
 from mpisign.memory.noise import StochasticSign
 from mpisign.rules import MajorityVote
 
-WARNING, LATE = 2.0, 5.0
+WARNING, LATE = 3.0, 7.0
 mpisign.init(stall_warning=WARNING, stall_timeout=60.0)
 rank, said, late = mpisign.rank(), [], None
 

@@ -24,7 +24,7 @@ from mpisign.memory.saved import checked
 from mpisign.plain import plain, uncompiled
 from mpisign.session import Session, collective, current
 from mpisign.warning import warn
-from mpisign.wrapping import local_steps_of
+from mpisign.windows import KEY
 
 __all__ = ["Resumed", "load", "newest"]
 
@@ -231,7 +231,7 @@ def _read(folder: Path, manifest: Manifest, session: Session, optimizer: Statefu
     if shared["step"] != manifest.step:
         raise CheckpointError(f"{folder / directory.SHARED} is not of step {manifest.step}, of which its manifest is")
     files = [folder / directory.rank_file(rank) for rank in range(manifest.ranks)]
-    left = local_steps_of(optimizer) is None and local.leave(shared, _parts(files[0], OWN_PARTS), files[0])
+    left = not _has_windows(optimizer) and local.leave(shared, _parts(files[0], OWN_PARTS), files[0])
     if left and optimizer is not None and session.rank == 0:
         warn(
             f"{folder} was saved with every=, and this optimizer is without: all go on from the common parameters, "
@@ -269,6 +269,11 @@ def _read(folder: Path, manifest: Manifest, session: Session, optimizer: Statefu
     if memory is not None and not left:
         shared["optimizer"]["mpisign"] = memory
     return shared, own
+
+
+def _has_windows(optimizer: Stateful | None) -> bool:
+    """Whether it makes local steps, by its state: it may be in a wrapper, such as Accelerate's."""
+    return optimizer is not None and KEY in (optimizer.state_dict().get("mpisign") or {})
 
 
 def _parts(file: Path, parts: Mapping[str, type]) -> State:

@@ -176,8 +176,9 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """The file, with what is this rank's own under ``"mpisign"``."""
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
-        linked = os.path.islink(checkpoint_path)  # by save_last="link"
-        path = self._file(os.path.realpath(checkpoint_path) if linked else checkpoint_path)
+        path = self._file(checkpoint_path)
+        if os.path.islink(checkpoint_path) and not path.is_file():  # by save_last="link"
+            path = self._file(os.path.realpath(checkpoint_path))
         if path.is_file():
             own = torch.load(path, map_location="cpu", weights_only=True)
             # Version 0.2 has saved the memories alone.

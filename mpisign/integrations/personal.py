@@ -39,8 +39,9 @@ def taken(optimizer: DistributedSignOptimizer, its: State, model: torch.nn.Modul
 
 def state(own: State, optimizer: DistributedSignOptimizer, shared: State) -> State:
     """For ``optimizer`` to load: what :func:`taken` gave, and of ``shared``, rank 0's state, what was not in it."""
-    its = own.get("optimizer", shared) if _differs(optimizer) else shared
-    return {**its, "mpisign": own["mpisign"]}
+    kept = own.get("optimizer", shared) if _differs(optimizer, own) else shared
+    # Rates are the same on all ranks, and a framework may have changed them since this rank has saved.
+    return {**shared, "state": kept["state"], "mpisign": own["mpisign"]}
 
 
 def put_back(own: State, optimizer: DistributedSignOptimizer, model: torch.nn.Module) -> None:
@@ -49,7 +50,7 @@ def put_back(own: State, optimizer: DistributedSignOptimizer, model: torch.nn.Mo
     Raises:
         CheckpointError: the model has no such parameter or buffer; it is as it was then.
     """
-    parameters = own.get("parameters", {}) if _differs(optimizer) else {}
+    parameters = own.get("parameters", {}) if _differs(optimizer, own) else {}
     targets: dict[Any, torch.Tensor] = dict(enumerate(_parameters(optimizer)))
     pairs = [(f"parameter {place}", targets.get(place), value) for place, value in parameters.items()]
     here = _buffers(model)
@@ -72,8 +73,11 @@ def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: its.detach() for name, its in model.named_buffers() if name in saved}
 
 
-def _differs(optimizer: DistributedSignOptimizer) -> bool:
-    return optimizer.outer is not None or lets_replicas_differ(optimizer)
+def _differs(optimizer: DistributedSignOptimizer, own: State) -> bool:
+    """Whether it lets replicas differ, and did so when it was saved, in the same way."""
+    if KEY in own["mpisign"]:
+        return optimizer.outer is not None
+    return lets_replicas_differ(optimizer)
 
 
 def _parameters(optimizer: DistributedSignOptimizer) -> list[torch.Tensor]:

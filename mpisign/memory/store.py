@@ -363,7 +363,7 @@ class MemoryStore:
             )
         # Of all ranks the same, so that it is taken from another rank's state, too.
         store.rows = {parameters[place] for place in saved["rows"]}
-        theirs = [saved["others"].get(place, saved["memory_of"]) for place in range(len(parameters))]
+        theirs = _names(saved, len(parameters))
         if saved["rank"] != group.rank or theirs != names:
             if fields:
                 warn(
@@ -400,6 +400,15 @@ class MemoryStore:
             store.secret = saved["secret"] or store.secret
         store._rates = {parameters[place]: rate for place, rate in saved["rates"].items()}
         return store
+
+
+def _names(saved: Mapping[str, Any], count: int) -> list[str]:
+    """Of the saved memories, by place."""
+    names = [saved["others"].get(place, saved["memory_of"]) for place in range(count)]
+    plain = [place for place, name in enumerate(names) if name == "ef21"]
+    if any("momentum" in saved["memory"].get(place, ()) for place in plain):  # until 0.2 it had the same name
+        names = ["ef21_sgdm" if name == "ef21" else name for name in names]
+    return names
 
 
 def _lay(parameter: torch.Tensor, value: torch.Tensor | None) -> torch.Tensor:

@@ -139,7 +139,7 @@ def test_lies_about_checkpoints(comm: MPI.Comm, folder: Path, lie: str) -> None:
         with hostile.says(comm.rank == evil, max(0, skipped), message):
             operation()
 
-    met, _ = hostile.attack(comm, evil, spoken, -1, random_bytes, patience=2.0)
+    met, _ = hostile.attack(comm, evil, spoken, -1, random_bytes, patience=hostile.LONG)
     hostile.start_anew(comm)
     for rank, error in enumerate(met):
         if rank != evil:
@@ -186,7 +186,7 @@ def test_lies_about_an_optimizers_state(comm: MPI.Comm, folder: Path, what: str)
         with hostile.says(comm.rank == comm.size - 1, 0, message):
             operation()
 
-    met, _ = hostile.attack(comm, comm.size - 1, spoken, -1, random_bytes, patience=2.0)
+    met, _ = hostile.attack(comm, comm.size - 1, spoken, -1, random_bytes, patience=hostile.LONG)
     hostile.start_anew(comm)
     for error in met[:-1]:
         assert isinstance(error, mpisign.ConsistencyError), repr(error)

@@ -135,8 +135,10 @@ LOCAL = {"every": 5, "method": mpisign.scaled_vote(0.5)}  # an epoch has six ste
 def test_resuming_is_exact(comm: MPI.Comm, folder: Path, pl: Any, options: dict[str, Any]) -> None:
     from mpisign.integrations.lightning import MpisignStrategy
 
+    adam = "every" in options or options["method"].exchanges_models
+
     def module() -> Any:
-        made = module_of(pl, adam="every" in options or options["method"].exchanges_models)
+        made = module_of(pl, adam=adam)
         made.net[2] = nn.BatchNorm1d(16)  # in place of dropout, as Lightning does not save random numbers
         return made
 

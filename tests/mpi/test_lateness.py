@@ -15,7 +15,7 @@ from mpisign.lateness import WINDOW
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-SLEEP = 0.03
+SLEEP = 0.06
 
 
 @pytest.mark.mpi(min_size=2)

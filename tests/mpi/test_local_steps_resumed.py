@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from resumable import assert_resuming_is_exact, assert_states_are_enough
+from resumable import assert_equal, assert_resuming_is_exact, assert_states_are_enough
 
 import mpisign
 from mpisign import Method
@@ -49,6 +49,24 @@ def test_the_model_in_a_checkpoint_is_the_common_one(comm: MPI.Comm, folder: Pat
     job.train(8)
     job.save(folder)
     assert torch.load(folder / "step-00000008" / f"rank-{comm.rank:05d}.pt", weights_only=True)["parameters"] == {}
+
+
+class Wrapped:
+    """An optimizer as Accelerate hands it on, which has a few of its methods and nothing else."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+        self.state_dict, self.load_state_dict = optimizer.state_dict, optimizer.load_state_dict
+
+
+def test_through_a_wrapper(folder: Path) -> None:
+    """In the middle of a window, where ranks differ."""
+    job, other = (AdamJob(mpisign.mean(), 4) for _ in range(2))
+    job.train(6)
+    mpisign.checkpoint.save(folder, model=job.model, optimizer=Wrapped(job.optimizer), step=6)
+    mpisign.checkpoint.load(folder, model=other.model, optimizer=Wrapped(other.optimizer))
+    assert_equal(other.model.state_dict(), job.model.state_dict())
+    assert_equal(other.optimizer.state_dict(), job.optimizer.state_dict())
 
 
 @pytest.mark.parametrize("ranks", ["as many", "fewer"])

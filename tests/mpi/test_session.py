@@ -150,9 +150,9 @@ def test_those_who_wait_say_for_whom_at_which_step_and_phase(
 ) -> None:
     """A rank comes late to a step, or takes its time inside one."""
     mpisign.shutdown()
-    mpisign.init(stall_warning=0.5, stall_timeout=60.0)
+    mpisign.init(stall_warning=1.0, stall_timeout=60.0)
     late = comm.size - 1
-    delays = (*[0.0] * late, 3.0)
+    delays = (*[0.0] * late, 5.0)
     slow = mpisign.Method(Sluggish(delays), mpisign.signsgd().codec, mpisign.signsgd().rule)
     parameter = torch.nn.Parameter(torch.zeros(3))
     sgd = torch.optim.SGD([parameter], lr=1.0)
