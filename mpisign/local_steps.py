@@ -287,7 +287,7 @@ class LocalSteps:
             mine = [b.detach().reshape(-1).double().cpu() for b in buffers]
             counts = [votes and bool(its.isfinite().all()) for its in mine]
             told = [its if counted else torch.zeros_like(its) for its, counted in zip(mine, counts, strict=True)]
-            told.append(torch.tensor(counts, dtype=torch.float64))
+            told.append(torch.tensor(counts, dtype=torch.float64, device="cpu"))
             *means, shares = average(torch.cat(told), name="buffers").split([len(its) for its in told])
             for buffer, its, share in zip(buffers, means, shares.tolist(), strict=True):
                 if share:  # else it is finite nowhere, such as a mask

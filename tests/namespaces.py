@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from mpirun import environment
 
-__all__ = ["namespaces", "needs_namespaces", "slow_network"]
+__all__ = ["left_behind", "namespaces", "needs_namespaces", "slow_network"]
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -20,8 +21,9 @@ def can_make_namespaces() -> bool:
     tools = all(shutil.which(tool) for tool in ("ip", "tc", "nsenter", "unshare"))
     if os.geteuid() != 0 or not tools:
         return False
-    made = subprocess.run(["ip", "netns", "add", "mpisign-test"], capture_output=True, check=False).returncode == 0
-    subprocess.run(["ip", "netns", "del", "mpisign-test"], capture_output=True, check=False)
+    name = f"mpisign-test-{os.getpid()}"  # others look at the same time
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode == 0
+    subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
     return made
 
 
@@ -31,9 +33,15 @@ needs_namespaces = pytest.mark.skipif(
 
 
 def namespaces() -> set[str]:
-    """Those that are there, but for other tests' that come and go."""
+    """Those that are there, also of tests that run beside this one."""
     text = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     return {line.split()[0] for line in text.splitlines()}
+
+
+def left_behind() -> set[str]:
+    """Those of a slow_network that has ended."""
+    owned = {name: re.match(r"mpisign(\d+)-", name) for name in namespaces()}
+    return {name for name, its in owned.items() if its and not Path("/proc", its[1]).exists()}
 
 
 def slow_network(*command: str) -> subprocess.Popen[str]:

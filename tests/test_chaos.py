@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from mpi4py import MPI
 from mpirun import environment
-from namespaces import namespaces, needs_namespaces
+from namespaces import left_behind, needs_namespaces
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 CHAOS = SCRIPTS / "chaos"
@@ -82,12 +82,12 @@ def test_goodput_is_measured_with_and_without_relaunches(tmp_path: Path) -> None
 @pytest.mark.timeout(500)
 def test_links_are_cut_and_mended(tmp_path: Path) -> None:
     """Of who was cut off, or has slept, and comes back, nobody else hears: the others go on, all of them."""
-    before = namespaces()
+    before = left_behind()
     training, _ = short_run(
         tmp_path, "cut", "silence", "flicker", "stretch", seed=3, spread=0, more=("--hosts", "4", "--detect-links", "8")
     )
     assert training["launches"] == 1
-    assert namespaces() <= before
+    assert left_behind() <= before
 
 
 def short_run(

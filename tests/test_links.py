@@ -17,7 +17,7 @@ from namespaces import needs_namespaces
 
 from mpisign import links
 
-HERE, THERE = "mpisign-links-0", "mpisign-links-1"
+HERE, THERE = (f"mpisign-links-{os.getpid()}-{number}" for number in range(2))
 ADDRESSES = {HERE: "10.79.0.1", THERE: "10.79.0.2"}
 ANSWERS = "import socket; s = socket.create_server(('', 7000)); print(flush=True); c = s.accept()[0]; c.recv(1)"
 LISTENS = f"""\

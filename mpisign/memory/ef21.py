@@ -45,7 +45,7 @@ class EF21(Memory):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Of what is kept: with momentum it is something else."""
+        """That of what is kept, which with momentum is something else."""
         return "ef21_sgdm" if self.momentum else "ef21"
 
     @property
