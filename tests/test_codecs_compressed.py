@@ -9,7 +9,7 @@ import torch
 
 import mpisign
 from mpisign.backends.host import Host, as_words
-from mpisign.codecs import Codec, ScaledBits, TopK, Trits
+from mpisign.codecs import Codec, ScaledBits, SparseTernary, TopK, Trits
 from mpisign.policy import Policy
 
 FIRST_WORD = 1001
@@ -198,3 +198,10 @@ def test_trits_keep_zeros_whatever_the_policy(zeros: str, n: int) -> None:
     assert message.shape == (2, -(-n // 32))
     assert torch.equal(decoded(Trits(), message, values), values.sign())
     assert (as_words(message[1]) == oracle.to_words(np.asarray(values != 0))).all()
+
+
+@pytest.mark.parametrize("codec", [TopK(0.01), SparseTernary(0.01)], ids=lambda codec: codec.name)
+def test_more_elements_than_places_can_be_told_are_refused(codec: Codec) -> None:
+    codec.of(torch.empty(2**31 - 1, 1, device="meta"))
+    with pytest.raises(mpisign.GradientError, match=r"places in 32 bits.*mpisign\.signum"):
+        codec.of(torch.empty(2**16, 2**15, device="meta"))

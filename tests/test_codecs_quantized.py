@@ -72,7 +72,7 @@ def expected(codec: Quantized, values: Any, u: Any) -> Any:
     for lo in range(0, values.size, codec.bucket or max(values.size, 1)):
         v = values[lo : lo + (codec.bucket or values.size)]
         norm = np.sqrt(np.sum(v**2)) if codec.norm == "l2" else np.abs(v).max()
-        if codec.clip:
+        if codec.clip and codec.clip * deviation >= np.sqrt(np.mean(values**2)):  # else all would be clipped
             norm = min(norm, codec.clip * deviation)
         if norm > 0:
             xi = np.floor(codec.levels * np.minimum(np.abs(v) / norm, 1) + u[lo : lo + v.size])
@@ -163,3 +163,16 @@ def test_large_values_do_not_overflow_on_the_way() -> None:
 def test_impossible_options(make: Any, message: str) -> None:
     with pytest.raises(mpisign.OptionError, match=message):
         make()
+
+
+@pytest.mark.parametrize("values", [[0.7], [-3.0], [0.7, 0.7, 0.7], [0.7, 0.71, 0.7]])
+def test_what_hardly_differs_is_not_clipped(values: list[float]) -> None:
+    """Such as the one weight of a PReLU, whose standard deviation is 0."""
+    its, codec = torch.tensor(values), mpisign.terngrad(2.5).codec
+    message = torch.zeros(codec.planes(Policy()), codec.length(len(values)), dtype=torch.int32)
+    total = torch.zeros(len(values))
+    for seed in range(400):
+        context = Policy(seed=seed).context(0, 0)
+        assert bool(codec.encode(its, message, context, 0))
+        codec.add(message, total, 1 / 400)
+    assert torch.allclose(total, its, rtol=0.1)

@@ -108,14 +108,14 @@ def test_ef21_finds_a_gradient_that_stays(momentum: float, ratio: float | None) 
 @pytest.mark.parametrize("masking", [True, False])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_dgc_that_sends_all(nesterov: bool, masking: bool) -> None:
-    """Without masking it is momentum SGD; masking wipes the momentum with every coordinate that is sent."""
+    """It is momentum SGD: what is always sent is never late, so that masking leaves its momentum alone."""
     x, y = zeros(), zeros()
     method = mpisign.dgc(1.0, 0.9, nesterov, warmup_epochs=0, masking=masking)
     optimizer = wrap(x, method)
-    reference = torch.optim.SGD([y], lr=0.1, momentum=0.0 if masking else 0.9, nesterov=nesterov and not masking)
+    reference = torch.optim.SGD([y], lr=0.1, momentum=0.9, nesterov=nesterov)
     for g in gradients(4).float().double():
         step(optimizer, x, g)
-        y.grad = g * (1.9 if masking and nesterov else 1.0)
+        y.grad = g.clone()
         reference.step()
     torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
@@ -232,3 +232,32 @@ def test_signs_of_single_terms_may_never_descend() -> None:
     start = [1.0, 1.0]
     assert loss(descend(mpisign.signsgd(), start, gradient, 400, 0.05)) >= 2.0 - 1e-9
     assert loss(descend(mpisign.ef_signsgd(), start, gradient, 400, 0.05)) < 0.1
+
+
+# --------------------------------------------------------------------------------- steps that do not count
+
+
+@pytest.mark.parametrize("make", [mpisign.one_bit_adam, mpisign.zero_one_adam])
+def test_momentum_is_not_owed_twice_when_a_nan_is_elsewhere(make: Callable[..., Method]) -> None:
+    """The gradients of steps that did not count are, and come with the next: as many as there were."""
+    x, other = zeros(), zeros(3)
+    optimizer = DistributedSignOptimizer(torch.optim.SGD([x, other], lr=0.1), method=make(3))
+    constant = torch.full(SHAPE, 0.5, dtype=torch.float64)
+
+    def moved(bad: bool) -> float:
+        before = x.detach().clone()
+        x.grad, other.grad = constant.clone(), torch.ones(3, dtype=torch.float64)
+        if bad:
+            other.grad[0] = float("nan")
+            x.grad[0, 0] = float("nan")
+        optimizer.step()
+        return float((x.detach() - before)[1:].abs().mean())
+
+    for _ in range(200):
+        usual = moved(False)
+    sums = [moved(True) for _ in range(20)]
+    assert sums == [0.0] * 20
+    after = [moved(False) for _ in range(10)]
+    owed = (1 - 0.9) * 20  # the gradients of 20 steps, each a tenth of the momentum that they have made
+    assert after[0] < (1 + owed) * usual * 1.2
+    assert sum(after) < (10 + 2.5 * owed / (1 - 0.9)) * usual

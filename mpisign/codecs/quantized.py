@@ -120,7 +120,9 @@ class Quantized(Codec):
             torch.as_tensor(backend.total(its), dtype=torch.float64, device=values.device) / n
             for its in (wide, wide.square())
         )
-        return together.clamp(max=(square - mean.square()).clamp(min=0.0).sqrt() * self.clip)
+        limit = (square - mean.square()).clamp(min=0.0).sqrt() * self.clip
+        # Of values that hardly differ it would clip all, and of one value alone leave nothing.
+        return together.clamp(max=limit.where(limit.square() >= square, torch.inf))
 
     def _norms_of(self, buckets: torch.Tensor) -> torch.Tensor:
         if not buckets.numel():

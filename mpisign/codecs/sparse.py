@@ -9,7 +9,7 @@ import torch
 
 from mpisign.backends import Flag, backend_for
 from mpisign.codecs.codec import Codec, Planes
-from mpisign.errors import OptionError
+from mpisign.errors import GradientError, OptionError
 from mpisign.policy import StepContext
 
 __all__ = ["TopK", "top_k"]
@@ -48,6 +48,7 @@ class TopK(Codec):
                 raise OptionError(f"{name}={value!r} must be in (0, 1], e.g. {name}=0.001 for one coordinate in 1000")
 
     def of(self, parameter: torch.Tensor) -> TopK:
+        check_places(self.name, parameter)
         return self if self.vectors or parameter.dim() > 1 else TopK(1.0)
 
     def count(self, elements: int) -> int:
@@ -82,6 +83,15 @@ class TopK(Codec):
             out.zero_()
         else:
             out.index_fill_(0, _parts(message)[0].long(), 0.0)
+
+
+def check_places(codec: str, parameter: torch.Tensor) -> None:
+    """Raise :class:`GradientError` if a parameter has more elements than a place in 32 bits can tell."""
+    if parameter.numel() >= 2**31:
+        raise GradientError(
+            f"{codec} sends places in 32 bits, and a parameter of shape {tuple(parameter.shape)} has more elements "
+            f"than they can tell: give its group another method, such as mpisign.signum()"
+        )
 
 
 def top_k(values: torch.Tensor, count: int, sample: float | None = None) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from mpisign.backends import Flag, backend_for
 from mpisign.codecs.codec import Codec, Planes
-from mpisign.codecs.sparse import top_k
+from mpisign.codecs.sparse import check_places, top_k
 from mpisign.errors import OptionError
 from mpisign.policy import StepContext, check_positive
 
@@ -33,6 +33,10 @@ class SparseTernary(Codec):
     def __post_init__(self) -> None:
         if check_positive("ratio", self.ratio) > 1.0:
             raise OptionError(f"ratio={self.ratio!r} must be in (0, 1], e.g. ratio=0.01 for one coordinate in 100")
+
+    def of(self, parameter: torch.Tensor) -> SparseTernary:
+        check_places(self.name, parameter)
+        return self
 
     def count(self, elements: int) -> int:
         """How many coordinates of ``elements`` are sent."""

@@ -208,7 +208,7 @@ class Decider:
     ) -> None:
         """The pieces that lie in ``out``, in the codec again."""
         # Where several ranks decide this, all do it alike.
-        context = dataclasses.replace(context, zeros_key=context.ties_key)
+        context = dataclasses.replace(context, zeros_key=context.ties_key, identity=0, secret="")
         for place, segment in enumerate(self._bucket.segments):
             ranks = heard.voters(place)
             for piece in segment.pieces:

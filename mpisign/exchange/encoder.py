@@ -74,6 +74,8 @@ class Encoder:
         self._bitmaps = bitmaps_of(self.segments, self._rows_of, backend) if together else None
         self._averages: tuple[int, Located] | None = None  # of all, and the store's moves then
         self._fitting: Places | None = None
+        self._hears_of_drops = type(memory).dropped is not Memory.dropped
+        self._taken: dict[int, torch.Tensor | None] = {}  # by parameter; where it had a NaN, which
 
     def encode(self, gradients: Sequence[torch.Tensor | None], context: StepContext, unscale: float) -> First:
         """Fill the messages.
@@ -86,6 +88,7 @@ class Encoder:
             The place among ``segments`` of the first that is not finite.
         """
         self._unscale = 1.0 if self._signs_alone else unscale
+        self._taken = {}
         if self._bitmaps is not None and self._fits(located := locate(gradients)):
             return self._encode_together(self._bitmaps, located, context)
         flags: list[Flag] = []
@@ -131,6 +134,7 @@ class Encoder:
             return
         for segment, rows, its in zip(self.segments, self._rows_of, counted, strict=True):
             if not its:
+                self._drop(segment)
                 continue
             state = self.state(segment)
             for piece in segment.pieces:
@@ -138,6 +142,17 @@ class Encoder:
                 message = rows[0][None, piece.start : piece.stop] if message is None else message
                 part = {key: value[piece.lo : piece.hi] for key, value in state.items()}
                 self.method.memory.sent(message, piece.codec, part)
+        self._taken = {}
+
+    def _drop(self, segment: Segment) -> None:
+        """Tell the memory that its last message does not count; where it had taken nothing in it hears of nothing."""
+        if not self._hears_of_drops or segment.index not in self._taken:
+            return
+        state, bad = self.state(segment), self._taken[segment.index]
+        kept = {} if bad is None else {key: value[bad] for key, value in state.items()}
+        self.method.memory.dropped(state)
+        for key, value in kept.items():
+            state[key][bad] = value
 
     def state(self, segment: Segment) -> State:
         """The memory's state of a parameter as flat views, by field."""
@@ -150,7 +165,10 @@ class Encoder:
         g, state = flat(gradient), self.state(segment)
         finite: Flag = True
         if not self._piecewise:
+            self._taken[segment.index] = None
             values, finite = self._remember(g, state, context, segment.first_word)
+            if self._hears_of_drops and not bool(finite):
+                self._taken[segment.index] = ~torch.isfinite(self._widened(g, state))
             parts = [
                 Part(piece.codec, piece.lo, piece.hi, _between(rows, piece.start, piece.stop), piece.first_word)
                 for piece in segment.pieces

@@ -27,8 +27,8 @@ class DGC(Memory):
         momentum: the m of the equations.
         nesterov: use Nesterov's form.
         clip: clip the rank's whole gradient to the norm ``clip / sqrt(M)`` before it is taken in; None for never.
-        masking: clear u, too, where v is sent (momentum factor masking). Without it, everything sent plus what v still
-            holds is the sum of all u.
+        masking: clear u, too, where v is sent (momentum factor masking), but not where all of a parameter is, as
+            nothing of it is ever late. Without it, everything sent plus what v still holds is the sum of all u.
 
     Source: Lin et al., "Deep Gradient Compression: Reducing the Communication Bandwidth for Distributed Training",
     2018, Algorithm 4 and sections 3.1 to 3.3.
@@ -72,6 +72,6 @@ class DGC(Memory):
 
     def sent(self, message: Tensor, codec: Codec, state: State) -> None:
         codec.add(message, state["residual"], -1.0)
-        if self.masking:
+        if self.masking and message.shape[1] < state["velocity"].numel():
             assert isinstance(codec, TopK)
             codec.clear(message, state["velocity"])

@@ -94,6 +94,9 @@ class Memory:
     def sent(self, message: Tensor, codec: Codec, state: State) -> None:
         """Hear which ``message`` (planes_up, k) went out: ``codec.add`` says what it is worth. Only if it counted."""
 
+    def dropped(self, state: State) -> None:
+        """Hear that what the last call took in did not count, and goes with the next message: a NaN was elsewhere."""
+
     def received(self, decision: Tensor, state: State) -> None:
         """Turn the decision (n,), flat and in the state's precision, into what the optimizer shall apply, in place."""
 

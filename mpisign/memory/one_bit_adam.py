@@ -60,6 +60,10 @@ class OneBitAdam(Memory):
     def sent(self, message: Tensor, codec: Codec, state: State) -> None:
         codec.add(message, state["error"], -1.0)
 
+    def dropped(self, state: State) -> None:
+        if self.frozen:  # the gradient stays owed; the momentum comes again, as it has not changed
+            state["error"].sub_(state["momentum"], alpha=self.beta1)
+
     def received(self, decision: Tensor, state: State) -> None:
         for span in backend_for(decision.device).blocks(decision.numel()):
             update, momentum, variance = decision[span], state["momentum"][span], state["variance"][span]
