@@ -54,6 +54,7 @@ def _go_on_from_last(optimizer: Planned, handshake: Handshake) -> int:
             sync.broadcast_parameters(named, root_rank=last)
             with wrapping.without_methods(optimizer.wrapped):
                 sync.broadcast_optimizer_state(optimizer.wrapped, root_rank=last)
+            sync.broadcast_memory(optimizer, last)
     return last
 
 

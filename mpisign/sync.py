@@ -13,6 +13,7 @@ from mpisign.bitmap.tensors import unreadable
 from mpisign.encoding import Optional
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.hyperparameters import IMPLEMENTATION, described, line, options_of
+from mpisign.memory.common import in_common, with_common
 from mpisign.plain import plain, uncompiled
 from mpisign.session import Session, collective, current
 from mpisign.transfer import as_bytes, broadcast_tensors, check_root, demand_equal
@@ -20,6 +21,7 @@ from mpisign.wrapping import lets_replicas_differ, local_steps_of
 
 __all__ = [
     "allgather_object",
+    "broadcast_memory",
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
@@ -28,6 +30,7 @@ __all__ = [
 
 
 T = TypeVar("T")
+SHAPES = [([int], str)]  # of tensors that are told of: shape and type of each
 
 
 class HasState(Protocol):
@@ -132,8 +135,9 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     """Give every rank ``root_rank``'s optimizer state and group options (learning rates and so on).
 
     Of a :class:`~mpisign.DistributedSignOptimizer`, the wrapped optimizer's state, step number and epoch are
-    copied; each rank keeps its own memory (momentum), which is supposed to differ between ranks. With ``every``, the
-    common parameters, the outer optimizer's state and the place in the window are copied, too.
+    copied; each rank keeps its own memory (momentum), which is supposed to differ between ranks, but for what must be
+    the same on all (the frozen moments of 1-bit Adam, say). With ``every``, the common parameters, the outer
+    optimizer's state and the place in the window are copied, too.
 
     Raises:
         ConsistencyError: the optimizers have different groups, or what ``root_rank`` has sent does not fit.
@@ -156,8 +160,8 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     told = None
     with session.telling(act):
         if session.rank == root_rank:
-            told = _state_told(own, tensors, act, root_rank)
-    schema = {"state": object, "step": Optional(int), "epoch": Optional(int), "shapes": [([int], str)]}
+            told = _state_told(optimizer, own, tensors, act, root_rank)
+    schema = {"state": object, "step": Optional(int), "epoch": Optional(int), "shapes": SHAPES}
     told = session.spread_value(told, schema, root_rank, act)
     for key in ("step", "epoch"):
         if not 0 <= (told[key] or 0) < 2**62:
@@ -166,26 +170,69 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
         if session.rank != root_rank:
             tensors = _new_tensors(told["shapes"], root_rank)
     broadcast_tensors(tensors, root_rank, session, act)
+    changed = False
     with session.telling(act):
         if session.rank != root_rank:
-            _load_told(optimizer, own, told, tensors, root_rank, session)
-    session.meet(act)
+            changed = _load_told(optimizer, own, told, tensors, root_rank, session)
+    if session.meet(act, int(changed)).any() and (keeper := _keeper(optimizer)) is not None:
+        keeper._memory.sum_anew()
     local = local_steps_of(optimizer)
     if local is not None:
         local.broadcast(optimizer, root_rank)
 
 
-def _state_told(own: dict[str, Any], tensors: list[torch.Tensor], act: str, root_rank: int) -> dict[str, Any]:
+def broadcast_memory(optimizer: Any, root_rank: int) -> None:
+    """Give ranks that have sat out what of ``root_rank``'s memory must be the same on all. **Collective.**
+
+    Args:
+        optimizer: a DistributedSignOptimizer that exchanges itself.
+    """
+    act = "broadcast_optimizer_state()"
+    session = current(act)
+    store, parameters, told = optimizer._memory, optimizer._parameters(), None
+    tensors: list[torch.Tensor] = []
+    with session.telling(act):
+        own = optimizer.state_dict()["mpisign"]
+        if session.rank == root_rank:
+            told = {"state": trees.flatten(in_common(store, parameters, own), tensors), "shapes": _shapes(tensors)}
+    told = session.spread_value(told, {"state": object, "shapes": SHAPES}, root_rank, act)
+    with session.telling(act):
+        if session.rank != root_rank:
+            tensors = _new_tensors(told["shapes"], root_rank)
+    broadcast_tensors(tensors, root_rank, session, act)
+    with session.telling(act):
+        if session.rank != root_rank:
+            try:
+                state, _ = with_common(store, parameters, own, trees.unflatten(told["state"], tensors))
+                optimizer._memory = store.restored(state, parameters, optimizer._memories(), session.group)
+            except Exception as error:  # whatever it has sent
+                raise ConsistencyError(f"{act}: what rank {root_rank} has kept does not fit here: {error}") from error
+            optimizer._drop_plan()
+
+
+def _keeper(optimizer: object) -> Any:
+    """Who has the memory of a DistributedSignOptimizer: it, or the one in it that exchanges; None of any other."""
+    local = local_steps_of(optimizer)
+    keeper = optimizer if local is None else local.inner
+    return keeper if hasattr(keeper, "_memory") else None
+
+
+def _state_told(
+    optimizer: HasState, own: dict[str, Any], tensors: list[torch.Tensor], act: str, root_rank: int
+) -> dict[str, Any]:
     """An optimizer's state as plain values; its tensors are appended to ``tensors``. Raises OptionError."""
     place = {key: own.get("mpisign", {}).get(key) for key in ("step", "epoch")}
+    shared = {key: own[key] for key in ("state", "param_groups")}
+    if (keeper := _keeper(optimizer)) is not None:
+        shared["mpisign"] = in_common(keeper._memory, keeper._parameters(), own["mpisign"])
     try:
-        tree = trees.flatten({key: own[key] for key in ("state", "param_groups")}, tensors)
+        tree = trees.flatten(shared, tensors)
     except TypeError as error:
         raise OptionError(
             f"{act}: the optimizer's state on rank {root_rank} cannot be sent: {error}; send it with "
             f"broadcast_object() and load it with load_state_dict()"
         ) from error
-    return {"state": tree, **place, "shapes": [[list(tensor.shape), trees.name_of(tensor.dtype)] for tensor in tensors]}
+    return {"state": tree, **place, "shapes": _shapes(tensors)}
 
 
 def _load_told(
@@ -195,20 +242,29 @@ def _load_told(
     tensors: Sequence[torch.Tensor],
     root_rank: int,
     session: Session,
-) -> None:
-    """Load the state that another rank has told. Raises ConsistencyError."""
+) -> bool:
+    """Load the state that another rank has told. Raises ConsistencyError.
+
+    Returns:
+        Whether something of the memory was another one here that should be the same on all.
+    """
+    changed = False
     try:
         theirs = trees.unflatten(told["state"], tensors)
+        common = theirs.pop("mpisign", None)
         _check_options(own["param_groups"], theirs["param_groups"], getattr(optimizer, "defaults", {}))
         own.update(theirs)
         if "mpisign" in own:
             own["mpisign"] = {**own["mpisign"], "step": told["step"], "epoch": told["epoch"]}
+        if common is not None and (keeper := _keeper(optimizer)) is not None:
+            own["mpisign"], changed = with_common(keeper._memory, keeper._parameters(), own["mpisign"], common)
         optimizer.load_state_dict(own)
     except Exception as error:  # whatever torch makes of it
         raise ConsistencyError(
             f"rank {session.rank}: the optimizer's state of rank {root_rank} does not fit this rank's "
             f"({type(error).__name__}: {error}): build the same optimizer on every rank"
         ) from error
+    return changed
 
 
 def _check_options(own: Sequence[Any], theirs: Sequence[Any], needed: Iterable[str]) -> None:
@@ -224,6 +280,10 @@ def _kind(option: Any) -> object:
     if isinstance(option, (list, tuple)):
         return [_kind(item) for item in option]
     return "number" if isinstance(option, (int, float, torch.Tensor)) else type(option)
+
+
+def _shapes(tensors: Sequence[torch.Tensor]) -> list[Any]:
+    return [[list(tensor.shape), trees.name_of(tensor.dtype)] for tensor in tensors]
 
 
 def _new_tensors(shapes: Sequence[Any], root_rank: int) -> list[torch.Tensor]:

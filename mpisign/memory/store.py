@@ -289,6 +289,10 @@ class MemoryStore:
         sums = self._usual.summed or any(memory.summed for memory in self._memories.values())
         return bool(sums) and (self.unsummed or regrouped)
 
+    def sum_anew(self) -> None:
+        """Before the next exchange, what is a sum over ranks is summed anew: some rank's part is another one now."""
+        self.unsummed = self._is_unsummed(regrouped=True)
+
     def _kept_pieces(self, regrouped: bool = False) -> Pieces:
         """All pieces that are still good, without the former ones that present ones have replaced."""
         if regrouped and self.sharded:
@@ -366,9 +370,11 @@ class MemoryStore:
         theirs = _names(saved, len(parameters))
         if saved["rank"] != group.rank or theirs != names:
             if fields:
+                drift = any(memory.common for memory in memories.values()) or any(saved["pieces"].values())
+                level = ", or call mpisign.broadcast_optimizer_state() now, or replicas drift apart" if drift else ""
                 warn(
                     fresh + f"this is the state of rank {saved['rank']} under method {saved['method']!r}; "
-                    "to resume exactly, save and load one state a rank"
+                    f"to resume exactly, save and load one state a rank{level}"
                 )
             return store
         for place, state in saved["memory"].items():
