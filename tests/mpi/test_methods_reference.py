@@ -277,7 +277,7 @@ def test_dgc(comm: MPI.Comm, clip: float | None, nesterov: bool, masking: bool) 
                 message = compress(v[rank][place]) if len(SHAPES[place]) > 1 else v[rank][place].copy()
                 sent[rank][place] = message
                 v[rank][place] -= message
-                if masking:
+                if masking and len(SHAPES[place]) > 1:  # what is sent whole has momentum as without compression
                     u[rank][place][message != 0] = 0.0
         optimizer.set_epoch(epoch)
         step(optimizer, tensors, drawn(tensors, at, comm.rank))
