@@ -22,6 +22,8 @@ from namespaces import left_behind, needs_namespaces
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 CHAOS = SCRIPTS / "chaos"
 RATE = 0.1
+pytestmark = pytest.mark.timeout(700)  # trainings one after the other, with a new start of all ranks between some
+
 SAMPLES = 12
 
 needs_ulfm = pytest.mark.skipif(MPI.get_vendor()[0] != "Open MPI", reason="no ULFM")
@@ -36,7 +38,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     return importlib.import_module
 
 
-def chaos(*arguments: str, timeout: float = 400.0) -> subprocess.CompletedProcess[str]:
+def chaos(*arguments: str, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(CHAOS), *arguments]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
 
@@ -79,7 +81,6 @@ def test_goodput_is_measured_with_and_without_relaunches(tmp_path: Path) -> None
 @needs_ulfm
 @needs_namespaces
 @pytest.mark.long
-@pytest.mark.timeout(500)
 def test_links_are_cut_and_mended(tmp_path: Path) -> None:
     """Of who was cut off, or has slept, and comes back, nobody else hears: the others go on, all of them."""
     before = left_behind()
