@@ -236,7 +236,7 @@ def test_such_a_path_in_the_variable_is_told_at_shutdown(
     comm_of_job = current().group.comm
     with caplog.at_level(logging.ERROR, "mpisign"):
         mpisign.shutdown()
-    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert [record.levelname for record in caplog.records if record.levelname != "WARNING"] == ["ERROR"]
     assert "rank 0 cannot write it" in caplog.text
     from mpi4py import MPI
 
