@@ -105,17 +105,15 @@ class LocalSteps:
                 f"delay={delay} is no part of a window of every={every} steps: the next difference would leave before "
                 f"this one is decided; choose {every - 1} at most"
             )
-        for method in owner._methods():
-            check_method(method, outer is not None)
+        self._has_rate = outer is not None
+        names = self._checked(owner)
         if owner.overlap is True:
             raise OptionError("overlap=True hides exchanges of gradients behind backward, and every= has none: drop it")
         if average_buffers is not None and not isinstance(average_buffers, nn.Module):
             raise OptionError(f"average_buffers={type(average_buffers).__name__} is no module: pass the model itself")
         self._buffers = average_buffers
-        self._begun, self._has_rate = False, outer is not None
+        self._begun = False
         self._forms: list[Any] = []
-        names = {**wrapping.default_names(owner.param_groups), **owner._names}
-        _check_types(owner._parameters(), names)
         self.windows = Windows(owner._parameters())
         groups = [
             {"params": self.windows.common(group["params"]), **self._options(group)} for group in owner.param_groups
@@ -162,10 +160,7 @@ class LocalSteps:
             for its, group in zip(outer.param_groups, groups, strict=True):
                 its.update(self._options(group))
             return
-        names = {**wrapping.default_names(groups), **owner._names}
-        _check_types(parameters, names)
-        for method in owner._methods():
-            check_method(method, self._has_rate)
+        names = self._checked(owner)
         self._forms = forms
         self.windows.follow(parameters)
         for at, group in enumerate(groups):
@@ -177,6 +172,16 @@ class LocalSteps:
         del outer.param_groups[len(groups) :]
         pairs = zip(parameters, self.windows.common(parameters), strict=True)
         self.inner._names = {common: names[parameter] for parameter, common in pairs}
+
+    def _checked(self, owner: Planned) -> dict[torch.Tensor, str]:
+        """The names of the parameters. Raises if one that is trained, or a method, cannot be exchanged."""
+        for method in owner._methods():
+            check_method(method, self._has_rate)
+        names = {**wrapping.default_names(owner.param_groups), **owner._names}
+        for parameter in owner._parameters():
+            if parameter.requires_grad:
+                check_supported(names[parameter], parameter)
+        return names
 
     def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Of an outer parameter group, besides its own. Ranks compare options, and so ``every`` with them."""
@@ -362,13 +367,6 @@ class LocalSteps:
                 self.inner._overlap.dropped()
             except CheckpointError as error:
                 raise ConsistencyError(f"{act}: {error}") from error
-
-
-def _check_types(parameters: Sequence[torch.Tensor], names: Mapping[torch.Tensor, str]) -> None:
-    """Raise :class:`GradientError` if one that is trained is of a type that cannot be exchanged."""
-    for parameter in parameters:
-        if parameter.requires_grad:
-            check_supported(names[parameter], parameter)
 
 
 def _prepared(gradients: Sequence[Any], unscale: float, clip: float | None) -> bool:

@@ -438,7 +438,7 @@ class DistributedSignOptimizer(Planned):
         self._loss_scale, self._checks, self._buddies = LossScale(), StepChecks(), Buddies(self.buddy_every)
         self._overlap = Overlap(self.overlap, self.backward_passes_per_step)
         self.report = None
-        with wrapping.as_defaults(self.wrapped):
+        with wrapping.keep_defaults(self.wrapped):
             super().__setstate__({})  # torch makes its hook tables
         applying.forbid_alone(self.wrapped, self)
 

@@ -149,8 +149,9 @@ def _is_of_torch(optimizer: Optimizer) -> bool:
 
 def _may_be(optimizer: Optimizer, value: Any, usual: Any) -> bool:
     """Whether an option is of the kind that it is here. Of those that are tried, some of several may be None."""
-    if _is_of_torch(optimizer) and isinstance(value, (list, tuple)) and isinstance(usual, (list, tuple)):
-        value = [its if one is None else one for one, its in zip(value, usual, strict=False)] + [*value[len(usual) :]]
+    several = isinstance(value, (list, tuple)) and isinstance(usual, (list, tuple)) and len(value) == len(usual)
+    if several and _is_of_torch(optimizer):
+        value = [its if one is None else one for one, its in zip(value, usual, strict=True)]
     return _alike(value, usual)
 
 

@@ -166,10 +166,7 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     for key in ("step", "epoch"):
         if not 0 <= (told[key] or 0) < 2**62:
             raise ConsistencyError(f"{act}: rank {root_rank} says that it is at {key} {told[key]}, which cannot be")
-    with session.telling(act):
-        if session.rank != root_rank:
-            tensors = _new_tensors(told["shapes"], root_rank)
-    broadcast_tensors(tensors, root_rank, session, act)
+    tensors = _spread(tensors, told["shapes"], root_rank, session, act)
     changed = False
     with session.telling(act):
         if session.rank != root_rank:
@@ -196,10 +193,7 @@ def broadcast_memory(optimizer: Any, root_rank: int) -> None:
         if session.rank == root_rank:
             told = {"state": trees.flatten(in_common(store, parameters, own), tensors), "shapes": _shapes(tensors)}
     told = session.spread_value(told, {"state": object, "shapes": SHAPES}, root_rank, act)
-    with session.telling(act):
-        if session.rank != root_rank:
-            tensors = _new_tensors(told["shapes"], root_rank)
-    broadcast_tensors(tensors, root_rank, session, act)
+    tensors = _spread(tensors, told["shapes"], root_rank, session, act)
     with session.telling(act):
         if session.rank != root_rank:
             try:
@@ -208,6 +202,17 @@ def broadcast_memory(optimizer: Any, root_rank: int) -> None:
             except Exception as error:  # whatever it has sent
                 raise ConsistencyError(f"{act}: what rank {root_rank} has kept does not fit here: {error}") from error
             optimizer._drop_plan()
+
+
+def _spread(
+    tensors: list[torch.Tensor], shapes: Sequence[Any], root_rank: int, session: Session, act: str
+) -> list[torch.Tensor]:
+    """``root_rank``'s tensors, whose shapes and types it has told, on every rank. **Collective.**"""
+    with session.telling(act):
+        if session.rank != root_rank:
+            tensors = _new_tensors(shapes, root_rank)
+    broadcast_tensors(tensors, root_rank, session, act)
+    return tensors
 
 
 def _keeper(optimizer: object) -> Any:

@@ -15,10 +15,10 @@ from mpisign.method import Method
 from mpisign.warning import warn
 
 __all__ = [
-    "as_defaults",
     "check_wrappable",
     "default_names",
     "drop_frozen",
+    "keep_defaults",
     "lets_replicas_differ",
     "local_steps_of",
     "methods_of",
@@ -146,7 +146,7 @@ def warn_of_epochs(method: Method) -> None:
 
 
 @contextmanager
-def as_defaults(optimizer: Optimizer) -> Iterator[None]:
+def keep_defaults(optimizer: Optimizer) -> Iterator[None]:
     """Afterwards its defaults are what they were: torch adds options of its own to those of any optimizer."""
     before = optimizer.defaults
     optimizer.defaults = dict(before)

@@ -231,7 +231,9 @@ def _read(folder: Path, manifest: Manifest, session: Session, optimizer: Statefu
     if shared["step"] != manifest.step:
         raise CheckpointError(f"{folder / directory.SHARED} is not of step {manifest.step}, of which its manifest is")
     files = [folder / directory.rank_file(rank) for rank in range(manifest.ranks)]
-    left = not _has_windows(optimizer) and local.leave(shared, _parts(files[0], OWN_PARTS), files[0])
+    left = KEY in shared["optimizer"] and not _has_windows(optimizer)
+    if left:
+        local.leave(shared, _parts(files[0], OWN_PARTS), files[0])
     if left and optimizer is not None and session.rank == 0:
         warn(
             f"{folder} was saved with every=, and this optimizer is without: all go on from the common parameters, "
@@ -260,7 +262,7 @@ def _read(folder: Path, manifest: Manifest, session: Session, optimizer: Statefu
         own = kept[0]
         memory = merged(files, session.rank, session.size)
         at = session.rank % manifest.ranks
-        given_up = [] if left else local.restart(shared, memory, kept[at], kept, files[at])
+        given_up = local.restart(shared, memory, kept[at], kept, files[at])
         if given_up and session.rank == 0:
             warn(
                 f"{folder} was saved within a window of local steps, and by another number of ranks: at most "

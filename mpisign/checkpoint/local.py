@@ -77,14 +77,10 @@ def restart(shared: State, memory: dict[str, Any] | None, own: State, owns: Sequ
     return [number for number in steps if number]
 
 
-def leave(shared: State, first: State, file: Any) -> bool:
-    """For who goes on without local steps: from the common parameters, with rank 0's optimizer, of whose rest ``first``
-    is. Returns whether it was saved with them.
-    """
-    if _common(shared, first, file) is None:
-        return False
+def leave(shared: State, first: State, file: Any) -> None:
+    """For who goes on without local steps: from the common parameters, with the optimizer of ``first``, rank 0's."""
+    _common(shared, first, file)
     shared["optimizer"] = first["optimizer"]
-    return True
 
 
 def _personal(own: State, file: Any) -> tuple[dict[str, Any], dict[str, Any]]:

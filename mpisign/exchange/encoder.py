@@ -75,7 +75,7 @@ class Encoder:
         self._averages: tuple[int, Located] | None = None  # of all, and the store's moves then
         self._fitting: Places | None = None
         self._hears_of_drops = type(memory).dropped is not Memory.dropped
-        self._taken: dict[int, torch.Tensor | None] = {}  # by parameter; where it had a NaN, which
+        self._taken: dict[int, torch.Tensor | None] = {}  # by parameter, if so; where it had a NaN, which
 
     def encode(self, gradients: Sequence[torch.Tensor | None], context: StepContext, unscale: float) -> First:
         """Fill the messages.
@@ -146,7 +146,7 @@ class Encoder:
 
     def _drop(self, segment: Segment) -> None:
         """Tell the memory that its last message does not count; where it had taken nothing in it hears of nothing."""
-        if not self._hears_of_drops or segment.index not in self._taken:
+        if segment.index not in self._taken:
             return
         state, bad = self.state(segment), self._taken[segment.index]
         kept = {} if bad is None else {key: value[bad] for key, value in state.items()}
@@ -165,10 +165,9 @@ class Encoder:
         g, state = flat(gradient), self.state(segment)
         finite: Flag = True
         if not self._piecewise:
-            self._taken[segment.index] = None
             values, finite = self._remember(g, state, context, segment.first_word)
-            if self._hears_of_drops and not bool(finite):
-                self._taken[segment.index] = ~torch.isfinite(self._widened(g, state))
+            if self._hears_of_drops:
+                self._taken[segment.index] = None if bool(finite) else ~torch.isfinite(self._widened(g, state))
             parts = [
                 Part(piece.codec, piece.lo, piece.hi, _between(rows, piece.start, piece.stop), piece.first_word)
                 for piece in segment.pieces

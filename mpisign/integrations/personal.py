@@ -23,17 +23,14 @@ def taken(optimizer: DistributedSignOptimizer, its: State, model: torch.nn.Modul
     That is its memory and the model's buffers that are saved; with ``every`` also the wrapped optimizer's state, and
     within a window its parameters; and both where ranks mix models of their own (MoNNA).
     """
-    memory = its["mpisign"]
-    local = memory.get(KEY)
-    own: State = {"mpisign": memory, "buffers": _buffers(model)}
-    if local is not None:
-        own["optimizer"] = {key: value for key, value in its.items() if key != "mpisign"}
-        if local["position"] or local["sent"]:
-            parameters = _parameters(optimizer)
-            own["parameters"] = {place: parameters[place].detach() for place in local["common"]}
-    elif lets_replicas_differ(optimizer):
-        own["optimizer"] = {key: value for key, value in its.items() if key != "mpisign"}
-        own["parameters"] = {place: p.detach() for place, p in enumerate(_parameters(optimizer))}
+    local, parameters = its["mpisign"].get(KEY), optimizer._parameters()
+    own: State = {"mpisign": its["mpisign"], "buffers": _buffers(model)}
+    if local is None and not lets_replicas_differ(optimizer):
+        return own
+    own["optimizer"] = {key: value for key, value in its.items() if key != "mpisign"}
+    if local is None or local["position"] or local["sent"]:
+        places = range(len(parameters)) if local is None else local["common"]
+        own["parameters"] = {place: parameters[place].detach() for place in places}
     return own
 
 
@@ -51,7 +48,7 @@ def put_back(own: State, optimizer: DistributedSignOptimizer, model: torch.nn.Mo
         CheckpointError: the model has no such parameter or buffer; it is as it was then.
     """
     parameters = own.get("parameters", {}) if _differs(optimizer, own) else {}
-    targets: dict[Any, torch.Tensor] = dict(enumerate(_parameters(optimizer)))
+    targets: dict[Any, torch.Tensor] = dict(enumerate(optimizer._parameters()))
     pairs = [(f"parameter {place}", targets.get(place), value) for place, value in parameters.items()]
     here = _buffers(model)
     pairs += [(f"buffer {name!r}", here.get(name), value) for name, value in own.get("buffers", {}).items()]
@@ -78,7 +75,3 @@ def _differs(optimizer: DistributedSignOptimizer, own: State) -> bool:
     if KEY in own["mpisign"]:
         return optimizer.outer is not None
     return lets_replicas_differ(optimizer)
-
-
-def _parameters(optimizer: DistributedSignOptimizer) -> list[torch.Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
