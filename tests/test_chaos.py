@@ -85,7 +85,7 @@ def test_links_are_cut_and_mended(tmp_path: Path) -> None:
     """Of who was cut off, or has slept, and comes back, nobody else hears: the others go on, all of them."""
     before = left_behind()
     training, _ = short_run(
-        tmp_path, "cut", "silence", "flicker", "stretch", seed=3, spread=0, more=("--hosts", "4", "--detect-links", "8")
+        tmp_path, "cut", "silence", "flicker", "stretch", seed=3, spread=0, more=("--hosts", "4", "--detect-links", "8s")
     )
     assert training["launches"] == 1
     assert left_behind() <= before
