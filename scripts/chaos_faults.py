@@ -15,7 +15,7 @@ KINDS = {
     "two": "SIGKILL to two ranks at once",
     "recovery": "SIGKILL to one rank, and to another about when the others recover",
     "save": "a death while a checkpoint is saved",
-    "stretch": "SIGKILL to one rank while another spends 2 to 4 s without a call of MPI",
+    "stretch": "SIGKILL to one rank while another calls no MPI for 2 to 4 s, or for 1.2 to 4 times what counts as death",
     "spare": "SIGKILL to one rank, and to the spare that steps in for it, or is about to",
     "stop": "SIGSTOP, and SIGCONT 0.1 to 2 s later",
     "slow": "20 to 60 steps that take one rank 5 to 20 ms longer",
@@ -34,7 +34,7 @@ OF_HOSTS = ("node", "cut", "flicker")
 
 PLACES = ("before", "backward", "after")
 SECONDS = {"stretch": (2.0, 4.0), "stop": (0.1, 2.0), "slow": (0.005, 0.02)}
-OF_SILENCE = {"stretch": (1.2, 2.0), "stop": (0.02, 0.4), "flicker": (0.1, 0.25)}  # with ``detect_links=``, times that
+OF_SILENCE = {"stretch": (1.2, 4.0), "stop": (0.02, 0.4), "flicker": (0.1, 0.25)}  # with ``detect_links=``, times that
 STEPS = {"slow": (20, 60), "nan": (1, 3)}
 RANK_0 = 0.2  # of the faults strike the lowest rank, besides those that strike it by chance
 
