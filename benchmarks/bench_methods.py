@@ -172,7 +172,7 @@ class Work:
             for bucket in batch.buckets:
                 spoken = plan.spoken[bucket.index]
                 if spoken is not None:
-                    plan.backend.no_zero(spoken)
+                    plan.backend.any_zero(spoken)
         if not finite:
             raise RuntimeError(f"{self.case.name} has made values that are not finite")
         for batch in plan.batches:

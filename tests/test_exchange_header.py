@@ -73,7 +73,7 @@ def test_rows_that_are_told_have_a_bit_each() -> None:
     }
     assert heard.zero_rows.tolist() == [[True, False, True]]
     heard = rounds.tell(its, VOTES, [True] * 3)
-    assert {place: rows.tolist() for place, rows in heard.spoken.items()} == {0: [[True] * 5], 2: [[True]]}
+    assert heard.spoken == {}, "who votes on all rows has none to tell of"
 
 
 @pytest.mark.parametrize("ended", [0, 1, 6])

@@ -184,12 +184,12 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def no_zero(self, words: Tensor) -> bool:
-        """Whether every word has a 1."""
-
     def any_zero(self, words: Tensor) -> Flag:
         """Whether some word has no 1. Where that is a tensor, it holds until this is asked again."""
-        return not self.no_zero(words)
+
+    @abstractmethod
+    def zero_words(self, words: Tensor, spans: Sequence[tuple[int, int]]) -> list[bool]:
+        """By span from start to stop, whether some word in it has no 1."""
 
     @abstractmethod
     def count(self, ballots: Sequence[Tensor], planes: Tensor) -> None:

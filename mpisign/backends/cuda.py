@@ -138,11 +138,15 @@ class Cuda(Backend):
         )
         return found if tied is None else 0
 
-    def no_zero(self, words: Tensor) -> bool:
-        return not self.any_zero(words)
-
     def any_zero(self, words: Tensor) -> Tensor:
         return cuda.any_zero(words, found=_flag(words.device).zero_())
+
+    def zero_words(self, words: Tensor, spans: Sequence[tuple[int, int]]) -> list[bool]:
+        before = torch.zeros(len(words) + 1, dtype=torch.int64, device=words.device)
+        torch.cumsum(words == 0, 0, out=before[1:])
+        starts, stops = torch.tensor(spans, dtype=torch.int64, device=words.device).view(-1, 2).T  # one wait, however many spans
+        some: list[bool] = (before[stops] > before[starts]).tolist()
+        return some
 
     def count(self, ballots: Sequence[Tensor], planes: Tensor) -> None:
         cuda.count(ballots, planes)

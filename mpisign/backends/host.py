@@ -252,8 +252,12 @@ class Host(Backend):
             out_nonzero=None if out_nonzero is None else as_words(out_nonzero),
         )
 
-    def no_zero(self, words: Tensor) -> bool:
-        return bool(as_words(words).all())
+    def any_zero(self, words: Tensor) -> bool:
+        return not as_words(words).all()
+
+    def zero_words(self, words: Tensor, spans: Sequence[tuple[int, int]]) -> list[bool]:
+        its = as_words(words)
+        return [not its[start:stop].all() for start, stop in spans]
 
     def count(self, ballots: Sequence[Tensor], planes: Tensor) -> None:
         host.count([as_words(ballot) for ballot in ballots], as_words(planes))

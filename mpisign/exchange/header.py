@@ -217,7 +217,7 @@ class Heard:
         votes: (M, S) who votes on which segment.
         ended: by rank, the segment at which its ballot has ended, or -1.
         zero_rows: (M, S) who has found a row of zeros where; all False where rows do not count.
-        spoken: by segment whose rows are told: (M, R) the rows on which each rank votes.
+        spoken: by segment with rows on which some voter does not vote: (M, R) the rows on which each rank does.
     """
 
     status: tuple[int, ...]
@@ -340,6 +340,8 @@ class Header:
             at += self._segments
         spoken = {}
         for segment, count in self._rows.items():
-            spoken[segment] = bits[:, at : at + count]
+            its = bits[:, at : at + count]
+            if not its[votes[:, segment]].all():
+                spoken[segment] = its
             at += count
         return Heard(tuple(status), votes, tuple(ended), zero_rows, spoken)

@@ -39,7 +39,7 @@ class Packed:
         if self.pushed:
             for bucket in batch.buckets:
                 words = plan.spoken[bucket.index]
-                if words is not None and bucket.index not in plan.scattered:
+                if words is not None:
                     self._answers.ask(bucket.index, plan.backend.any_zero(words))
                     self._asked.append(bucket.index)
             plan.exchanges[batch.buckets[0].index].push()
@@ -70,18 +70,19 @@ def rows_of_zeros(
         words, start, end = plan.spoken[bucket.index], end, end + len(bucket.segments)
         if words is None or not votes[start:end].any():
             continue
-        look = bucket.index in plan.scattered or bool(
-            plan.backend.any_zero(words) if zeros is None else zeros[bucket.index]
-        )
+        look = bool(plan.backend.any_zero(words) if zeros is None else zeros[bucket.index])
+        spans = [(segment.start, segment.stop) for segment in bucket.segments]
+        looks = plan.backend.zero_words(words, spans) if look else [False] * len(spans)
         for place, segment in enumerate(bucket.segments):
-            at = start + place
-            if not votes[at] or not (look or segment.name in plan.told):
+            at, told = start + place, segment.name in plan.told
+            closer = looks[place] or segment.index in plan.scattered
+            if not votes[at] or not (closer or told):
                 continue
             shape, strides = tuple(plan.layout.parameters[segment.index].shape), plan.layout.strides[segment.index]
             mine = slice(segment.start, segment.stop)
-            zero = rows.zero_rows(words[mine], shape, strides, plan.backend)
+            zero = rows.zero_rows(words[mine], shape, strides, plan.backend) if closer else None
             found[at] = zero is not None
-            if segment.name in plan.told:
+            if told:
                 speaks = np.ones(rows.count_rows(shape), np.bool_) if zero is None else ~zero
                 spoken.setdefault(bucket.index, {})[place] = speaks
                 if zero is not None:  # an abstention's bits are 0

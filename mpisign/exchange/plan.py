@@ -115,7 +115,7 @@ class Plan:
         store: where memories are kept; the optimizer's.
         exchanges, deciders, headers: by bucket.
         spoken: by bucket, (length,) words that say which values are not zero, or None where rows do not count.
-        scattered: the buckets with parameters whose rows lie apart on the wire.
+        scattered: the places of parameters whose rows lie apart on the wire.
         told: the names of the parameters whose rows headers tell.
         batches: all buckets, in the order in which they are sent.
         gradients: reads them.
@@ -272,7 +272,7 @@ def make_plan(
         headers=_headers(layout, spoken, told, size),
         spoken=spoken,
         scattered=frozenset(
-            bucket.index
+            segment.index
             for bucket in layout.buckets
             for segment in bucket.segments
             if rows.is_scattered(tuple(layout.parameters[segment.index].shape), layout.strides[segment.index])

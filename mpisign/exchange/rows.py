@@ -41,7 +41,7 @@ def zero_rows(spoken: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], 
         strides: of the parameter on the wire.
     """
     elements = int(np.prod(shape))
-    if not elements or (backend.no_zero(spoken) and not is_scattered(shape, strides)):
+    if not elements:
         return None
     if is_scattered(shape, strides):
         bits = torch.empty(elements, dtype=torch.float32, device=spoken.device)

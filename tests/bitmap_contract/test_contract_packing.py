@@ -190,10 +190,13 @@ def test_a_word_without_a_one_is_found_wherever_it_is(backend: Subject, memory: 
     for k, offset in ((1, 0), (5, 0), (1024, 1), (1025, 0), (3000, 0), (3001, 2)):
         words = memory.put(np.full(k, 1, np.uint32), offset=offset)
         words[k // 2] = -(2**31)  # a 1 in any bit will do
-        assert backend.no_zero(words) is True
+        assert not backend.any_zero(words)
         for place in {0, 3 % k, k // 2, k - 2, k - 1} - {-1}:
             kept = words[place].item()
             words[place] = 0
-            assert backend.no_zero(words) is False, f"word {place} of {k}"
+            assert backend.any_zero(words), f"word {place} of {k}"
+            spans = [(0, place), (place, place + 1), (place + 1, k), (0, k), (place, place)]
+            assert backend.zero_words(words, spans) == [False, True, False, True, False], f"word {place} of {k}"
             words[place] = kept
-    assert backend.no_zero(memory.words(0)) is True
+    assert not backend.any_zero(memory.words(0))
+    assert backend.zero_words(memory.words(0), []) == []

@@ -47,8 +47,9 @@ def test_everybody_hears_who_votes_on_what(comm: MPI.Comm, count: int) -> None:
         assert (heard.status, heard.ended) == (tuple(status), tuple(ended))
         assert np.array_equal(heard.votes, votes)
         assert np.array_equal(heard.zero_rows, zero & votes)
-        assert heard.spoken.keys() == spoken.keys()
-        assert all(np.array_equal(heard.spoken[place], spoken[place]) for place in rows)
+        partly = {place for place, its in spoken.items() if not its[votes[:, place]].all()}
+        assert heard.spoken.keys() == partly
+        assert all(np.array_equal(heard.spoken[place], spoken[place]) for place in partly)
         for place in range(count):
             assert heard.voters(place) == tuple(r for r in range(comm.size) if votes[r, place])
     assert its.bytes_sent == (comm.size - 1) * (5 + -(-(2 * count + sum(rows.values())) // 8))
