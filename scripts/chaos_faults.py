@@ -15,7 +15,7 @@ KINDS = {
     "two": "SIGKILL to two ranks at once",
     "recovery": "SIGKILL to one rank, and to another about when the others recover",
     "save": "a death while a checkpoint is saved",
-    "stretch": "SIGKILL to one rank while another calls no MPI for 2 to 4 s, or for 1.2 to 4 times what counts as death",
+    "stretch": "SIGKILL to one rank while another calls no MPI for 2 to 4 s (or 1.2 to 4 times what counts as death)",
     "spare": "SIGKILL to one rank, and to the spare that steps in for it, or is about to",
     "stop": "SIGSTOP, and SIGCONT 0.1 to 2 s later",
     "slow": "20 to 60 steps that take one rank 5 to 20 ms longer",

@@ -84,9 +84,8 @@ def test_goodput_is_measured_with_and_without_relaunches(tmp_path: Path) -> None
 def test_links_are_cut_and_mended(tmp_path: Path) -> None:
     """Of who was cut off, or has slept, and comes back, nobody else hears: the others go on, all of them."""
     before = left_behind()
-    training, _ = short_run(
-        tmp_path, "cut", "silence", "flicker", "stretch", seed=3, spread=0, more=("--hosts", "4", "--detect-links", "8s")
-    )
+    kinds, hosts = ("cut", "silence", "flicker", "stretch"), ("--hosts", "4", "--detect-links", "8s")
+    training, _ = short_run(tmp_path, *kinds, seed=3, spread=0, more=hosts)
     assert training["launches"] == 1
     assert left_behind() <= before
 

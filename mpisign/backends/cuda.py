@@ -38,9 +38,9 @@ class CudaBitmaps(Bitmaps):
         key: int,
         before: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
-        for average, former in zip(averages, before or (), strict=before is not None):
-            if average is not None and former is not None:
-                average.copy_(former)
+        pairs = zip(averages, before or (), strict=before is not None)
+        if drafts := [(average, its) for average, its in pairs if average is not None and its is not None]:
+            torch._foreach_copy_([average for average, _ in drafts], [its for _, its in drafts])
         return self._batch.pack_momentum(gradients, averages, betas, unscale=unscale, zeros=zeros, key=key)
 
     def unpack(self, outs: Sequence[Tensor | None]) -> None:
@@ -144,8 +144,8 @@ class Cuda(Backend):
     def zero_words(self, words: Tensor, spans: Sequence[tuple[int, int]]) -> list[bool]:
         before = torch.zeros(len(words) + 1, dtype=torch.int64, device=words.device)
         torch.cumsum(words == 0, 0, out=before[1:])
-        starts, stops = torch.tensor(spans, dtype=torch.int64, device=words.device).view(-1, 2).T  # one wait, however many spans
-        some: list[bool] = (before[stops] > before[starts]).tolist()
+        starts, stops = torch.tensor(spans, dtype=torch.int64, device=words.device).view(-1, 2).T
+        some: list[bool] = (before[stops] > before[starts]).tolist()  # one wait, however many spans
         return some
 
     def count(self, ballots: Sequence[Tensor], planes: Tensor) -> None:

@@ -76,6 +76,7 @@ class Encoder:
         self._fitting: Places | None = None
         self._hears_of_drops = type(memory).dropped is not Memory.dropped
         self._taken: dict[int, torch.Tensor | None] = {}  # by parameter, if so; where it had a NaN, which
+        self._sound = False  # no gradient has one, as far as it is known
 
     def encode(self, gradients: Sequence[torch.Tensor | None], context: StepContext, unscale: float) -> First:
         """Fill the messages.
@@ -91,6 +92,7 @@ class Encoder:
         self._taken = {}
         if self._bitmaps is not None and self._fits(located := locate(gradients)):
             return self._encode_together(self._bitmaps, located, context)
+        self._sound = self._are_sound(gradients)
         flags: list[Flag] = []
         for segment, gradient, rows in zip(self.segments, gradients, self._rows_of, strict=True):
             if gradient is not None:
@@ -105,7 +107,8 @@ class Encoder:
     def local_update(self, gradients: Sequence[torch.Tensor | None], context: StepContext, unscale: float) -> bool:
         """Replace each gradient by what the memory makes of it, and send nothing. Returns whether all was finite."""
         self._unscale = unscale
-        finite = True
+        self._sound = self._are_sound(gradients)
+        flags: list[Flag] = []
         for segment, gradient in zip(self.segments, gradients, strict=True):
             if gradient is None:
                 continue
@@ -115,8 +118,8 @@ class Encoder:
                 part = {key: value[lo : lo + self._scratch_size] for key, value in state.items()}
                 values, ok = self._remember(g, part, context, segment.first_word)
                 g.copy_(values)
-                finite &= bool(ok) and bool(self._backend.all_finite(g))
-        return finite
+                flags += [ok, self._backend.all_finite(g)]
+        return int(_first_false(flags)) == len(flags)
 
     def recover(self) -> None:
         """Clear what this rank's memory has of an element that has overflowed, or it would never vote again."""
@@ -184,6 +187,12 @@ class Encoder:
             finite = finite & segment.codec.encode(values, message, context, first_word)
         return finite
 
+    def _are_sound(self, gradients: Sequence[torch.Tensor | None]) -> bool:
+        """Whether all are finite, where asking once saves asking for each: a GPU is waited for."""
+        if not (self._backend.together and self.method.memory.fields) or self._unscale > 1.0:
+            return False
+        return int(self._backend.first_bad(gradients)) >= len(gradients)
+
     def _remember(
         self, g: torch.Tensor, state: State, context: StepContext, first_word: int
     ) -> tuple[torch.Tensor, Flag]:
@@ -192,7 +201,7 @@ class Encoder:
         if plain and self._unscale == 1.0:  # what is sent is the gradient: the codec's own check is enough
             return g, True
         wide = self._widened(g, state)
-        if plain or memory.needs_all:  # or all gradients have been looked at before
+        if plain or memory.needs_all or self._sound:  # or all gradients have been looked at before
             return self._remembered(wide, g, state, context, first_word), True
         finite = self._backend.all_finite(wide)  # what a memory makes of a NaN need not be one
         if not state or bool(finite):

@@ -76,8 +76,10 @@ class Use:
                 self._aside = self._aside or torch.cuda.Stream(self._device)
                 stack.enter_context(torch.cuda.stream(self._aside))
             torch.cuda.current_stream().wait_event(ended)
-            yield
-            ended.record()
+            try:
+                yield
+            finally:
+                ended.record()
 
     def over(self) -> None:
         """Wait until nobody uses them, on whatever stream: they may be given away then."""

@@ -139,11 +139,14 @@ class Vote:
         """Replace the gradients, views of DDP's buckets, by the decision. **Collective.**"""
         session = current("the vote of DDP's gradients")
         with session.telling("step()"):
-            self._check()
+            if not self._looked:
+                self._looked = True
+                check_scalers("DDP")
             gradients: dict[torch.Tensor, torch.Tensor] = {}
             for parameters, views in buckets:
                 gradients.update(zip(parameters, views, strict=True))
-            for parameter, gradient in gradients.items():
+            used = torch.stack([view.any() for view in gradients.values()]).tolist()  # of a GPU this is asked once
+            for (parameter, gradient), is_used in zip(gradients.items(), used, strict=True):
                 twin = self._twins.get(parameter)
                 if twin is None:
                     raise ConsistencyError(
@@ -153,7 +156,7 @@ class Vote:
                 if twin.data_ptr() != parameter.data_ptr():
                     twin.data = parameter.detach()
                 # DDP has put zeros where this rank has not used a parameter.
-                twin.grad = gradient if bool(gradient.any()) else None
+                twin.grad = gradient if is_used else None
         self._optimizer.synchronize()
         skipped = self._optimizer.report is None or self._optimizer.report.skipped
         with session.telling("step()"):
@@ -165,14 +168,14 @@ class Vote:
                     gradient.copy_(decision)
         self._optimizer.zero_grad()
 
-    def _check(self) -> None:
-        if not self._looked:
-            self._looked = True
-            if any(scaler.is_enabled() and scaler._scale is not None for scaler in living(GradScaler)):
-                raise OptionError(
-                    "a GradScaler would divide what DDP's ranks have decided by its scale: train in bfloat16, which "
-                    "needs none, or without DDP, by a DistributedSignOptimizer, which knows it"
-                )
+
+def check_scalers(whose: str) -> None:
+    """Raise OptionError if a GradScaler is at work, on gradients that ``whose`` hook has decided."""
+    if any(scaler.is_enabled() and scaler._scale is not None for scaler in living(GradScaler)):
+        raise OptionError(
+            f"a GradScaler would divide what {whose}'s ranks have decided by its scale: train in bfloat16, which needs "
+            f"none, or without {whose}, by a DistributedSignOptimizer, which knows it"
+        )
 
 
 def init_process_group(backend: Literal["gloo", "nccl"] | None = None, **options: Any) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from mpisign import session
 from mpisign.errors import OptionError
-from mpisign.integrations.ddp import init_process_group
+from mpisign.integrations.ddp import check_scalers, init_process_group
 from mpisign.method import Method
 from mpisign.methods import signum
 from mpisign.optimizer import DistributedSignOptimizer
@@ -117,6 +117,7 @@ class Vote:
         """Replace a module's shard of the gradient, (n,), by the decision of all replicas. **Collective.**"""
         optimizer = self._optimizers.get(name)
         if optimizer is None:
+            self._check(gradient)
             twin = torch.nn.Parameter(torch.zeros_like(gradient))
             options = {**self._options, "seed": self._options.get("seed", 0) + number}
             optimizer = DistributedSignOptimizer(torch.optim.SGD([twin], lr=1.0), [(name, twin)], **options)
@@ -124,6 +125,8 @@ class Vote:
                 optimizer.load_state_dict(self._loaded.pop(name))
             self._optimizers[name] = optimizer
         (twin,) = optimizer.param_groups[0]["params"]
+        if gradient.is_cuda:  # of another stream of FSDP's, that may give it away before this one has read it
+            gradient.record_stream(torch.cuda.current_stream(gradient.device))
         twin.grad = gradient
         optimizer.synchronize()
         report = optimizer.report
@@ -134,6 +137,18 @@ class Vote:
         if report is not None:
             self.reports[name] = report
         optimizer.zero_grad()
+
+    def _check(self, gradient: torch.Tensor) -> None:
+        """**Collective.**"""
+        its = current("the vote of FSDP's replicas")
+        with its.telling("step()"):
+            check_scalers("FSDP")
+            shards = distributed.get_world_size() // its.size
+            if gradient.dtype not in (torch.float32, torch.bfloat16) and shards > 2:  # of 2, by nothing
+                raise OptionError(
+                    f"rank {its.rank}: FSDP divides gradients of {gradient.dtype} once more after the vote where there "
+                    f"are more than 2 shards: pass it mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32)"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's memories; each rank's are its own."""

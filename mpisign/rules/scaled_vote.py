@@ -50,14 +50,15 @@ class ScaledVote(PieceRule):
         codec.split(out[0])[0].copy_(median)
         nonzeros = [codec.split(message[1])[1] for message in messages] if len(messages[0]) > 1 else None
         moved = codec.split(out[1])[1] if len(out) > 1 else None
-        if not bool(speak.all()):
+        backend = backend_for(out.device)
+        if backend.together or not bool(speak.all()):  # asking a GPU takes longer than reading ones
             spoken = [codec.words_of(its) for its in speak]
             nonzeros = spoken if nonzeros is None else [a & b for a, b in zip(nonzeros, spoken, strict=True)]
         ballots = [codec.split(message[0])[1] for message in messages]
         if nonzeros is not None:
             ballots = [ballot & its for ballot, its in zip(ballots, nonzeros, strict=True)]
             moved = torch.empty_like(ballots[0]) if moved is None else moved  # which says it of rows that stay anyway
-        backend_for(out.device).majority(
+        backend.majority(
             ballots,
             codec.split(out[0])[1],
             ties=context.policy.ties,

@@ -56,10 +56,10 @@ class WeightedVote(PieceRule):
         ballots = [message[0] & its for message, its in zip(messages, nonzeros, strict=True)]
         backend.majority(ballots, out[0], ties="zero", nonzeros=nonzeros, out_nonzero=out[1])
         counts = [
-            backend.agreement(ballot, out[0], 32 * k, its, out[1])
+            torch.stack([torch.as_tensor(count) for count in backend.agreement(ballot, out[0], 32 * k, its, out[1])])
             for ballot, its in zip(ballots, nonzeros, strict=True)
         ]
-        weights = [weight(int(both) - int(same), int(both)) for same, both in counts]
+        weights = [weight(both - same, both) for same, both in torch.stack(counts).tolist()]  # with one wait
         for span in backend.blocks(32 * k):
             here = slice(span.start // 32, words_for(span.stop))
             total = torch.zeros(span.stop - span.start, device=out.device)

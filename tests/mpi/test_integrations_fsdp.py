@@ -99,6 +99,29 @@ def test_memory_can_be_saved(comm: MPI.Comm) -> None:
     assert all(torch.equal(a, b) for a, b in zip(steps(2), expected, strict=True))
 
 
+def test_what_would_change_a_decision_is_an_error_on_all_ranks(comm: MPI.Comm) -> None:
+    model, _ = sharded(1)
+    scaler = torch.amp.GradScaler("cpu", enabled=comm.rank == comm.size - 1)
+    with pytest.raises((mpisign.OptionError, RuntimeError), match="GradScaler would divide"):
+        scaler.scale(model(batch(comm.rank)).sum()).backward()
+    del scaler
+
+
+def test_what_fsdp_divides_after_the_vote_is_an_error(comm: MPI.Comm) -> None:
+    mesh = fsdp.split(comm.size)
+    for dtype in (torch.float32, torch.float64):
+        model = net().to(dtype)
+        fully_shard(model, mesh=mesh)
+        fsdp.vote(model, method=mpisign.signsgd())
+        loss = model(batch(comm.rank).to(dtype)).sum()
+        if dtype == torch.float64 and comm.size > 2:
+            with pytest.raises((mpisign.OptionError, RuntimeError), match="more than 2 shards: pass it mp_policy"):
+                loss.backward()
+        else:
+            loss.backward()
+            assert all((its.abs() == 1).all() for its in gradients(model))
+
+
 def test_what_is_refused(comm: MPI.Comm) -> None:
     with pytest.raises(mpisign.OptionError, match="no module of this model is sharded"):
         fsdp.vote(net())
