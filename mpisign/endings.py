@@ -24,11 +24,13 @@ class Ending:
     Attributes:
         code: its exit code, above 128 by a signal; None if it has not been heard of.
         generation, members: of the last group that it was in, by the launcher's ranks; nobody if it was in none.
+        waits: it was a spare that has waited until the end, and knows nothing of the others.
     """
 
     code: int | None
     generation: int = -1
     members: frozenset[int] = frozenset()
+    waits: bool = False
 
 
 def read(folder: Path) -> dict[int, Ending]:
@@ -44,9 +46,9 @@ def read(folder: Path) -> dict[int, Ending]:
     for rank in range(size):
         try:
             its = json.loads((folder / f"{rank}.group").read_text())
-            place = its["generation"], frozenset(its["members"])
+            place = its["generation"], frozenset(its["members"]), bool(its.get("waits"))
         except (OSError, ValueError):  # it was in none, or died as it wrote
-            place = -1, frozenset()
+            place = -1, frozenset(), False
         endings[rank] = Ending(words.get(rank), *place)
     return endings
 
@@ -83,11 +85,15 @@ def judge(endings: Mapping[int, Ending], launcher: int, *, outlives: bool) -> tu
 
 def _survivors(endings: Mapping[int, Ending]) -> set[int]:
     """Those who were in the last group of one that has ended well, and those who were in none."""
-    well = [ending for ending in endings.values() if ending.code in GOOD]
-    found = {rank for rank, ending in endings.items() if not ending.members} if well else set()
-    for rank, ending in endings.items():
-        if ending.code in GOOD and ending.members:
-            found |= max((its for its in well if rank in its.members), key=lambda its: its.generation).members
+    well = {rank: ending for rank, ending in endings.items() if ending.code in GOOD}
+    voters = {rank: ending for rank, ending in well.items() if not ending.waits}
+    found: set[int] = set()
+    if voters:
+        found = {rank for rank, ending in endings.items() if not ending.members or (rank in well and ending.waits)}
+    for rank, ending in voters.items():
+        if ending.members:
+            its = (other for other in voters.values() if rank in other.members)
+            found |= max(its, key=lambda other: other.generation).members
     return found & set(endings)
 
 

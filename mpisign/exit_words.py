@@ -66,24 +66,24 @@ def _word() -> str:
 
 def tell_group(group: Group) -> None:
     """Write down with whom this rank goes on, if somebody wants to know."""
-    _tell(group.comm, group.generation)
+    _tell(group.comm, group.generation, waits=False)
 
 
 def tell_that_it_waits(generation: int) -> None:
     """Write down that this rank is a spare, whose end is nobody else's."""
     from mpi4py import MPI
 
-    _tell(MPI.COMM_SELF, generation)
+    _tell(MPI.COMM_SELF, generation, waits=True)
 
 
-def _tell(comm: MPI.Comm, generation: int) -> None:
+def _tell(comm: MPI.Comm, generation: int, *, waits: bool) -> None:
     word = _word()
     if not word:
         return
     from mpi4py import MPI
 
     members = comm.Get_group().Translate_ranks(None, MPI.COMM_WORLD.Get_group())
-    told = {"generation": generation, "members": list(members)}
+    told = {"generation": generation, "members": list(members), "waits": waits}
     beside = Path(f"{word}.group.new")
     try:
         beside.write_text(json.dumps(told))

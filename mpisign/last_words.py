@@ -1,13 +1,18 @@
-"""What a process that dies of an uncaught exception does after it has said so."""
+"""What a process that dies of an uncaught exception does after it has said so, and how it goes."""
 
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
-__all__ = ["LastWords"]
+from mpisign.exit_words import is_told
+from mpisign.processes import die, end_at_once
+
+__all__ = ["LastWords", "end_with"]
 
 
 class LastWords:
@@ -39,3 +44,20 @@ class LastWords:
         self._removed = True
         if sys.excepthook is self:
             sys.excepthook = self._previous
+
+
+def end_with(session: Any, code: int, why: str) -> None:
+    """End the whole job as this process fails, or this process alone, where the others can go on.
+
+    Args:
+        session: :class:`mpisign.session.Session`.
+        why: what this rank has done.
+    """
+    if session.process != os.getpid():
+        return
+    from mpi4py import MPI
+
+    if session.membership is not None:
+        end_at_once(code) if is_told() else die()  # either way the others see it, and go on
+    elif not MPI.Is_finalized():
+        session.watchdog.abort(f"rank {session.rank} of {session.size} {why}", code)

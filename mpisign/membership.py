@@ -34,7 +34,7 @@ from mpisign.errors import MembershipChangedError
 from mpisign.exit_words import is_told
 from mpisign.group import Group
 from mpisign.positions import BODY, CLOSING, DONE, FAILED, Position
-from mpisign.processes import die, end_at_once, end_without_mpi
+from mpisign.processes import die, end_at_once, end_without_mpi, watch_exit
 from mpisign.regrouping import Job, Living
 from mpisign.spares import Spares
 from mpisign.survival import is_loss
@@ -110,6 +110,7 @@ class Membership:
         self._callbacks: list[Callable[[MembershipChange], object]] = []
         self._recoverables: weakref.WeakSet[Recoverable] = weakref.WeakSet()
         self._seconds = 0.0
+        watch_exit(lambda: self.number)
         self.recovered = self.acting = False
         heartbeat.guard(self, lambda its: job.gather_values(its, [str], "init()"))
 
@@ -319,6 +320,7 @@ class Membership:
         living.identities = tuple(its.identity for its in positions)
         voting = self.spares.heard(positions)
         self._check_quorum(positions, voting, members)
+        job.stopping = any(its.stopping for its in positions)
         generation = max(its.generation for its in positions) + 1
         if self.spares.form([its.identity for its in voting], generation, job.there):
             job.regrouped([its.network for its in voting])
@@ -342,6 +344,7 @@ class Membership:
             self._good.generation,
             self.spares.waits,
             int(self.spares.leave_now),
+            int(self._job.stopping),
         )
         heard = self._living.tell_all(np.concatenate([np.array(mine, np.int64), members]))
         positions = [Position(*its) for its in heard[:, : len(mine)].tolist()]
@@ -395,7 +398,7 @@ class Membership:
         elif self._job.group.rank in needy:  # others have ended it with an error
             return False
         raises = any(its.raises for its in positions if its.number == top and not counts)
-        self._pending = raises and self.number < top
+        self._pending |= raises and self.number < top
         return self.number <= before
 
     def _give(self, needy: Sequence[int], giver: int, act: Act | None) -> None:

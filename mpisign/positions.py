@@ -26,6 +26,7 @@ class Position(NamedTuple):
     good: int  # the generation of the last group in which it has closed an act
     waits: int  # it is a spare, as all that are not VOTES
     apart: int  # it knows that all have come to where spares leave the others
+    stopping: int  # it has heard that a rank wants to stop
 
 
 def voting(positions: Sequence[Position]) -> list[Position]:

@@ -13,14 +13,26 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from mpisign.errors import LaunchError
 
-__all__ = ["check_may_start", "die", "end_at_once", "end_without_mpi", "leave_mpi_to_us", "whose_child"]
+__all__ = [
+    "check_may_start",
+    "die",
+    "end_at_once",
+    "end_without_mpi",
+    "exit_code",
+    "leave_mpi_to_us",
+    "watch_exit",
+    "whose_child",
+]
 
 _forked_by = 0  # the process with MPI whose fork this one, or a parent of this one, is
-_code = 0  # what this process will exit with, where Python must not end
+_code = 0  # what sys.exit() was called with, as far as it is watched
+_done: Callable[[], object] = int  # what the script has done
+_done_then: object = None  # when it called sys.exit()
 _mpi_is_ours = False  # mpi4py does not end MPI
 _without_mpi = False  # MPI would not end any more
 
@@ -55,6 +67,22 @@ def leave_mpi_to_us() -> None:
     if "mpi4py.MPI" not in sys.modules:
         mpi4py.rc.finalize = False
         _mpi_is_ours = True
+
+
+def watch_exit(done: Callable[[], object]) -> None:
+    """Take note of what ``sys.exit()`` is called with.
+
+    Args:
+        done: gives something else each time that the script has done more; then it has caught that SystemExit.
+    """
+    global _done
+    _done = done
+    sys.exit = _exit
+
+
+def exit_code() -> int:
+    """What ``sys.exit()`` has said this process shall exit with, as Python ends; 0 if it was not called."""
+    return _code & 0xFF if _done_then == _done() else 0
 
 
 def end_without_mpi() -> None:
@@ -100,7 +128,8 @@ def _after_fork() -> None:
 
 def _exit(code: str | int | None = None, /) -> NoReturn:
     """``sys.exit()`` of a process that ends by itself; if it raises SystemExit, it is taken for one that ends well."""
-    global _code
+    global _code, _done_then
+    _done_then = _done()
     _code = code if isinstance(code, int) else int(code is not None)
     raise SystemExit(code)
 

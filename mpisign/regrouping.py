@@ -38,6 +38,7 @@ class Job(Protocol):
     watchdog: Watchdog
     tracer: Tracer
     ended: bool
+    stopping: bool
     there: tuple[int, ...]
 
     def meet(self, act: str, number: int = 0) -> Any: ...

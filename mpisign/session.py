@@ -21,15 +21,15 @@ from mpisign import heartbeat
 from mpisign import timeline as timelines
 from mpisign.alarm import ring
 from mpisign.errors import AlreadyInitializedError, ConsistencyError, MpisignError, NotInitializedError, OptionError
-from mpisign.exit_words import is_told, tell_group
+from mpisign.exit_words import REQUEUE_EXIT_CODE, tell_group
 from mpisign.group import Group
 from mpisign.joining import Failure, coded_options, joined, told_options, wrong_failure, wrong_options
-from mpisign.last_words import LastWords
+from mpisign.last_words import LastWords, end_with
 from mpisign.launch import check_not_alone, import_mpi
 from mpisign.membership import Membership
 from mpisign.network import Network
 from mpisign.plain import uncompiled
-from mpisign.processes import check_may_start, die, end_at_once, leave_mpi_to_us, whose_child
+from mpisign.processes import check_may_start, exit_code, leave_mpi_to_us, whose_child
 from mpisign.talk import Talk, minority
 from mpisign.trace import Tracer
 from mpisign.turns import Turns
@@ -391,6 +391,11 @@ def _shutdown_at_exit() -> None:
 
     It waits for every process that mpirun has started. If some are no ranks of this group, they may train for long yet.
     """
+    its, code = _session, exit_code()
+    alone = its is None or its.membership is None or its.ended or its.size == 1
+    if its is not None and not alone and code not in (0, REQUEUE_EXIT_CODE):
+        logger.error("rank %d has called sys.exit(%d)", its.rank, code)
+        end_with(its, code, "")
     shutdown()
     process, seconds = _finalize_timeout
     if process != os.getpid() or seconds is None:
@@ -405,16 +410,7 @@ def _shutdown_at_exit() -> None:
 
 
 def _die(session: Session, kind: type[BaseException]) -> None:
-    """Take the whole job down, as this process ends by an exception."""
-    if session.process != os.getpid():
-        return
-    from mpi4py import MPI
-
-    code = 130 if issubclass(kind, KeyboardInterrupt) else 1
-    if session.membership is not None:
-        end_at_once(code) if is_told() else die()  # either way the others see it, and go on
-    elif not MPI.Is_finalized():
-        session.watchdog.abort(f"rank {session.rank} of {session.size} died of {kind.__name__}", code)
+    end_with(session, 130 if issubclass(kind, KeyboardInterrupt) else 1, f"died of {kind.__name__}")
 
 
 def is_initialized() -> bool:

@@ -154,7 +154,7 @@ class Talk:
         said[-1] = 2 * mine[-1] + self.wants_stop
         self.wait(self.post(self.group.comm.Iallgather(said, heard), said, heard))
         last = heard[:, -1]
-        self.stopping = bool((last & 1).any())
+        self.stopping |= bool((last & 1).any())
         last >>= 1
         return heard
 
@@ -217,11 +217,18 @@ class Talk:
             text = f"{text} ({type(error).__name__})"
         self._failure = encoding.encode([type(error).__name__, text[:ACCOUNT_LENGTH]]).decode()
         try:
-            self.meet(FAILURE)
+            if self.membership is None or self.membership.acting:
+                self.meet(FAILURE)
+            else:  # an act of the others, and so of this rank
+                self.membership.do(self._fail, raises=False)
         except MpisignError as others:
             logger.debug("%s", others)
         finally:
             self._failure = ""
+
+    def _fail(self) -> None:
+        self.meet(FAILURE)
+        raise MpisignError(self._failure)
 
     def _hear_failures(self, failed: list[int]) -> None:
         """Raise what the ranks that have failed tell of it; return if this rank is one of them. **Collective.**"""

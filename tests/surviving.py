@@ -5,7 +5,9 @@ Usage: surviving.py SCENARIOS, a JSON list, of which each is a training. It begi
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import json
 import os
 import signal
@@ -22,9 +24,11 @@ import torch
 from methods_table import TABLE
 
 import mpisign
+from mpisign.checkpoint.saving import _Save
 from mpisign.exchange import surviving
 from mpisign.exchange.decider import Deciding
 from mpisign.exchange.encoder import Encoder
+from mpisign.exchange.gradients import Gradients
 from mpisign.exchange.hierarchical import Hierarchical
 from mpisign.exchange.round import Round
 from mpisign.exchange.two_phase import TwoPhase
@@ -75,7 +79,13 @@ def fail() -> None:
     raise ValueError("an error of the user's")
 
 
+def leave() -> None:
+    """As a script does that has caught an error."""
+    sys.exit(3)
+
+
 SPOTS: dict[str, tuple[Any, str, int, bool]] = {
+    "gradients": (Gradients, "read", 1, False),
     "handshake": (Round, "open", 1, False),
     "after the handshake": (Round, "open", 1, True),
     "encode": (Encoder, "encode", 2, False),
@@ -144,8 +154,11 @@ def arm(scenario: Scenario, at: int) -> None:
     for event in scenario.get("events", ()):
         if event["rank"] != identity() or event["step"] != at:
             continue
-        act = {"kill": die, "alarm": alarm, "raise": fail}.get(event["what"])
-        if event["what"] in ("deaf", "lie", "refuse", "revoke"):
+        act = {"kill": die, "alarm": alarm, "raise": fail, "exit": leave, "error": fail}.get(event["what"])
+        if event["what"] == "exit caught":
+            with contextlib.suppress(SystemExit):
+                leave()
+        elif event["what"] in ("deaf", "lie", "refuse", "revoke"):
             globals()[event["what"]]()
         elif event["where"] == "before":
             assert act is not None
@@ -182,7 +195,13 @@ def votes(scenario: Scenario) -> None:
         arm(scenario, at)
         optimizer.zero_grad()
         backward(tensors, gradients(tensors, at, identity()))
-        optimizer.step()
+        try:
+            optimizer.step()
+        except (ValueError, mpisign.MpisignError) as error:
+            expected_here = any(event["step"] == at and event["what"] == "error" for event in scenario["events"])
+            if not expected_here or "an error of the user's" not in str(error):
+                raise
+            optimizer.step()
         report = optimizer.report
         assert report.step == at
         sent = []
@@ -417,6 +436,23 @@ def calls(scenario: Scenario) -> None:
     mpisign.checkpoint.save(folder, model=layer, optimizer=optimizer, step=2, asynchronous=True)
     both(mpisign.checkpoint.wait, raises=False)
     assert mpisign.checkpoint.newest(folder).name == "step-00000002"
+    saved: dict[str, Any] = {"model": layer, "optimizer": optimizer}
+    for rank in frightened:
+        for act in (functools.partial(mpisign.checkpoint.save, step=4), mpisign.checkpoint.load):
+            mpisign.checkpoint.save(folder, **saved, step=3, asynchronous=True)
+            if mpisign.rank() == rank:  # as it has heard of all, and some others have not
+                at_call(_Save, "finish", 1, alarm, after=True)
+            act(folder, **saved)
+    assert not mpisign.stop_requested()
+    if mpisign.rank() == 0:
+        at_call(type(current()), "call", 2, lambda: setattr(current(), "wants_stop", True))
+    if mpisign.rank() == 1:  # all others hear of it
+        at_call(type(current()), "wait", 2, alarm, after=True)
+    mpisign.barrier()
+    assert mpisign.stop_requested()
+    current().wants_stop = False  # as if that rank had died
+    mpisign.barrier()
+    assert mpisign.stop_requested()
     for rank in frightened:
         for count in (1, 2, 3):
             for _ in range(1 + mpisign.rank() % 2):

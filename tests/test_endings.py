@@ -23,6 +23,12 @@ def survived(*codes: int | None) -> dict[int, Ending]:
     return {**together(*codes, generation=1, members=LEFT), 1: LOST}
 
 
+def with_spare(*codes: int) -> dict[int, Ending]:
+    """The last of four has waited until the others had ended."""
+    trained = together(*codes, generation=1, members=frozenset({0, 1, 2}))
+    return {**trained, 3: Ending(0, 1, frozenset({3}), waits=True)}
+
+
 JOBS = {
     "all well": (together(0, 0, 0, 0), 0, 0, ""),
     "one failed, and the launcher says nothing of it": (together(0, 3, 0, 0), 0, 3, "rank 1, which .* exit code 3"),
@@ -65,6 +71,8 @@ OUTLIVING = {
         0,
         "outlived rank 1",
     ),
+    "a spare has waited, and was not needed": (with_spare(0, 0, 0), 0, 0, ""),
+    "all failed but a spare that has waited": (with_spare(1, 1, 1), 0, 1, "failed: ranks 0, 1, 2, which"),
     "two groups, one of which has failed": (
         {
             **{rank: Ending(0, 0, frozenset({0, 1})) for rank in (0, 1)},

@@ -204,6 +204,27 @@ def test_every_call_comes_about_on_all_or_is_an_error_on_all(tmp_path: Path) -> 
 
 @needs_ulfm
 @pytest.mark.long
+@pytest.mark.parametrize("where", ["encode", "decided"])
+def test_a_death_after_an_error_that_all_have_caught(where: str) -> None:
+    """Whoever has failed has been in the same acts as those who have heard of it."""
+    events = [event(1, 1, "gradients", "error"), event(2, 3, where)]
+    result = run(3, [votes("votes", 6, events, exchange="two_phase")])
+    assert ends(result) == {rank: [[2]] for rank in (0, 1)}, result.text
+
+
+@needs_ulfm
+@pytest.mark.long
+def test_who_exits_with_a_code_dies_alone() -> None:
+    """Unless the script has caught that."""
+    result = run(3, [votes("votes", 4, [event(1, 2, "before", "exit")], exchange="two_phase")])
+    assert ends(result) == {rank: [[1]] for rank in (0, 2)}, result.text
+    assert "rank 1 has called sys.exit(3)" in result.text
+    result = run(3, [votes("votes", 4, [event(1, 2, "gradients", "exit caught")], exchange="two_phase")])
+    assert ends(result) == {rank: [] for rank in range(3)}, result.text
+
+
+@needs_ulfm
+@pytest.mark.long
 def test_differences_that_travel_and_audits_survive() -> None:
     alarms = [event(0, 4, "handshake", "alarm"), event(1, 6, "close", "alarm"), event(1, 10, "", "deaf")]
     alarms += [event(0, 13, "encode", "alarm"), event(2, 16, "", "deaf")]

@@ -16,7 +16,7 @@ from mpisign.checkpoint.agreement import agree
 from mpisign.checkpoint.directory import Manifest
 from mpisign.checkpoint.files import damage, read_tensors
 from mpisign.checkpoint.merging import merged
-from mpisign.checkpoint.saving import wait
+from mpisign.checkpoint.saving import after_pending
 from mpisign.checkpoint.state import State, Stateful, check_stateful, map_tensors, put_back, reseed, set_random_state
 from mpisign.encoding import Optional, printable
 from mpisign.errors import CheckpointError, ConsistencyError
@@ -67,6 +67,7 @@ def newest(path: str | os.PathLike[str]) -> Path | None:
 
 
 @uncompiled
+@after_pending
 @collective(ACT)
 @plain()
 def load(
@@ -109,7 +110,6 @@ def load(
     """
     check_stateful(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     session = current(ACT)
-    wait()
     with session.telling(ACT):
         path = Path(path)
     folder, manifest, left_out = _choose(session, path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -23,7 +25,9 @@ from mpisign.session import Session, collective, current
 from mpisign.survival import RanksLostError
 from mpisign.talk import minority
 
-__all__ = ["save", "wait"]
+__all__ = ["after_pending", "save", "wait"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 ACT = "checkpoint.save()"
 SAID = ({"step": int, "keep": int, "asynchronous": bool, "the optimizer's steps": int}, Optional(str))
@@ -34,7 +38,19 @@ _pending: _Save | None = None
 _saves_in: Session | None = None  # the session that will not be left before the pending save is done
 
 
+def after_pending(function: F) -> F:
+    """A function that first waits for a pending save, which counts or not by itself."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        wait()
+        return function(*args, **options)
+
+    return cast(F, call)
+
+
 @uncompiled
+@after_pending
 @collective(ACT)
 @plain()
 def save(
@@ -85,7 +101,6 @@ def save(
     """
     session = current(ACT)
     _begin(session)
-    wait()
     with session.telling(ACT):
         path, asynchronous = Path(path), bool(asynchronous)
         step, keep = check_integer("step", step, 0), check_integer("keep", keep, 1)
@@ -135,19 +150,17 @@ def wait() -> None:
     Raises:
         CheckpointError: on every rank, naming the rank that could not write and why.
     """
-    if _pending is not None:
-        collective("checkpoint.wait()")(_finish)()
+    _finish(collective("checkpoint.wait()"))
 
 
-def _finish() -> None:
+def _finish(an_act: Callable[..., Any] = lambda function: function) -> None:
     global _pending
-    saving, _pending = _pending, None
+    saving = _pending
     if saving is not None:
         try:
-            saving.finish("checkpoint.wait()")
-        except RanksLostError:
-            _pending = saving
-            raise
+            an_act(lambda: saving.finish("checkpoint.wait()"))()
+        finally:  # on all ranks, whatever some have heard before others have died
+            _pending = None
 
 
 def _begin(session: Session) -> None:
