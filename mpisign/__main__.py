@@ -207,7 +207,7 @@ def _typed(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 _TYPED_LINKS = ("nodes", "ranks_per_node", "bandwidth", "latency", "overhead", "node_bandwidth", "node_latency")
-_RATES = ("pack_rate", "apply_rate", "reduce_rate", "sgd_rate")
+_RATES = ("pack_rate", "apply_rate", "count_rate", "reduce_rate", "sgd_rate")
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
@@ -227,6 +227,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     add("--planes", type=int, choices=(1, 2), default=1, help="bits of a vote: 1 for signs, 2 for ternary votes")
     add("--pack-rate", type=number, default=unset, metavar="N", help="coordinates packed a second (default: 2.4G)")
     add("--apply-rate", type=number, default=unset, metavar="N", help="coordinates applied a second (default: 4.7G)")
+    add("--count-rate", type=bandwidth, default=unset, metavar="RATE", help="of ballots counted (default: 6GB/s)")
     add(
         "--reduce-rate", type=bandwidth, default=unset, metavar="RATE", help="of adding in all-reduces (default: 4GB/s)"
     )
@@ -267,6 +268,7 @@ def _predict(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             usual,
             pack=given.get("pack_rate", usual.pack),
             unpack=given.get("apply_rate", usual.unpack),
+            count=given.get("count_rate", usual.count),
             reduce=given.get("reduce_rate", usual.reduce),
             sgd=given.get("sgd_rate", usual.sgd),
         )

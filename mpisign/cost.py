@@ -372,7 +372,7 @@ def _reduction(
         if nodes.number > 1
         else (links.node_latency, links.node_overhead)
     )
-    transfer = out / links.network_bandwidth + inside / links.node_bandwidth
+    transfer = max(out / links.network_bandwidth, inside / links.node_bandwidth)  # all links are busy at a time
     adding = each / 2 / rates.reduce  # of what has arrived, while the rest does
     busy = max(transfer, adding) / count + rounds * (wait + overhead)
     return _whole(count, busy, 0.0, backward, parameters / rates.sgd, out)

@@ -120,14 +120,14 @@ def measured() -> tuple[Nodes, Links, Rates]:
     nodes, links = here.group.nodes, calibrate(here)
     with here.telling(ACT):
         device, sizes = places.device(), [TRIAL_ELEMENTS]
-        words = [torch.zeros(words_for(TRIAL_ELEMENTS), dtype=WORD, device=device)]
+        words = [torch.zeros(words_for(TRIAL_ELEMENTS), dtype=WORD, device=device) for _ in range(TRIAL_BALLOTS + 1)]
         gradient = torch.linspace(-1.0, 1.0, TRIAL_ELEMENTS, dtype=torch.float32, device=device)
         average, parameter = torch.zeros_like(gradient), torch.nn.Parameter(torch.zeros_like(gradient))
         parameter.grad = gradient
         sgd = torch.optim.SGD([parameter], lr=1e-3, momentum=0.9)
         backend = backend_for(device)
-        bitmaps = backend.bitmaps(sizes, words, [None], [0])
-    ballots, decision = words * TRIAL_BALLOTS, torch.zeros_like(words[0])
+        bitmaps = backend.bitmaps(sizes, words[:1], [None], [0])
+    ballots, decision = words[:-1], words[-1]
     trials: list[tuple[float, Callable[[], object]]] = [
         (
             TRIAL_ELEMENTS,

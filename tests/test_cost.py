@@ -221,6 +221,11 @@ def test_a_ring_on_one_node_goes_through_its_memory():
     assert cost.step("ring fp32", links, Nodes((4, 4)), 1e6).network == pytest.approx(3 * 2 * 7 / 8 * 4e6 / 1e9)
 
 
+def test_a_ring_keeps_all_its_links_busy_at_a_time():
+    both = Links(node_bandwidth=1e9, network_bandwidth=1e8)
+    assert cost.step("ring fp32", both, Nodes((4, 4)), 1e6).network == pytest.approx(2 * 7 / 8 * 4e6 / 1e8)
+
+
 # -------------------------------------------------------------------------------------------------- a choice
 
 
