@@ -48,6 +48,7 @@ NAME = "import torch, mpisign.backends as b; print(b.backend_for(torch.device('c
 WHY = "from mpisign.bitmap import native; print(native.absence())"
 
 
+@pytest.mark.long
 def test_a_variable_leaves_it_alone() -> None:
     assert python(NAME, MPISIGN_NATIVE="0") == "host"
     assert python(WHY, MPISIGN_NATIVE="0") == "MPISIGN_NATIVE is 0"

@@ -45,6 +45,7 @@ def begun(seconds: float, go_on: str = "switch.put_off()", release: str = "") ->
             process.kill()
 
 
+@pytest.mark.long
 def test_who_puts_it_off_or_is_released_goes_on() -> None:
     end = LIMIT + 1.5
     with begun(end) as one, begun(end, go_on="pass", release="switch.release()") as other:
@@ -74,6 +75,7 @@ for _ in range(12):
 """
 
 
+@pytest.mark.long
 def test_no_thread_of_one_that_was_stopped_does_anything_more() -> None:
     """They would say that they are there, as their time was over when they were stopped."""
     with begun(30.0, release="import os" + BUSY) as process:

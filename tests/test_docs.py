@@ -88,6 +88,7 @@ def test_the_strict_build_passes(site: dict[str, Page]) -> None:
     assert {page.with_suffix(".html").name for page in PAGES if page.stem != "README"} <= site.keys()
 
 
+@pytest.mark.long
 def test_strict_means_that_links_anchors_and_names_are_looked_up(tmp_path: Path) -> None:
     """Without this, a setting that is lost would go unnoticed: all builds would pass."""
     source = tmp_path / "source"

@@ -70,7 +70,7 @@ def test_ranks_on_one_core_are_warned(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot bind a process to a core")
-@pytest.mark.parametrize(("cores", "status"), [(64, "warn"), (2, "ok")])
+@pytest.mark.parametrize(("cores", "status"), [(64, "warn"), pytest.param(2, "ok", marks=pytest.mark.long)])
 def test_ranks_on_few_of_many_cores_are_warned(cores: int, status: str, tmp_path: Path):
     """Each is bound to one, as Open MPI binds one or two; how many the launcher has is pretended."""
     script = tmp_path / "bound.py"

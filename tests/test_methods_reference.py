@@ -70,6 +70,7 @@ def test_the_expected_step_goes_up_with_the_sign_and_down_with_error_feedback() 
         assert error < steps * abs(drift)  # so the sign of the drift is told
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("world")
 def test_the_sign_ends_at_the_worst_point_and_error_feedback_at_the_best() -> None:
     def project(x: list[torch.Tensor]) -> None:
@@ -112,6 +113,7 @@ def test_the_sign_never_leaves_the_line_where_it_starts(zeros: str) -> None:
     assert sums == pytest.approx([2.0] * 500, abs=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("world")
 def test_error_feedback_leaves_it() -> None:
     (x,) = descend(mpisign.ef_signsgd(), [torch.ones(2)], tilted, 1500, lambda at: 0.1 / (1 + at / 30))

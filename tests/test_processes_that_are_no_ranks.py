@@ -81,6 +81,7 @@ def job(tmp_path: Path, body: str) -> Result:
     return mpirun(2, path, tmp_path / "checkpoints", timeout=100.0)
 
 
+@pytest.mark.long
 def test_a_forked_child_gets_errors_and_the_job_goes_on(tmp_path: Path) -> None:
     result = job(tmp_path, FORKED)
     assert result.returncode == 0, result.text

@@ -9,7 +9,7 @@ import torch
 
 from mpisign.bitmap import cuda, kernels
 
-pytestmark = pytest.mark.skipif(not shim.COMPILER, reason="needs a C++ compiler")
+pytestmark = [pytest.mark.skipif(not shim.COMPILER, reason="needs a C++ compiler"), pytest.mark.long]
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import methods_table
 import pytest
@@ -23,6 +23,15 @@ pytestmark = pytest.mark.usefixtures("world", "no_scaler_of_another_test")
 Order = Callable[[GradScaler, DistributedSignOptimizer, nn.Parameter], None]
 
 SIZE = 70
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects() -> Iterator[None]:
+    """What there is before is not looked at again and again for scalers."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
