@@ -297,6 +297,8 @@ import torch
 from mpi4py import MPI
 
 device = torch.device(sys.argv[1])
+if device.type == "cuda":
+    torch.cuda.set_device(device)
 sent = torch.arange(4096, dtype=torch.int64, device=device)
 received = torch.zeros_like(sent)
 for collective in (MPI.COMM_SELF.Iallgather, MPI.COMM_SELF.Ialltoall):
