@@ -70,9 +70,9 @@ def main() -> None:
     device = take_device()
     votes, means = [], []
     for seed in args.seeds:
-        votes.append(run(args, device, seed, args.method, args.lr))
+        votes.append(run(args, device, seed, args.method.name, args.method, args.lr))
         # SGD may keep the momentum here: it is linear, so before or after the mean is all the same.
-        means.append(run(args, device, seed, mpisign.mean(), args.lr_mean, momentum=0.9))
+        means.append(run(args, device, seed, "baseline", mpisign.mean(), args.lr_mean, momentum=0.9))
     if mpisign.rank() == 0:
         show(args, votes, means)
 
@@ -81,11 +81,12 @@ def run(
     args: argparse.Namespace,
     device: torch.device,
     seed: int,
+    name: str,
     method: mpisign.Method,
     lr: float,
     momentum: float = 0.0,
 ) -> Result:
-    """Train a new model by ``method`` and test it. **Collective.**"""
+    """Train a new model by ``method`` and test it; folders have ``name`` in theirs. **Collective.**"""
     train_set, test_set = load_data(seed)
     torch.manual_seed(seed)
     model = build_model(args.hidden).to(device)
@@ -105,7 +106,7 @@ def run(
         loss_of,
         schedule=lambda epoch: (1 + math.cos(math.pi * epoch / args.epochs)) / 2,
         history=history,
-        name=f"seed-{seed}-{method.name}",
+        name=f"seed-{seed}-{name}",
     )
     return Result(
         seed=seed,

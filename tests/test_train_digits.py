@@ -128,6 +128,15 @@ def test_on_other_ranks_it_goes_on_in_the_same_epoch(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_the_baseline_has_checkpoints_of_its_own_beside_a_mean(tmp_path: Path) -> None:
+    places = ("--checkpoint-dir", tmp_path, "--out", tmp_path / "a.png", "--json", tmp_path / "a.json")
+    done = run_alone(*SMALL, "--method", "mean", *places)
+    assert done.returncode == 0, done.stderr
+    asked, baseline = json.loads((tmp_path / "a.json").read_text())["runs"]
+    assert asked["losses"][1:] != baseline["losses"][1:], "they have different learning rates"
+
+
+@pytest.mark.long
 def test_bad_input_on_several_ranks_is_said_once_and_ends_the_job() -> None:
     done = mpirun(3, SCRIPT, "--epochs", "none")
     assert done.returncode == 2
