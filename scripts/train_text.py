@@ -24,7 +24,7 @@ from text_contenders import CONTENDERS, DEFAULT, RATES, Contender, Reduced, make
 from text_results import Result, gather, show, timed
 from torch import nn
 from torch.utils.data import Dataset
-from training import distribute, take_device, train
+from training import autocast, distribute, measured, take_device, train
 
 import mpisign
 
@@ -72,7 +72,7 @@ def main() -> None:
         results, sizes = train_all(args)
     if args.losses:
         results = timed(gather(args, args.losses)[0], results)
-    if mpisign.rank() == 0 and all(result.bits for result in results):  # --max-steps may end before an evaluation
+    if mpisign.rank() == 0:
         show(args, results, sizes)
 
 
@@ -123,7 +123,6 @@ def run(
         history["bits"].append(bits)
         return {"bits per byte": bits}
 
-    optimizer.register_step_post_hook(lambda *_: history["bytes_sent_by_step"].append(bytes_sent()))
     warmup = args.warmup * args.epochs
     train(
         args,
@@ -135,7 +134,11 @@ def run(
         evaluate=evaluate,
         history=history,
         name=f"seed-{seed}-{name}" + (f"-{factor:g}" if len(args.factors) > 1 else ""),
+        after_step=lambda: history["bytes_sent_by_step"].append(bytes_sent()),
     )
+    if not history["bits"]:  # --max-steps has ended it in its first epoch
+        with autocast(args, device):
+            measured(model, evaluate, len(history["losses"]) / len(batches))
     lr = args.rates[name] * factor
     return Result(
         contender=name,

@@ -148,6 +148,19 @@ def test_rivals_and_local_steps_and_reports_made_of_reports(tmp_path: Path) -> N
     assert len(timed["ddp"]["seconds"]) == len(timed["local4-vote"]["seconds"]) == STEPS
 
 
+@pytest.mark.long
+def test_it_is_evaluated_once_at_least_and_steps_that_a_scaler_skips_count(tmp_path: Path) -> None:
+    """The scaler begins with a factor that fp16 cannot hold."""
+    options = ("--only", "adamw", "ddp", "--precision", "fp16", "--max-steps", "4")
+    done = mpirun(2, SCRIPT, *SMALL, "--out", tmp_path, *options)
+    assert done.returncode == 0, done.text
+    for run in numbers(tmp_path)["runs"]:
+        assert run["steps"] == [4]
+        assert len(run["bits"]) == 1
+        assert len(run["losses"]) == len(run["bytes_sent"]) == 4
+    assert "epoch 0.8: bits per byte" in done.text
+
+
 def test_no_file_is_in_both_texts(script: ModuleType, world: None, tmp_path: Path, parse: Callable[..., Any]) -> None:
     for number in range(40):
         folder = tmp_path / ("site-packages" if number >= 30 else "package")
