@@ -151,7 +151,7 @@ def show(args: argparse.Namespace, results: Sequence[Result], sizes: Mapping[str
         "text_bytes": sizes,
         "runs": [asdict(result) for result in results],
     }
-    print(f"report: {write_report(args.out, 'text', report(groups, args, sizes), data, {'': draw(groups)})}")
+    print(f"report: {write_report(args.out, 'text', report(groups, args, sizes), data, {'': lambda: draw(groups)})}")
 
 
 def target_of(groups: Mapping[str, Sequence[Result]], within: float | None) -> float:

@@ -19,7 +19,20 @@ from typing import Any
 import torch
 from batches import Batches
 from experiments import RESULTS
-from flags import FREE, HelpFormatter, add_flags, amount, count, end, make_folder, parse, rate, said_once, whole
+from flags import (
+    FREE,
+    HelpFormatter,
+    add_flags,
+    amount,
+    count,
+    end,
+    make_folder,
+    need_matplotlib,
+    parse,
+    rate,
+    said_once,
+    whole,
+)
 from text_contenders import CONTENDERS, DEFAULT, RATES, Contender, Reduced, make_contenders
 from text_results import Result, gather, show, timed
 from torch import nn
@@ -321,6 +334,7 @@ def parse_arguments() -> argparse.Namespace:
         args.rates = {**RATES, **dict(args.rates)}
         args.out = args.results if args.report else args.out
         make_folder(parser, args.out, args.out)
+        need_matplotlib(parser)
         if args.width % args.heads:
             parser.error(f"--width {args.width} is no multiple of --heads {args.heads}: try --heads 4")
         if args.checkpoint_dir and "ddp-powersgd" in args.only:

@@ -269,6 +269,15 @@ def test_help(parse: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> 
     assert "Learning rates: each had three tries at least" in text
 
 
+def test_what_draws_the_picture_is_looked_for_at_the_start(
+    parse: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="2"):
+        parse()
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
 def test_quick_stands_for_other_defaults(parse: Callable[..., Any]) -> None:
     quick, usual = parse("--quick", "--layers", "2"), parse()
     assert (quick.layers, quick.width) == (2, 64)
