@@ -335,7 +335,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, Path):
-        return _shown(value)
+        return shown(value)
     return value if isinstance(value, int | str | None) else str(value)
 
 
@@ -347,10 +347,10 @@ def _command() -> str:
         parent = Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
     if Path(parent[0]).name in _LAUNCHERS:
         typed = ["mpirun" if Path(parent[0]).name == "prterun" else parent[0], *parent[1:]]  # prterun is mpirun inside
-    return shlex.join(_shown(Path(word)) if Path(word).is_absolute() else word for word in typed)
+    return shlex.join(shown(Path(word)) if Path(word).is_absolute() else word for word in typed)
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """As it is from the repository's root; of one outside, which is a place of this machine, the last name."""
     root, full = Path(__file__).resolve().parents[1], path.resolve()
     return str(full.relative_to(root)) if full.is_relative_to(root) else path.name
