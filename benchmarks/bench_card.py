@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from cards import Meter
-from harness import Contender, Report, Table, Target, count, gloo, measure, one_thread, parser
+from harness import Contender, Report, Table, Target, count, few_threads, gloo, measure, parser
 
 import mpisign
 from mpisign import DistributedSignOptimizer, cost
@@ -46,7 +47,7 @@ def main() -> None:
     options.add_argument("--gloo", action="store_true", default=True, help="measure gloo too")
     options.add_argument("--no-gloo", dest="gloo", action="store_false")
     args = options.parse_args()
-    one_thread()
+    few_threads()
     mpisign.init()
 
     from mpi4py import MPI
@@ -57,7 +58,7 @@ def main() -> None:
         print("no bytes are counted: there is one node, or --interface must name the network device of each")
     elements = args.elements // TENSORS * TENSORS
     contenders = [vote(exchange, elements, comm.rank, meter) for exchange in EXCHANGES]
-    with gloo(comm):
+    with gloo(comm) if args.gloo else nullcontext():
         contenders += reductions(comm, elements, meter, args.gloo)
         times = measure(contenders, args.rounds, args.warmup, comm)
         sent = meter.most()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from bench_step import resnet50_shapes
-from harness import Contender, Report, Table, Target, Times, compare, count, measure, mib, one_thread, parser
+from harness import Contender, Report, Table, Target, Times, compare, count, few_threads, measure, mib, parser
 
 import mpisign
 from mpisign import DistributedSignOptimizer, checkpoint
@@ -46,7 +46,7 @@ def main() -> None:
     options.add_argument("--steps", type=count, default=10, help="steps of a training; should take longer than a save")
     options.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="shared by all ranks")
     args = options.parse_args()
-    one_thread()
+    few_threads()
     mpisign.init()
 
     from mpi4py import MPI

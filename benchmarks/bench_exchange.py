@@ -16,11 +16,11 @@ from harness import (
     Target,
     compare,
     count,
+    few_threads,
     gloo,
     hierarchical_bytes,
     measure,
     mib,
-    one_thread,
     parser,
     ring_bytes,
 )
@@ -64,7 +64,7 @@ def main() -> None:
     options.add_argument("--bucket-mb", type=float, default=1.0, help="MiB a message, as the optimizer's bucket_cap_mb")
     options.add_argument("--gloo", action=argparse.BooleanOptionalAction, default=True, help="time gloo too")
     args = options.parse_args()
-    one_thread()
+    few_threads()
     mpisign.init()
 
     from mpi4py import MPI

@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
-from harness import Contender, Report, Table, Target, count, measure, one_thread, parser
+from harness import Contender, Report, Table, Target, count, few_threads, measure, parser
 
 import mpisign
 
@@ -46,7 +46,7 @@ def main() -> None:
     options.add_argument("--message-mb", type=float, default=1.0, help="MiB a message")
     options.add_argument("--seconds", type=float, default=0.25, help="of computing")
     args = options.parse_args()
-    one_thread()
+    few_threads()
     mpisign.init()
 
     from mpi4py import MPI

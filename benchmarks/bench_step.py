@@ -19,11 +19,11 @@ from harness import (
     Target,
     compare,
     count,
+    few_threads,
     gloo,
     hierarchical_bytes,
     measure,
     mib,
-    one_thread,
     parser,
     ring_bytes,
 )
@@ -76,7 +76,7 @@ def main() -> None:
     options.add_argument("--exchange", choices=CHOICES, default="auto", help="of mpisign")
     options.add_argument("--gloo", action=argparse.BooleanOptionalAction, default=True, help="time gloo too")
     args = options.parse_args()
-    one_thread()
+    few_threads()
     mpisign.init()
 
     from mpi4py import MPI

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cards import Meter
-from harness import Contender, Report, Table, Target, Times, count, gloo, measure, one_thread, parser, speedup
+from harness import Contender, Report, Table, Target, Times, count, few_threads, gloo, measure, parser, speedup
 from models import MODELS, Task
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -56,7 +56,7 @@ def main() -> None:
     options.add_argument("--interface", help="network device whose bytes count; default: gloo's or the default route's")
     options.add_argument("--only", nargs="+", metavar="ROW", help="leave out the rivals that are not named")
     args = options.parse_args()
-    one_thread()
+    few_threads()
     mpisign.init()
 
     from mpi4py import MPI

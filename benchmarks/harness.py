@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import partial
@@ -44,6 +44,7 @@ __all__ = [
     "Target",
     "compare",
     "count",
+    "few_threads",
     "gloo",
     "measure",
     "mib",
@@ -101,11 +102,21 @@ def parser(description: str, examples: Sequence[str]) -> argparse.ArgumentParser
 
 
 def one_thread() -> None:
-    """Let this process compute on one thread, as each of several ranks on a machine should."""
+    """Let this process compute on one thread."""
+    _compute_on(1)
+
+
+def few_threads() -> None:
+    """Let this rank compute on ``OMP_NUM_THREADS`` threads or, unless that is set, on one: ranks share a machine."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    _compute_on(int(said) if said.isdecimal() and int(said) else 1)
+
+
+def _compute_on(threads: int) -> None:
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # a GPU's benchmarks do not need it
 
-    threadpool_limits(1)
-    torch.set_num_threads(1)
+    threadpool_limits(threads)
+    torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------------------------------------- timing
@@ -288,7 +299,7 @@ class Report:
         now = datetime.now().astimezone()
         about = {
             "command": _command(),
-            "machine": _machine(),
+            "machine": {**_machine(), "threads of a process": torch.get_num_threads()},
             "versions": _versions(self.ranks is not None),
             "environment": _environment(),
         }
@@ -349,7 +360,9 @@ class Report:
 def _command() -> str:
     """What was typed: this process's command line, or that of the launcher above it, without absolute paths."""
     typed = ["python", *sys.argv]
-    parent = Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
+    parent = [""]
+    with suppress(OSError):  # some systems hide others' processes, and srun's ranks are root's
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
     if Path(parent[0]).name in _LAUNCHERS:
         typed = ["mpirun" if Path(parent[0]).name == "prterun" else parent[0], *parent[1:]]  # prterun is mpirun inside
     root = RESULTS.parent.parent.resolve()

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import harness
+import mpi4py
 import torch
 import torch.distributed as dist
-from harness import Contender, Table, count, gloo, measure, one_thread
+from harness import Contender, Table, count, few_threads, gloo, measure
 
 import mpisign
 from mpisign import DistributedSignOptimizer, cost, prediction
@@ -31,6 +33,7 @@ EXCHANGES = tuple(name for name in choose.CHOICES if name != "auto")
 REDUCTIONS = {"ring fp32": torch.float32, "ring bf16": torch.bfloat16}
 TENSORS = 8
 MESSAGE_MB = 1.0
+TAIL = 2000  # bytes of what a case that fails has said last
 LR = 1e-4
 
 WORDS = """\
@@ -39,7 +42,8 @@ computing; `mpisign/cost.py` predicts a step from these; then the steps are meas
 `DistributedSignOptimizer(SGD(lr), method=signum()).step()` by each exchange in messages of 1 MiB, after backward and
 without overlap, and gloo's all-reduce, which is a ring, in fp32 and bf16, with `SGD(lr, momentum=0.9).step()` on as
 many parameters. Seconds are of the slowest rank. The error is the prediction over the median measurement, less one,
-and in brackets over the fastest one. The hosts share the cores of one machine: where ranks outnumber them, or the
+and in brackets over the fastest one; a speed-up is a ring's time over that of the vote which is the fastest, by
+prediction or by median measurement. The hosts share the cores of one machine: where ranks outnumber them, or the
 network is free, it is computing that is predicted, and whatever else this machine does (its load is below) disturbs
 measurement and calibration, not always alike. The card's bandwidth is calibrated by MPI's all-to-alls, as votes need
 them; gloo's ring of neighbours may get more out of a card on these hosts, so that it is predicted too slow. Where
@@ -53,6 +57,7 @@ def main() -> None:
     options.add_argument("--rounds", type=count, default=5, help="measured steps by each exchange (default: 5)")
     options.add_argument("--shapes", nargs="+", default=SHAPES, help="of hosts, as slow_network takes them")
     options.add_argument("--rates", nargs="+", default=RATES, help="of their networks")
+    options.add_argument("--patience", type=count, default=600, help="seconds a case may take (default: 600)")
     options.add_argument("--results", type=Path, default=harness.RESULTS, metavar="FOLDER", help="for the report")
     options.add_argument("--again", type=Path, metavar="FILE", help="predict from the raw numbers of an earlier report")
     options.add_argument("--measure", type=Path, metavar="FILE", help="be a rank, and let rank 0 write what it found")
@@ -60,28 +65,55 @@ def main() -> None:
     if args.measure:
         measure_here(args)
         return
+    args.results.mkdir(parents=True, exist_ok=True)
     if args.again:
         again(args)
         return
-    args.results.mkdir(parents=True, exist_ok=True)
-    cases = []
+    mpi4py.rc.initialize = False  # reports, between jobs of mpirun, ask MPI for its name alone
+    cases: list[dict[str, Any]] = []
+    files: list[Path] = []
+    failed: dict[str, str] = {}
+    today = {"date": _today()}
     for shape in args.shapes:
         for rate in args.rates:
-            case = run(args, shape, rate)
-            cases.append(case)
-            print(table([case]).in_markdown(), flush=True)
-    print("\n".join(f"wrote {path}" for path in write(cases, args)))
+            try:
+                case = run(args, shape, rate)
+            except FailedError as error:
+                failed[f"{shape} at {rate}"] = str(error)
+                print(f"{shape} at {rate} {error}", file=sys.stderr, flush=True)
+            else:
+                cases.append(case)
+                print(table([case]).in_markdown(), flush=True)
+            if cases:  # each time, as what comes next may end this
+                files = write(cases, args, today, failed)
+    print("\n".join(f"wrote {path}" for path in files))
+    sys.exit(bool(failed))
+
+
+class FailedError(Exception):
+    """Why a case was not measured."""
 
 
 def run(args: argparse.Namespace, shape: str, rate: str) -> dict[str, Any]:
-    """One case, in a job of its own."""
-    with tempfile.TemporaryDirectory() as folder:
+    """One case, in a job of its own. Raises :class:`FailedError`."""
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as said:
         file = Path(folder) / "found.json"
         # fmt: off
         command = [str(HERE / "slow_network"), shape, rate, sys.executable, __file__, "--measure", str(file),
                    "--elements", str(args.elements), "--rounds", str(args.rounds)]
         # fmt: on
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=600)
+        job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        try:
+            job.wait(args.patience)
+            how = f"ended with exit code {job.returncode}"
+        except subprocess.TimeoutExpired:
+            how = f"took longer than {args.patience} s"
+        finally:
+            job.terminate()  # not killed: it has its hosts to remove
+            job.wait(60)
+        if job.returncode:
+            said.seek(0)
+            raise FailedError(f"{how}: {said.read()[-TAIL:].decode(errors='replace').strip()}")
         found: dict[str, Any] = json.loads(file.read_text())
     return {"shape": shape, "rate": rate, **found}
 
@@ -95,7 +127,7 @@ def again(args: argparse.Namespace) -> None:
         nodes, rates = Nodes(tuple(case["nodes"])), Rates(**case["rates"])
         case["predicted"] = {way: predict(way, links, nodes, args.elements, rates) for way in case["seconds"]}
         case["choice"] = choice(links, nodes, rates)
-    print("\n".join(f"wrote {path}" for path in write(raw["cases"], args, raw)))
+    print("\n".join(f"wrote {path}" for path in write(raw["cases"], args, raw, raw.get("failed"))))
 
 
 # --------------------------------------------------------------------------------------------- on the hosts
@@ -103,7 +135,7 @@ def again(args: argparse.Namespace) -> None:
 
 def measure_here(args: argparse.Namespace) -> None:
     """Calibrate, predict and measure. **Collective.**"""
-    one_thread()
+    few_threads()
     mpisign.init()
 
     from mpi4py import MPI
@@ -119,7 +151,7 @@ def measure_here(args: argparse.Namespace) -> None:
     times = measure(contenders, args.rounds, 1, comm)
     with gloo(comm):
         rings = [ring(name, dtype, elements) for name, dtype in REDUCTIONS.items()]
-        times.update(measure(rings, max(1, args.rounds // 2), 1, comm))
+        times.update(measure(rings, args.rounds, 1, comm))
     if comm.rank != 0:
         return
     predicted = {way: predict(way, links, nodes, elements, rates) for way in times}
@@ -198,6 +230,27 @@ def errors(cases: Sequence[dict[str, Any]]) -> Table:
     return Table("Errors", ["rate", "by", "median of sizes", "lowest", "highest"], rows)
 
 
+def speedups(cases: Sequence[dict[str, Any]]) -> Table:
+    """By rate: a predicted speed-up by voting over the measured one, of the vote that is the fastest in each."""
+    rows = []
+    for rate in dict.fromkeys(case["rate"] for case in cases):
+        here = [case for case in cases if case["rate"] == rate]
+        for rival in REDUCTIONS:
+            found = [
+                speedup(case["predicted"], rival)
+                / speedup({way: statistics.median(its) for way, its in case["seconds"].items()}, rival)
+                for case in here
+            ]
+            worst = max(found, key=lambda ratio: abs(math.log(ratio)))
+            rows.append([rate, rival, f"{statistics.median(found):.2f}", f"{worst:.2f}"])
+    return Table("Speed-ups: predicted over measured", ["rate", "against", "median", "worst"], rows)
+
+
+def speedup(seconds: Mapping[str, float], rival: str) -> float:
+    """How many times faster the fastest vote is than a ring."""
+    return seconds[rival] / min(seconds[way] for way in EXCHANGES if way in seconds)
+
+
 def calibrations(cases: Sequence[dict[str, Any]]) -> Table:
     """What was calibrated, and whether the exchange that it would choose was the fastest."""
     rows = []
@@ -213,29 +266,41 @@ def calibrations(cases: Sequence[dict[str, Any]]) -> Table:
     return Table("Calibrations and choices", columns, rows)
 
 
+def _today() -> str:
+    return f"{datetime.now().astimezone():%Y-%m-%d}"
+
+
 def write(
-    cases: Sequence[dict[str, Any]], args: argparse.Namespace, earlier: dict[str, Any] | None = None
+    cases: Sequence[dict[str, Any]],
+    args: argparse.Namespace,
+    earlier: Mapping[str, Any] | None = None,
+    failed: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """The report and its raw numbers; of an ``earlier`` one that is written anew, where and when it was measured."""
+    """The report and its raw numbers; of an ``earlier`` one that is written anew, where and when it was measured.
+
+    ``failed``: why others were not.
+    """
     about: dict[str, Any] = {
-        "date": f"{datetime.now().astimezone():%Y-%m-%d}",
+        "date": _today(),
         "command": harness._command(),
         "where": {**harness._machine(), **harness._versions(True)},
     }
-    about |= {key: earlier[key] for key in about} if earlier else {}
+    about |= {key: value for key, value in (earlier or {}).items() if key in about}
     date, stem = about["date"], args.results / f"{about['date']}-prediction"
     title = f"Predicted against measured steps of {args.elements:,} parameters"
     parts = [
         f"# {title}, {date}",
         f"```\n{about['command']}\n```",
         WORDS,
-        *(one.in_markdown() for one in (errors(cases), calibrations(cases), table(cases))),
+        *([f"Not measured: {', '.join(failed)}."] if failed else []),
+        *(one.in_markdown() for one in (speedups(cases), errors(cases), calibrations(cases), table(cases))),
         "### Where\n\n" + "\n".join(f"- **{key}**: {value}" for key, value in about["where"].items()),
         f"The seconds of every repetition are in `{stem.name}.json`.",
     ]
     files = [stem.with_suffix(".md"), stem.with_suffix(".json")]
     files[0].write_text("\n\n".join(parts) + "\n")
-    files[1].write_text(json.dumps({**about, "elements": args.elements, "cases": list(cases)}, indent=1) + "\n")
+    raw = {**about, "elements": args.elements, "cases": list(cases), "failed": dict(failed or {})}
+    files[1].write_text(json.dumps(raw, indent=1) + "\n")
     return files
 
 

@@ -90,7 +90,7 @@ def look_around() -> Machine:
     flags = flags_of(vendor)
     if flags is None:
         raise LaunchError(f"mpi4py uses {vendor}, whose launcher this command does not know: start the job by its own")
-    cores, bound = _cores()
+    cores, bound = usable_cores()
     return Machine(
         vendor=vendor,
         launcher=launcher_of(vendor, flags),
@@ -119,7 +119,7 @@ def launcher_of(vendor: str, flags: Flags) -> str:
     )
 
 
-def _cores() -> tuple[int, bool]:
+def usable_cores() -> tuple[int, bool]:
     """Physical cores that this process may use, and whether it is kept from some."""
     mine = sorted(os.sched_getaffinity(0))
     siblings = (Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in mine)

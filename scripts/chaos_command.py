@@ -19,7 +19,7 @@ from chaos_job import HangError
 from chaos_run import Goodput, Plan, Spread, goodput, loss_is_wrong, make_data, run, spread
 from chaos_training import VARIATIONS
 from experiments import RESULTS, write_report
-from flags import HelpFormatter, count, make_folder, rate, whole
+from flags import HelpFormatter, count, make_folder, need_matplotlib, rate, whole
 from tqdm import tqdm
 
 from mpisign import quantities
@@ -226,4 +226,5 @@ def _arguments() -> argparse.Namespace:
     args.out = RESULTS if args.report else args.out
     if args.out:
         make_folder(parser, args.out, args.out)
+        need_matplotlib(parser)
     return args

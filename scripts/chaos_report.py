@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -228,10 +228,14 @@ def data(found: Found, calm: dict[str, Spread], measured: Sequence[Goodput]) -> 
     }
 
 
-def figures(found: Found, measured: Sequence[Goodput]) -> dict[str, Figure]:
-    """By their names in the report."""
-    drawn = {"recovery": _recovery_figure(_all_times(found))} if any(training.struck for training, _ in found) else {}
-    return drawn | ({"goodput": _goodput_figure(measured)} if measured else {})
+def figures(found: Found, measured: Sequence[Goodput]) -> dict[str, Callable[[], Figure]]:
+    """What draws them, by their names in the report."""
+    drawn: dict[str, Callable[[], Figure]] = {}
+    if any(training.struck for training, _ in found):
+        drawn["recovery"] = lambda: _recovery_figure(_all_times(found))
+    if measured:
+        drawn["goodput"] = lambda: _goodput_figure(measured)
+    return drawn
 
 
 def _recovery_figure(by_kind: dict[str, list[Times]]) -> Figure:

@@ -188,9 +188,9 @@ def show(args: argparse.Namespace, grid: Sequence[Cell], inverted: Sequence[Cell
             row = row_of(grid, method, f)
             table.add_row(method, *(said(row[attack]) for attack in args.attacks), said(worst(row)))
         console.print(table)
-    figures = {"heat-map": heat_map(args, grid)}
+    figures = {"heat-map": lambda: heat_map(args, grid)}
     if inverted:
-        figures["inverted"] = inverted_figure(args, inverted)
+        figures["inverted"] = lambda: inverted_figure(args, inverted)
     data = {
         "options": vars(args),
         "seeds": args.seeds,

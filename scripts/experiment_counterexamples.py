@@ -170,7 +170,7 @@ A prediction that is no bound is of the mean path at every step: it may be off b
 standard errors, or by {ROUNDING:g} where there is no chance. `scripts/counterexamples.py` and
 `scripts/closed_forms.py` have the formulas and their sources."""
     data = {"seeds": [args.seed], "runs": facts}
-    print(f"report: {write_report(args.out, 'counterexamples', text, data, {'': draw(results)})}")
+    print(f"report: {write_report(args.out, 'counterexamples', text, data, {'': lambda: draw(results)})}")
     return wrong
 
 

@@ -133,7 +133,7 @@ def show(args: argparse.Namespace, methods: Sequence[Curve], sweep: Sequence[Cur
         on_terminal(f"one class a rank, ranks: {mpisign.size()}, seeds: {len(args.seeds)}", methods_table(methods))
     )
     console.print(on_terminal("noise against accuracy in %", noise_table(args, sweep)))
-    figures = {"methods": methods_figure(methods), "noise": noise_figure(args, sweep)}
+    figures = {"methods": lambda: methods_figure(methods), "noise": lambda: noise_figure(args, sweep)}
     data = {
         "options": vars(args),
         "seeds": args.seeds,

@@ -11,7 +11,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from flags import HelpFormatter, count, make_folder, rate, whole
+from flags import HelpFormatter, count, make_folder, need_matplotlib, rate, whole
 from torch import Tensor, nn
 from train_digits import build_model, load_data, measure_accuracy
 
@@ -267,13 +267,16 @@ def parse(parser: argparse.ArgumentParser, quick: Mapping[str, Any]) -> argparse
         args = parser.parse_args()
     args.out = RESULTS if args.report else args.out
     make_folder(parser, args.out, args.out)
+    need_matplotlib(parser)
     return args
 
 
 # --------------------------------------------------------------------------------------------------- reports
 
 
-def write_report(folder: Path, name: str, text: str, data: Mapping[str, Any], figures: Mapping[str, Figure]) -> Path:
+def write_report(
+    folder: Path, name: str, text: str, data: Mapping[str, Any], figures: Mapping[str, Callable[[], Figure]]
+) -> Path:
     """Write ``YYYY-MM-DD-NAME.md``, ``.json`` and ``-FIGURE.png`` into ``folder``; for one rank to call.
 
     A report of the same day and name is replaced.
@@ -283,7 +286,8 @@ def write_report(folder: Path, name: str, text: str, data: Mapping[str, Any], fi
             come after that paragraph; at the end, what was typed, and what it ran on.
         data: all raw numbers, for the JSON: to six digits, and null where they are not finite. ``data["seeds"]`` is
             also said in the text, and so is ``data["ranks"]`` where it is not this job's.
-        figures: by name, for the file names; ``""`` is a figure without a name of its own.
+        figures: what draws each, when all else is written, by its name, for the file names; ``""`` is a figure without
+            a name of its own.
 
     Returns:
         The path of the Markdown file.
@@ -291,11 +295,7 @@ def write_report(folder: Path, name: str, text: str, data: Mapping[str, Any], fi
     now = datetime.now().astimezone()
     stem = f"{now:%Y-%m-%d}-{name}"
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = []
-    for figure, drawn in figures.items():
-        picture = f"{stem}-{figure}.png" if figure else f"{stem}.png"
-        drawn.savefig(folder / picture, dpi=110)
-        pictures.append(f"![{figure or name}]({picture})")
+    pictures = {figure: f"{stem}-{figure}.png" if figure else f"{stem}.png" for figure in figures}
     ranks = data.get("ranks") or mpisign.size()
     about = {"ranks": ranks, "seeds": data.get("seeds", []), **_circumstances()}
     raw = {"experiment": name, "date": now.isoformat(timespec="seconds"), "command": _command(), **about, **data}
@@ -307,7 +307,7 @@ def write_report(folder: Path, name: str, text: str, data: Mapping[str, Any], fi
     parts = [
         f"{heading}, {now:%Y-%m-%d}",
         summary,
-        *pictures,
+        *(f"![{figure or name}]({picture})" for figure, picture in pictures.items()),
         *rest,
         f"## What ran, and where\n\n```\n{_command()}\n```",
         "\n".join(facts),
@@ -315,6 +315,8 @@ def write_report(folder: Path, name: str, text: str, data: Mapping[str, Any], fi
     ]
     path = folder / f"{stem}.md"
     path.write_text("\n\n".join(parts) + "\n")
+    for figure, draw in figures.items():
+        draw().savefig(folder / pictures[figure], dpi=110)
     return path
 
 
@@ -333,7 +335,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, Path):
-        return _shown(value)
+        return shown(value)
     return value if isinstance(value, int | str | None) else str(value)
 
 
@@ -345,10 +347,10 @@ def _command() -> str:
         parent = Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
     if Path(parent[0]).name in _LAUNCHERS:
         typed = ["mpirun" if Path(parent[0]).name == "prterun" else parent[0], *parent[1:]]  # prterun is mpirun inside
-    return shlex.join(_shown(Path(word)) if Path(word).is_absolute() else word for word in typed)
+    return shlex.join(shown(Path(word)) if Path(word).is_absolute() else word for word in typed)
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """As it is from the repository's root; of one outside, which is a place of this machine, the last name."""
     root, full = Path(__file__).resolve().parents[1], path.resolve()
     return str(full.relative_to(root)) if full.is_relative_to(root) else path.name

@@ -128,12 +128,19 @@ def add_flags(parser: argparse.ArgumentParser, epochs: int, batch_size: int) -> 
 
 @contextlib.contextmanager
 def said_once() -> Iterator[None]:
-    """Every rank reads the same command line; one is enough to speak about it."""
+    """Every rank reads the same command line; rank 0 speaks, also of what is wrong elsewhere alone. **Collective.**"""
+    code, said = None, io.StringIO()
     with contextlib.ExitStack() as stack:
         if mpisign.rank() > 0:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        yield
+            stack.enter_context(contextlib.redirect_stderr(said))
+        try:
+            yield
+        except SystemExit as ended:
+            code = ended.code
+    if (spoken := mpisign.broadcast_object(code)) is not None:
+        sys.exit(spoken)
+    end_if_any(None if code is None else said.getvalue().strip().rpartition("error: ")[2])
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -154,6 +161,12 @@ def make_folder(parser: argparse.ArgumentParser, folder: Path, path: Path) -> No
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"cannot write {path}: {error.strerror}; name a file in a folder that can be made")
+
+
+def need_matplotlib(parser: argparse.ArgumentParser) -> None:
+    """For a picture in the end."""
+    if not importlib.util.find_spec("matplotlib"):
+        parser.error("a picture needs a package that is not there: pip install matplotlib")
 
 
 def progress_bar(*jobs: Any, quiet: bool, **options: Any) -> tqdm:

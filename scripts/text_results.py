@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from experiments import markdown_table, write_report
+from experiments import markdown_table, shown, write_report
 from flags import end
 from rich.console import Console
 from rich.table import Table
@@ -23,8 +23,14 @@ import mpisign
 
 __all__ = ["Result", "gather", "show", "timed"]
 
-ALIKE = ("layers", "width", "heads", "context", "megabytes", "batch_size", "eval_windows", "decay", "warmup")
+ALIKE = (
+    *("layers", "width", "heads", "context", "megabytes", "batch_size", "eval_windows", "decay", "warmup"),
+    *("precision", "dgc_ratio", "dgc_clip"),
+)
 """Options that reports must have in common to be compared."""
+
+TRAINED = ("epochs", "epoch_windows", "data")
+"""The same, but not where steps are only timed here, for which a few on any text will do."""
 
 MANY = 4  # contenders, of which a report says more than their last losses
 SETTLED = 2  # steps after which a step takes as long as the others
@@ -77,26 +83,41 @@ class Result:
 
 
 def gather(args: argparse.Namespace, paths: Sequence[Path]) -> tuple[list[Result], dict[str, int]]:
-    """The runs of several reports' JSON files, and the bytes of their text. Ends the job if they do not fit."""
+    """The runs of several reports' JSON files, and the bytes of their text. Ends the job if they do not fit.
+
+    What an old report does not say of its options is not compared.
+    """
+    names = ALIKE if args.losses else ALIKE + TRAINED
+    now = {"ranks": mpisign.size(), **{name: getattr(args, name) for name in names}}
+    now |= {"data": shown(args.data)} if "data" in now else {}
     results: list[Result] = []
     sizes: dict[str, int] = {}
     for path in paths:
         try:
             data = json.loads(path.read_text())
             runs = [Result(**{field.name: run[field.name] for field in fields(Result)}) for run in data["runs"]]
-            was = {"ranks": data["ranks"], **{name: data["options"][name] for name in ALIKE}}
+            was = {"ranks": data["ranks"], **{name: data["options"].get(name, now[name]) for name in names}}
             sizes = data["text_bytes"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             end(f"{path} is no report of train_text.py: {error}")
-        now = {"ranks": mpisign.size(), **{name: getattr(args, name) for name in ALIKE}}
         for name, value in was.items():
             if value != now[name]:
-                end(f"{path} was made with {name} {value}, and now it is {now[name]}: take what is to be compared")
+                option = "" if name == "ranks" else f", or add --{name.replace('_', '-')} {value} if it is so in all"
+                end(f"{path} was made with {name} {value}, and now it is {now[name]}: leave it out{option}")
         for run in runs:
+            if results and run.steps != results[0].steps:
+                end(
+                    f"{path} has {run.contender} on seed {run.seed} evaluated after steps {_few(run.steps)}, and "
+                    f"{results[0].contender} of an earlier run was after {_few(results[0].steps)}: leave one out"
+                )
             if any((run.contender, run.seed) == (other.contender, other.seed) for other in results):
                 end(f"{path} has {run.contender} on seed {run.seed}, which an earlier file has, too: leave one out")
             results.append(replace(run, losses=[], seconds=[]))
     return results, sizes
+
+
+def _few(steps: Sequence[int]) -> str:
+    return " ".join(map(str, steps if len(steps) < MANY else (steps[0], "...", steps[-1])))
 
 
 def timed(results: Sequence[Result], measured: Sequence[Result]) -> list[Result]:
@@ -151,7 +172,7 @@ def show(args: argparse.Namespace, results: Sequence[Result], sizes: Mapping[str
         "text_bytes": sizes,
         "runs": [asdict(result) for result in results],
     }
-    print(f"report: {write_report(args.out, 'text', report(groups, args, sizes), data, {'': draw(groups)})}")
+    print(f"report: {write_report(args.out, 'text', report(groups, args, sizes), data, {'': lambda: draw(groups)})}")
 
 
 def target_of(groups: Mapping[str, Sequence[Result]], within: float | None) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from batches import Batches
-from flags import HelpFormatter, add_flags, count, make_folder, parse, rate, said_once, whole
+from flags import HelpFormatter, add_flags, count, make_folder, need_matplotlib, parse, rate, said_once, whole
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -70,9 +70,9 @@ def main() -> None:
     device = take_device()
     votes, means = [], []
     for seed in args.seeds:
-        votes.append(run(args, device, seed, args.method, args.lr))
+        votes.append(run(args, device, seed, args.method.name, args.method, args.lr))
         # SGD may keep the momentum here: it is linear, so before or after the mean is all the same.
-        means.append(run(args, device, seed, mpisign.mean(), args.lr_mean, momentum=0.9))
+        means.append(run(args, device, seed, "baseline", mpisign.mean(), args.lr_mean, momentum=0.9))
     if mpisign.rank() == 0:
         show(args, votes, means)
 
@@ -81,11 +81,12 @@ def run(
     args: argparse.Namespace,
     device: torch.device,
     seed: int,
+    name: str,
     method: mpisign.Method,
     lr: float,
     momentum: float = 0.0,
 ) -> Result:
-    """Train a new model by ``method`` and test it. **Collective.**"""
+    """Train a new model by ``method`` and test it; folders have ``name`` in theirs. **Collective.**"""
     train_set, test_set = load_data(seed)
     torch.manual_seed(seed)
     model = build_model(args.hidden).to(device)
@@ -105,7 +106,7 @@ def run(
         loss_of,
         schedule=lambda epoch: (1 + math.cos(math.pi * epoch / args.epochs)) / 2,
         history=history,
-        name=f"seed-{seed}-{method.name}",
+        name=f"seed-{seed}-{name}",
     )
     return Result(
         seed=seed,
@@ -148,11 +149,9 @@ def build_model(hidden: int) -> nn.Module:
 
 
 def show(args: argparse.Namespace, votes: Sequence[Result], means: Sequence[Result]) -> None:
-    """Print the table, write the figure and the numbers."""
+    """Print the table, write the numbers and the figure."""
     # mpirun gives each rank a terminal of its own, so rich would colour what goes to a file in the end.
     Console(color_system=None).print(compare(votes, means))
-    draw(votes, means, args.out)
-    print(f"loss curves: {args.out}")
     if args.json is not None:
         plain = (int, float, list)
         options = {name: value if isinstance(value, plain) else str(value) for name, value in vars(args).items()}
@@ -161,6 +160,8 @@ def show(args: argparse.Namespace, votes: Sequence[Result], means: Sequence[Resu
         numbers = {"ranks": mpisign.size(), "options": options, "bytes_ratio": bytes_ratio, "runs": runs}
         args.json.write_text(json.dumps(numbers, indent=1) + "\n")
         print(f"all numbers: {args.json}")
+    draw(votes, means, args.out)
+    print(f"loss curves: {args.out}")
 
 
 def compare(votes: Sequence[Result], means: Sequence[Result]) -> Table:
@@ -239,6 +240,7 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--out {args.out} must end in .png, such as --out out/digits.png")
         for path in filter(None, (args.out, args.json)):
             make_folder(parser, path.parent, path)
+        need_matplotlib(parser)
     return args
 
 

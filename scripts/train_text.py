@@ -19,12 +19,25 @@ from typing import Any
 import torch
 from batches import Batches
 from experiments import RESULTS
-from flags import FREE, HelpFormatter, add_flags, amount, count, end, make_folder, parse, rate, said_once, whole
+from flags import (
+    FREE,
+    HelpFormatter,
+    add_flags,
+    amount,
+    count,
+    end,
+    make_folder,
+    need_matplotlib,
+    parse,
+    rate,
+    said_once,
+    whole,
+)
 from text_contenders import CONTENDERS, DEFAULT, RATES, Contender, Reduced, make_contenders
 from text_results import Result, gather, show, timed
 from torch import nn
 from torch.utils.data import Dataset
-from training import distribute, take_device, train
+from training import autocast, distribute, measured, take_device, train
 
 import mpisign
 
@@ -72,7 +85,7 @@ def main() -> None:
         results, sizes = train_all(args)
     if args.losses:
         results = timed(gather(args, args.losses)[0], results)
-    if mpisign.rank() == 0 and all(result.bits for result in results):  # --max-steps may end before an evaluation
+    if mpisign.rank() == 0:
         show(args, results, sizes)
 
 
@@ -123,7 +136,6 @@ def run(
         history["bits"].append(bits)
         return {"bits per byte": bits}
 
-    optimizer.register_step_post_hook(lambda *_: history["bytes_sent_by_step"].append(bytes_sent()))
     warmup = args.warmup * args.epochs
     train(
         args,
@@ -135,7 +147,11 @@ def run(
         evaluate=evaluate,
         history=history,
         name=f"seed-{seed}-{name}" + (f"-{factor:g}" if len(args.factors) > 1 else ""),
+        after_step=lambda: history["bytes_sent_by_step"].append(bytes_sent()),
     )
+    if not history["bits"]:  # --max-steps has ended it in its first epoch
+        with autocast(args, device):
+            measured(model, evaluate, len(history["losses"]) / len(batches))
     lr = args.rates[name] * factor
     return Result(
         contender=name,
@@ -318,6 +334,7 @@ def parse_arguments() -> argparse.Namespace:
         args.rates = {**RATES, **dict(args.rates)}
         args.out = args.results if args.report else args.out
         make_folder(parser, args.out, args.out)
+        need_matplotlib(parser)
         if args.width % args.heads:
             parser.error(f"--width {args.width} is no multiple of --heads {args.heads}: try --heads 4")
         if args.checkpoint_dir and "ddp-powersgd" in args.only:

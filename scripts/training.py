@@ -38,6 +38,7 @@ def train(
     evaluate: Callable[[], dict[str, float]] | None = None,
     history: dict[str, Any] | None = None,
     name: str = "",
+    after_step: Callable[[], object] = lambda: None,
 ) -> None:
     """Train from the newest checkpoint, or else the start, to the end, or until the queue wants the nodes back.
 
@@ -53,17 +54,21 @@ def train(
         history: gets ``epochs``, ``losses`` (means over the ranks) and ``seconds`` of all steps, also of earlier runs,
             and of the last step ``bytes_sent`` and ``exchange``.
         name: for the progress bar, and a folder of its own in ``--checkpoint-dir`` and ``--log-dir``.
+        after_step: called after each, also where the scaler has skipped the optimizer's, for which no hook runs.
     """
     folder = args.checkpoint_dir and args.checkpoint_dir / name
     if folder:
         mpisign.stop_on_signal()
-    per_epoch, device, dtype = len(batches), next(model.parameters()).device, DTYPES[args.precision]
-    precision = torch.autocast(device.type, dtype, enabled=dtype is not None)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    per_epoch, device = len(batches), next(model.parameters()).device
+    precision = autocast(args, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step / per_epoch))
     state: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    options = {option: str(value) for option, value in vars(args).items() if option not in FREE}
-    extra = {"per_epoch": per_epoch, "options": options, "history": history}
+    extra = {
+        "per_epoch": per_epoch,
+        "options": {option: str(value) for option, value in vars(args).items() if option not in FREE},
+        "history": history,
+    }
     step = resume(folder, args.resume, state, extra) if folder else 0
     last = min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
     log = Log(args.log_dir and args.log_dir / name, args.tensorboard, step, step / per_epoch)
@@ -85,7 +90,8 @@ def train(
                 scaler.step(optimizer)
                 scaler.update()
                 scheduler.step()
-                meter.add(loss.detach(), time.perf_counter() - began)
+                meter.add(loss.detach(), began)
+                after_step()
                 step += 1
                 bar.update()
 
@@ -107,6 +113,12 @@ def train(
     if folder:
         or_end(checkpoint.wait)()
     mpisign.check_consistency(model, optimizer, buffers=False)
+
+
+def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
+    """Of forward, as ``--precision`` says."""
+    dtype = DTYPES[args.precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def begin_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
@@ -153,13 +165,13 @@ def resume(folder: Path, mode: str, state: dict[str, Any], extra: dict[str, Any]
 
 
 @torch.no_grad()
-def measured(model: nn.Module, evaluate: Callable[[], dict[str, float]], epoch: int) -> dict[str, float]:
+def measured(model: nn.Module, evaluate: Callable[[], dict[str, float]], epoch: float) -> dict[str, float]:
     """What ``evaluate`` finds of the model with rank 0's buffers; rank 0 prints it. **Collective.**"""
     until_done(mpisign.broadcast_parameters, dict(model.named_buffers()))
     model.eval()
     scores = evaluate()
     if mpisign.rank() == 0:
-        tqdm.write(f"epoch {epoch}: " + ", ".join(f"{name} {score:.4g}" for name, score in scores.items()))
+        tqdm.write(f"epoch {epoch:.3g}: " + ", ".join(f"{name} {score:.4g}" for name, score in scores.items()))
     return scores
 
 
@@ -187,9 +199,11 @@ class Meter:
         self._seconds: list[float] = []
         self._began = time.perf_counter()
 
-    def add(self, loss: torch.Tensor, seconds: float) -> None:
+    def add(self, loss: torch.Tensor, began: float) -> None:
+        if self._history is not None and loss.is_cuda:
+            torch.cuda.synchronize(loss.device)  # DDP's step has only been launched
         self._losses.append(loss)  # a tensor yet: the number would wait for the GPU
-        self._seconds.append(seconds)
+        self._seconds.append(time.perf_counter() - began)
 
     def read(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """A row of train.csv, for the steps up to ``step``. **Collective.**"""

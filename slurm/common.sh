@@ -15,6 +15,8 @@ REQUEUE=85 # mpisign.REQUEUE_EXIT_CODE: the training has stopped as it was asked
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 
+below='' # what a script adds to the folder that MPISIGN_OUT names
+
 # SLURM warns this shell with USR1 (--signal=B:USR1@90) or TERM. The ranks get USR1, whatever it was: srun and mpirun
 # pass that on, while TERM makes mpirun end the job.
 stop=0 lost=0 ranks='' guard=''
@@ -42,6 +44,9 @@ GPUS='import os, sys, torch
 found, ranks, here = torch.cuda.device_count(), int(sys.argv[1]), os.environ["SLURMD_NODENAME"]
 build = "" if torch.version.cuda or torch.version.hip else f", and torch {torch.__version__} is a build for CPUs"
 sys.exit(f"{here}: torch sees {found} GPUs for {ranks} ranks{build}" if found < ranks else None)'
+
+# Prints how many cores of this node the job may use.
+CORES='from mpisign.starting import usable_cores; print(usable_cores()[0])'
 
 # prepare PACKAGE...: find Python, the launcher and the folder for results. Fail now rather than in an hour.
 prepare() {
@@ -80,7 +85,7 @@ on_nodes() { timeout 300 srun --mpi=none --ntasks="$SLURM_JOB_NUM_NODES" --ntask
 
 # choose_launcher LIBRARY: the command that starts all ranks goes into the array `launcher`.
 choose_launcher() {
-    local cpus=${SLURM_CPUS_PER_TASK:-1} plugin=pmi2 trial
+    local cpus=${SLURM_CPUS_PER_TASK:-1} plugin=pmi2 trial cores
     [[ $1 != *"Open MPI"* ]] || plugin=pmix
     if [[ $MPISIGN_ON_FAILURE == continue ]]; then
         choose_survivors_launcher "$1"
@@ -110,7 +115,10 @@ choose_launcher() {
     if [[ $1 != *"Open MPI"* ]]; then
         return # MPICH and its kin bind each rank by themselves
     elif [[ $MPISIGN_BIND == cores ]]; then
-        launcher+=(--map-by "slot:PE=$cpus" --bind-to core)
+        # PE counts cores, and SLURM's CPUs may be their hardware threads.
+        cores=$("${python[@]}" -c "$CORES")
+        cores=$((cpus * cores / ${SLURM_CPUS_ON_NODE:-$cores}))
+        launcher+=(--map-by "slot:PE=$((cores < 1 ? 1 : cores < cpus ? cores : cpus))" --bind-to core)
     else
         launcher+=(--bind-to none)
     fi
@@ -134,9 +142,11 @@ choose_survivors_launcher() {
     launcher+=(--launcher-options "--prtemca plm_slurm_args '--overlap --nodelist=$SLURM_JOB_NODELIST'")
 }
 
-# check_gpus: on every node one for each rank.
+# check_gpus: on every node one for each rank. With --gpus-per-task a task sees its own alone.
 check_gpus() {
-    on_nodes "${python[@]}" -c "$GPUS" "${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))}" ||
+    local ranks=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))}
+    [[ -z ${SLURM_GPUS_PER_TASK:-} ]] || ranks=1
+    on_nodes "${python[@]}" -c "$GPUS" "$ranks" ||
         fail "every rank needs a GPU: sbatch --gpus-per-node=N --ntasks-per-node=N ..., and a torch for your GPUs" \
             "(pytorch.org/get-started). Without GPUs: sbatch slurm/train_cpu.sbatch"
 }
@@ -165,7 +175,7 @@ launch() {
 
 # train SCRIPT OPTIONS...: train from the newest checkpoint to the end, or requeue this job to go on later.
 train() {
-    local status=0 script=$1 again="To go on: MPISIGN_OUT=$MPISIGN_OUT sbatch ..."
+    local status=0 script=$1 again="To go on: MPISIGN_OUT=${MPISIGN_OUT%"$below"} sbatch ..."
     shift
     [[ -f $script ]] || script=$MPISIGN_ROOT/$script
     [[ -f $script ]] || fail "there is no $script"

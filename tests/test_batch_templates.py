@@ -52,11 +52,13 @@ def job(tmp_path: Path) -> dict[str, str]:
 @pytest.mark.long
 def test_under_pbs_it_saves_before_the_limit_and_submits_itself(job: dict[str, str], tmp_path: Path) -> None:
     variables = {"PBS_JOBID": "7", "PBS_O_WORKDIR": str(tmp_path), "PBS_NODEFILE": "hosts", "SPARE": "5"}
+    variables |= {"SCRIPT": "other.py", "JOBFILE": "other.pbs"}
+    (tmp_path / "train.py").rename(tmp_path / "other.py")
     command = ["bash", str(TEMPLATES / "train.pbs")]
     done = subprocess.run(command, env=job | variables, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path.name for path in tmp_path.glob("began-*")} == {"began-0-of-2", "began-1-of-2"}
-    assert (tmp_path / "asked").read_text() == "train.pbs\n"
+    assert (tmp_path / "asked").read_text() == "-v SCRIPT=other.py,JOBFILE=other.pbs,SPARE=5 other.pbs\n"
 
 
 @pytest.mark.long

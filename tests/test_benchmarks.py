@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from mpi4py import MPI
 from mpirun import environment, mpirun
 from namespaces import namespaces, needs_namespaces, slow_network
@@ -62,6 +63,7 @@ def check_report(folder: Path, name: str, printed: str, of: str = "") -> dict[st
     assert data["command"] in text
     assert str(BENCHMARKS.parent) not in text + raw.read_text(), "a report names no folder of this machine"
     assert data["machine"]["cores"] >= 1
+    assert data["machine"]["threads of a process"] == 1
     assert {"python", "numpy", "torch", "mpisign"} <= data["versions"].keys()
 
     seconds = {one["name"]: one["seconds"] for one in data["contenders"]}
@@ -216,6 +218,13 @@ def test_card_of_one_machine(tmp_path: Path):
 
 
 @pytest.mark.long
+def test_without_gloo_none_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-device")
+    printed = run_alone("bench_card.py", "--elements", "8k", "--no-gloo", *reporting(tmp_path))
+    assert not [one for one in check_report(tmp_path, "card", printed)["contenders"] if "gloo" in one["name"]]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     "script",
     [f"bench_{name}.py" for name in ("bitmap", "exchange", "step", "methods", "training", "card", "progress")],
@@ -300,6 +309,29 @@ def test_speedup_is_the_median_of_ratios_beside_the_ratio_of_the_fastest(load):
     assert load("harness").speedup([4.0, 6.0, 5.0], [1.0, 2.0, 5.0]) == (3.0, 4.0)
 
 
+def test_a_hidden_parent_is_left_out_of_the_command(load, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "getppid", lambda: 2**22 + 1)  # no process has this number
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", "--report"])
+    assert load("harness")._command() == "python bench_step.py --report"
+
+
+@pytest.mark.parametrize(("said", "threads"), [("3", 3), ("", 1), ("0", 1), ("4,2", 1), (None, 1)])
+def test_ranks_compute_on_the_threads_they_are_given(
+    load, monkeypatch: pytest.MonkeyPatch, said: str | None, threads: int
+):
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    try:
+        load("harness").few_threads()
+        assert torch.get_num_threads() == threads
+        load("harness").one_thread()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_slow_network_explains_itself():
     script = str(BENCHMARKS / "slow_network")
     seen = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
@@ -338,27 +370,6 @@ def test_bytes_out_of_a_card_are_the_formulas(tmp_path: Path):
     assert data["node_sizes"] == [2, 2]
     for exchange, by_parameter in (("allgather", 2 * 2 / 8), ("two_phase", 2 * 2 / 4 * 2 / 8)):
         assert data["card_bytes"][exchange] / data["elements"] == pytest.approx(by_parameter, rel=0.03)
-
-
-@pytest.mark.long
-@needs_namespaces
-def test_predictions_are_held_against_measurements(tmp_path: Path):
-    options = ["--shapes", "2", "--rates", "1gbit", "--elements", "80k", "--rounds", "2", "--results", str(tmp_path)]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [sys.executable, str(BENCHMARKS / "validate_prediction.py")]
-    for more in ([], ["--again", str(tmp_path / "earlier.json")]):
-        run = [*command, *options, *more]
-        seen = subprocess.run(
-            run, env=environment({"PATH": path}), capture_output=True, text=True, check=False, timeout=120
-        )
-        assert seen.returncode == 0, seen.stdout + seen.stderr
-        raw = next(tmp_path.glob("*-prediction.json"))
-        data, text = json.loads(raw.read_text()), raw.with_suffix(".md").read_text()
-        (case,) = data["cases"]
-        assert case["nodes"] == [1, 1]
-        assert case["predicted"].keys() == case["seconds"].keys() > {"two_phase", "ring fp32"}
-        assert text.count("| 2 at 1gbit | ") == len(case["seconds"]) + 1, "a row for each, and one for the calibration"
-        raw.rename(tmp_path / "earlier.json")
 
 
 @pytest.mark.long

@@ -120,7 +120,7 @@ def test_a_report(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
         "name",
         text,
         {"seeds": [1, 2], "loss": math.inf, "x": (Path("p"),)},
-        {"": Figure(), "b": Figure()},
+        {"": Figure, "b": Figure},
     )
     day = f"{date.today():%Y-%m-%d}"
     assert path == tmp_path / "a" / f"{day}-name.md"
@@ -131,6 +131,31 @@ def test_a_report(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
         assert fact in text
     assert (data["seeds"], data["loss"], data["x"]) == ([1, 2], None, ["p"])
     assert data["torch"] == torch.__version__
+
+
+def test_what_draws_pictures_is_looked_for_at_the_start(
+    load: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    experiments = load("experiments")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", ["experiment.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        experiments.parse(experiments.make_parser(None, ""), {})
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_numbers_are_written_before_a_picture_is_drawn(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    def fail() -> Figure:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        load("experiments").write_report(tmp_path, "name", "# A heading\n\nFound.", {"x": 1}, {"": fail})
+    (numbers,) = tmp_path.glob("*-name.json")
+    assert json.loads(numbers.read_text())["x"] == 1
+    assert len(list(tmp_path.glob("*-name.md"))) == 1
 
 
 @pytest.mark.parametrize(

@@ -128,11 +128,31 @@ def test_on_other_ranks_it_goes_on_in_the_same_epoch(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_the_baseline_has_checkpoints_of_its_own_beside_a_mean(tmp_path: Path) -> None:
+    places = ("--checkpoint-dir", tmp_path, "--out", tmp_path / "a.png", "--json", tmp_path / "a.json")
+    done = run_alone(*SMALL, "--method", "mean", *places)
+    assert done.returncode == 0, done.stderr
+    asked, baseline = json.loads((tmp_path / "a.json").read_text())["runs"]
+    assert asked["losses"][1:] != baseline["losses"][1:], "they have different learning rates"
+
+
+@pytest.mark.long
 def test_bad_input_on_several_ranks_is_said_once_and_ends_the_job() -> None:
     done = mpirun(3, SCRIPT, "--epochs", "none")
     assert done.returncode == 2
     assert done.text.count("'none' is not a whole number") == 1
     assert "Traceback" not in done.text
+
+
+@pytest.mark.long
+def test_what_is_wrong_on_one_rank_alone_is_said() -> None:
+    """Such as a folder that cannot be made on one node."""
+    usual = (SCRIPT, *SMALL, "--quiet")
+    done = mpirun(1, *usual, ":", "-n", "1", sys.executable, *usual, "--log-dir", SCRIPT / "log")
+    assert done.returncode == 2
+    assert "train_digits.py: rank 1 on " in done.text
+    assert f"cannot write {SCRIPT}/log: Not a directory; name a file in a folder that can be made\n" in done.text
+    assert "usage:" not in done.text
 
 
 @pytest.fixture
@@ -146,6 +166,27 @@ def parse(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         return train_digits.parse_arguments()
 
     return parse
+
+
+def test_what_draws_the_picture_is_looked_for_at_the_start(
+    parse: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="2"):
+        parse("--out", str(tmp_path / "a.png"))
+    assert "a picture needs a package that is not there: pip install matplotlib" in capsys.readouterr().err
+
+
+def test_numbers_are_written_before_the_picture_is_drawn(
+    parse: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = parse("--out", str(tmp_path / "a.png"), "--json", str(tmp_path / "a.json"))
+    train_digits = importlib.import_module("train_digits")
+    result = train_digits.Result(0, "mean", 1, "", 0.5, 1, 0.1, [0.0], [1.0])
+    args.out.mkdir()
+    with pytest.raises(IsADirectoryError):
+        train_digits.show(args, [result], [result])
+    assert len(json.loads((tmp_path / "a.json").read_text())["runs"]) == 2
 
 
 def test_help(parse: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:

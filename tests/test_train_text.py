@@ -148,6 +148,19 @@ def test_rivals_and_local_steps_and_reports_made_of_reports(tmp_path: Path) -> N
     assert len(timed["ddp"]["seconds"]) == len(timed["local4-vote"]["seconds"]) == STEPS
 
 
+@pytest.mark.long
+def test_it_is_evaluated_once_at_least_and_steps_that_a_scaler_skips_count(tmp_path: Path) -> None:
+    """The scaler begins with a factor that fp16 cannot hold."""
+    options = ("--only", "adamw", "ddp", "--precision", "fp16", "--max-steps", "4")
+    done = mpirun(2, SCRIPT, *SMALL, "--out", tmp_path, *options)
+    assert done.returncode == 0, done.text
+    for run in numbers(tmp_path)["runs"]:
+        assert run["steps"] == [4]
+        assert len(run["bits"]) == 1
+        assert len(run["losses"]) == len(run["bytes_sent"]) == 4
+    assert "epoch 0.8: bits per byte" in done.text
+
+
 def test_no_file_is_in_both_texts(script: ModuleType, world: None, tmp_path: Path, parse: Callable[..., Any]) -> None:
     for number in range(40):
         folder = tmp_path / ("site-packages" if number >= 30 else "package")
@@ -220,21 +233,41 @@ def test_reports_that_do_not_fit_are_refused(
         "runs": [run],
         "ranks": 1,
         "text_bytes": {},
-        "options": {name: getattr(args, name) for name in results.ALIKE},
+        "options": {name: getattr(args, name) for name in results.ALIKE + results.TRAINED} | {"data": args.data.name},
     }
     path.write_text(json.dumps(data))
     (again,), _ = results.gather(args, [path])
     assert (again.bits, again.seconds) == ([2.0], [])
+    longer = tmp_path / "longer.json"
+    longer.write_text(json.dumps({**data, "runs": [{**run, "seed": 4, "steps": [2], "bytes_sent": [1, 1]}]}))
+    old = {name: data["options"][name] for name in data["options"].keys() - {"precision", "epochs"}}
     for written, options, said in [
         (data, [path, path], "has vote on seed 3, which an earlier file has, too"),
+        (data, [path, longer], "vote on seed 4 evaluated after steps 2, and vote of an earlier run was after 1"),
         ({**data, "ranks": 4}, [path], "was made with ranks 4, and now it is 1"),
-        ({**data, "options": {**data["options"], "width": 128}}, [path], "was made with width 128, and now it is 64"),
+        changed(data, epochs=4),
+        changed(data, epoch_windows=8),
+        changed(data, precision="bf16"),
+        changed(data, data="books"),
+        changed(data, dgc_ratio=0.5),
+        changed(data, dgc_clip=0.5),
+        changed(data, width=128),
         ({"runs": []}, [path], "is no report of train_text.py"),
     ]:
         path.write_text(json.dumps(written))
         with pytest.raises(SystemExit, match="2"):
-            results.gather(args, options)
+            results.gather(args, options or [path])
         assert said in capsys.readouterr().err
+    path.write_text(json.dumps({**data, "options": old}))
+    assert len(results.gather(args, [path])[0]) == 1, "what an old one does not say"
+    path.write_text(json.dumps(changed(data, epochs=4, data="books")[0]))
+    assert len(results.gather(parse("--width", "64", "--losses", str(path)), [path])[0]) == 1, "steps are only timed"
+
+
+def changed(report: dict[str, Any], /, **options: Any) -> tuple[dict[str, Any], list[Path], str]:
+    """A report with other options, and what is said of the first."""
+    (name, value), *_ = options.items()
+    return {**report, "options": {**report["options"], **options}}, [], f"was made with {name} {value}, and now it is "
 
 
 @pytest.fixture
@@ -254,6 +287,15 @@ def test_help(parse: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> 
     text = capsys.readouterr().out
     assert "  mpirun -n 4 python scripts/train_text.py --seeds 0 1 --report\n" in text
     assert "Learning rates: each had three tries at least" in text
+
+
+def test_what_draws_the_picture_is_looked_for_at_the_start(
+    parse: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="2"):
+        parse()
+    assert "pip install matplotlib" in capsys.readouterr().err
 
 
 def test_quick_stands_for_other_defaults(parse: Callable[..., Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -50,7 +51,7 @@ class Training:
         self.scores.append(float(self.model(torch.ones(1, 6)).square().sum()))
         return {"score": self.scores[-1]}
 
-    def train(self, stop_after: int | None = None) -> Training:
+    def train(self, stop_after: int | None = None, **more: Any) -> Training:
         """Train to the end, or be told to stop in the step of that number, counted from here."""
         self.stop_after = stop_after
         self.training.train(
@@ -62,6 +63,7 @@ class Training:
             schedule=lambda epoch: 1 / (1 + epoch),
             evaluate=self.evaluate,
             history=self.history,
+            **more,
         )
         return self
 
@@ -117,6 +119,19 @@ def test_a_plain_optimizer_hears_of_a_signal_in_the_same_step(
     with pytest.raises(SystemExit, match="85"):
         job.train(stop_after=2)
     assert len(job.seen) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")  # the first is skipped, too
+def test_a_step_that_the_scaler_skips_counts_as_the_others(training: ModuleType, flags: ModuleType) -> None:
+    job = Training(training, arguments(flags, "--quiet", "--precision", "fp16"))
+    job.optimizer, loss_of = job.optimizer.wrapped, job.loss_of
+    job.loss_of = lambda batch: loss_of(batch) * (math.inf if len(job.seen) == 4 else 1)  # type: ignore[method-assign]
+    calls: list[int] = []
+    hooked: list[int] = []
+    job.optimizer.register_step_post_hook(lambda *_: hooked.append(len(job.seen)))
+    job.train(after_step=lambda: calls.append(len(job.seen)))
+    assert calls == list(range(1, 13))
+    assert 4 not in hooked
 
 
 def test_rows_and_learning_rates(training: ModuleType, flags: ModuleType, tmp_path: Path) -> None:

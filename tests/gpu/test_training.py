@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -241,3 +242,11 @@ def test_a_steady_step_takes_no_more_memory(method: Method) -> None:
         optimizer.step()
     assert memory() == before
     assert torch.cuda.max_memory_allocated() - before[0] < 100_000, "a bitmap of one parameter is 125 kB"
+
+
+@needs_gpu
+def test_seconds_of_a_step_end_when_the_gpu_has_done_it(training: ModuleType) -> None:
+    meter = training.Meter(samples=1, per_epoch=1, history={})
+    torch.cuda._sleep(SLEEP)
+    meter.add(torch.zeros((), device="cuda"), began=0.0)
+    assert torch.cuda.current_stream().query()
