@@ -133,6 +133,14 @@ def test_local_steps(method: str, delay: int) -> None:
 
 
 @pytest.mark.long
+def test_a_spare_takes_the_place_of_one_that_lies() -> None:
+    """It counts for ``min_ranks``, as it does where one is killed."""
+    result = run(4, 1, [event(1, 6, "lie")], audit=50, min_ranks=3)
+    assert ends(result).keys() == {0, 2, 3}, result.text
+    assert "rank 1 ends, so that the others can go on: " in result.text
+
+
+@pytest.mark.long
 def test_overlap() -> None:
     result = run(4, 1, [event(2, 6)], overlap=True)
     assert ends(result).keys() == {0, 1, 3}, result.text
