@@ -81,6 +81,7 @@ def main(scenario: dict[str, Any]) -> None:
     for event in events:
         if event["step"] == 0:
             arm(event["where"])
+    length = len(loader)
     standby = mpisign.Standby(
         model=model,
         optimizer=optimizer,
@@ -90,6 +91,7 @@ def main(scenario: dict[str, Any]) -> None:
     )
     assert mpisign.size() <= size - scenario["spares"]
     came = identity() >= size - scenario["spares"]
+    assert came or len(loader) == length, "a schedule may need it, and Standby needs the schedule"
     if came and not every:
         memories = mpisign.allgather_object((memory_of(optimizer), came))
         others = [its for its, newcomer in memories if not newcomer]
