@@ -5,7 +5,7 @@ dead, so a thread of this process calls MPI all the time; torch lets it run besi
 
 Who has been silent itself hears nothing of the others either: it would take those for dead that are well, and Open MPI
 would tell all others so, when it has woken or its link is mended, which believe that. So it ends before it has looked:
-when it was stopped for too long, or when other machines do not answer and the ranks of the rest are no majority.
+when it was stopped for too long, or when other machines do not answer and the ranks of the rest may not go on.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Guarded(Protocol):
     def is_alone(self) -> bool:
         """Whether nobody else is there, who could hear it."""
 
-    def can_go_on(self, without: Set[int]) -> bool:
-        """Whether the others than these, by their numbers in the job's first group, may go on."""
+    def too_few(self, without: Set[int]) -> str:
+        """Why the others than these, by their numbers in the job's first group, may not go on; empty if they may."""
 
     def stop(self, why: str) -> None:
         """End this process."""
@@ -130,10 +130,8 @@ def _beat(silence: float) -> None:
 def look(it: Guarded, its_links: Links, seconds: float) -> None:
     """End this process if machines have not answered for so long, and the ranks of the others may not go on."""
     silent = its_links.silent(seconds)
-    if silent and not it.can_go_on(silent):
-        it.stop(
-            f"the machines of ranks {sorted(silent)} have not answered for {seconds:g} s: the others go on without it"
-        )
+    if silent and (why := it.too_few(silent)):
+        it.stop(f"the machines of ranks {sorted(silent)} have not answered for {seconds:g} s: {why}")
 
 
 def _end() -> None:

@@ -224,6 +224,7 @@ class LocalSteps:
         if self.windows.position >= self.every:
             if self.delay:
                 self.windows.part()
+                current().parted += 1
             else:
                 self._exchange(owner)
         if self.windows.is_undecided:
@@ -250,6 +251,7 @@ class LocalSteps:
         with plain():
             self.windows.differ_as_sent()
         self.inner.step()
+        current().whole = False
         with plain():
             self.windows.meet()
         self._exchanged(owner)

@@ -359,23 +359,26 @@ class Membership:
             self.stop("it is a spare, and reaches nobody whom it could replace")
         if all(its.leaving for its in voting):  # who is missing may have left before
             return
+        if why := self._too_few(here, members):
+            self.stop(why)
+
+    def _too_few(self, here: Sequence[int], members: Sequence[int]) -> str:
+        """Why these, spares among them, may not go on after ``members``; empty if they may."""
         if not has_quorum(here, members):
-            self.stop(f"ranks {list(here)} are all that this one reaches of {list(members)}, and that is no majority")
-        if len(here) < self._min_ranks:
-            self.stop(f"ranks {list(here)} are left, and min_ranks={self._min_ranks}")
+            return f"ranks {list(here)} are all that this one reaches of {list(members)}, and that is no majority"
+        return f"ranks {list(here)} are left, and min_ranks={self._min_ranks}" if len(here) < self._min_ranks else ""
 
     @property
     def is_alone(self) -> bool:
         """Whether all other processes of the job have died."""
         return len(self._living.identities) == 1
 
-    def can_go_on(self, without: Set[int]) -> bool:
-        """Whether those who vote may, without the ones with these identities."""
+    def too_few(self, without: Set[int]) -> str:
+        """Why the job may not go on without the ranks with these identities; empty if it may."""
         voters = self._good.identities
         if self.spares.is_one_that_waits:  # which has not heard of all groups
             voters = tuple(its for its in self._living.identities if its not in self.spares.identities)
-        here = [its for its in voters if its not in without]
-        return has_quorum(here, voters) and len(here) >= self._min_ranks
+        return self._too_few(sorted({*voters, *self.spares.identities} - without), voters)
 
     def stop(self, why: str) -> None:
         """End this process, and touch no other."""

@@ -24,7 +24,8 @@ class _Deal:
 
     Attributes:
         members: the rank in each place, by identity; None if it was another job's.
-        taken: how many each place has had, of which the last ``pending`` have gone into no exchange yet.
+        taken: how many each place has had, of which the last ``pending`` have counted in no exchange yet.
+        sent: how many of those that are pending, the first, are in the exchange that comes next, with ``delay``.
         lost: by place, how many of the last it had did not count.
     """
 
@@ -32,6 +33,7 @@ class _Deal:
     members: tuple[int, ...] | None = None
     taken: int = 0
     pending: int = 0
+    sent: int = 0
     lost: dict[int, int] = field(default_factory=dict)
 
     def each(self, samples: int, *, whole: bool) -> int:
@@ -49,12 +51,13 @@ class _Deal:
             counted[self.hand(order, place, self.taken - self.lost.get(place, 0))] = True
         return order[~counted[order]]
 
-    def settle(self, counted: Sequence[int]) -> None:
-        """What is pending has counted for those who are named, by identities, and for no others."""
+    def settle(self, counted: Sequence[int], *, whole: bool = True) -> None:
+        """What is pending, or has been sent, has counted for those who are named, by identities, and for no others."""
+        settled = self.pending if whole else self.sent
         for place, identity in enumerate(self.members or ()):
-            if identity not in counted and self.pending:
-                self.lost[place] = self.lost.get(place, 0) + self.pending
-        self.pending = 0
+            if identity not in counted and settled:
+                self.lost[place] = self.lost.get(place, 0) + settled
+        self.pending, self.sent = self.pending - settled, 0
 
 
 class ElasticSampler(Sampler[int]):
@@ -111,7 +114,7 @@ class ElasticSampler(Sampler[int]):
         self._samples = len(dataset)
         self._shuffle, self._drop_last = bool(shuffle), bool(drop_last)
         self._seed = check_integer("seed", seed)
-        self._commits = session.commits
+        self._commits, self._parted = session.commits, session.parted
         self._before_dealing: Callable[[], object] = lambda: None
         self._begin(0, [])
 
@@ -154,7 +157,7 @@ class ElasticSampler(Sampler[int]):
         found earlier that others have died goes on with what it was dealt until then.
         """
         members = self._deals[-1].members if self._deals else None
-        return members != current("ElasticSampler.changed").there
+        return members != self._there("ElasticSampler.changed")
 
     @property
     def finished(self) -> bool:
@@ -163,7 +166,7 @@ class ElasticSampler(Sampler[int]):
 
     def reset(self) -> None:
         """Deal what is left to the ranks that are there now, if they have changed; iterating does it, too."""
-        there = current("ElasticSampler.reset()").there
+        there = self._there("ElasticSampler.reset()")
         last = self._deals[-1] if self._deals else None
         if last is not None:
             if last.members == there:
@@ -174,16 +177,23 @@ class ElasticSampler(Sampler[int]):
                 last.members = there
                 return
             else:  # what had gone into no exchange was given up
-                last.taken, last.pending = last.taken - last.pending, 0
+                last.taken, last.pending, last.sent = last.taken - last.pending, 0, 0
         self._deals.append(_Deal(len(there), there))
         self._base, self._exhausted = None, False
 
+    @staticmethod
+    def _there(caller: str) -> tuple[int, ...]:
+        """Who is to train of those who are there: not spares, which may not have left the others yet."""
+        session = current(caller)
+        return session.there if session.membership is None else session.membership.spares.to_train(session.there)
+
     def _mine(self) -> torch.Tensor:
-        """All that this rank gets of the last deal."""
+        """All that this rank gets of the last deal; on a spare that has not left yet, what the first place gets."""
         deal = self._deals[-1]
         if self._base is None:
             self._base = self._left(self._deals[:-1])
-        place = (deal.members or ()).index(current("ElasticSampler").group.identity)
+        members, me = deal.members or (), current("ElasticSampler").group.identity
+        place = members.index(me) if me in members else 0
         return deal.hand(self._base, place, deal.each(len(self._base), whole=self._drop_last))
 
     def __len__(self) -> int:
@@ -264,12 +274,17 @@ class ElasticSampler(Sampler[int]):
     def _settle(self) -> None:
         """What is pending has counted, unless this is within a window of local steps, or of accumulation."""
         session = current("ElasticSampler")
+        deal = self._deals[-1] if self._deals else None
+        if session.parted != self._parted:
+            self._parted = session.parted
+            if deal is not None:
+                deal.sent = deal.pending
         if session.has_optimizers and session.commits == self._commits:
             return
         self._commits = session.commits
-        if self._deals:
+        if deal is not None:
             voted = session.counted if session.has_optimizers else ()
-            self._deals[-1].settle(voted or session.there)
+            deal.settle(voted or session.there, whole=session.whole)
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
@@ -281,15 +296,15 @@ class ElasticSampler(Sampler[int]):
 
     def step_in(self) -> None:
         """This rank has the position of others, who deal anew now that it is one of them, and does as they do."""
-        self._commits = current("ElasticSampler").commits
-        there = current("ElasticSampler").there
+        session, there = current("ElasticSampler"), self._there("ElasticSampler")
+        self._commits, self._parted = session.commits, session.parted
         if self._deals:
             self._deals.append(_Deal(len(there), there))
 
     def position(self) -> dict[str, Any]:
         """As :meth:`state_dict`, with nothing dealt anew."""
         deals = [[deal.ranks, deal.taken, deal.pending, sorted(map(list, deal.lost.items()))] for deal in self._deals]
-        return {**self._facts(), "epoch": self.epoch, "deals": deals}
+        return {**self._facts(), "epoch": self.epoch, "deals": deals, "sent": self._deals[-1].sent if deals else 0}
 
     def _facts(self) -> dict[str, Any]:
         return {"version": VERSION, "samples": self._samples, "shuffle": self._shuffle, "seed": self._seed}
@@ -314,16 +329,18 @@ def _read(state: Mapping[str, Any], samples: int) -> tuple[int, list[_Deal]]:
     """Epoch and deals of a state. Raises CheckpointError."""
     try:
         deals = [
-            _Deal(ranks, None, taken, pending, {place: count for place, count in lost})
+            _Deal(ranks, None, taken, pending, lost={place: count for place, count in lost})
             for ranks, taken, pending, lost in state["deals"]
         ]
+        for last in deals[-1:]:  # older states do not say what had been sent
+            last.sent = state.get("sent", last.pending)
         numbers = [
             state["epoch"],
-            *(n for d in deals for n in (d.ranks, d.taken, d.pending, *d.lost, *d.lost.values())),
+            *(n for d in deals for n in (d.ranks, d.taken, d.pending, d.sent, *d.lost, *d.lost.values())),
         ]
         fit = all(type(number) is int and number >= 0 for number in numbers) and all(
             deal.ranks > 0
-            and deal.pending <= deal.taken <= -(-samples // deal.ranks)
+            and deal.sent <= deal.pending <= deal.taken <= -(-samples // deal.ranks)
             and all(place < deal.ranks and count <= deal.taken - deal.pending for place, count in deal.lost.items())
             for deal in deals
         )

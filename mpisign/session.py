@@ -77,6 +77,8 @@ class Session(Talk):
         turn: what a thread of this process must have to talk to other ranks.
         commits: how many exchanges have been committed here.
         counted: whose gradients could count in the last of them, by identities.
+        whole: whether all that was done by then was in it, and not only what was done before a window parted.
+        parted: how many windows of local steps have ended whose decision comes later.
         there: who is there, as all ranks know at the same step, and not when each finds that others have died.
     """
 
@@ -94,12 +96,10 @@ class Session(Talk):
         self.process = os.getpid()
         self.token = secrets.token_hex(8)
         self.farewells = ExitStack()
-        # The last, and also if one before it has failed here: the others free theirs.
-        self.farewells.callback(self._free)
-        self.turn = Turns(watchdog)
-        self.network = Network()
-        self._optimizers = self.commits = 0
-        self.counted: tuple[int, ...] = ()
+        self.farewells.callback(self._free)  # the last, also if one before it has failed here: the others free theirs
+        self.turn, self.network = Turns(watchdog), Network()
+        self._optimizers = self.commits = self.parted = 0
+        self.counted, self.whole = tuple[int, ...](), True
         self.last_words: LastWords | None = None
         self.replace(group)
 
@@ -143,7 +143,7 @@ class Session(Talk):
 
     def committed(self, identities: tuple[int, ...]) -> None:
         """An exchange between these ranks is over, and what it has decided is applied now."""
-        self.commits, self.counted, self.there = self.commits + 1, identities, identities
+        self.commits, self.counted, self.whole, self.there = self.commits + 1, identities, True, identities
 
     def next_number(self) -> int:
         """A number for an optimizer, the same on all ranks if they make theirs in the same order."""
@@ -201,8 +201,7 @@ def collective(caller: str, *, repeats: bool = True) -> Callable[[F], F]:
     """A function that is one :func:`operation`, and counts on all ranks or none, if the job outlives its ranks.
 
     Args:
-        repeats: it is done again by itself if ranks die meanwhile, as it says the same in a smaller group; else it
-            raises :class:`MembershipChangedError`.
+        repeats: it is done again if ranks die meanwhile, as it says the same then; else MembershipChangedError.
     """
 
     def decorated(function: F) -> F:

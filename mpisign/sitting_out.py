@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ from mpisign.report import StepReport
 from mpisign.session import current
 
 __all__ = ["join"]
+
+logger = logging.getLogger(__name__)
 
 
 def join(optimizer: Planned, afterwards: Callable[[], None] = lambda: None) -> int:
@@ -35,6 +38,7 @@ def join(optimizer: Planned, afterwards: Callable[[], None] = lambda: None) -> i
     while True:
         handshake, report = _sit_out(optimizer, joined_for, at_end)
         if handshake.all_joined:
+            _warn_of_what_is_gone(handshake)
             return last[0]
         optimizer.report = report
         optimizer._exchanges += 1
@@ -42,6 +46,17 @@ def join(optimizer: Planned, afterwards: Callable[[], None] = lambda: None) -> i
         joined_for += 1
         optimizer._checks.heard(optimizer._current_plan(), handshake, report)
         afterwards()
+
+
+def _warn_of_what_is_gone(handshake: Handshake) -> None:
+    """All that are left have joined: exchanges after that were those of ranks that have died."""
+    alone = min(steps for steps in handshake.joined_for if steps is not None)
+    if alone and current().rank == 0:
+        logger.warning(
+            "the last %d exchanges are gone: all that had not joined yet have died, and nobody else has applied what "
+            "was decided. Training goes on from the parameters of the last rank to join that is left",
+            alone,
+        )
 
 
 def _go_on_from_last(optimizer: Planned, handshake: Handshake) -> int:

@@ -66,6 +66,10 @@ class Spares:
         """How many ranks of the group are to train: all, but for spares that have not left yet."""
         return self._job.group.size - (0 if self.have_left else len(self.identities))
 
+    def to_train(self, there: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of these ranks that are to train, as all that know ``there`` find alike."""
+        return there if self.have_left else tuple(its for its in there if its < self.wanted)
+
     @property
     def is_one_that_waits(self) -> bool:
         """Whether this process is a spare, and has left the others."""

@@ -10,6 +10,7 @@ import torch
 
 from mpisign import trees
 from mpisign.bitmap.tensors import unreadable
+from mpisign.buddies import Buddies
 from mpisign.encoding import Optional
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.hyperparameters import IMPLEMENTATION, described, line, options_of
@@ -171,8 +172,11 @@ def broadcast_optimizer_state(optimizer: HasState, root_rank: int = 0) -> None:
     with session.telling(act):
         if session.rank != root_rank:
             changed = _load_told(optimizer, own, told, tensors, root_rank, session)
-    if session.meet(act, int(changed)).any() and (keeper := _keeper(optimizer)) is not None:
-        keeper._memory.sum_anew()
+    changes = session.meet(act, int(changed)).any()
+    if (keeper := _keeper(optimizer)) is not None:
+        keeper._buddies = Buddies(keeper.buddy_every)  # also on root_rank: all must make the next copy at once
+        if changes:
+            keeper._memory.sum_anew()
     local = local_steps_of(optimizer)
     if local is not None:
         local.broadcast(optimizer, root_rank)

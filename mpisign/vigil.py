@@ -32,7 +32,7 @@ class Vigil:
 
     def __init__(self) -> None:
         self._skipped = self._lost = 0
-        self._silent: dict[int, int] = {}
+        self._silent: dict[int, int] = {}  # by identity, as a recovery changes numbers
 
     def heard(self, report: StepReport, rank: int, action: str, parameters: Named) -> None:
         """What a step has come to, the same on all ranks.
@@ -49,7 +49,8 @@ class Vigil:
                 self._silent = {}
             return
         bad = {who for who, why in report.abstentions.items() if why in BAD} | set(report.ended_at)
-        self._silent = {who: self._silent.get(who, 0) + 1 for who in sorted(bad)}
+        whose = [report.members[who] for who in sorted(bad)]
+        self._silent = {one: self._silent.get(one, 0) + 1 for one in whose}
         self._skipped = self._skipped + 1 if report.skipped else 0
         if _is_due(self._skipped):
             why = "; ".join(f"rank {who}: {reason}" for who, reason in list(report.abstentions.items())[:4])
@@ -63,12 +64,13 @@ class Vigil:
             if rank == 0:
                 logger.warning("%s; init(on_dead_training='raise') ends the job instead", text)
         elif not report.skipped:
-            due = [who for who, count in self._silent.items() if _is_due(count)]
-            if due and rank in (0, *due):
+            due = [one for one, count in self._silent.items() if _is_due(count)]
+            ranks = [report.members.index(one) for one in due]
+            if due and rank in (0, *ranks):
                 logger.warning(
                     "ranks %s have not cast a whole vote in %d steps in a row, up to step %d: their gradients have a "
                     "NaN or Inf each time, and training goes on without them. Look at their data and their machines",
-                    due,
+                    ranks,
                     self._silent[due[0]],
                     report.step,
                 )

@@ -7,6 +7,7 @@ what comes before its last is compared.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -339,17 +340,17 @@ class _Deal:
 def _samples(training: Training) -> Iterator[str]:
     """In each epoch every sample counts once, but for those that are dealt twice so that all ranks get as many."""
     counted: Counter[int] = Counter()
-    pending: list[tuple[int, list[int]]] = []
+    pending: list[tuple[int, int, list[int]]] = []
     taken = {id(launch): _taken(launch) for launch in training.launches}
     deal = _Deal(0, training.samples)
     problems: list[str] = []
 
-    def settle(members: Sequence[int] | None) -> None:
-        for rank, samples in pending:
-            if members is None or rank in members:
+    def settle(members: Sequence[int] | None, until: float = math.inf) -> None:
+        for step, rank, samples in pending:
+            if step <= until and (members is None or rank in members):
                 deal.again += sum(counted[sample] > 0 for sample in samples)
                 counted.update(samples)
-        pending.clear()
+        pending[:] = [its for its in pending if its[0] > until]
 
     def close() -> None:
         if deal.again > max(0, deal.handed - deal.left):
@@ -363,10 +364,10 @@ def _samples(training: Training) -> Iterator[str]:
             deal = _Deal(len(record["members"]), training.samples - len(counted))
         elif what == "commit":
             its = taken[id(launch)].get(record["step"], {})
-            pending += its.items()
+            pending += [(record["step"], rank, samples) for rank, samples in its.items()]
             deal.handed += deal.ranks * max((len(samples) for samples in its.values()), default=0)
             if "exchange" in record:
-                settle(record["members"])
+                settle(record["members"], record["step"] - record.get("later", 0))
         elif what == "epoch":
             settle(None)
             close()

@@ -296,6 +296,7 @@ class Training:
             silent = {*report.abstentions, *report.ended_at}
             facts |= {
                 "exchange": report.step,
+                "later": self._variation.options.get("delay", 0),
                 "generation": report.generation,
                 "members": report.members,
                 "recovery": report.recovery_seconds,

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 import torch
-from surviving import at_call, die, identity, tell
+from surviving import at_call, die, identity, lie, tell
 from torch.utils.data import DataLoader, TensorDataset
 
 import mpisign
@@ -52,7 +52,8 @@ def arm(spot: str) -> None:
 
 
 def main(scenario: dict[str, Any]) -> None:
-    mpisign.init(on_failure="continue", spares=scenario["spares"], stall_timeout=60.0)
+    spares, few = scenario["spares"], scenario.get("min_ranks")
+    mpisign.init(on_failure="continue", spares=spares, min_ranks=few, stall_timeout=60.0)
     samples, batch = scenario["samples"], scenario["batch"]
     size, every, method = mpisign.size(), scenario.get("every"), getattr(mpisign, scenario.get("method", "signum"))()
     events = [event for event in scenario["events"] if event["rank"] == identity()]
@@ -69,6 +70,8 @@ def main(scenario: dict[str, Any]) -> None:
         every=every,
         delay=scenario.get("delay", 0),
         overlap=scenario.get("overlap", False),
+        exchange="two_phase" if scenario.get("audit") else "auto",
+        audit=scenario.get("audit", 0),
     )
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.9)
     data = torch.randn(samples, 9, generator=torch.Generator().manual_seed(1))
@@ -78,6 +81,7 @@ def main(scenario: dict[str, Any]) -> None:
     for event in events:
         if event["step"] == 0:
             arm(event["where"])
+    length = len(loader)
     standby = mpisign.Standby(
         model=model,
         optimizer=optimizer,
@@ -87,6 +91,7 @@ def main(scenario: dict[str, Any]) -> None:
     )
     assert mpisign.size() <= size - scenario["spares"]
     came = identity() >= size - scenario["spares"]
+    assert came or len(loader) == length, "a schedule may need it, and Standby needs the schedule"
     if came and not every:
         memories = mpisign.allgather_object((memory_of(optimizer), came))
         others = [its for its, newcomer in memories if not newcomer]
@@ -109,7 +114,7 @@ def main(scenario: dict[str, Any]) -> None:
                     if event["step"] == steps.number + 1:
                         if event["where"] == "step":
                             die()
-                        arm(event["where"])
+                        lie() if event["where"] == "lie" else arm(event["where"])
                 optimizer.step()
                 schedule.step()
                 steps.number += 1

@@ -26,13 +26,21 @@ def run(ranks: int, **scenario: Any) -> list[Any]:
 @pytest.mark.few
 @pytest.mark.skipif(MPI.get_vendor()[0] != "Open MPI", reason="no ULFM")
 @pytest.mark.parametrize(
-    ("method", "dead", "where"),
-    [("ef_signsgd", 2, "before"), pytest.param("double_squeeze", 0, "close", marks=pytest.mark.long)],
+    ("method", "dead", "where", "told_at"),
+    [
+        ("ef_signsgd", 2, "before", None),
+        pytest.param("double_squeeze", 0, "close", None, marks=pytest.mark.long),
+        pytest.param("ef_signsgd", 2, "before", 4, marks=pytest.mark.long),
+    ],
 )
-def test_the_next_rank_takes_over(method: str, dead: int, where: str) -> None:
-    """In the units of the present learning rate, which has halved since; rank 0 of three is the buddy of rank 2."""
+def test_the_next_rank_takes_over(method: str, dead: int, where: str, told_at: int | None) -> None:
+    """In the units of the present learning rate, which has halved since; rank 0 of three is the buddy of rank 2.
+
+    Also where rank 0 has told its optimizer's state in a step before the last copy.
+    """
     events = [{"rank": dead, "step": 8, "where": where, "what": "kill"}]
-    assert run(3, method=method, buddy_every=3, steps=11, events=events) == [[(dead + 1) % 3, [dead]]]
+    told = run(3, method=method, buddy_every=3, steps=11, events=events, told_at=told_at)
+    assert told == [[(dead + 1) % 3, [dead]]]
 
 
 @pytest.mark.long

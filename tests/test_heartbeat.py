@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from mpi4py import MPI
@@ -19,7 +21,7 @@ from namespaces import needs_namespaces, slow_network
 from mpisign import heartbeat, joining
 from mpisign.errors import OptionError
 from mpisign.links import Links
-from mpisign.membership import has_quorum
+from mpisign.membership import Membership
 from mpisign.vendors import flags_of
 
 HERE = Path(__file__).parent
@@ -78,31 +80,45 @@ def test_ranks_that_pass_different_seconds_are_told() -> None:
 # ------------------------------------------------------------------------------------------- who ends by itself
 
 
-class Ranks:
-    """Ranks 0 to 3, of which this process is one: two machines of two."""
+class Ranks(Membership):
+    """Ranks 0 to 3, of which this process is one: two machines of two. The last may be spares."""
 
-    is_alone = False
+    def __init__(self, min_ranks: int, spares: int, left: bool) -> None:
+        self._min_ranks, self.said = min_ranks, list[str]()
+        self._good: Any = SimpleNamespace(identities=(0, 1, 2, 3)[: 4 - spares * left])
+        self.spares: Any = SimpleNamespace(identities=(0, 1, 2, 3)[4 - spares :], is_one_that_waits=False)
 
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def can_go_on(self, without: Set[int]) -> bool:
-        return has_quorum([rank for rank in range(4) if rank not in without], range(4))
-
-    def stop(self, why: str) -> None:
+    def stop(self, why: str) -> None:  # type: ignore[override]
         self.said.append(why)
 
 
-@pytest.mark.parametrize(("machine", "ends"), [({0, 1}, True), ({2, 3}, False), ({0, 1, 2, 3}, True), (set(), False)])
-def test_who_reaches_no_majority_ends(machine: set[int], ends: bool) -> None:
+@pytest.mark.parametrize(("spares", "left"), [(0, True), (1, True), (1, False)])
+@pytest.mark.parametrize(
+    ("machine", "min_ranks", "why"),
+    [
+        ({0, 1}, 1, "that is no majority"),
+        ({0, 1}, 4, "that is no majority"),
+        ({2, 3}, 2, ""),
+        ({2, 3}, 3, "ranks [0, 1] are left, and min_ranks=3"),
+        ({2}, 3, ""),
+        ({0, 1, 2, 3}, 1, "that is no majority"),
+        (set(), 1, ""),
+    ],
+)
+def test_who_may_not_go_on_ends_and_says_why(
+    machine: set[int], min_ranks: int, why: str, spares: int, left: bool
+) -> None:
+    """Of three that train and one spare, too: it counts for ``min_ranks``, before it has left the others and after."""
+
     class Silent(Links):
         def silent(self, seconds: float) -> set[int]:
             return machine if seconds == 3.0 else set()
 
-    ranks = Ranks()
+    ranks = Ranks(min_ranks, spares, left)
     heartbeat.look(ranks, Silent([], []), 3.0)
-    assert bool(ranks.said) == ends
-    assert not ends or f"the machines of ranks {sorted(machine)} have not answered for 3 s" in ranks.said[0]
+    assert len(ranks.said) == bool(why), ranks.said
+    assert not why or f"machines of ranks {sorted(machine)} have not answered for 3 s: " in ranks.said[0]
+    assert not why or ranks.said[0].endswith(why), ranks.said
 
 
 def number_of(folder: Path, rank: int) -> int:

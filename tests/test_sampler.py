@@ -10,70 +10,14 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
+from sampling import Ranks, same_position, samplers
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 import mpisign
-from mpisign import CheckpointError, ElasticSampler, NotInitializedError, OptionError, session
-from mpisign.group import Group
-from mpisign.session import Session
-from mpisign.trace import Tracer
-from mpisign.watchdog import Watchdog
-
-
-class Ranks:
-    """Ranks with nothing between them, by identity."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, count: int, *, vote: bool = True) -> None:
-        self._patch, self._vote = patch, vote
-        self.identities = tuple(range(count))
-        self.sessions = {who: self._session(who) for who in self.identities}
-
-    def _group(self, identity: int, generation: int) -> Group:
-        rank, size = self.identities.index(identity), len(self.identities)
-        nowhere: Any = None
-        args = nowhere, nowhere, nowhere, nowhere, rank, size, (0,) * size, generation, self.identities
-        return Group(*args)
-
-    def _session(self, identity: int) -> Session:
-        tracer = Tracer()
-        made = Session(self._group(identity, 0), Watchdog(tracer, None, None), tracer)
-        if self._vote:
-            made.next_number()
-        return made
-
-    def change(self, identities: Sequence[int], *, died: bool = False) -> None:
-        """Between two steps; or as others have ``died``, which ranks find where they just are."""
-        self.identities = tuple(sorted(identities))
-        generation = 1 + max(it.group.generation for it in self.sessions.values())
-        self.sessions = {who: self.sessions.get(who) or self._session(who) for who in self.identities}
-        for who, its in self.sessions.items():
-            its.replace(self._group(who, generation), its.there if died else ())
-
-    def commit(self, counted: Sequence[int]) -> None:
-        for its in self.sessions.values():
-            its.committed(tuple(counted))
-
-    def each(self) -> Iterator[int]:
-        """This process is each of them in turn."""
-        for who in self.identities:
-            self._patch.setattr(session, "_session", self.sessions[who])
-            yield who
-
-
-def samplers(ranks: Ranks, samples: int, **options: Any) -> dict[int, ElasticSampler]:
-    return {who: ElasticSampler(range(samples), **options) for who in ranks.each()}
-
-
-def same_position(ranks: Ranks, ours: dict[int, ElasticSampler]) -> dict[str, Any]:
-    """Of all ranks."""
-    states = [ours[who].state_dict() for who in ranks.each()]
-    assert all(state == states[0] for state in states)
-    return states[0]
-
+from mpisign import CheckpointError, ElasticSampler, NotInitializedError, OptionError
 
 # ------------------------------------------------------------------------------------------ while ranks stay
 
@@ -341,6 +285,8 @@ DAMAGED = {
     "pending what was not had": {"deals": [[2, 1, 2, []]]},
     "lost what was not had": {"deals": [[2, 1, 0, [[0, 2]]]]},
     "lost nowhere": {"deals": [[2, 1, 0, [[2, 1]]]]},
+    "sent what was not pending": {"sent": 1},
+    "sent in part": {"sent": 0.0},
     "a deal that is none": {"deals": [[2, 1]]},
     "no deals": {"deals": 3},
 }

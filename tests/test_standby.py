@@ -133,6 +133,14 @@ def test_local_steps(method: str, delay: int) -> None:
 
 
 @pytest.mark.long
+def test_a_spare_takes_the_place_of_one_that_lies() -> None:
+    """It counts for ``min_ranks``, as it does where one is killed."""
+    result = run(4, 1, [event(1, 6, "lie")], audit=50, min_ranks=3)
+    assert ends(result).keys() == {0, 2, 3}, result.text
+    assert "rank 1 ends, so that the others can go on: " in result.text
+
+
+@pytest.mark.long
 def test_overlap() -> None:
     result = run(4, 1, [event(2, 6)], overlap=True)
     assert ends(result).keys() == {0, 1, 3}, result.text
@@ -167,19 +175,27 @@ layer = torch.nn.Linear(40, 30)
 optimizer = mpisign.DistributedSignOptimizer(
     torch.optim.SGD(layer.parameters(), lr=0.1), method=mpisign.double_squeeze(), exchange="two_phase"
 )
+sampler = mpisign.ElasticSampler(range(61))
 begun = 0
 if mpisign.checkpoint.newest(folder) is not None:
-    begun = mpisign.checkpoint.load(folder, model=layer, optimizer=optimizer).step
-mpisign.Standby(model=layer, optimizer=optimizer)
-for step in range(begun, begun + 4):
+    saved = mpisign.checkpoint.load(folder, model=layer, optimizer=optimizer)
+    begun = saved.step
+    sampler.load_state_dict(saved.extra["sampler"])
+length = len(sampler)
+mpisign.Standby(model=layer, optimizer=optimizer, sampler=sampler)
+assert len(sampler) == length
+for step, index in zip(range(begun, begun + 4), sampler):
     generator = torch.Generator().manual_seed(10 * step + mpisign.rank())
     optimizer.zero_grad()
     layer(torch.randn(8, 40, generator=generator)).square().sum().backward()
     optimizer.step()
+    sampler.record_indices([index])
 mpisign.check_consistency(layer, optimizer)
 if begun == 0:
-    mpisign.checkpoint.save(folder, model=layer, optimizer=optimizer, step=4)
+    extra = {"sampler": sampler.state_dict()}
+    mpisign.checkpoint.save(folder, model=layer, optimizer=optimizer, step=4, extra=extra)
 if mpisign.rank() == 0:
+    print("deals", sampler.position()["deals"])
     print("bits", layer.weight.detach().numpy().tobytes().hex(), torch.initial_seed())
 """
 
@@ -189,7 +205,7 @@ def test_a_job_goes_on_bit_for_bit_with_and_without_spares(tmp_path: Path) -> No
     """What is loaded before spares leave is what those have saved who train."""
     script = tmp_path / "train.py"
     script.write_text(RESUMED)
-    said = []
+    said, deals = [], []
     for spares in (1, 0, 2):
         folder = tmp_path / "saved"
         with started(3 + spares, script, str(folder), str(spares), options=ULFM) as job:
@@ -197,4 +213,6 @@ def test_a_job_goes_on_bit_for_bit_with_and_without_spares(tmp_path: Path) -> No
         assert result.returncode == 0, result.text
         assert "was saved by" not in result.text
         said.append(re.findall(r"bits (\w+)", result.text))
+        deals += re.findall(r"deals (.*)", result.text)
     assert said[1] == said[2] != said[0]
+    assert deals == ["[[3, 4, 0, []]]", *["[[3, 8, 0, []]]"] * 2], "spares that have not left get no samples"

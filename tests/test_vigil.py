@@ -16,9 +16,14 @@ ALL_BAD = dict.fromkeys(range(3), "non-finite gradient")
 NAMED = [("fine", torch.zeros(2)), ("worse", torch.tensor([1.0, torch.nan]))]
 
 
-def report_of(step: int, abstentions: Mapping[int, str], ended: Mapping[int, str] = FINE) -> StepReport:
-    voters = tuple(rank for rank in range(3) if rank not in abstentions)
-    return StepReport(step, "signum", (), 0, 0, voters, abstentions, ended, not voters, 0, {})
+def report_of(
+    step: int,
+    abstentions: Mapping[int, str],
+    ended: Mapping[int, str] = FINE,
+    members: tuple[int, ...] = (0, 1, 2),
+) -> StepReport:
+    voters = tuple(rank for rank in range(len(members)) if rank not in abstentions)
+    return StepReport(step, "signum", (), 0, 0, voters, abstentions, ended, not voters, 0, {}, members=members)
 
 
 def said(
@@ -56,6 +61,19 @@ def test_a_rank_that_never_votes_is_named_there_and_on_rank_0(
         texts = said(caplog, 2 * FIRST, abstentions, rank, ended)
         assert list(texts) == ([] if rank == 2 else [FIRST, 2 * FIRST])
         assert all("ranks [1] have not cast a whole vote" in text for text in texts.values())
+
+
+@pytest.mark.parametrize(("bad", "texts"), [(2, ["ranks [1] have not cast a whole vote in 32 steps"]), (1, [])])
+def test_a_rank_that_gets_another_number_is_the_same(
+    bad: int, texts: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rank 0 dies in the middle; rank 1, from then on the one with the bad gradient, may be the one that had it."""
+    vigil = Vigil()
+    for step in range(FIRST // 2):
+        vigil.heard(report_of(step, {bad: "non-finite gradient"}), 0, "warn", NAMED)
+    for step in range(FIRST // 2, FIRST):
+        vigil.heard(report_of(step, {1: "non-finite gradient"}, members=(1, 2)), 0, "warn", NAMED)
+    assert [record.getMessage().partition(" in a row")[0] for record in caplog.records] == texts
 
 
 @pytest.mark.parametrize("why", ["joined", "no gradient"])

@@ -73,7 +73,7 @@ def _go_without(lie: AuditError, membership: Membership) -> set[int]:
     """
     group, named = membership.group, set(lie.ranks)
     liars = {group.identities[rank] for rank in named}
-    if not membership.can_go_on(liars):
+    if membership.too_few(liars):
         raise lie
     if group.rank in named:
         logger.critical("rank %d ends, so that the others can go on: %s", group.identity, lie)
