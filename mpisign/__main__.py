@@ -123,8 +123,14 @@ def _rank() -> int:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    number, add, unset = _typed(quantities.number), parser.add_argument, argparse.SUPPRESS
-    add("-n", "--ranks", type=number, default=unset, metavar="N", help="how many (default: one a GPU, else a core)")
+    add, unset = parser.add_argument, argparse.SUPPRESS
+    add(
+        *("-n", "--ranks", "-np", "--np"),
+        type=_typed(quantities.count),
+        default=unset,
+        metavar="N",
+        help="how many (default: one a GPU, else a core)",
+    )
     add("--hosts", default=unset, metavar="A:2,B:2", help="machines and their slots, as the launcher takes them")
     add("--hostfile", type=Path, default=unset, metavar="FILE", help="the same in a file")
     add(

@@ -22,8 +22,16 @@ __all__ = ["forbid_alone", "sgd_numbers", "step", "step_sink"]
 _told: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # by their wrappers, to step now
 
 
-def step(optimizer: Optimizer) -> None:
-    """Let a wrapped optimizer apply what is decided. Raises :class:`OptionError` if it asks for a closure."""
+def step(optimizer: Optimizer, applied: bool = False) -> None:
+    """Let a wrapped optimizer apply what is decided. Raises :class:`OptionError` if it asks for a closure.
+
+    Args:
+        applied: this has been done in its place, and only a scheduler, which counts steps, must hear of it.
+    """
+    if applied:
+        if "step" in vars(optimizer):
+            optimizer._opt_called = True  # type: ignore[attr-defined]
+        return
     _told.add(optimizer)
     try:
         with torch.inference_mode(False):  # what it keeps could not be changed outside of that mode
@@ -40,10 +48,10 @@ def sgd_numbers(optimizer: Optimizer) -> list[tuple[float, float]] | None:
     """Learning rate and weight decay of each parameter group, if a step is plain SGD's and nobody looks at it.
 
     That is torch's own class without momentum, ``maximize``, ``fused`` or ``differentiable``, with numbers and not
-    tensors, and without hooks on its ``step()``.
+    tensors, and without hooks on its ``step()``. A scheduler's own function in its place only counts.
     """
     hooks = [hook for hook in optimizer._optimizer_step_pre_hooks.values() if not isinstance(hook, _NotAlone)]
-    watched = hooks or optimizer._optimizer_step_post_hooks or "step" in vars(optimizer)
+    watched = hooks or optimizer._optimizer_step_post_hooks or not _is_its_own(vars(optimizer).get("step"))
     if type(optimizer) is not torch.optim.SGD or watched or _global_pre_hooks or _global_post_hooks:
         return None
     numbers = []
@@ -58,6 +66,13 @@ def sgd_numbers(optimizer: Optimizer) -> list[tuple[float, float]] | None:
             return None
         numbers.append((float(lr), float(decay)))
     return numbers
+
+
+def _is_its_own(replaced: Any) -> bool:
+    """Whether SGD's ``step()`` is replaced on an object by nothing, or by a scheduler's function around it."""
+    if replaced is None:
+        return True
+    return hasattr(replaced, "_wrapped_by_lr_sched") and replaced.__wrapped__ is torch.optim.SGD.step
 
 
 def step_sink(optimizer: Optimizer, plan: Plan) -> StepSink | None:

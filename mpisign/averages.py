@@ -42,7 +42,8 @@ def warn_of_averaging(parameters: Sequence[torch.Tensor]) -> None:
         if several and not mine.isdisjoint(map(id, module.parameters())):
             warn(
                 f"parameters belong to a DistributedDataParallel module, which averages gradients in full precision "
-                f"before the vote: every rank casts the same ballot then, and no traffic is saved. {FIX.capitalize()}"
+                f"before the vote: every rank casts the same ballot then, and no traffic is saved. "
+                f"{FIX[0].upper() + FIX[1:]}"
             )
             return
 

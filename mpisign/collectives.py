@@ -215,7 +215,7 @@ def _of_value(value: Any, session: Session) -> tuple[str, torch.Tensor]:
         return "a tensor", value
     if isinstance(value, np.ndarray):
         try:
-            return "an array", torch.from_numpy(np.array(value, order="C"))
+            return "an array", torch.from_numpy(np.array(value, value.dtype.newbyteorder("="), order="C"))
         except TypeError:
             pass  # of objects, texts, ...
     elif isinstance(value, (int, float, np.number, np.bool_)) and not isinstance(value, np.complexfloating):

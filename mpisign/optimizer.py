@@ -290,10 +290,10 @@ class DistributedSignOptimizer(Planned):
                     self.__dict__.pop(left, None)
                 raise
             self._forget_gradients()
-            if self.report is not None and not self.report.skipped and not applied:
+            if self.report is not None and not self.report.skipped:
                 if self._skip:
                     self._checks.applied(self.wrapped)
-                applying.step(self.wrapped)
+                applying.step(self.wrapped, applied)
         return loss
 
     def _step_and_mix(self, plan: Plan) -> None:

@@ -41,6 +41,8 @@ def whose_child() -> str:
     """Why this process is no rank, "" if nothing is known against it."""
     if _forked_by:
         return f"process {_forked_by}, in which MPI runs, has forked it (a DataLoader's worker, or os.fork())"
+    if _is_being_spawned():
+        return "multiprocessing has started it"  # and does not say yet from which process
     parent = multiprocessing.parent_process()
     return "" if parent is None else f"multiprocessing has started it, from process {parent.pid}"
 
@@ -52,7 +54,7 @@ def check_may_start() -> None:
             f"init() in process {os.getpid()}, which is no rank: {whose_child()}. Call it once in the main process, "
             f"and give workers what they need (rank, size, a seed) as arguments"
         )
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
+    if _is_being_spawned():
         raise LaunchError(
             f"init() in process {os.getpid()}, which is no rank: {whose_child()}, and it imports the main script anew. "
             f"Put what the script does under `if __name__ == '__main__':`"
@@ -114,6 +116,11 @@ def _flush() -> None:
 def _is_worker() -> bool:
     loading = sys.modules.get("torch.utils.data")
     return loading is not None and loading.get_worker_info() is not None
+
+
+def _is_being_spawned() -> bool:
+    """Whether this process imports its parent's main script, before it does what it was started for."""
+    return getattr(multiprocessing.current_process(), "_inheriting", False)
 
 
 def _after_fork() -> None:

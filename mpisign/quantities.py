@@ -7,7 +7,7 @@ from math import isfinite
 
 from mpisign.errors import OptionError
 
-__all__ = ["bandwidth", "number", "seconds", "spoken_bandwidth", "spoken_number"]
+__all__ = ["bandwidth", "count", "number", "seconds", "spoken_bandwidth", "spoken_number"]
 
 _PREFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9, "min": 60.0}
@@ -23,6 +23,13 @@ def number(text: str) -> int:
     if unit not in _PREFIXES or round(value * _PREFIXES[unit]) < 1:
         raise OptionError(f"{text!r} is not a number of at least 1: write 25.6M, 7B, or 1000")
     return round(value * _PREFIXES[unit])
+
+
+def count(text: str) -> int:
+    """How many of what one has a few of, such as ranks: ``4``. Raises :class:`OptionError` unless it is at least 1."""
+    if not (text.isdecimal() and int(text)):
+        raise OptionError(f"{text!r} is not a number of at least 1: write 4")
+    return int(text)
 
 
 def seconds(text: str) -> float:

@@ -443,6 +443,11 @@ def minority(values: Sequence[T]) -> tuple[list[int], T]:
 
 
 def first_difference(mine: Sequence[str], theirs: Sequence[str]) -> tuple[str, str]:
-    """The first pair of lines that differ; where one side has ended it is "nothing more"."""
-    pairs = zip_longest(mine, theirs, fillvalue="nothing more")
-    return next(((here, there) for here, there in pairs if here != there), ("nothing more", "nothing more"))
+    """The first pair of lines that differ: "none" of a side that lacks the other's, "nothing more" if it has ended."""
+    for place, (here, there) in enumerate(zip_longest(mine, theirs, fillvalue="nothing more")):
+        if here != there:
+            lacks_here, lacks_there = here in theirs[place:], there in mine[place:]
+            if lacks_here == lacks_there:
+                return here, there
+            return ("none", there) if lacks_here else (here, "none")
+    return "nothing more", "nothing more"

@@ -154,6 +154,7 @@ def test_a_script_that_a_spawned_worker_imports_anew_says_what_is_missing(tmp_pa
     ended = subprocess.run([sys.executable, path], capture_output=True, text=True, check=False, timeout=100)
     assert (ended.returncode, ended.stdout) == (0, "1\n"), ended.stderr
     assert "LaunchError: init() in process" in ended.stderr
+    assert "no rank: multiprocessing has started it, and it imports the main script anew" in ended.stderr
     assert "under `if __name__ == '__main__':`" in ended.stderr
 
 

@@ -255,4 +255,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.rstrip().endswith(f"{sys.executable} -m train -n 3")
     assert " -n 2 " in shown.stdout
+    for option in ("-np", "--np", "--ranks"):
+        assert typed(option, "2", "--print", "-m", "train", "-n", "3").stdout == shown.stdout
+    assert "argument -n/--ranks/-np/--np: 'two' is not a number of at least 1: write 4" in typed("-n", "two").stderr
     assert typed("train.py").stderr.rstrip().endswith(f"error: there is no train.py in {tmp_path}")

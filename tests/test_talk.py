@@ -51,6 +51,10 @@ def test_the_minority_is_who_has_not_what_most_have(values: list[Any], odd: list
         (["a", "b"], ["a"], ("b", "nothing more")),
         ([], ["a"], ("nothing more", "a")),
         (["a"], ["a"], ("nothing more", "nothing more")),
+        (["a", "x", "y", "b"], ["a", "b"], ("x", "none")),
+        (["a", "b"], ["a", "x", "b"], ("none", "x")),
+        (["a", "b"], ["b", "a"], ("a", "b")),
+        (["a", "a", "b"], ["a", "b"], ("a", "none")),
     ],
 )
 def test_the_first_difference(mine: list[str], theirs: list[str], expected: tuple[str, str]) -> None:

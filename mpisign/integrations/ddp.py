@@ -6,6 +6,7 @@ DDP keeps the model and its buckets, and where it would average a bucket's gradi
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from mpisign.errors import ConsistencyError, OptionError
 from mpisign.method import Method
 from mpisign.methods import signum
 from mpisign.optimizer import DistributedSignOptimizer
-from mpisign.places import num_nodes
+from mpisign.places import num_nodes, rank
 from mpisign.plain import plain
 from mpisign.report import StepReport
 from mpisign.scaling import living
@@ -27,6 +28,7 @@ from mpisign.session import current, operation
 __all__ = ["Vote", "init_process_group", "vote"]
 
 PORTS = 1 << 16
+OPTIONS = ("zeros", "ties", "exchange", "seed", "clip_grad_norm", "bucket_cap_mb")
 
 
 def vote(model: DistributedDataParallel, **options: Any) -> Vote:
@@ -46,8 +48,8 @@ def vote(model: DistributedDataParallel, **options: Any) -> Vote:
         The :class:`Vote`, which has the report, and each rank's memory for checkpoints.
 
     Raises:
-        OptionError: ``model`` is no DDP model, or has a hook; its processes are not the job's; or the method exchanges
-            models.
+        OptionError: ``model`` is no DDP model, or has a hook; its processes are not the job's; the method exchanges
+            models; or an option is none of these.
 
     Example::
 
@@ -74,6 +76,7 @@ class Vote:
         session = current("mpisign.integrations.ddp.vote()")
         method = signum() if method is None else method
         here = f"rank {session.rank}: "
+        check_options(options, OPTIONS)
         if not isinstance(model, DistributedDataParallel):
             raise OptionError(
                 f"{here}vote() takes a DistributedDataParallel model, and {type(model).__name__} is none: around a "
@@ -167,6 +170,14 @@ class Vote:
                 elif decision.data_ptr() != gradient.data_ptr():
                     gradient.copy_(decision)
         self._optimizer.zero_grad()
+
+
+def check_options(options: Mapping[str, Any], possible: Sequence[str]) -> None:
+    """Raise OptionError unless all are options of the optimizer that a vote inside a framework can heed."""
+    if strange := options.keys() - possible:
+        raise OptionError(
+            f"rank {rank()}: vote() takes method, {', '.join(possible)}, and not {', '.join(sorted(strange))}"
+        )
 
 
 def check_scalers(whose: str) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from mpisign import session
 from mpisign.errors import OptionError
-from mpisign.integrations.ddp import check_scalers, init_process_group
+from mpisign.integrations.ddp import check_options, check_scalers, init_process_group
 from mpisign.method import Method
 from mpisign.methods import signum
 from mpisign.optimizer import DistributedSignOptimizer
@@ -26,6 +26,8 @@ from mpisign.report import StepReport
 from mpisign.session import current, operation
 
 __all__ = ["Vote", "split", "vote"]
+
+OPTIONS = ("zeros", "ties", "exchange", "seed", "bucket_cap_mb")
 
 
 def split(shards: int, *, backend: Any = None, **options: Any) -> DeviceMesh:
@@ -82,7 +84,7 @@ def vote(model: torch.nn.Module, *, method: Method | None = None, **options: Any
             ``zeros`` is ``"coin"`` unless given: shards have no rows.
 
     Raises:
-        OptionError: nothing in ``model`` is sharded.
+        OptionError: nothing in ``model`` is sharded, or an option is none of these.
     """
     return Vote(model, method=method, **options)
 
@@ -96,6 +98,7 @@ class Vote:
 
     def __init__(self, model: torch.nn.Module, *, method: Method | None = None, **options: Any) -> None:
         current("mpisign.integrations.fsdp.vote()")
+        check_options(options, OPTIONS)
         self.reports: dict[str, StepReport] = {}
         self._options = {"zeros": "coin", **options, "method": signum() if method is None else method}
         self._optimizers: dict[str, DistributedSignOptimizer] = {}  # each made when its first gradient comes

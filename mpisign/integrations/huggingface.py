@@ -17,11 +17,13 @@ from transformers import TrainerCallback
 
 from mpisign import session
 from mpisign.checkpoint.state import random_state, set_random_state
+from mpisign.collectives import broadcast
 from mpisign.errors import OptionError
 from mpisign.integrations import personal
 from mpisign.optimizer import DistributedSignOptimizer
 from mpisign.places import local_rank, rank, size
 from mpisign.report import StepReport
+from mpisign.sync import broadcast_parameters
 from mpisign.warning import warn
 
 __all__ = ["MpisignCallback", "hide_launcher", "init", "shard"]
@@ -79,8 +81,9 @@ class MpisignCallback(TrainerCallback):
     A checkpoint's folder gets a file ``mpisign-rank-00001.pt`` from each rank but 0, whose state is in Trainer's own
     files: this rank's memory, its states of random number generators and its buffers; with ``every=`` also the wrapped
     optimizer's state and, within a window, its parameters. Resuming with as many ranks is then exact; Trainer loads
-    rank 0's on all first, which warns, and this callback puts it right. It also adds the numbers of
-    ``optimizer.report`` to Trainer's logs, and steps ``set_epoch`` for methods that change with it.
+    rank 0's on all first, which warns, and this callback puts it right. When training ends, a window that has begun
+    ends, or all get the best model, if rank 0 has loaded that. It also adds the numbers of ``optimizer.report`` to
+    Trainer's logs, and steps ``set_epoch`` for methods that change with it.
 
     Args:
         optimizer: the one that Trainer was given.
@@ -168,9 +171,18 @@ class MpisignCallback(TrainerCallback):
         if self._due:
             self._write(args, state, model)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Evaluations from here on come after no save."""
-        self._due = False
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        """All ranks go on with the same model. **Collective.** Not called after an exception."""
+        self._due = False  # evaluations from here on come after no save
+        if args.load_best_model_at_end and self._has_best(state):
+            broadcast_parameters(model.state_dict())
+        elif self.optimizer.outer is not None:
+            self.optimizer.join()
+
+    @staticmethod
+    def _has_best(state: Any) -> bool:
+        """Whether rank 0 has loaded the best model; others, which save none, know of none."""
+        return bool(broadcast(torch.tensor(state.best_model_checkpoint is not None)))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
         """Add what the latest step did."""

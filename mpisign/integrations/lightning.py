@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero
 from torch.nn.parallel import DistributedDataParallel
 
 from mpisign import places, session
+from mpisign.checkpoint.state import map_tensors
 from mpisign.collectives import allgather, allreduce
 from mpisign.errors import OptionError
 from mpisign.integrations import personal
@@ -35,7 +37,8 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
     Each plain optimizer that ``configure_optimizers`` returns is wrapped in a
     :class:`~mpisign.DistributedSignOptimizer`, and the model starts as rank 0's. Rank 0 logs and writes checkpoints;
     beside each, ``NAME.ckpt.ranks`` holds one file a rank with what is its own: its memory and buffers; with ``every=``
-    also the wrapped optimizers' state and, within a window, its parameters. Resuming on as many ranks is exact.
+    also the wrapped optimizers' state and, within a window, its parameters, where rank 0's file has the common ones.
+    Resuming on as many ranks is exact. When training ends, a window that has begun ends, and all ranks are equal.
     Data is shared out by Lightning's own distributed samplers, ``sync_dist=True`` reduces metrics over all ranks, and
     torchmetrics in the module compute over all.
 
@@ -108,6 +111,8 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
                 )
         sync_metrics(self.lightning_module)
         super().setup(trainer)
+        if not any(isinstance(its, _End) for its in trainer.callbacks):
+            trainer.callbacks.insert(0, _End())
         broadcast_parameters(self.model.state_dict())
 
     def setup_optimizers(self, trainer: Any) -> None:
@@ -157,6 +162,15 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
         return bool(allreduce(torch.tensor(bool(decision), device="cpu"), "min" if all else "max"))
 
     # -------------------------------------------------------------------------------------------- checkpoints
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """As Lightning's own; with ``every``, of the parameters that all ranks have in common."""
+        apart = [optimizer for optimizer in self.optimizers if optimizer.outer is not None]
+        with ExitStack() as stack:
+            for optimizer in apart:
+                stack.enter_context(optimizer.common_parameters())
+            state: dict[str, Any] = super().lightning_module_state_dict()
+            return map_tensors(state, torch.clone) if apart else state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """One file by rank 0, and beside it one a rank. **Collective.**"""
@@ -241,6 +255,16 @@ class _Environment(ClusterEnvironment):  # type: ignore[misc]
 
     def set_global_rank(self, rank: int) -> None:
         """It is MPI's."""
+
+
+class _End(Callback):  # type: ignore[misc]
+    """Ends windows that have begun, before other callbacks hear that training has ended."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """**Collective.** Not called after an exception."""
+        for optimizer in trainer.optimizers:
+            if optimizer.outer is not None:
+                optimizer.join()
 
 
 class Reports(Callback):  # type: ignore[misc]

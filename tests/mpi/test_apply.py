@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import StepLR
 
 import mpisign
 
@@ -117,9 +120,12 @@ def hooked(tensors: list[Any]) -> torch.optim.Optimizer:
     return sgd
 
 
-def scheduled(tensors: list[Any]) -> torch.optim.Optimizer:
+def watched(tensors: list[Any]) -> torch.optim.Optimizer:
+    """By somebody's function around its step(), which takes over what a scheduler has written on that."""
     sgd = torch.optim.SGD(tensors, lr=0.1)
-    torch.optim.lr_scheduler.StepLR(sgd, 1)  # watches its step()
+    StepLR(sgd, 1)
+    step = sgd.step
+    sgd.step = functools.wraps(step)(functools.partial(step))  # type: ignore[method-assign]
     return sgd
 
 
@@ -133,7 +139,7 @@ NOT_PLAIN: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
     "nesterov": lambda tensors: torch.optim.SGD(tensors, lr=0.1, momentum=0.9, nesterov=True),
     "a tensor": lambda tensors: torch.optim.SGD(tensors, lr=torch.tensor(0.1)),
     "a hook": hooked,
-    "a scheduler": scheduled,
+    "a function": watched,
     "a subclass": Mine,
     "another": torch.optim.Rprop,
 }
@@ -150,6 +156,43 @@ def test_whatever_is_not_plain_sgd_steps_itself(comm: MPI.Comm, kind: str) -> No
             optimizer.step()
         assert not took_itself(here[0], gradients)
         assert snapshot(here[0]) == snapshot(there[0])
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["after wrapping", "before"])
+def test_schedulers_of_the_wrapped_one(comm: MPI.Comm, first: bool) -> None:
+    """They replace its step() by a function that counts, and warn where they have not seen it called."""
+    schedules = []
+
+    def sgd(tensors: list[Any]) -> torch.optim.Optimizer:
+        made = plain(tensors)
+        if first:
+            schedules.append(StepLR(made, 1, 0.5))
+        return made
+
+    here, there = pair(torch.float32, sgd, method=mpisign.signsgd())
+    if not first:
+        schedules += [StepLR(optimizer.wrapped, 1, 0.5) for _, optimizer in (here, there)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(4):
+            gradients = gradients_with_zero_rows(here[0], step, comm.rank)
+            for (tensors, optimizer), schedule in zip((here, there), schedules, strict=True):
+                give(tensors, gradients)
+                optimizer.step()
+                schedule.step()
+            assert took_itself(here[0], gradients)
+            assert snapshot(here[0]) == snapshot(there[0]), step
+    assert here[1].param_groups[0]["lr"] == 0.01 / 16
+
+
+def test_a_scheduler_before_any_step_says_so(comm: MPI.Comm) -> None:
+    """Also where nobody has voted."""
+    (tensors, optimizer), _ = pair(torch.float32, plain, method=mpisign.signsgd())
+    schedule = StepLR(optimizer.wrapped, 1)
+    give(tensors, [torch.full(p.shape, NAN) for p in tensors])
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r"lr_scheduler\.step\(\)` before"):
+        schedule.step()
 
 
 def test_one_rank_with_a_hook_changes_nothing(comm: MPI.Comm) -> None:

@@ -94,6 +94,8 @@ def test_averages_of_numbers_arrays_and_tensors(comm: MPI.Comm) -> None:
     result = mpisign.average(array, name="an array")
     assert result.dtype == np.float32
     np.testing.assert_array_equal(result, np.mean([np.arange(6).reshape(2, 3)[:, ::2] * r for r in ranks], axis=0))
+    foreign = np.array([comm.rank, 1.0], np.dtype(np.float32).newbyteorder())
+    np.testing.assert_array_equal(mpisign.average(foreign), [np.mean(ranks), 1.0])
     tensor = torch.nn.Parameter(torch.full((2, 2), float(comm.rank)))
     result = mpisign.average(tensor)
     assert not result.requires_grad

@@ -162,6 +162,12 @@ def test_what_is_refused(comm: MPI.Comm) -> None:
     with pytest.raises(mpisign.OptionError, match="Linear is none"):
         vote(nn.Linear(2, 2))  # type: ignore[arg-type]
     model = DistributedDataParallel(Net())
+    takes = "takes method, zeros, ties, exchange, seed, clip_grad_norm, bucket_cap_mb, and not"
+    for options in ({"overlap": True}, {"every": 4}, {"apply": "auto"}, {"backward_passes_per_step": 2}):
+        with pytest.raises(mpisign.OptionError, match=rf"^rank {comm.rank}: vote\(\) {takes} {next(iter(options))}$"):
+            vote(model, **options)
+    with pytest.raises(mpisign.OptionError, match=f"{takes} delay, outer$"):
+        vote(model, outer=None, delay=1)
     with pytest.raises(mpisign.OptionError, match="exchanges models"):
         vote(model, method=mpisign.monna(0))
     vote(model)

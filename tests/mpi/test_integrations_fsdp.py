@@ -125,6 +125,8 @@ def test_what_fsdp_divides_after_the_vote_is_an_error(comm: MPI.Comm) -> None:
 def test_what_is_refused(comm: MPI.Comm) -> None:
     with pytest.raises(mpisign.OptionError, match="no module of this model is sharded"):
         fsdp.vote(net())
+    with pytest.raises(mpisign.OptionError, match=r"takes method, zeros, ties, .*, and not clip_grad_norm, overlap$"):
+        fsdp.vote(net(), clip_grad_norm=1.0, overlap=True)
     with pytest.raises(mpisign.OptionError, match="shards"):
         fsdp.split(0)
     with pytest.raises(mpisign.OptionError, match="cannot be divided"):

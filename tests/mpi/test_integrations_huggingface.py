@@ -87,6 +87,13 @@ def trained(
         def on_log(self, *_: Any, logs: dict[str, float], **more: Any) -> None:
             self.told.append(dict(logs))
 
+    class Ends(TrainerCallback):  # type: ignore[misc]
+        """All that training would have gone on with."""
+
+        def on_train_end(self, *_: Any, model: nn.Module, **more: Any) -> None:
+            states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random_state()}
+            self.end = copy.deepcopy(states)
+
     net = Net(norm)
     kind: Any = torch.optim.SGD if local is None else torch.optim.AdamW
     optimizer = mpisign.DistributedSignOptimizer(
@@ -102,7 +109,7 @@ def trained(
         gradient_accumulation_steps=2,
         **{"save_steps": 5, "logging_steps": 1, "report_to": [], "use_cpu": True, "seed": 1, **options},
     )
-    callbacks = [hub.MpisignCallback(optimizer), Told()]
+    callbacks = [Ends(), hub.MpisignCallback(optimizer), Told()]
     trainer = Trainer(
         net,
         arguments,
@@ -110,12 +117,19 @@ def trained(
         eval_dataset={"a": examples[:8], "b": examples[8:12]},
         optimizers=(optimizer, schedule),
         callbacks=callbacks,
+        compute_metrics=lambda _: {"same": 1.0},
     )
     torch.manual_seed(100 + mpisign.rank())
     np.random.seed(200 + mpisign.rank())  # noqa: NPY002
     random.seed(300 + mpisign.rank())
     trainer.train(resume_from_checkpoint=resume)
     return trainer, optimizer
+
+
+def heard(trainer: Any, what: str) -> Any:
+    """What a callback of a trainer has kept."""
+    (found,) = [getattr(its, what) for its in trainer.callback_handler.callbacks if hasattr(its, what)]
+    return found
 
 
 def test_resuming_is_exact_and_rank_0_alone_saves(comm: MPI.Comm, folder: Path, hub: Any) -> None:
@@ -132,8 +146,7 @@ def test_resuming_is_exact_and_rank_0_alone_saves(comm: MPI.Comm, folder: Path, 
     assert_equal(again.model.state_dict(), trainer.model.state_dict())
     assert_equal(optimizer.state_dict(), whole.state_dict())
     assert comm.size == 1 or len({its.layers[0].weight.sum().item() for its in [half.model, again.model]}) == 2
-    (told,) = [its.told for its in trainer.callback_handler.callbacks if hasattr(its, "told")]
-    assert [row["mpisign_voters"] for row in told if "loss" in row] == [comm.size] * 12
+    assert [row["mpisign_voters"] for row in heard(trainer, "told") if "loss" in row] == [comm.size] * 12
 
 
 LOCAL = {"every": 4, "method": mpisign.scaled_vote(0.5)}
@@ -154,17 +167,29 @@ def test_resuming_is_exact(
 ) -> None:
     options = {"local": local, "norm": True, **options}
 
-    def everything(trainer: Any, optimizer: Any) -> dict[str, Any]:
-        states = {"model": trainer.model.state_dict(), "optimizer": optimizer.state_dict(), "random": random_state()}
-        return copy.deepcopy(states)
-
-    whole = everything(*trained(hub, folder / "whole", 11, **options))
+    whole, _ = trained(hub, folder / "whole", 11, **options)
     trained(hub, folder / "halves", options.get("save_steps", 6), **options)
     mpisign.barrier()
-    again = everything(*trained(hub, folder / "halves", 11, resume=True, **options))
-    assert_equal(again, whole)
-    weights = comm.allgather(again["model"]["layers.0.weight"].sum().item())
+    again, optimizer = trained(hub, folder / "halves", 11, resume=True, **options)
+    end = heard(again, "end")
+    assert_equal(end, heard(whole, "end"))
+    weights = comm.allgather(end["model"]["layers.0.weight"].sum().item())
     assert comm.size == 1 or (len(set(weights)) > 1) == (local is not None), "11 steps are within a window"
+    mpisign.check_consistency(again.model, optimizer, buffers=False)
+    assert (local is None) == torch.equal(again.model.layers[0].weight, end["model"]["layers.0.weight"])
+
+
+@pytest.mark.parametrize("local", [None, LOCAL], ids=["votes", "windows"])
+def test_the_best_model_is_loaded_on_all_ranks(
+    comm: MPI.Comm, folder: Path, hub: Any, local: dict[str, Any] | None
+) -> None:
+    """Rank 0 alone saves, and so knows where it is. Of equal ones the first is best."""
+    from safetensors.torch import load_file
+
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "a_same", "eval_strategy": "steps"}
+    trainer, _ = trained(hub, folder, 11, local=local, norm=True, **options, eval_steps=5)
+    mpisign.barrier()
+    assert_equal(dict(trainer.model.state_dict()), load_file(folder / "checkpoint-5" / "model.safetensors"))
 
 
 def test_bf16_evaluation_and_schedules(comm: MPI.Comm, folder: Path, hub: Any) -> None:

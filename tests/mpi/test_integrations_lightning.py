@@ -142,20 +142,67 @@ def test_resuming_is_exact(comm: MPI.Comm, folder: Path, pl: Any, options: dict[
         made.net[2] = nn.BatchNorm1d(16)  # in place of dropout, as Lightning does not save random numbers
         return made
 
-    def fitted(folder: Path, epochs: int, resume: Path | None = None, **more: Any) -> Any:
-        return fit(pl, folder, epochs, resume, module(), strategy=MpisignStrategy(**options), **more)
+    def fitted(folder: Path, epochs: int, resume: Path | None = None) -> Any:
+        return fit(pl, folder, epochs, resume, module(), strategy=MpisignStrategy(**options))
+
+    def saved(folder: Path) -> dict[str, Any]:
+        """Before training's end, which makes ranks equal."""
+        (own,) = torch.load(folder / "epoch=1.ckpt.ranks" / f"rank-{comm.rank:05d}.pt", weights_only=True)
+        return {"model": torch.load(folder / "epoch=1.ckpt", weights_only=False)["state_dict"], "own": own}
 
     fitted(folder / "halves", 1)
     resumed = fitted(folder / "halves", 2, folder / "halves" / "epoch=0.ckpt")
-    whole = fitted(folder / "whole", 2, callbacks=None, enable_checkpointing=False)
+    whole = fitted(folder / "whole", 2)
+    mpisign.barrier()
+    last = saved(folder / "whole")
+    assert_equal(saved(folder / "halves"), last)
+    kept = last["own"]["parameters"][0] if adam else last["model"]["net.0.weight"]
+    assert comm.size == 1 or len(set(comm.allgather(kept.sum().item()))) == 1 + ("every" in options)
     assert_equal(resumed.optimizers[0].state_dict(), whole.optimizers[0].state_dict())
     net = whole.lightning_module.net.state_dict()
     assert_equal(resumed.lightning_module.net.state_dict(), net)
     assert comm.size == 1 or len(set(comm.allgather(net["2.running_mean"].sum().item()))) > 1, "each has its own"
-    assert comm.size == 1 or len(set(comm.allgather(net["0.weight"].sum().item()))) == 1 + ("every" in options)
+    assert len(set(comm.allgather(net["0.weight"].sum().item()))) == 1
     resumed.strategy.remove_checkpoint(folder / "halves" / "epoch=0.ckpt")
     mpisign.barrier()
     assert not (folder / "halves" / "epoch=0.ckpt.ranks").exists()
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+def test_training_that_ends_within_a_window(comm: MPI.Comm, folder: Path, pl: Any, delay: int) -> None:
+    """Files have the last common parameters; at the end what was left of the window is exchanged, before hooks."""
+    from mpisign.integrations.lightning import MpisignStrategy
+
+    class Ends(pl.Callback):  # type: ignore[misc, name-defined]
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            mpisign.check_consistency(pl_module.net, trainer.optimizers[0])
+
+    def fitted(steps: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        strategy = MpisignStrategy(every=4, delay=delay, method=mpisign.mean())
+        keep = pl.callbacks.ModelCheckpoint(str(folder / str(steps)), every_n_train_steps=1, save_last=True)
+        callbacks = [Ends(), keep]
+        trainer = fit(
+            pl, folder, 2, None, module_of(pl, adam=True), strategy=strategy, max_steps=steps, callbacks=callbacks
+        )
+        mpisign.barrier()
+        file = torch.load(folder / str(steps) / "last.ckpt", weights_only=False)
+        return trainer.lightning_module.state_dict(), file["state_dict"]
+
+    (model, last), (common, _) = fitted(6), fitted(4)
+    assert_equal(model, comm.bcast(model))
+    assert not torch.equal(model["net.0.weight"], last["net.0.weight"])
+    if not delay:  # else the last decision has come within the window
+        assert_equal(last, common)
+
+
+def test_an_exception_on_all_ranks_ends_no_window(comm: MPI.Comm, folder: Path, pl: Any) -> None:
+    from mpisign.integrations.lightning import MpisignStrategy
+
+    module = module_of(pl, adam=True)
+    module.on_train_batch_end = lambda *_: 1 / (4 - module.global_step)
+    with pytest.raises(ZeroDivisionError):
+        fit(pl, folder, 1, None, module, strategy=MpisignStrategy(every=3, method=mpisign.mean()))
+    assert module.trainer.optimizers[0].state_dict()["mpisign"]["local_steps"]["position"] == 1
 
 
 def test_a_checkpoint_that_is_a_link(comm: MPI.Comm, folder: Path, pl: Any) -> None:

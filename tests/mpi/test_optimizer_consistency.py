@@ -105,6 +105,9 @@ def option(**options: Any) -> Callable[[list[torch.nn.Parameter]], dict[str, Any
         pytest.param(option(seed=7), "seed=7", id="seed"),
         pytest.param(option(exchange="two_phase"), "exchange 'two_phase'", id="exchange"),
         pytest.param(option(bucket_cap_mb=4e-6), "bucket", id="bucket-cap"),
+        pytest.param(option(clip_grad_norm=1.0), r"clip_grad_norm 1\.0 on rank \d, none on rank 0", id="clip"),
+        pytest.param(option(audit=2), r"audit 2 on rank \d, none on rank 0", id="audit"),
+        pytest.param(option(overlap=True), r"overlap= or delay= True on rank \d, none on rank 0", id="overlap"),
     ],
 )
 def test_another_layout_or_option_on_one_rank_is_an_error_on_all(
