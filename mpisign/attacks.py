@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from mpisign.bitmap.tensors import unreadable
+from mpisign.differences import minority
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.plain import uncompiled
 from mpisign.policy import check_integer, use_plain_numbers
-from mpisign.talk import minority
 
 if TYPE_CHECKING:
     from mpi4py import MPI

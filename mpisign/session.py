@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from mpisign import heartbeat
 from mpisign import timeline as timelines
 from mpisign.alarm import ring
+from mpisign.differences import minority
 from mpisign.errors import AlreadyInitializedError, ConsistencyError, MpisignError, NotInitializedError, OptionError
 from mpisign.exit_words import REQUEUE_EXIT_CODE, tell_group
 from mpisign.group import Group
@@ -30,7 +31,7 @@ from mpisign.membership import Membership
 from mpisign.network import Network
 from mpisign.plain import uncompiled
 from mpisign.processes import check_may_start, exit_code, leave_mpi_to_us, whose_child
-from mpisign.talk import Talk, minority
+from mpisign.talk import Talk
 from mpisign.trace import Tracer
 from mpisign.turns import Turns
 from mpisign.vigil import ON_DEAD_TRAINING

@@ -13,15 +13,15 @@ import pickle as pickles
 import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import zip_longest
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mpisign import encoding, errors
 from mpisign.cuts import cut
+from mpisign.differences import first_difference
 from mpisign.encoding import LIMIT_BYTES
 from mpisign.errors import ConsistencyError, MpisignError, OptionError
 from mpisign.group import Group
@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 
     from mpisign.membership import Membership
 
-__all__ = ["ACTS", "CALL_FIELDS", "EXIT", "Talk", "first_difference", "minority"]
-
-T = TypeVar("T")
+__all__ = ["ACTS", "CALL_FIELDS", "EXIT", "Talk"]
 
 logger = logging.getLogger(__name__)
 
@@ -434,20 +432,3 @@ def _act(code: int) -> str:
     if code >= 0:
         return "step()"
     return ACTS[-2 - code] if -2 - len(ACTS) < code < -1 else "something that this mpisign does not know"
-
-
-def minority(values: Sequence[T]) -> tuple[list[int], T]:
-    """The ranks whose value is not the most common one (of equals, rank 0's is), and that common value."""
-    usual = max(values, key=lambda value: (values.count(value), value == values[0]))
-    return [rank for rank, value in enumerate(values) if value != usual], usual
-
-
-def first_difference(mine: Sequence[str], theirs: Sequence[str]) -> tuple[str, str]:
-    """The first pair of lines that differ: "none" of a side that lacks the other's, "nothing more" if it has ended."""
-    for place, (here, there) in enumerate(zip_longest(mine, theirs, fillvalue="nothing more")):
-        if here != there:
-            lacks_here, lacks_there = here in theirs[place:], there in mine[place:]
-            if lacks_here == lacks_there:
-                return here, there
-            return ("none", there) if lacks_here else (here, "none")
-    return "nothing more", "nothing more"

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 
 from mpisign.cuts import cut
+from mpisign.differences import minority
 from mpisign.errors import ConsistencyError, OptionError
 from mpisign.policy import check_integer
 from mpisign.session import Session
-from mpisign.talk import minority
 
 __all__ = ["CHUNK_BYTES", "as_bytes", "broadcast_tensors", "check_root", "demand_equal"]
 

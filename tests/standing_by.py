@@ -10,7 +10,8 @@ import sys
 from typing import Any
 
 import torch
-from surviving import at_call, die, identity, lie, tell
+from harm import at_call, die, identity, lie
+from surviving import tell
 from torch.utils.data import DataLoader, TensorDataset
 
 import mpisign

@@ -19,6 +19,7 @@ FOLDERS = ("mpisign", "tests", "scripts", "benchmarks", "docs")
 LAYERS = [
     {
         "errors",
+        "differences",
         "launch",
         "hyperparameters",
         "vigil",
@@ -33,7 +34,6 @@ LAYERS = [
         "trees",
         "presence",
         "alarm",
-        "last_words",
         "lateness",
         "cost",
         "cuts",
@@ -51,6 +51,7 @@ LAYERS = [
         "network",
         "group",
         "exit_words",
+        "last_words",
         "joining",
         "positions",
         "regrouping",

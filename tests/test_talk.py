@@ -1,4 +1,4 @@
-"""mpisign.talk at one rank: who is in the minority, what differs first, limits, and what outlives an exception."""
+"""mpisign.talk at one rank: limits, and what outlives an exception."""
 
 from __future__ import annotations
 
@@ -18,47 +18,10 @@ import mpisign
 from mpisign import ConsistencyError
 from mpisign.group import Channels
 from mpisign.session import current
-from mpisign.talk import ACTS, first_difference, minority
+from mpisign.talk import ACTS
 from mpisign.watchdog import Pending
 
 pytestmark = pytest.mark.usefixtures("world")
-
-
-@pytest.mark.parametrize(
-    ("values", "odd", "usual"),
-    [
-        ([1], [], 1),
-        ([1, 1, 1], [], 1),
-        ([1, 2, 1], [1], 1),
-        ([2, 1, 1], [0], 1),
-        ([1, 2], [1], 1),
-        ([2, 1, 1, 2], [1, 2], 2),
-        ([1, 2, 3, 3], [0, 1], 3),
-        ([3, 1, 2], [1, 2], 3),
-        (["a", "b", "b"], [0], "b"),
-    ],
-)
-def test_the_minority_is_who_has_not_what_most_have(values: list[Any], odd: list[int], usual: Any) -> None:
-    assert minority(values) == (odd, usual)
-
-
-@pytest.mark.parametrize(
-    ("mine", "theirs", "expected"),
-    [
-        (["a", "b"], ["a", "c"], ("b", "c")),
-        (["a", "b", "x"], ["c", "b", "y"], ("a", "c")),
-        (["a"], ["a", "b"], ("nothing more", "b")),
-        (["a", "b"], ["a"], ("b", "nothing more")),
-        ([], ["a"], ("nothing more", "a")),
-        (["a"], ["a"], ("nothing more", "nothing more")),
-        (["a", "x", "y", "b"], ["a", "b"], ("x", "none")),
-        (["a", "b"], ["a", "x", "b"], ("none", "x")),
-        (["a", "b"], ["b", "a"], ("a", "b")),
-        (["a", "a", "b"], ["a", "b"], ("a", "none")),
-    ],
-)
-def test_the_first_difference(mine: list[str], theirs: list[str], expected: tuple[str, str]) -> None:
-    assert first_difference(mine, theirs) == expected
 
 
 def test_acts_have_names_of_their_own() -> None:

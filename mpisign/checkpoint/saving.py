@@ -17,13 +17,13 @@ from mpisign.checkpoint import directory, local, owner
 from mpisign.checkpoint.agreement import agree
 from mpisign.checkpoint.files import Stamp, write_tensors
 from mpisign.checkpoint.state import Snapshot, State, Stateful, check_loadable, check_stateful, collect
+from mpisign.differences import minority
 from mpisign.encoding import Optional
 from mpisign.errors import CheckpointError, ConsistencyError, MpisignError, OptionError
 from mpisign.plain import plain, uncompiled
 from mpisign.policy import check_integer
 from mpisign.session import Session, collective, current
 from mpisign.survival import RanksLostError
-from mpisign.talk import minority
 
 __all__ = ["after_pending", "save", "wait"]
 

@@ -17,12 +17,12 @@ from time import perf_counter_ns
 import numpy as np
 import numpy.typing as npt
 
+from mpisign.differences import minority
 from mpisign.errors import ConsistencyError
 from mpisign.group import Channels
 from mpisign.lateness import NOBODY, WINDOW, Late, Lateness
 from mpisign.layout import FORMAT_VERSION, Bucket, Layout
 from mpisign.session import Session
-from mpisign.talk import minority
 from mpisign.watchdog import Pending
 
 __all__ = [
