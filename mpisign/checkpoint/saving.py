@@ -78,7 +78,8 @@ def save(
         model: its parameters are the same on all ranks, but between two exchanges of an optimizer with ``every``:
             then the common ones are saved once and each rank's own beside. Buffers may differ and are saved for each
             rank. Of a ``DistributedDataParallel`` pass ``.module``.
-        optimizer: a :class:`~mpisign.DistributedSignOptimizer`, or a plain one that is the same on all ranks.
+        optimizer: a :class:`~mpisign.DistributedSignOptimizer`, or a plain one that is the same on all ranks. Save each
+            of several with its part of the model in a directory of its own.
         step: names the checkpoint; the same on all ranks.
         scheduler: a learning rate scheduler.
         scaler: a GradScaler.

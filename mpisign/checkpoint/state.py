@@ -113,6 +113,12 @@ def check_stateful(**objects: object) -> None:
     for name, given in objects.items():
         needed = ["state_dict", "load_state_dict", *(["named_parameters"] if name == "model" else [])]
         lacking = [method for method in needed if not hasattr(given, method)]
+        some = list(given.values()) if isinstance(given, dict) else given
+        if lacking and isinstance(some, (list, tuple)) and some and all(hasattr(its, "state_dict") for its in some):
+            raise OptionError(
+                f"{name}= takes one, and there are {len(some)}: save each optimizer with its part of the model and its "
+                f"scheduler in a directory of its own (docs/running.md, 'Several optimizers')"
+            )
         if given is not None and lacking:
             raise OptionError(f"{name}={type(given).__name__} has no {lacking[0]}(): pass the {name} itself")
 

@@ -212,6 +212,11 @@ def test_states_are_no_objects(comm: MPI.Comm, folder: Path) -> None:
             checkpoint.save(folder, **wrong, step=1)
         with pytest.raises(OptionError, match=rf"{name}=(dict|OrderedDict) has no .*: pass the {name} itself"):
             checkpoint.load(folder, **wrong)
+    for several in ([sgd, sgd], (sgd, sgd), {"a": sgd, "b": sgd}):
+        with pytest.raises(OptionError, match=r"optimizer= takes one, and there are 2: .*in a directory of its own"):
+            checkpoint.save(folder, **{**good, "optimizer": several}, step=1)
+        with pytest.raises(OptionError, match=r"optimizer= takes one, and there are 2: .*in a directory of its own"):
+            checkpoint.load(folder, **{**good, "optimizer": several})
     with pytest.raises(OptionError, match=r"model=OrderedDict has no named_parameters: pass the model itself"):
         mpisign.check_consistency(model.state_dict())  # type: ignore[arg-type]
     with pytest.raises(OptionError, match=r"optimizer=dict has no param_groups: pass the optimizer itself"):
