@@ -18,12 +18,14 @@ from mpisign.membership import QUORUM_EXIT_CODE, has_quorum
 needs_ulfm = pytest.mark.skipif(MPI.get_vendor()[0] != "Open MPI", reason="no ULFM")
 
 FLAT = ("handshake", "after the handshake", "encode", "exchange", "late in the exchange", "close")
-HIERARCHY = ("handshake", "encode", "hierarchy 1", "hierarchy 3", "hierarchy 9", "close")
 DEATHS: list[tuple[str, dict[str, Any]]] = [
-    *((where, {"exchange": "two_phase"}) for where in (*FLAT, "before", "decided", "applied")),
-    *((where, {"exchange": "hierarchical"}) for where in HIERARCHY),
-    *((where, {"exchange": "two_phase", "overlap": True}) for where in FLAT[2:]),
-    *((where, {"exchange": "allgather", "apply": "optimizer"}) for where in ("encode", "close", "decided")),
+    *(
+        (where, {"exchange": "two_phase"})
+        for where in ("before", "handshake", "encode", *FLAT[4:], "decided", "applied")
+    ),
+    *((where, {"exchange": "hierarchical"}) for where in ("handshake", "hierarchy 1", "hierarchy 3", "hierarchy 9")),
+    *((where, {"exchange": "two_phase", "overlap": True}) for where in ("encode", *FLAT[4:])),
+    *((where, {"exchange": "allgather", "apply": "optimizer"}) for where in ("encode", "close")),
 ]
 
 

@@ -47,8 +47,8 @@ def test_the_wish_to_stop_travels_with_the_last_number(comm: MPI.Comm, last: int
     assert session.call(np.array([0, last], np.int64))[:, 1].tolist() == [last] * comm.size
     assert session.stopping
     session.wants_stop = False
-    session.call(np.array([0, last], np.int64))
-    assert not session.stopping
+    assert session.call(np.array([0, last], np.int64))[:, 1].tolist() == [last] * comm.size
+    assert session.stopping, "also when who was asked is gone"
 
 
 def test_who_meets_tells_a_number(comm: MPI.Comm) -> None:
