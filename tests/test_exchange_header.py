@@ -138,7 +138,7 @@ def test_all_have_joined_only_if_each_has() -> None:
 
 def test_the_wish_to_stop_travels_beside_the_count_of_steps_sat_out() -> None:
     session = rounds.session()
-    for wish in (True, False):
+    for wish in (False, True):
         session.wants_stop = wish
         assert rounds.shake_hands(parts.parameters((3,)), 0, 4).joined_for == (4,)
         assert session.stopping == wish

@@ -182,7 +182,7 @@ class MpisignCallback(TrainerCallback):
     @staticmethod
     def _has_best(state: Any) -> bool:
         """Whether rank 0 has loaded the best model; others, which save none, know of none."""
-        return bool(broadcast(torch.tensor(state.best_model_checkpoint is not None)))
+        return bool(broadcast(torch.tensor(state.best_model_checkpoint is not None, device="cpu")))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
         """Add what the latest step did."""

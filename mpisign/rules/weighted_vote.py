@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -56,10 +57,13 @@ class WeightedVote(PieceRule):
         ballots = [message[0] & its for message, its in zip(messages, nonzeros, strict=True)]
         backend.majority(ballots, out[0], ties="zero", nonzeros=nonzeros, out_nonzero=out[1])
         counts = [
-            torch.stack([torch.as_tensor(count) for count in backend.agreement(ballot, out[0], 32 * k, its, out[1])])
+            backend.agreement(ballot, out[0], 32 * k, its, out[1])
             for ballot, its in zip(ballots, nonzeros, strict=True)
         ]
-        weights = [weight(both - same, both) for same, both in torch.stack(counts).tolist()]  # with one wait
+        told: list[Any] = list(counts)
+        if backend.together:  # with one wait
+            told = torch.stack([torch.stack(pair) for pair in told]).tolist()
+        weights = [weight(both - same, both) for same, both in told]
         for span in backend.blocks(32 * k):
             here = slice(span.start // 32, words_for(span.stop))
             total = torch.zeros(span.stop - span.start, device=out.device)
