@@ -17,21 +17,19 @@ from mpisign.places import rank
 from mpisign.session import is_initialized
 from mpisign.wrapping import wants_closure
 
-__all__ = ["forbid_alone", "sgd_numbers", "step", "step_sink"]
+__all__ = ["count_step", "forbid_alone", "sgd_numbers", "step", "step_sink"]
 
 _told: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # by their wrappers, to step now
 
 
-def step(optimizer: Optimizer, applied: bool = False) -> None:
-    """Let a wrapped optimizer apply what is decided. Raises :class:`OptionError` if it asks for a closure.
+def count_step(optimizer: Optimizer) -> None:
+    """Let a scheduler hear of a step that was done in the wrapped optimizer's place."""
+    if "step" in vars(optimizer):
+        optimizer._opt_called = True  # type: ignore[attr-defined]
 
-    Args:
-        applied: this has been done in its place, and only a scheduler, which counts steps, must hear of it.
-    """
-    if applied:
-        if "step" in vars(optimizer):
-            optimizer._opt_called = True  # type: ignore[attr-defined]
-        return
+
+def step(optimizer: Optimizer) -> None:
+    """Let a wrapped optimizer apply what is decided. Raises :class:`OptionError` if it asks for a closure."""
     _told.add(optimizer)
     try:
         with torch.inference_mode(False):  # what it keeps could not be changed outside of that mode

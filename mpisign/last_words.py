@@ -12,7 +12,7 @@ from typing import Any
 from mpisign.exit_words import is_told
 from mpisign.processes import die, end_at_once
 
-__all__ = ["LastWords", "end_with"]
+__all__ = ["LastWords", "end_alone", "end_with"]
 
 
 class LastWords:
@@ -46,6 +46,11 @@ class LastWords:
             sys.excepthook = self._previous
 
 
+def end_alone(code: int) -> None:
+    """End this process at once, so that the others see it, and go on."""
+    end_at_once(code) if is_told() else die()
+
+
 def end_with(session: Any, code: int, why: str) -> None:
     """End the whole job as this process fails, or this process alone, where the others can go on.
 
@@ -58,6 +63,6 @@ def end_with(session: Any, code: int, why: str) -> None:
     from mpi4py import MPI
 
     if session.membership is not None:
-        end_at_once(code) if is_told() else die()  # either way the others see it, and go on
+        end_alone(code)
     elif not MPI.Is_finalized():
         session.watchdog.abort(f"rank {session.rank} of {session.size} {why}", code)

@@ -31,10 +31,10 @@ import numpy as np
 
 from mpisign import heartbeat
 from mpisign.errors import MembershipChangedError
-from mpisign.exit_words import is_told
 from mpisign.group import Group
+from mpisign.last_words import end_alone
 from mpisign.positions import BODY, CLOSING, DONE, FAILED, Position
-from mpisign.processes import die, end_at_once, end_without_mpi, watch_exit
+from mpisign.processes import end_without_mpi, watch_exit
 from mpisign.regrouping import Job, Living
 from mpisign.spares import Spares
 from mpisign.survival import is_loss
@@ -387,7 +387,7 @@ class Membership:
         self.without_mpi()
         if threading.current_thread() is threading.main_thread():
             sys.exit(QUORUM_EXIT_CODE)
-        end_at_once(QUORUM_EXIT_CODE) if is_told() else die()  # either way the others see it, and go on
+        end_alone(QUORUM_EXIT_CODE)
 
     def _settle(self, positions: Sequence[Position], act: Act | None) -> bool:
         """Let the last act count for all, or for none. Returns whether this rank's does."""

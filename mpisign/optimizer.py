@@ -293,7 +293,7 @@ class DistributedSignOptimizer(Planned):
             if self.report is not None and not self.report.skipped:
                 if self._skip:
                     self._checks.applied(self.wrapped)
-                applying.step(self.wrapped, applied)
+                (applying.count_step if applied else applying.step)(self.wrapped)
         return loss
 
     def _step_and_mix(self, plan: Plan) -> None:

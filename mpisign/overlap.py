@@ -80,7 +80,6 @@ class Overlap:
     _scaled: bool  # by a GradScaler
     _counts: list[int]  # by parameter, how often its gradient was added to
     _marks: list[tuple[Callable[[], Any], int]]  # by parameter, its gradient, and which version of that was there
-    _streams: set[torch.cuda.Stream]  # on which gradients are made
     _rates: list[float]  # of what memories follow, when the first message was made
 
     def __init__(self, option: bool | str, passes: int) -> None:
@@ -209,7 +208,6 @@ class Overlap:
     def _restart(self, plan: Plan | None) -> None:
         count = 0 if plan is None else len(plan.layout.parameters)
         self._plan, self._counts, self._marks, self._rates = plan, [0] * count, [_NOTHING] * count, []
-        self._streams = set()
         self._round, self._fault, self._reason, self._dropped, self._scaled = None, None, "", False, False
         _under_way.discard(self)
 
@@ -245,8 +243,7 @@ class Overlap:
         if owner is None or owner._synchronized or not is_initialized():
             return
         self._counts[place] += 1
-        if parameter.is_cuda:  # backward is where forward was, which may have been on several
-            self._streams.add(torch.cuda.current_stream(parameter.device))
+        self._plan.use.comes_after_this()
         gradient = parameter.grad
         if self._counts[place] < self._passes or gradient is None or self._fault is not None:
             return
@@ -276,8 +273,6 @@ class Overlap:
                 self._set_out(owner, plan)
             a_round = self._round
             assert a_round is not None
-            for stream in self._streams:
-                torch.cuda.current_stream(stream.device).wait_stream(stream)
             while self._goes_on(plan, a_round):
                 batch = plan.batches[a_round.submitted]
                 try:

@@ -392,10 +392,11 @@ def _shutdown_at_exit() -> None:
     It waits for every process that mpirun has started. If some are no ranks of this group, they may train for long yet.
     """
     its, code = _session, exit_code()
-    alone = its is None or its.membership is None or its.ended or its.size == 1
-    if its is not None and not alone and code not in (0, REQUEUE_EXIT_CODE):
-        logger.error("rank %d has called sys.exit(%d)", its.rank, code)
-        end_with(its, code, "")
+    failed = code not in (0, REQUEUE_EXIT_CODE)
+    if failed and its is not None and its.membership is not None and not its.ended and its.size > 1:
+        why = f"has called sys.exit({code})"
+        logger.error("rank %d %s", its.rank, why)
+        end_with(its, code, why)
     shutdown()
     process, seconds = _finalize_timeout
     if process != os.getpid() or seconds is None:

@@ -189,7 +189,8 @@ class Encoder:
 
     def _are_sound(self, gradients: Sequence[torch.Tensor | None]) -> bool:
         """Whether all are finite, where asking once saves asking for each: a GPU is waited for."""
-        if not (self._backend.together and self.method.memory.fields) or self._unscale > 1.0:
+        memory = self.method.memory
+        if not (self._backend.together and memory.fields) or memory.needs_all or self._unscale > 1.0:
             return False
         return int(self._backend.first_bad(gradients)) >= len(gradients)
 

@@ -56,6 +56,7 @@ class Use:
         self.channels: Channels | None = None
         self._device = device
         self._aside: torch.cuda.Stream | None = None
+        self._others: set[torch.cuda.Stream] = set()
         self._ended: torch.cuda.Event | None = None
         if device.type == "cuda":
             self._ended = torch.cuda.Event()
@@ -76,10 +77,17 @@ class Use:
                 self._aside = self._aside or torch.cuda.Stream(self._device)
                 stack.enter_context(torch.cuda.stream(self._aside))
             torch.cuda.current_stream().wait_event(ended)
+            while self._others and not aside:
+                torch.cuda.current_stream().wait_stream(self._others.pop())
             try:
                 yield
             finally:
                 ended.record()
+
+    def comes_after_this(self) -> None:
+        """Let the next use wait for what the current stream has to do, as gradients may be made on several."""
+        if self._ended is not None:
+            self._others.add(torch.cuda.current_stream(self._device))
 
     def over(self) -> None:
         """Wait until nobody uses them, on whatever stream: they may be given away then."""
