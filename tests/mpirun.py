@@ -68,11 +68,17 @@ class Job:
         return self.processes()
 
     def end(self) -> None:
-        """Kill what is left. Ranks have process groups of their own, so the session is what finds them."""
-        for pid in self.processes():
+        """Kill what is left. Ranks have process groups of their own, so the session is what finds them.
+
+        An mpirun that is killed leaves its folder, and the next one of the same process number would not start.
+        """
+        left = self.processes()
+        for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        for pid in left:
+            shutil.rmtree(Path(tempfile.gettempdir(), f"ompi.{pid}"), ignore_errors=True)
 
 
 def wait_until(condition: Callable[[], bool], timeout: float) -> None:

@@ -151,6 +151,8 @@ def wait() -> None:
     Raises:
         CheckpointError: on every rank, naming the rank that could not write and why.
     """
+    if _pending is not None:
+        current("checkpoint.wait()")  # or an error, each time: a forked child finishes nothing
     _finish(collective("checkpoint.wait()"))
 
 
