@@ -332,18 +332,24 @@ def final_loss(training: Training) -> float | None:
 class _Deal:
     """What is had of one deal."""
 
-    def __init__(self, ranks: int, left: int) -> None:
-        self.ranks, self.left = ranks, left
+    def __init__(self, members: Sequence[int], left: int) -> None:
+        self.members, self.left = members, left
         self.handed = self.again = 0
 
 
 def _samples(training: Training) -> Iterator[str]:
-    """In each epoch every sample counts once, but for those that are dealt twice so that all ranks get as many."""
+    """In each epoch every sample counts once, but for those that are dealt twice so that all ranks get as many.
+
+    A relaunch of as many ranks goes on within the window and the deal in which its checkpoint was saved. Of another
+    number it gives up what was in no exchange, unless ranks had changed: then it had been dealt anew before the save.
+    """
     counted: Counter[int] = Counter()
     pending: list[tuple[int, int, list[int]]] = []
     taken = {id(launch): _taken(launch) for launch in training.launches}
-    deal = _Deal(0, training.samples)
+    deal = _Deal((), training.samples)
     problems: list[str] = []
+    latest: Sequence[int] = ()  # who was in the last exchange
+    resumed = False
 
     def settle(members: Sequence[int] | None, until: float = math.inf) -> None:
         for step, rank, samples in pending:
@@ -353,21 +359,31 @@ def _samples(training: Training) -> Iterator[str]:
         pending[:] = [its for its in pending if its[0] > until]
 
     def close() -> None:
-        if deal.again > max(0, deal.handed - deal.left):
+        if deal.again > max(0, min(deal.handed - deal.left, len(deal.members) - 1)):
             problems.append(f"{deal.again} samples have counted twice; {deal.left} were left, {deal.handed} dealt")
 
     for launch, record in history(training):
         what = record["what"]
-        if what == "deal":
-            settle(record["members"])
-            close()
-            deal = _Deal(len(record["members"]), training.samples - len(counted))
+        if what == "begin" and not record["came"]:
+            resumed = launch is not training.launches[0]
+        elif what == "deal":
+            members = record["members"]
+            if resumed and latest == deal.members and len(latest) == len(members):
+                now = dict(zip(latest, members, strict=True))
+                pending[:] = [(step, now[rank], samples) for step, rank, samples in pending if rank in now]
+                deal.members = latest = members
+            else:
+                settle(members if not resumed else latest if latest != deal.members else ())
+                close()
+                deal = _Deal(members, training.samples - len(counted))
+            resumed = False
         elif what == "commit":
             its = taken[id(launch)].get(record["step"], {})
             pending += [(record["step"], rank, samples) for rank, samples in its.items()]
-            deal.handed += deal.ranks * max((len(samples) for samples in its.values()), default=0)
+            deal.handed += len(deal.members) * max((len(samples) for samples in its.values()), default=0)
             if "exchange" in record:
-                settle(record["members"], record["step"] - record.get("later", 0))
+                latest = record["members"]
+                settle(latest, record["step"] - record.get("later", 0))
         elif what == "epoch":
             settle(None)
             close()
@@ -377,7 +393,7 @@ def _samples(training: Training) -> Iterator[str]:
             yield from (f"epoch {record['epoch']}: {problem}" for problem in problems)
             problems.clear()
             counted.clear()
-            deal = _Deal(0, training.samples)
+            deal, resumed = _Deal((), training.samples), False
 
 
 def _taken(launch: Outcome) -> dict[int, dict[int, list[int]]]:

@@ -358,6 +358,40 @@ def test_a_relaunch_goes_on(load: Callable[[str], ModuleType], relaunched: Any) 
     assert load("chaos_times").redone(relaunched) == 0
 
 
+def in_a_window(job: ModuleType, number: int, members: list[int], begun: int, takes: list[list[int]]) -> Any:
+    """A launch that takes samples in turn, by step; what its second step decides is on the first one's alone."""
+    its: dict[int, Records] = {}
+    for place, rank in enumerate(members):
+        its[rank] = [{"what": "begin", "step": begun, "epoch": 0, "crc": 1000 + begun, "came": False}]
+        its[rank] += [{"what": "deal", "step": begun, "epoch": 0, "members": members}]
+        for step, taken in enumerate(takes, begun + 1):
+            its[rank] += [{"what": "take", "step": step, "samples": taken[place :: len(members)]}]
+            its[rank] += [{**commit_of(step), "crc": 1000 + step, "members": members, "later": 1}]
+        if number:
+            its[rank] += [{"what": "epoch", "step": begun + len(takes), "epoch": 0}]
+    return job.Outcome(number, len(members), 1, 0.0, 1.0, 0, its)
+
+
+@pytest.mark.parametrize(
+    ("members", "takes", "good"),
+    [
+        ([0, 1, 2], [[6, 7, 8], [9, 10, 11]], True),
+        ([0, 1, 2], [[3, 4, 5], [6, 7, 8], [9, 10, 11]], False),
+        ([0, 1], [[3, 4, 5, 6], [7, 8, 9, 10, 11, 3]], True),
+        ([0, 1], [[6, 7, 8], [9, 10, 11]], False),
+    ],
+    ids=["goes on", "goes back", "gives up what another number cannot go on with", "leaves it out"],
+)
+def test_what_a_relaunch_within_a_window_takes(
+    load: Callable[[str], ModuleType], members: list[int], takes: list[list[int]], good: bool
+) -> None:
+    """Rank 4 was a spare; of samples 3 to 5 the checkpoint's window says nothing yet."""
+    job, checks = load("chaos_job"), load("chaos_checks")
+    launches = [in_a_window(job, 0, [0, 1, 4], 0, [[0, 1, 2], [3, 4, 5]]), in_a_window(job, 1, members, 2, takes)]
+    training = checks.Training(0, "every-delay", 3, False, SAMPLES, None, launches)
+    assert ("samples" in found(load, training)) is not good
+
+
 @pytest.mark.parametrize(("what", "value"), [("step", 1), ("crc", 7)])
 def test_a_relaunch_from_elsewhere_is_found(
     load: Callable[[str], ModuleType], relaunched: Any, what: str, value: int
