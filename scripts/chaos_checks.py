@@ -68,6 +68,12 @@ class Training:
     launches: list[Outcome] = field(default_factory=list)
     struck: list[Struck] = field(default_factory=list)
 
+    def add(self, launch: Outcome) -> None:
+        """Another launch has come to its end."""
+        if self.launches:
+            self.launches[-1].kept = resumed_from(launch) or 0
+        self.launches.append(launch)
+
 
 def check(training: Training) -> list[Problem]:
     """All that is wrong, but for the loss."""
@@ -95,7 +101,7 @@ def counting(launch: Outcome, rank: int) -> list[Record]:
     its = commits(launch.records[rank])
     if rank in launch.killed:
         last = max((at for at, record in enumerate(its) if "exchange" in record), default=len(its))
-        return its[:last]
+        return its[: last + (last < len(its) and its[last]["step"] <= launch.kept)]
     return its
 
 

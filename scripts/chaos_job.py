@@ -91,6 +91,7 @@ class Outcome:
         left: processes, and files in shared memory and among the temporary ones, that were left behind.
         text: what was printed.
         codes: by rank, how it has ended; on hosts, whose last words are lost at times.
+        kept: the step of the checkpoint from which the next launch has gone on, by which that step has counted.
     """
 
     number: int
@@ -105,6 +106,7 @@ class Outcome:
     left: list[str] = field(default_factory=list)
     text: str = ""
     codes: dict[int, int | None] = field(default_factory=dict)
+    kept: int = 0
 
 
 class Launch:

@@ -126,7 +126,7 @@ def run(plan: Plan, seed: int) -> tuple[Training, list[Problem]]:
                 except HangError as error:
                     hang = str(error)
                 outcome = launch.finish(hang=hang)
-            training.launches.append(outcome)
+            training.add(outcome)
             if outcome.hang or not outcome.code or not outcome.killed:
                 break
         problems = check(training)
@@ -228,7 +228,7 @@ def goodput(plan: Plan, between: float | None, *, survives: bool, seconds: float
                         deaths += 1
                     assert between is not None
                     following = max(following, time.monotonic()) + dice.expovariate(1 / between)
-                training.launches.append(launch.finish())
+                training.add(launch.finish())
             if hang := training.launches[-1].hang:
                 raise HangError(hang)
         samples = samples_by(training, BATCH_SIZE, until)

@@ -353,6 +353,18 @@ def commit_of(step: int) -> dict[str, Any]:
     return {**its, "generation": 0, "members": [0, 1, 2], "silent": [], "recovery": 0.0}
 
 
+def test_a_step_that_was_saved_counts_though_all_have_died_who_knew(
+    load: Callable[[str], ModuleType], relaunched: Any
+) -> None:
+    first, again = relaunched.launches
+    first.killed = [2, 0, 1]
+    assert "resumed" in found(load, relaunched)
+    relaunched.launches[:] = []
+    for launch in (first, again):
+        relaunched.add(launch)
+    assert found(load, relaunched) == set()
+
+
 def test_a_relaunch_goes_on(load: Callable[[str], ModuleType], relaunched: Any) -> None:
     assert load("chaos_checks").check(relaunched) == []
     assert load("chaos_times").redone(relaunched) == 0
