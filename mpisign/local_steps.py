@@ -352,6 +352,7 @@ class LocalSteps:
         What was on its way is given up.
         """
         act = "broadcast_optimizer_state()"
+        self.windows.take_over()
         told = self.windows.state_dict()
         told["known"] = sorted(told.pop("common"))
         del told["sent"], told["moved"]
@@ -366,6 +367,7 @@ class LocalSteps:
                 known = {place: here.get(place) for place in told["known"]}
                 told |= {"common": known, "sent": {}, "moved": []}
                 self.windows.load(self.windows.checked(told, f"rank {root_rank}"))
+                self.windows.give_up()
                 self.inner._overlap.dropped()
             except CheckpointError as error:
                 raise ConsistencyError(f"{act}: {error}") from error
