@@ -155,7 +155,8 @@ class LocalSteps:
     def _match(self, owner: Planned) -> None:
         """Let the outer optimizer have the groups and parameters that the wrapped one has by now."""
         outer, groups, parameters = self.inner.wrapped, owner.wrapped.param_groups, owner._parameters()
-        forms = [(id(p), p.shape, p.dtype, p.device, p.requires_grad) for p in parameters]
+        needs = self.windows.needs
+        forms = [(id(p), p.shape, p.dtype, p.device, p.requires_grad, needs(p)) for p in parameters]
         if forms == self._forms and len(groups) == len(outer.param_groups):
             for its, group in zip(outer.param_groups, groups, strict=True):
                 its.update(self._options(group))

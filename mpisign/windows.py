@@ -56,11 +56,14 @@ class Windows:
         self._moved &= self._common.keys()
         self._sent = {p: its for p, its in self._sent.items() if p in self._common and p.shape == its.shape}
 
+    def needs(self, parameter: torch.Tensor) -> bool:
+        """Whether it has a common value: it is trained, or was in a window that is not decided yet."""
+        return parameter.requires_grad or parameter in self._trained or parameter in self._sent
+
     def _of(self, parameter: torch.Tensor) -> torch.Tensor:
         """Its common tensor, which stays the same object, as the outer optimizer has it; a frozen one's is empty."""
         common, dtype = self._common.get(parameter), state_dtype(parameter.dtype)
-        trained = parameter.requires_grad or parameter in self._trained or parameter in self._sent
-        shape = parameter.shape if trained else torch.Size([0])
+        shape = parameter.shape if self.needs(parameter) else torch.Size([0])
         if common is not None and (common.shape, common.dtype, common.device) == (shape, dtype, parameter.device):
             return common
         if shape == parameter.shape:

@@ -299,6 +299,40 @@ def test_a_frozen_models_state_goes_back_and_forth() -> None:
         train(model, optimizer, range(2))
 
 
+@pytest.mark.parametrize(
+    "method", [mpisign.ef_signsgd(), mpisign.double_squeeze(), mpisign.centered_clipping()], ids=lambda its: its.name
+)
+def test_memories_of_frozen_parameters_are_given_up(method: mpisign.Method) -> None:
+    """A state loads whatever is frozen in the model, then and now, and so it does within one process."""
+
+    def frozen_one(state: Any) -> Any:
+        model = layers()
+        model[0].requires_grad_(False)
+        optimizer = local(model, 2, method=method)
+        optimizer.load_state_dict(state)
+        return model, optimizer
+
+    model = layers()
+    optimizer = local(model, 2, method=method)
+    train(model, optimizer, range(3))
+    whole = copy.deepcopy(optimizer.state_dict())
+    model[0].requires_grad_(False)
+    train(model, optimizer, range(3, 6))
+    frozen = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, range(6, 8))
+    model[0].requires_grad_(True)
+    optimizer.load_state_dict(frozen)
+    train(model, optimizer, range(4))
+    train(*frozen_one(frozen), range(3))
+    if not any(whole["mpisign"]["memory"].values()):
+        train(*frozen_one(whole), range(3))
+        return
+    with pytest.warns(UserWarning, match=r"parameters \[0, 1\] are frozen, and the memory .* is given up: thaw"):
+        resumed = frozen_one(whole)
+    train(*resumed, range(3))
+
+
 def test_frozen_parameters() -> None:
     """Frozen within a window: it is exchanged a last time, and then left to whoever writes it."""
     ours, optimizer, theirs, plain = pair(3)
