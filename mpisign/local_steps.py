@@ -113,7 +113,7 @@ class LocalSteps:
             raise OptionError(f"average_buffers={type(average_buffers).__name__} is no module: pass the model itself")
         self._buffers = average_buffers
         self._begun = False
-        self._forms: list[Any] = []
+        self._seen: tuple[list[Any], list[Method]] = [], []
         self.windows = Windows(owner._parameters())
         groups = [
             {"params": self.windows.common(group["params"]), **self._options(group)} for group in owner.param_groups
@@ -137,10 +137,12 @@ class LocalSteps:
             seed=owner.policy.seed,
             bucket_cap_mb=owner.bucket_cap_mb,
             apply=owner.apply,
-            overlap=self.delay > 0,
             audit=owner.audit,
             buddy_every=owner.buddy_every,
         )
+        if self.delay:  # said later, as a method that needs all gradients first has them: its messages just wait
+            self.inner.overlap = True
+            self.inner._drop_plan()
         self._listen()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -155,22 +157,31 @@ class LocalSteps:
     def _match(self, owner: Planned) -> None:
         """Let the outer optimizer have the groups and parameters that the wrapped one has by now."""
         outer, groups, parameters = self.inner.wrapped, owner.wrapped.param_groups, owner._parameters()
-        needs = self.windows.needs
-        forms = [(id(p), p.shape, p.dtype, p.device, p.requires_grad, needs(p)) for p in parameters]
-        if forms == self._forms and len(groups) == len(outer.param_groups):
+        needs, methods = self.windows.needs, owner._methods()
+        forms = [
+            (at, id(p), p.shape, p.dtype, p.device, p.requires_grad, needs(p))
+            for at, group in enumerate(groups)
+            for p in group["params"]
+        ]
+        seen = forms, methods
+        if seen == self._seen and len(groups) == len(outer.param_groups):
             for its, group in zip(outer.param_groups, groups, strict=True):
                 its.update(self._options(group))
             return
         names = self._checked(owner)
-        self._forms = forms
+        self._seen = seen
         self.windows.follow(parameters)
         for at, group in enumerate(groups):
             its = {"params": self.windows.common(group["params"]), **self._options(group)}
             if at == len(outer.param_groups):
                 outer.add_param_group(its)
             else:
+                outer.param_groups[at].pop("method", None)
                 outer.param_groups[at].update(its)
         del outer.param_groups[len(groups) :]
+        for gone in outer.state.keys() - set(self.windows.common(parameters)):
+            if isinstance(gone, torch.Tensor):
+                del outer.state[gone]
         pairs = zip(parameters, self.windows.common(parameters), strict=True)
         self.inner._names = {common: names[parameter] for parameter, common in pairs}
 
@@ -343,6 +354,8 @@ class LocalSteps:
 
     def in_common(self, owner: Planned) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and values of what is the same on all ranks, besides what the outer optimizer keeps."""
+        with plain():
+            self._match(owner)
         names = self.inner._names
         pairs = zip(owner._parameters(), self.inner._parameters(), strict=True)
         yield from ((f"the common {names[c]!r}", c.detach()) for p, c in pairs if p.requires_grad)

@@ -253,6 +253,34 @@ def test_a_group_added_later_is_looked_at_too() -> None:
         optimizer.step()
 
 
+def test_a_method_that_a_group_gets_later_is_looked_at_too() -> None:
+    model = layers()
+    optimizer = local(model)
+    train(model, optimizer, range(1))
+    optimizer.param_groups[0]["method"] = mpisign.scaled_vote()
+    train(model, optimizer, range(1, 3))
+    optimizer.param_groups[0]["method"] = mpisign.signum()
+    for _ in range(2):
+        with pytest.raises(OptionError, match=r"every= and method=signum.* need a rate"):
+            train(model, optimizer, range(3, 4))
+
+
+def test_groups_that_come_and_go_between_steps() -> None:
+    """What is compared or saved before the next step is of the groups that there are by now."""
+    model, more = layers(), nn.Linear(2, 2).double()
+    optimizer = local(model, 2, outer=lambda its: SGD(its, lr=0.7, momentum=0.9))
+    train(model, optimizer, range(2))
+    optimizer.add_param_group({"params": list(more.parameters())})
+    mpisign.check_consistency(nn.ModuleList([model, more]), optimizer)
+    train(nn.Sequential(model, more), optimizer, range(2, 4))
+    for parameter in optimizer.param_groups.pop(1)["params"]:
+        del optimizer.state[parameter]
+    assert optimizer.outer is not None
+    optimizer.state_dict()
+    assert len(optimizer.outer.state) == 4
+    train(model, optimizer, range(4, 6))
+
+
 def test_momentum_does_not_move_what_is_frozen() -> None:
     """Though its last gradient is left."""
     model, _, _, _ = pair(2)

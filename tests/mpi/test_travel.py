@@ -107,6 +107,7 @@ def test_late_decisions_are_the_oracles(comm: MPI.Comm, decide: Decide, delay: i
         mpisign.ef_signsgd(),
         mpisign.double_squeeze(),
         mpisign.top_k(0.3),
+        mpisign.dgc(0.3, clip=1.0),
         mpisign.stc(0.3),
         mpisign.qsgd(),
         mpisign.krum(0),
@@ -124,6 +125,7 @@ def test_what_has_left_early_is_what_leaves_in_the_step(comm: MPI.Comm, method: 
         optimizer = wrap(
             tensors, 2, delay=1, method=method, outer=lambda parameters: SGD(parameters, lr=0.1, momentum=0.5)
         )
+        optimizer.set_epoch(0)
         for at in range(9):
             train(optimizer, tensors, range(at, at + 1), comm.rank)
             if optimizer._local.windows.is_undecided:
