@@ -23,7 +23,7 @@ from mpisign.bitmap.tensors import is_dense
 from mpisign.buddies import Buddies
 from mpisign.codecs import SignBits, Trits
 from mpisign.collectives import average
-from mpisign.errors import CheckpointError, ConsistencyError, OptionError, SynchronizationError
+from mpisign.errors import CheckpointError, ConsistencyError, GradientError, OptionError, SynchronizationError
 from mpisign.exchange import header
 from mpisign.exchange.local import clipped
 from mpisign.layout import check_supported
@@ -224,6 +224,13 @@ class LocalSteps:
             for parameter in moving:
                 if (gradient := parameter.grad) is not None and gradient.is_sparse:
                     parameter.grad = gradient.coalesce()  # of rows that come twice the sum has the norm
+                if unscale != 1.0 and gradient is not None and gradient.dtype == torch.float16:
+                    name = self.inner._names[self.windows.common([parameter])[0]]
+                    raise GradientError(
+                        f"rank {current().rank}: the gradient of {name!r} is {gradient.dtype}, in which a GradScaler's "
+                        f"scale cannot be taken out of it: what is small would be 0. Keep the parameters in float32, "
+                        f"and compute the loss under torch.autocast(..., dtype=torch.float16)"
+                    )
             finite = abstention == header.VOTES and _prepared([p.grad for p in moving], unscale, owner.clip_grad_norm)
             owner._checks.stepped(finite)
         if finite:

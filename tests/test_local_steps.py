@@ -356,7 +356,7 @@ def test_memories_of_frozen_parameters_are_given_up(method: mpisign.Method) -> N
     if not any(whole["mpisign"]["memory"].values()):
         train(*frozen_one(whole), range(3))
         return
-    with pytest.warns(UserWarning, match=r"parameters \[0, 1\] are frozen, and the memory .* is given up: thaw"):
+    with pytest.warns(UserWarning, match=r"parameters \[0, 1\] are frozen, and the memory .* up: thaw those"):
         resumed = frozen_one(whole)
     train(*resumed, range(3))
 
@@ -442,6 +442,19 @@ def test_a_grad_scaler_works_as_with_the_plain_optimizer(unscaled_before: bool) 
     assert scales == [2.0**11] * 2, "halved once, doubled twice"
     assert same(ours, theirs)
     assert optimizer.report.step == 1, "of two windows"
+
+
+def test_a_loss_scale_is_not_taken_out_of_float16() -> None:
+    """As torch refuses to: it is there for what float16 could not hold without it."""
+    tensor = nn.Parameter(torch.zeros(3, dtype=torch.float16))
+    optimizer = DistributedSignOptimizer(SGD([tensor], lr=1.0), [("weight", tensor)], every=2, method=mpisign.mean())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler.scale(torch.zeros(()))
+    tensor.grad = torch.full_like(tensor, 2.0**-10)
+    with pytest.raises(GradientError, match=r"rank 0: the gradient of 'weight' is torch\.float16.* in float32"):
+        scaler.step(optimizer)
+    optimizer.step()
+    assert tensor.tolist() == [-(2.0**-10)] * 3
 
 
 def test_a_nan_is_no_step_and_a_window_of_them_no_vote() -> None:

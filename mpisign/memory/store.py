@@ -400,8 +400,8 @@ class MemoryStore:
                 given_up.append(place)
         if given_up:
             warn(
-                f"rank {group.rank}: parameters {given_up} are frozen, and the memory ({', '.join(dict.fromkeys(names))}) that was "
-                f"saved of them is given up: thaw those that will be trained before load_state_dict()"
+                f"rank {group.rank}: parameters {given_up} are frozen, and the memory that was saved of them is given "
+                f"up: thaw those that will be trained before load_state_dict()"
             )
         for place, pieces in saved["pieces"].items():
             parameter = parameters[place]
