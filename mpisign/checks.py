@@ -50,7 +50,8 @@ class StepChecks:
         applied = self._hyperparameters.tell(optimizer, step)
         if self._hyperparameters.changed:  # schedulers may turn momentum on
             self.options(optimizer, methods)
-        gradients = self._alike.digest(values, plan.group.size)
+        private = any(method.memory.private for method in plan.layout.methods)
+        gradients = 0 if private else self._alike.digest(values, plan.group.size)  # which would tell of data
         lines = self._hyperparameters.lines
         return Intent(applied=applied, lines=lines, gradients=gradients, lateness=self._lateness)
 

@@ -23,7 +23,7 @@ from mpisign.bitmap.tensors import is_dense
 from mpisign.buddies import Buddies
 from mpisign.codecs import SignBits, Trits
 from mpisign.collectives import average
-from mpisign.errors import CheckpointError, ConsistencyError, OptionError, SynchronizationError
+from mpisign.errors import CheckpointError, ConsistencyError, GradientError, OptionError, SynchronizationError
 from mpisign.exchange import header
 from mpisign.exchange.local import clipped
 from mpisign.layout import check_supported
@@ -113,7 +113,7 @@ class LocalSteps:
             raise OptionError(f"average_buffers={type(average_buffers).__name__} is no module: pass the model itself")
         self._buffers = average_buffers
         self._begun = False
-        self._forms: list[Any] = []
+        self._seen: tuple[list[Any], list[Method]] = [], []
         self.windows = Windows(owner._parameters())
         groups = [
             {"params": self.windows.common(group["params"]), **self._options(group)} for group in owner.param_groups
@@ -137,10 +137,12 @@ class LocalSteps:
             seed=owner.policy.seed,
             bucket_cap_mb=owner.bucket_cap_mb,
             apply=owner.apply,
-            overlap=self.delay > 0,
             audit=owner.audit,
             buddy_every=owner.buddy_every,
         )
+        if self.delay:  # said later, as a method that needs all gradients first has them: its messages just wait
+            self.inner.overlap = True
+            self.inner._drop_plan()
         self._listen()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -155,21 +157,31 @@ class LocalSteps:
     def _match(self, owner: Planned) -> None:
         """Let the outer optimizer have the groups and parameters that the wrapped one has by now."""
         outer, groups, parameters = self.inner.wrapped, owner.wrapped.param_groups, owner._parameters()
-        forms = [(id(p), p.shape, p.dtype, p.device, p.requires_grad) for p in parameters]
-        if forms == self._forms and len(groups) == len(outer.param_groups):
+        needs, methods = self.windows.needs, owner._methods()
+        forms = [
+            (at, id(p), p.shape, p.dtype, p.device, p.requires_grad, needs(p))
+            for at, group in enumerate(groups)
+            for p in group["params"]
+        ]
+        seen = forms, methods
+        if seen == self._seen and len(groups) == len(outer.param_groups):
             for its, group in zip(outer.param_groups, groups, strict=True):
                 its.update(self._options(group))
             return
         names = self._checked(owner)
-        self._forms = forms
+        self._seen = seen
         self.windows.follow(parameters)
         for at, group in enumerate(groups):
             its = {"params": self.windows.common(group["params"]), **self._options(group)}
             if at == len(outer.param_groups):
                 outer.add_param_group(its)
             else:
+                outer.param_groups[at].pop("method", None)
                 outer.param_groups[at].update(its)
         del outer.param_groups[len(groups) :]
+        for gone in outer.state.keys() - set(self.windows.common(parameters)):
+            if isinstance(gone, torch.Tensor):
+                del outer.state[gone]
         pairs = zip(parameters, self.windows.common(parameters), strict=True)
         self.inner._names = {common: names[parameter] for parameter, common in pairs}
 
@@ -212,6 +224,13 @@ class LocalSteps:
             for parameter in moving:
                 if (gradient := parameter.grad) is not None and gradient.is_sparse:
                     parameter.grad = gradient.coalesce()  # of rows that come twice the sum has the norm
+                if unscale != 1.0 and gradient is not None and gradient.dtype == torch.float16:
+                    name = self.inner._names[self.windows.common([parameter])[0]]
+                    raise GradientError(
+                        f"rank {current().rank}: the gradient of {name!r} is {gradient.dtype}, in which a GradScaler's "
+                        f"scale cannot be taken out of it: what is small would be 0. Keep the parameters in float32, "
+                        f"and compute the loss under torch.autocast(..., dtype=torch.float16)"
+                    )
             finite = abstention == header.VOTES and _prepared([p.grad for p in moving], unscale, owner.clip_grad_norm)
             owner._checks.stepped(finite)
         if finite:
@@ -342,6 +361,8 @@ class LocalSteps:
 
     def in_common(self, owner: Planned) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and values of what is the same on all ranks, besides what the outer optimizer keeps."""
+        with plain():
+            self._match(owner)
         names = self.inner._names
         pairs = zip(owner._parameters(), self.inner._parameters(), strict=True)
         yield from ((f"the common {names[c]!r}", c.detach()) for p, c in pairs if p.requires_grad)
@@ -352,6 +373,7 @@ class LocalSteps:
         What was on its way is given up.
         """
         act = "broadcast_optimizer_state()"
+        self.windows.take_over()
         told = self.windows.state_dict()
         told["known"] = sorted(told.pop("common"))
         del told["sent"], told["moved"]
@@ -366,6 +388,7 @@ class LocalSteps:
                 known = {place: here.get(place) for place in told["known"]}
                 told |= {"common": known, "sent": {}, "moved": []}
                 self.windows.load(self.windows.checked(told, f"rank {root_rank}"))
+                self.windows.give_up()
                 self.inner._overlap.dropped()
             except CheckpointError as error:
                 raise ConsistencyError(f"{act}: {error}") from error

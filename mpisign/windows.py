@@ -26,7 +26,8 @@ class Windows:
 
     A window begins with equal parameters, ``local == common`` in the model's precision. What its owner writes into the
     model then (a loaded state, a broadcast) is taken over into the common ones; what is written later in a window is
-    a part of the rank's difference.
+    a part of the rank's difference. Differences are from what the local ones began with, which in 16 bits is not quite
+    what is common: what rounding has taken from that is no motion.
 
     Where a decision comes later than the window's end, what was sent is kept until then, and the next window goes on
     from it: its difference is what a rank has done since.
@@ -49,17 +50,20 @@ class Windows:
     def follow(self, parameters: Sequence[torch.Tensor]) -> None:
         """Take note of parameters that were added or removed, or have moved to another device or type."""
         self._common = {parameter: self._of(parameter) for parameter in parameters}
-        self._known &= self._common.keys()
+        self._known = {p for p in self._known if p in self._common and self._common[p].shape == p.shape}
         self._touched &= self._common.keys()
         self._trained &= self._common.keys()
         self._moved &= self._common.keys()
         self._sent = {p: its for p, its in self._sent.items() if p in self._common and p.shape == its.shape}
 
+    def needs(self, parameter: torch.Tensor) -> bool:
+        """Whether it has a common value: it is trained, or was in a window that is not decided yet."""
+        return parameter.requires_grad or parameter in self._trained or parameter in self._sent
+
     def _of(self, parameter: torch.Tensor) -> torch.Tensor:
         """Its common tensor, which stays the same object, as the outer optimizer has it; a frozen one's is empty."""
         common, dtype = self._common.get(parameter), state_dtype(parameter.dtype)
-        trained = parameter.requires_grad or parameter in self._trained or parameter in self._sent
-        shape = parameter.shape if trained else torch.Size([0])
+        shape = parameter.shape if self.needs(parameter) else torch.Size([0])
         if common is not None and (common.shape, common.dtype, common.device) == (shape, dtype, parameter.device):
             return common
         if shape == parameter.shape:
@@ -84,12 +88,21 @@ class Windows:
         """Before a step, or before sitting out: a window that begins takes over what its owner has written."""
         self._trained.update(parameter for parameter in self._common if parameter.requires_grad)
         self._known &= self._trained.union(self._sent)
-        written = self._apart(self._known) if not self.is_apart else []
-        for parameter in (*written, *(self._trained - self._known)):
+        self.take_over()
+        for parameter in self._trained - self._known:
             self._common[parameter].detach().copy_(parameter.detach())
         self._known |= self._trained
         for parameter, common in self._common.items():
             common.requires_grad_(parameter in self._known)
+
+    def _written(self) -> list[torch.Tensor]:
+        """Those into which their owner has written what is to be common."""
+        return [] if self.is_apart else self._apart(self._known)
+
+    def take_over(self) -> None:
+        """Let what was written into the model before its window has begun be common."""
+        for parameter in self._written():
+            self._common[parameter].detach().copy_(parameter.detach())
 
     def stepped(self, moved: Sequence[torch.Tensor]) -> None:
         """A step was called, in which these parameters had a gradient that was applied."""
@@ -97,7 +110,7 @@ class Windows:
         self._touched.update(moved)
 
     def differ(self) -> None:
-        """Leave in each common tensor's ``grad`` by how much it exceeds the local one; None where nothing has moved."""
+        """Leave in each common tensor's ``grad`` how far the local one has gone down; None where nothing has moved."""
         self._differ({parameter: parameter.detach() for parameter in self._all_moved()})
 
     def _all_moved(self) -> set[torch.Tensor]:
@@ -105,8 +118,8 @@ class Windows:
 
     def _differ(self, values: Mapping[torch.Tensor, torch.Tensor]) -> None:
         for parameter, common in self._common.items():
-            its = values.get(parameter)
-            common.grad = None if its is None else common.detach() - its.to(common)
+            its, began = values.get(parameter), common.detach().to(parameter.dtype).to(common.dtype)
+            common.grad = None if its is None else began - its.to(common)
 
     def _apart(self, parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """Those that do not hold their common value. However they were written: by ``.data``, say."""
@@ -125,6 +138,11 @@ class Windows:
                 parameter.detach().copy_(common.detach())
         self.position, self._touched, self._trained = 0, set(), set()
 
+    def give_up(self) -> None:
+        """Go on from the common parameters where no window has begun, whatever the local ones are."""
+        for parameter in self._written():
+            parameter.detach().copy_(self._common[parameter].detach())
+
     def part(self) -> None:
         """Begin a new window, while it is not decided yet how the common parameters move by what was done in this."""
         self._moved = self._all_moved()
@@ -136,11 +154,15 @@ class Windows:
         self._differ({parameter: self._sent[parameter] for parameter in self._moved.intersection(self._sent)})
 
     def meet(self) -> None:
-        """Go on from the common parameters, which have moved, and what was done here since the last window's end."""
+        """Go on from the common parameters, which have moved, and what was done here since the last window's end.
+
+        In 16 bits both are numbers of the model's precision, whose sum is rounded only where it grows beyond a power of
+        two: the next difference is what was done, and no more.
+        """
         for parameter, sent in self._sent.items():
             common = self._common[parameter]
             done = parameter.detach().to(common.dtype) - sent.to(common)
-            parameter.detach().copy_(done.nan_to_num_(0.0, 0.0, 0.0).add_(common.detach()))
+            parameter.detach().copy_(done.nan_to_num_(0.0, 0.0, 0.0).add_(common.detach().to(parameter.dtype)))
             common.grad = None
         self._sent, self._moved = {}, set()
 
@@ -161,7 +183,7 @@ class Windows:
             yield
             return
         with torch.no_grad():
-            away = self._apart(self._known)
+            away = self._apart(self._known) if self.is_apart else []  # else what is written there will be common
             own = [p.detach().clone() for p in away]
             for parameter in away:
                 parameter.detach().copy_(self._common[parameter].detach())
@@ -184,8 +206,10 @@ class Windows:
     def state_dict(self) -> dict[str, Any]:
         """By place among the parameters; plain types and tensors only.
 
-        Where the model holds the common parameters, it is that of a window that has not begun.
+        Where the model holds the common parameters, it is that of a window that has not begun. What was written into
+        the model before one is common already.
         """
+        written = set(self._written())
         places = {parameter: place for place, parameter in enumerate(self._common)}
         begun = 0 if self._shown else self.position
         undecided = {} if self._shown else self._sent
@@ -195,7 +219,11 @@ class Windows:
             "trained": sorted(places[parameter] for parameter in self._trained if begun),
             "sent": {places[parameter]: its for parameter, its in undecided.items()},
             "moved": sorted(places[parameter] for parameter in self._moved.intersection(undecided)),
-            "common": {places[parameter]: self._common[parameter].detach() for parameter in self._known},
+            "common": {
+                places[p]: p.detach().to(c.dtype) if p in written else c.detach()
+                for p, c in self._common.items()
+                if p in self._known
+            },
         }
 
     def checked(self, saved: Any, whose: str) -> dict[str, Any]:

@@ -115,6 +115,20 @@ def test_rows_that_lie_apart(gpu: bool) -> None:
             assert (np.sign(ours) == np.sign(numbers))[numbers != 0].all()
 
 
+def test_scales_of_rows_that_lie_apart_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not all of them for each block, which is the square of a parameter's size."""
+    looked_up, by_run = [], ScaledRows._by_run
+
+    def counted(*args: object) -> torch.Tensor:
+        looked_up.append(by_run(*args))  # type: ignore[arg-type]
+        return looked_up[-1]
+
+    monkeypatch.setattr(ScaledRows, "_by_run", counted)
+    values = some_values((70, 9)).t()
+    decoded(encoded(values), values)
+    assert sum(map(len, looked_up)) == values.numel()
+
+
 @shapes
 def test_adding_is_decoding_times_a_factor(shape: tuple[int, ...]) -> None:
     values = some_values(shape, torch.float64)

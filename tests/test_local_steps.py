@@ -253,6 +253,34 @@ def test_a_group_added_later_is_looked_at_too() -> None:
         optimizer.step()
 
 
+def test_a_method_that_a_group_gets_later_is_looked_at_too() -> None:
+    model = layers()
+    optimizer = local(model)
+    train(model, optimizer, range(1))
+    optimizer.param_groups[0]["method"] = mpisign.scaled_vote()
+    train(model, optimizer, range(1, 3))
+    optimizer.param_groups[0]["method"] = mpisign.signum()
+    for _ in range(2):
+        with pytest.raises(OptionError, match=r"every= and method=signum.* need a rate"):
+            train(model, optimizer, range(3, 4))
+
+
+def test_groups_that_come_and_go_between_steps() -> None:
+    """What is compared or saved before the next step is of the groups that there are by now."""
+    model, more = layers(), nn.Linear(2, 2).double()
+    optimizer = local(model, 2, outer=lambda its: SGD(its, lr=0.7, momentum=0.9))
+    train(model, optimizer, range(2))
+    optimizer.add_param_group({"params": list(more.parameters())})
+    mpisign.check_consistency(nn.ModuleList([model, more]), optimizer)
+    train(nn.Sequential(model, more), optimizer, range(2, 4))
+    for parameter in optimizer.param_groups.pop(1)["params"]:
+        del optimizer.state[parameter]
+    assert optimizer.outer is not None
+    optimizer.state_dict()
+    assert len(optimizer.outer.state) == 4
+    train(model, optimizer, range(4, 6))
+
+
 def test_momentum_does_not_move_what_is_frozen() -> None:
     """Though its last gradient is left."""
     model, _, _, _ = pair(2)
@@ -297,6 +325,40 @@ def test_a_frozen_models_state_goes_back_and_forth() -> None:
     for state in (whole, frozen):
         optimizer.load_state_dict(state)
         train(model, optimizer, range(2))
+
+
+@pytest.mark.parametrize(
+    "method", [mpisign.ef_signsgd(), mpisign.double_squeeze(), mpisign.centered_clipping()], ids=lambda its: its.name
+)
+def test_memories_of_frozen_parameters_are_given_up(method: mpisign.Method) -> None:
+    """A state loads whatever is frozen in the model, then and now, and so it does within one process."""
+
+    def frozen_one(state: Any) -> Any:
+        model = layers()
+        model[0].requires_grad_(False)
+        optimizer = local(model, 2, method=method)
+        optimizer.load_state_dict(state)
+        return model, optimizer
+
+    model = layers()
+    optimizer = local(model, 2, method=method)
+    train(model, optimizer, range(3))
+    whole = copy.deepcopy(optimizer.state_dict())
+    model[0].requires_grad_(False)
+    train(model, optimizer, range(3, 6))
+    frozen = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, range(6, 8))
+    model[0].requires_grad_(True)
+    optimizer.load_state_dict(frozen)
+    train(model, optimizer, range(4))
+    train(*frozen_one(frozen), range(3))
+    if not any(whole["mpisign"]["memory"].values()):
+        train(*frozen_one(whole), range(3))
+        return
+    with pytest.warns(UserWarning, match=r"parameters \[0, 1\] are frozen, and the memory .* up: thaw those"):
+        resumed = frozen_one(whole)
+    train(*resumed, range(3))
 
 
 def test_frozen_parameters() -> None:
@@ -380,6 +442,19 @@ def test_a_grad_scaler_works_as_with_the_plain_optimizer(unscaled_before: bool) 
     assert scales == [2.0**11] * 2, "halved once, doubled twice"
     assert same(ours, theirs)
     assert optimizer.report.step == 1, "of two windows"
+
+
+def test_a_loss_scale_is_not_taken_out_of_float16() -> None:
+    """As torch refuses to: it is there for what float16 could not hold without it."""
+    tensor = nn.Parameter(torch.zeros(3, dtype=torch.float16))
+    optimizer = DistributedSignOptimizer(SGD([tensor], lr=1.0), [("weight", tensor)], every=2, method=mpisign.mean())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler.scale(torch.zeros(()))
+    tensor.grad = torch.full_like(tensor, 2.0**-10)
+    with pytest.raises(GradientError, match=r"rank 0: the gradient of 'weight' is torch\.float16.* in float32"):
+        scaler.step(optimizer)
+    optimizer.step()
+    assert tensor.tolist() == [-(2.0**-10)] * 3
 
 
 def test_a_nan_is_no_step_and_a_window_of_them_no_vote() -> None:

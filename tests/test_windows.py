@@ -84,6 +84,66 @@ def test_what_is_loaded_between_windows_is_common() -> None:
         assert all(map(torch.equal, values(model), before))
 
 
+def test_what_is_loaded_between_windows_is_common_at_once() -> None:
+    """To whoever evaluates or saves before the next step; a window that has ended undecided keeps what is common."""
+    model, other = layers(), layers(1)
+    optimizer = local(model, 2)
+    train(model, optimizer, range(2))
+    model.load_state_dict(other.state_dict())
+    with optimizer.common_parameters():
+        assert all(map(torch.equal, values(model), values(other)))
+        inside = optimizer.state_dict()["mpisign"]["local_steps"]["common"]
+    for common in (inside, optimizer.state_dict()["mpisign"]["local_steps"]["common"]):
+        assert all(torch.equal(common[place], value) for place, value in enumerate(values(other)))
+    optimizer = local(model, 2, delay=1)
+    train(model, optimizer, range(2))
+    with optimizer.common_parameters():
+        assert all(map(torch.equal, values(model), values(other)))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_sixteen_bits_gather_what_is_less_than_their_precision(late: bool) -> None:
+    """What rounding takes from the common parameters is no motion: neither where there is none, nor beside some."""
+    tensor = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    windows = Windows([tensor])
+    (common,) = windows.common([tensor])
+    for _ in range(8):
+        windows.begin()
+        tensor.data[1] -= 2.0**-6
+        windows.stepped([tensor])
+        if late:
+            windows.part()
+            windows.begin()
+            windows.stepped([tensor])
+            windows.differ_as_sent()
+        else:
+            windows.differ()
+        assert common.grad is not None
+        assert common.grad.tolist() == [0.0, 2.0**-6]
+        common.data -= 2.0**-11  # another rank has moved
+        windows.meet() if late else windows.end()
+        assert tensor.tolist() == common.detach().to(torch.bfloat16).tolist()
+    assert tensor.tolist() == common.tolist() == [1 - 2.0**-8, 1 - 2.0**-8]
+
+
+@pytest.mark.parametrize("size", [0.5, 1.0, 0.998])
+def test_sixteen_bits_keep_what_is_done_after_a_windows_end(size: float) -> None:
+    tensor = nn.Parameter(torch.full((1,), size, dtype=torch.bfloat16))
+    windows = Windows([tensor])
+    (common,) = windows.common([tensor])
+    windows.begin()
+    windows.stepped([tensor])
+    windows.part()
+    windows.begin()
+    tensor.data -= 2.0**-6
+    windows.stepped([tensor])
+    common.data -= 0.3001
+    windows.meet()
+    windows.differ()
+    assert common.grad is not None
+    assert common.grad.item() == 2.0**-6
+
+
 def test_parameters_that_move_to_another_type() -> None:
     model = layers()
     optimizer = local(model, 2)

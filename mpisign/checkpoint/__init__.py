@@ -6,7 +6,7 @@ A directory holds checkpoints, each a folder ``step-00000120``:
   ``extra``. Without a job: ``torch.load("step-00000120/shared.pt", weights_only=True)["model"]``.
 - ``rank-00000.pt``, ...: what is a rank's own: its memory (momentum, error feedback, ...), its states of random
   number generators, its buffers (BatchNorm's statistics), its loss scale. With ``every=`` also the wrapped optimizer's
-  state and, within a window, the rank's parameters; ``shared.pt`` then has the common ones.
+  state, its schedule and, within a window, the rank's parameters; ``shared.pt`` then has the common ones.
 - ``manifest.json``: size and CRC-32 of every file. This finds damage; it is no protection against forgery.
 
 The files are written beside, under a name that ends in ``.tmp``; when all ranks' are on the disk, one rename makes

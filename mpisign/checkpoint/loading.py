@@ -89,8 +89,9 @@ def load(
     - Random number generators are seeded anew, each rank's from rank 0's saved state and its own number.
     - Buffers and loss scale are rank 0's.
     - Where ranks mix models of their own (:func:`mpisign.monna`), all go on from rank 0's, with its optimizer.
-    - With ``every``, all go on from the last common parameters, rank r with the wrapped optimizer's state of old rank
-      ``r % ranks``. Save right after an exchange for that, as what was done in a window that had begun is given up.
+    - With ``every``, all go on from the last common parameters, rank r with the wrapped optimizer's state and schedule
+      of old rank ``r % ranks``. Save right after an exchange for that, as what was done in a window that had begun is
+      given up.
 
     Of a checkpoint of an optimizer with ``every``, a model alone, or one with an optimizer without ``every``, gets the
     common parameters, on any number of ranks.

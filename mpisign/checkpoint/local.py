@@ -23,14 +23,16 @@ PERSONAL = ("position", "touched", "trained", "sent", "moved")
 def divide(shared: State, own: State, model: torch.nn.Module, optimizer: Stateful) -> None:
     """Of an optimizer with ``every``: the model that is shared becomes the common one, and this rank's goes to its own.
 
-    Of models that ranks mix rank 0's is shared. Changes both in place; does nothing to a state of another optimizer.
+    So does its schedule, as rates may differ by rank, too. Of models that ranks mix rank 0's is shared. Changes both in
+    place; does nothing to a state of another optimizer.
     """
     memory = own["mpisign"]
     local = None if memory is None else memory.pop(KEY, None)
     if local is None:
         if lets_replicas_differ(optimizer):
             names = (name for name, _ in model.named_parameters(remove_duplicate=False) if name in shared["model"])
-            own["parameters"], own["optimizer"] = {name: shared["model"][name] for name in names}, shared["optimizer"]
+            own["parameters"] = {name: shared["model"][name] for name in names}
+            own["optimizer"], own["scheduler"] = shared["optimizer"], shared["scheduler"]
         return
     parameters = _parameters(optimizer)
     places = {parameters[place]: place for place in local["common"]}
@@ -41,7 +43,7 @@ def divide(shared: State, own: State, model: torch.nn.Module, optimizer: Statefu
             if local["position"] or local["sent"]:
                 kept[name] = weights[name]
             weights[name] = common.to(parameter.dtype)
-    own["parameters"], own["optimizer"] = kept, shared["optimizer"]
+    own["parameters"], own["optimizer"], own["scheduler"] = kept, shared["optimizer"], shared["scheduler"]
     own["mpisign"] = {**memory, KEY: {key: local.pop(key) for key in PERSONAL}}
     shared["optimizer"] = {KEY: local}
 
@@ -57,6 +59,7 @@ def put_together(shared: State, own: State, file: Any, optimizer: Any) -> None:
         raise CheckpointError(f"{file}: 'parameters' has {unknown[0]!r}, which the model has not")
     shared["model"].update(kept)
     shared["optimizer"] = state
+    _take_schedule(shared, own)
     if local is not None:
         own["mpisign"] = {**own["mpisign"], KEY: {**local, **own["mpisign"][KEY]}}
 
@@ -71,6 +74,7 @@ def restart(shared: State, memory: dict[str, Any] | None, own: State, owns: Sequ
     if local is None or memory is None:
         return []
     shared["optimizer"] = own["optimizer"]
+    _take_schedule(shared, own)
     memory[KEY] = {**local, "position": 0, "touched": [], "trained": [], "sent": {}, "moved": []}
     every = local["every"] if isinstance(local.get("every"), int) else 0
     steps = [its["position"] + every * bool(its["sent"]) for its in (one["mpisign"][KEY] for one in owns)]
@@ -89,6 +93,11 @@ def _personal(own: State, file: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         if not isinstance(own.get(name), dict):
             raise CheckpointError(f"{file}: {name!r} is missing, and the checkpoint is one of replicas that differ")
     return own["parameters"], own["optimizer"]
+
+
+def _take_schedule(shared: State, own: State) -> None:
+    """Of checkpoints that have it for each rank, which 0.2 did not write."""
+    shared["scheduler"] = own.get("scheduler", shared["scheduler"])
 
 
 def _common(shared: State, own: State, file: Any) -> dict[str, Any] | None:

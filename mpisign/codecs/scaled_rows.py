@@ -94,7 +94,7 @@ class ScaledRows(Codec):
 
     def words_of(self, rows: torch.Tensor) -> torch.Tensor:
         """A bitmap (k,) that is 1 on the elements of the ``rows`` (r,) that are true, in the order of the scales."""
-        k, by_run = words_for(self.elements), self._by_run(rows)
+        k, by_run = words_for(self.elements), self._by_run(rows, slice(0, self.runs))
         if (self.each | self.lo) % 32 == 0 or self.rows == 1:
             at = torch.arange(k, device=rows.device).mul_(32)
             words = by_run[self._run_of(at)].to(WORD).neg_()
@@ -110,11 +110,11 @@ class ScaledRows(Codec):
 
     # ---------------------------------------------------------------------------------------------- inside
 
-    def _by_run(self, by_scale: torch.Tensor) -> torch.Tensor:
-        """What belongs to the scales (r,), by run."""
+    def _by_run(self, by_scale: torch.Tensor, runs: slice) -> torch.Tensor:
+        """What belongs to the scales (r,), for some of the runs."""
         if self.runs == self.scales:
-            return by_scale
-        return by_scale[torch.arange(self.runs, device=by_scale.device) % self.rows]
+            return by_scale[runs]
+        return by_scale[torch.arange(runs.start, runs.stop, device=by_scale.device) % self.rows]
 
     def _run_of(self, at: torch.Tensor) -> torch.Tensor:
         """The run in which each of the message's elements is."""
@@ -159,9 +159,9 @@ class ScaledRows(Codec):
 
     def _decode(self, message: torch.Tensor, out: torch.Tensor, span: slice) -> torch.Tensor:
         """Write the elements ``span`` of the message into ``out``."""
-        scales, here = self._by_run(self.split(message[0])[0]), slice(span.start // 32, words_for(span.stop))
+        (scales, words), here = self.split(message[0]), slice(span.start // 32, words_for(span.stop))
         nonzero = self.split(message[1])[1][here] if len(message) > 1 else None
-        backend_for(out.device).unpack(self.split(message[0])[1][here], out, nonzero=nonzero)
+        backend_for(out.device).unpack(words[here], out, nonzero=nonzero)
         for runs, view in self._stretches(out, span.start):
-            view.mul_(scales[runs, None])
+            view.mul_(self._by_run(scales, runs)[:, None])
         return out

@@ -116,6 +116,8 @@ class ClippedNoise(Noise):
 
     Differentially private towards whoever counts: (epsilon, delta) of a step are :func:`gaussian_mechanism`'s.
     Accounting over steps and subsampling are the user's. Rows without gradient walk, as all else would tell of data.
+    Others do see of which parameters a rank has no gradient at all, and where one has a NaN or Inf: both are in the
+    headers, without noise.
 
     Args:
         private: draw the noise from a secret of 256 bits that only this rank and its checkpoints know: keep those

@@ -186,7 +186,9 @@ class MemoryStore:
         if regrouped and self.sharded and any(self._pieces.values()) and group.rank == 0:
             logger.warning("ranks have come or gone: what owners of shards had kept starts anew")
         self._former = {
-            parameter: pieces for parameter, pieces in self._kept_pieces(regrouped).items() if parameter in held
+            parameter: pieces
+            for parameter, pieces in self._kept_pieces(regrouped).items()
+            if parameter in held and all(lo + its.numel() <= parameter.numel() for lo, its in pieces.items())
         }
         self._pieces, self._spares, self._piece_spares = {}, {}, {}
         if self._drafts is not None:  # of a round that will be dropped
@@ -377,6 +379,7 @@ class MemoryStore:
                     f"to resume exactly, save and load one state a rank{level}"
                 )
             return store
+        given_up = []
         for place, state in saved["memory"].items():
             parameter = parameters[place]
             for field in dict.fromkeys((*store.memory_of(parameter).fields, *state)):
@@ -386,14 +389,24 @@ class MemoryStore:
                         f"rank {group.rank}: in this state ['mpisign']['memory'][{place}][{field!r}] is {what}: it is "
                         f"damaged, or of another method"
                     )
-                if state[field].shape != parameter.shape:
+                if state[field].shape != parameter.shape and 0 not in (state[field].numel(), parameter.numel()):
                     raise CheckpointError(
                         f"rank {group.rank}: the saved {field} of parameter {place} has shape "
                         f"{tuple(state[field].shape)}, which is not this model's: load the state of the same model"
                     )
-            store._states[parameter] = Laid({field: _lay(parameter, value) for field, value in state.items()})
+            if all(value.shape == parameter.shape for value in state.values()):
+                store._states[parameter] = Laid({field: _lay(parameter, value) for field, value in state.items()})
+            elif not parameter.numel():  # with every=, frozen ones have no common value; else it was one when saved
+                given_up.append(place)
+        if given_up:
+            warn(
+                f"rank {group.rank}: parameters {given_up} are frozen, and the memory that was saved of them is given "
+                f"up: thaw those that will be trained before load_state_dict()"
+            )
         for place, pieces in saved["pieces"].items():
             parameter = parameters[place]
+            if not parameter.numel():
+                continue
             for lo, value in pieces.items():
                 if lo + value.numel() > parameter.numel():
                     raise CheckpointError(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from resumable import assert_equal, assert_resuming_is_exact, assert_states_are_enough
+from resumable import Job, assert_equal, assert_resuming_is_exact, assert_states_are_enough
 
 import mpisign
 from mpisign import Method
@@ -99,6 +100,21 @@ def test_without_local_steps_all_get_what_is_common(comm: MPI.Comm, folder: Path
             optimizer.step()
         mpisign.check_consistency(model, buffers=False)
         assert float(adam.state[next(model.parameters())]["step"]) == 9
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("build", [lambda: AdamJob(mpisign.mean(), 4), lambda: Job(mpisign.monna(0))])
+def test_schedules_of_ranks_may_differ(comm: MPI.Comm, folder: Path, build: Callable[[], Any]) -> None:
+    """As after a loss of a rank's own, by which its rate falls."""
+    job = build().train(1)
+    for _ in range(comm.rank):
+        job.scheduler.step()
+    before = job.scheduler.state_dict()
+    job.save(folder)
+    other = build()
+    other.load(folder)
+    assert other.scheduler.state_dict() == before
+    assert other.optimizer.param_groups[0]["lr"] == job.optimizer.param_groups[0]["lr"]
 
 
 @pytest.mark.mpi(min_size=2)

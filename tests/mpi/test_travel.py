@@ -107,6 +107,7 @@ def test_late_decisions_are_the_oracles(comm: MPI.Comm, decide: Decide, delay: i
         mpisign.ef_signsgd(),
         mpisign.double_squeeze(),
         mpisign.top_k(0.3),
+        mpisign.dgc(0.3, clip=1.0),
         mpisign.stc(0.3),
         mpisign.qsgd(),
         mpisign.krum(0),
@@ -124,6 +125,7 @@ def test_what_has_left_early_is_what_leaves_in_the_step(comm: MPI.Comm, method: 
         optimizer = wrap(
             tensors, 2, delay=1, method=method, outer=lambda parameters: SGD(parameters, lr=0.1, momentum=0.5)
         )
+        optimizer.set_epoch(0)
         for at in range(9):
             train(optimizer, tensors, range(at, at + 1), comm.rank)
             if optimizer._local.windows.is_undecided:
@@ -208,14 +210,26 @@ def test_ranks_with_other_delays_are_told(comm: MPI.Comm, least: int, said: str)
         train(optimizer, tensors, range(5), comm.rank)
 
 
-def test_new_ranks_get_what_is_common_and_what_is_on_its_way_is_given_up(comm: MPI.Comm) -> None:
+@pytest.mark.parametrize("model_first", [False, True])
+@pytest.mark.parametrize("steps", [6, 7])
+def test_new_ranks_get_what_is_common_and_what_is_on_its_way_is_given_up(
+    comm: MPI.Comm, steps: int, model_first: bool
+) -> None:
+    """Within a window and where none has begun: then, all go on from the common parameters, whatever they hold."""
     tensors = model()
     optimizer = wrap(tensors, delay=2, method=mpisign.mean())
-    train(optimizer, tensors, range(7), comm.rank)
-    mpisign.broadcast_parameters(ballots.named(tensors))
+    train(optimizer, tensors, range(steps), comm.rank)
+    with optimizer.common_parameters():
+        common = flats(tensors)
+    if model_first:
+        mpisign.broadcast_parameters(ballots.named(tensors))
     mpisign.broadcast_optimizer_state(optimizer)
     mpisign.check_consistency(nn.ParameterList(tensors), optimizer)
-    assert_same_everywhere(comm, tensors)
-    train(optimizer, tensors, range(7, 12), comm.rank)
+    if steps == 6:
+        assert_close(flats(tensors), common, 0)
+    if steps == 6 or model_first:
+        assert_same_everywhere(comm, tensors)
+    train(optimizer, tensors, range(steps, 12), comm.rank)
     optimizer.join()
     assert_same_everywhere(comm, tensors)
+    mpisign.check_consistency(nn.ParameterList(tensors), optimizer)

@@ -60,6 +60,21 @@ def test_the_same_data_on_every_rank(comm: MPI.Comm, method: mpisign.Method) -> 
     assert len([it for it in said if "were the same" in str(it.message)]) == 1
 
 
+@pytest.mark.parametrize(
+    "method", [mpisign.dp_sign(1.0, 0.1), mpisign.ternary_vote(1.0, 1.0, private=True)], ids=lambda method: method.name
+)
+def test_private_votes_tell_nothing_of_gradients(comm: MPI.Comm, method: mpisign.Method) -> None:
+    """So that nobody can say whether they are the same; also where one parameter group alone has such a method."""
+    train(model_of(), seed=0, method=method)
+    model = model_of()
+    groups = [{"params": model[:2].parameters()}, {"params": model[2].parameters(), "method": method}]
+    optimizer = DistributedSignOptimizer(SGD(groups, lr=1e-3))
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(torch.ones(8, 20)).square().mean().backward()
+        optimizer.step()
+
+
 def test_data_of_ones_own_on_every_rank(comm: MPI.Comm) -> None:
     train(model_of(), seed=comm.rank)
 
