@@ -124,6 +124,8 @@ class Planned(Wrapper):
         return self._plan
 
     def _fits(self, plan: Plan, pairs: Sequence[tuple[torch.Tensor, Method]], session: Session) -> bool:
+        if plan.asks and session.network.asked:  # by another optimizer; ranks whose plan is younger have not asked
+            return False
         return len(pairs) == len(self._order) and plan.fits(*self._ordered(pairs), session.group)
 
     def _ordered(self, pairs: Sequence[tuple[torch.Tensor, Method]]) -> tuple[list[torch.Tensor], list[Method]]:
