@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,13 +74,18 @@ def _is_its_own(replaced: Any) -> bool:
     return hasattr(replaced, "_wrapped_by_lr_sched") and replaced.__wrapped__ is torch.optim.SGD.step
 
 
-def step_sink(optimizer: Optimizer, plan: Plan) -> StepSink | None:
-    """What applies a vote to the parameters at once, if that is what ``optimizer`` would do, bit for bit."""
+def step_sink(optimizer: Optimizer, plan: Plan, order: Sequence[int]) -> StepSink | None:
+    """What applies a vote to the parameters at once, if that is what ``optimizer`` would do, bit for bit.
+
+    Args:
+        order: the places in its groups, of what is trained, of the plan's parameters.
+    """
     numbers = sgd_numbers(optimizer) if plan.steps else None
     if numbers is None:
         return None
     pairs = zip(numbers, optimizer.param_groups, strict=True)
-    by_parameter = [its for its, group in pairs for parameter in group["params"] if parameter.requires_grad]
+    in_groups = [its for its, group in pairs for parameter in group["params"] if parameter.requires_grad]
+    by_parameter = [in_groups[at] for at in order]
     return StepSink(plan.gradients.parameters, [rate for rate, _ in by_parameter], [decay for _, decay in by_parameter])
 
 

@@ -1,8 +1,9 @@
 """Where each parameter lies on the wire: segments in buckets, and a fingerprint that all ranks must share.
 
-Every parameter is one segment. Segments fill buckets in reverse registration order, the order in which
-backward produces gradients. A bucket is one message, of one method; it is cut when it reaches the cap, or where the
-type of the wire changes (fp64 among fp32 under a dense codec). Buckets are cut once, when the layout is made.
+Every parameter is one segment. Segments fill buckets in reverse registration order, the order in which backward
+produces gradients, whatever groups an optimizer has. A bucket is one message, of one method; it is cut when it reaches
+the cap, or where the type of the wire changes (fp64 among fp32 under a dense codec). Buckets are cut once, when the
+layout is made.
 
 Words are numbered method by method, so that neither the cap nor where other methods' parameters stand changes a coin.
 
@@ -32,7 +33,7 @@ from mpisign.rules import PieceRule, VectorRule
 
 __all__ = ["FORMAT_VERSION", "Bucket", "Layout", "Segment", "check_supported"]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version of the wire format; ranks that run different ones refuse each other."""
 
 

@@ -119,9 +119,7 @@ class LocalSteps:
             {"params": self.windows.common(group["params"]), **self._options(group)} for group in owner.param_groups
         ]
         given = [list(map(id, group["params"])) for group in groups]
-        named = [
-            (names[p], c) for p, c in zip(owner._parameters(), self.windows.common(owner._parameters()), strict=True)
-        ]
+        named = zip(names.values(), self.windows.common([*names]), strict=True)
         made = SGD(groups, lr=1.0) if outer is None else outer(groups)
         if not isinstance(made, Optimizer):
             raise OptionError(f"outer= has made a {type(made).__name__}, and must make a torch.optim.Optimizer")
@@ -182,14 +180,13 @@ class LocalSteps:
         for gone in outer.state.keys() - set(self.windows.common(parameters)):
             if isinstance(gone, torch.Tensor):
                 del outer.state[gone]
-        pairs = zip(parameters, self.windows.common(parameters), strict=True)
-        self.inner._names = {common: names[parameter] for parameter, common in pairs}
+        self.inner._names = dict(zip(self.windows.common([*names]), names.values(), strict=True))
 
     def _checked(self, owner: Planned) -> dict[torch.Tensor, str]:
         """The names of the parameters. Raises if one that is trained, or a method, cannot be exchanged."""
         for method in owner._methods():
             check_method(method, self._has_rate)
-        names = {**wrapping.default_names(owner.param_groups), **owner._names}
+        names = owner._all_names()
         for parameter in owner._parameters():
             if parameter.requires_grad:
                 check_supported(names[parameter], parameter)

@@ -50,8 +50,8 @@ class DistributedSignOptimizer(Planned):
 
     Args:
         optimizer: any torch optimizer but LBFGS, SparseAdam and those whose ``step()`` demands a closure.
-        named_parameters: ``model.named_parameters()``, for messages; every trainable parameter in it must be
-            in the optimizer and the other way round. Default: names made from groups and positions.
+        named_parameters: ``model.named_parameters()``, whose reverse is the order on the wire; every trainable one must
+            be in the optimizer, and the other way round. Default: names made of groups and places, in their order.
         method: what is sent and how it is decided, e.g. :func:`mpisign.signum` (the default). A parameter group may
             have one of its own: ``{"params": norms, "method": mpisign.mean()}``.
         zeros: what an exactly zero value votes. ``"rows"``: where a whole row is zero (a parameter's first dimension;
@@ -203,7 +203,7 @@ class DistributedSignOptimizer(Planned):
             abstention, unscale = self._loss_scale.says(self, alone=alone)
             early = self._overlap.early(plan, self._loss_scale.scales(self))
             values = plan.gradients.read()
-        sink = None if alone or self.apply == "optimizer" else applying.step_sink(self.wrapped, plan)
+        sink = None if alone or self.apply == "optimizer" else applying.step_sink(self.wrapped, plan, self._order)
         self._exchange(plan, values, abstention, unscale, sink or GradientSink(plan.layout, values), early)
         self._synchronized = True
         if len(plan.layout.parameters) < len(parameters := self._parameters()):

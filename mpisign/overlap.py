@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 OVERLAP = (True, False, "auto")
 WINDOWS = 3  # steps in which all was as it must be, after which "auto" begins
-ATTEMPTS = 12  # steps that "auto" looks at
+ATTEMPTS = 12  # steps that "auto" looks at, or in which nothing leaves early until that is said
 
 PATIENCE = 0.01  # seconds until what is on its way is looked at again
 
@@ -81,12 +81,13 @@ class Overlap:
     _counts: list[int]  # by parameter, how often its gradient was added to
     _marks: list[tuple[Callable[[], Any], int]]  # by parameter, its gradient, and which version of that was there
     _rates: list[float]  # of what memories follow, when the first message was made
+    _since: int  # how many gradients were there by then
 
     def __init__(self, option: bool | str, passes: int) -> None:
         self._strict, self._passes = option is True, passes
         self._off = option is False  # for good
         self._on = option is True
-        self._clean = self._looked = self._drops = 0
+        self._clean = self._looked = self._drops = self._vain = 0
         self._paused = 0  # inside no_sync()
         self._known = False  # to the session, which will end
         self._barred = False  # from talking in the thread in which backward runs
@@ -134,6 +135,8 @@ class Overlap:
             self._watch(clean=not void)
         elif not void:
             self._drops = 0
+        if self._on and not void:
+            self._watch_effect()
         return Early(self._plan, self._round, void, self._were_dropped)
 
     def sitting_out(self) -> Early:
@@ -289,7 +292,7 @@ class Overlap:
 
     def _set_out(self, owner: Any, plan: Plan) -> None:
         """Begin the round of the step that comes."""
-        self._rates = self._learning_rates()
+        self._rates, self._since = self._learning_rates(), sum(self._counts)
         self._round = Round(plan, owner._exchanges, reversible=True)
         _under_way.add(self)
         self._round.begin()
@@ -339,6 +342,24 @@ class Overlap:
             self._on = True
         elif self._looked >= ATTEMPTS:
             self._stop(f"no overlap: {self._reason or 'gradients are not made by one backward a step'}", quiet=True)
+
+    def _watch_effect(self) -> None:
+        """Say once if nothing has left before the last gradient was there, step after step: overlap gains nothing."""
+        plan, made = self._plan, sum(self._counts)
+        if plan is None or not made or len(plan.batches) == 1 or self._vain == ATTEMPTS:
+            return
+        self._vain = self._vain + 1 if self._round is None or self._since == made else 0
+        if self._vain < ATTEMPTS:
+            return
+        names = [plan.layout.names[place] for place in plan.batches[0].places]
+        missing = [name for name, place in zip(names, plan.batches[0].places, strict=True) if not self._counts[place]]
+        why = f"{missing[0]!r} has got no gradient" if missing else f"{names[-1]!r} is among backward's last"
+        warn(
+            f"rank {current().rank}: overlap has had no effect for {ATTEMPTS} steps, as messages leave in their order, "
+            f"and the first of {len(plan.batches)} was not complete before backward has ended: {why}. Pass "
+            f"named_parameters=model.named_parameters(), register modules in the order in which forward calls them, "
+            f"freeze what is not used, or say overlap=False"
+        )
 
 
 def _hook(overlap: weakref.ref[Overlap], place: int) -> Callable[[torch.Tensor], None]:

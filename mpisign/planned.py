@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -41,7 +41,8 @@ class Planned(Wrapper):
     buddy_every: int | None = None
     apply: str
     clip_grad_norm: float | None = None  # of optimizers that were pickled before there was one
-    _names: dict[torch.Tensor, str]
+    _names: dict[torch.Tensor, str]  # in the order of the wire, which is the reverse
+    _order: Sequence[int] = ()  # the places in the groups, of what is trained, of the plan's parameters
     _memory: MemoryStore
     _exchanges: int
     _epoch: int | None
@@ -90,16 +91,16 @@ class Planned(Wrapper):
     def _current_plan(self) -> Plan:
         """The plan for parameters, methods and the group as they are now; made anew only if they changed."""
         session = current("DistributedSignOptimizer.step()")
-        active: list[torch.Tensor] = []
-        methods: list[Method] = []
+        pairs: list[tuple[torch.Tensor, Method]] = []
         for group in self.param_groups:
             method = group.get("method", self.method).at(self._exchanges, self._epoch or 0)
-            mine = [p for p in group["params"] if p.requires_grad]
-            active += mine
-            methods += [method] * len(mine)
+            pairs += [(p, method) for p in group["params"] if p.requires_grad]
         plan = self._plan
-        if plan is None or not plan.fits(active, methods, session.group):
-            names = {**wrapping.default_names(self.param_groups), **self._names}  # groups may have been added since
+        if plan is None or not self._fits(plan, pairs, session):
+            names = self._all_names()
+            places = {parameter: place for place, parameter in enumerate(names)}
+            self._order = sorted(range(len(pairs)), key=lambda at: places[pairs[at][0]])
+            active, methods = self._ordered(pairs)
             named = [(names[p], p) for p in active]
             if session is not self._session:
                 self._session, self._number = session, session.next_number()
@@ -121,6 +122,25 @@ class Planned(Wrapper):
         self._plan = plan.telling()
         self._memory.follow_rates(self.param_groups)
         return self._plan
+
+    def _fits(self, plan: Plan, pairs: Sequence[tuple[torch.Tensor, Method]], session: Session) -> bool:
+        if plan.asks and session.network.asked:  # by another optimizer; ranks whose plan is younger have not asked
+            return False
+        return len(pairs) == len(self._order) and plan.fits(*self._ordered(pairs), session.group)
+
+    def _ordered(self, pairs: Sequence[tuple[torch.Tensor, Method]]) -> tuple[list[torch.Tensor], list[Method]]:
+        """Parameters, and their methods, in the order of a layout."""
+        ordered = [pairs[at] for at in self._order]
+        return [parameter for parameter, _ in ordered], [method for _, method in ordered]
+
+    def _all_names(self) -> dict[torch.Tensor, str]:
+        """The names of all parameters in the order of a layout: as they were named, then those of groups added since.
+
+        Groups are often made by what a parameter is (decayed or not), and say nothing of when backward reaches it.
+        """
+        usual = wrapping.default_names(self.param_groups)
+        named = {parameter: name for parameter, name in self._names.items() if parameter in usual}
+        return {**named, **usual, **named}
 
     def _agreed(self) -> None:
         """All ranks have stepped by the present plan."""

@@ -29,7 +29,8 @@ class StepReport:
         abstentions: rank -> why it has voted on nothing: ``"non-finite gradient"``, ``"inf found by GradScaler"``,
             ``"joined"`` (out of batches), ``"no gradient"``.
         ended_at: rank -> the parameter at which its ballot has ended, as there was a NaN or Inf: it has voted on those
-            before it, in the order in which backward reaches them, and abstained on it and all after it.
+            before it, in the reverse order of ``named_parameters``, in which backward reaches them, and abstained on it
+            and all after it.
         skipped: nobody voted; parameters and optimizer state stay as they are, on every rank.
         waited_for: the rank that the others waited for in the last whole window of 50 steps, each by its own measure;
             None if that cost less than a hundredth of the time.

@@ -128,7 +128,8 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
                     f"rank {places.rank()}: configure_optimizers() returns a DistributedSignOptimizer, which "
                     f"MpisignStrategy would wrap again: return the plain optimizer, and give the strategy its options"
                 )
-            named = [(names[p], p) for group in optimizer.param_groups for p in group["params"] if p in names]
+            held = {p for group in optimizer.param_groups for p in group["params"]}
+            named = [(name, p) for p, name in names.items() if p in held]
             these = {**options, "seed": options["seed"] + place}
             wrapped.append(DistributedSignOptimizer(optimizer, named, **these))
         self.optimizers = wrapped

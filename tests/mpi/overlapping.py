@@ -104,17 +104,20 @@ class Training:
     @contextmanager
     def stepping(self) -> Iterator[None]:
         """What is done inside is a step, and is written down."""
-        tracer = current().tracer
-        spans, number = tracer.spans(self._mark), self.optimizer._exchanges
-        self.early.append({span.message for span in spans if span.name == "send" and span.step == number})
+        self.early.append(self.sent())
         with self.listening():
             yield
         report = self.optimizer.report
         assert report is not None
         told = report.step, report.voters, dict(report.abstentions), dict(report.ended_at), report.skipped, report.ties
         self.trace.append((*told, [p.detach().clone() for p in self.model.parameters()]))
-        self._mark = tracer.mark()
+        self._mark = current().tracer.mark()
         self.at += 1
+
+    def sent(self) -> set[int]:
+        """The messages that have left for the step that comes."""
+        spans, number = current().tracer.spans(self._mark), self.optimizer._exchanges
+        return {span.message for span in spans if span.name == "send" and span.step == number}
 
     def step(self) -> None:
         with self.stepping():

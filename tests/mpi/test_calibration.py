@@ -158,3 +158,26 @@ def test_the_first_step_measures_and_chooses_by_it(comm: MPI.Comm, monkeypatch: 
     assert why.startswith(f"{chosen}: ")
     assert ("takes allgather" in why) == (comm.size > 1)
     assert chosen == {1: "allgather", 2: "allgather", 3: "two_phase"}.get(comm.size, "hierarchical")
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_what_another_optimizer_has_found(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch, measured: bool) -> None:
+    """Where some ranks have made their plan anew since, such as for a state that was loaded, and others have not."""
+    monkeypatch.setenv(calibration.VARIABLE, str(int(measured)))
+    monkeypatch.setattr(calibration, "calibrate", lambda session: Links(network_latency=1e-5, network_bandwidth=1e6))
+    joined([rank % 2 for rank in range(comm.size)])
+    weights = [torch.nn.Parameter(torch.zeros(1 << 20)) for _ in range(4)]  # each fills the least message
+    first, second = (
+        mpisign.DistributedSignOptimizer(torch.optim.SGD(some, lr=1.0), seed=seed)
+        for seed, some in enumerate((weights[:2], weights[2:]))
+    )
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    first.step()
+    if comm.rank == comm.size - 1:
+        second.load_state_dict(second.state_dict())
+    second.step()
+    assert first.report is not None
+    assert second.report is not None
+    assert second.report.exchange_reason == first.report.exchange_reason
+    assert all(bool((weight == -1).all()) for weight in weights)

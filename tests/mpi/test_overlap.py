@@ -10,6 +10,7 @@ from gpu_branch import gpu_branch, needs_compiler
 from methods_table import TABLE, among, exchanges, walk
 
 import mpisign
+from mpisign import overlap as overlap_module
 
 from .overlapping import BOTH, NAN, STEPS, Training, assert_early, beside, network, usual
 
@@ -89,6 +90,29 @@ def test_groups_with_methods_of_their_own(comm: MPI.Comm) -> None:
     assert_early(beside(comm, usual, method=mpisign.signum(), inner=inner))
 
 
+@BOTH
+def test_groups_of_what_decays_and_the_rest(comm: MPI.Comm, overlap: bool | str) -> None:
+    """As Trainer makes them: messages leave in the order of backward, and not of groups."""
+
+    def inner(parameters: Any) -> torch.optim.Optimizer:
+        every = list(parameters)
+        decayed, rest = [p for p in every if p.dim() > 1], [p for p in every if p.dim() < 2]
+        return torch.optim.SGD([{"params": decayed, "weight_decay": 0.1}, {"params": rest}], lr=0.05)
+
+    left: list[set[int]] = []  # by the time at which backward begins with the first layer
+
+    def program(training: Training) -> None:
+        def look(*_: Any) -> None:
+            left.append(training.sent())
+
+        training.model[1].register_full_backward_pre_hook(look)
+        training.usual(STEPS)
+
+    ours = beside(comm, program, overlap, method=mpisign.signum(), inner=inner)
+    assert_early(ours)
+    assert left[-1] == (ours.messages() - {4, 5} if comm.size > 1 else set()), "all but of the first layer"
+
+
 def test_one_big_message_or_many_small_ones(comm: MPI.Comm) -> None:
     def ends(cap: float) -> list[torch.Tensor]:
         return list(beside(comm, usual, method=mpisign.signum(), bucket_cap_mb=cap).model.parameters())
@@ -138,7 +162,7 @@ def test_ranks_without_a_gradient_and_other_calls_in_between(comm: MPI.Comm, ove
     ]
 
 
-def test_parameters_without_a_gradient_on_some_ranks(comm: MPI.Comm) -> None:
+def test_parameters_without_a_gradient_on_some_ranks(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch) -> None:
     """A message leaves when all in it is there, in order; what is behind one that is not leaves in the step."""
 
     class Branches(torch.nn.Module):
@@ -153,9 +177,13 @@ def test_parameters_without_a_gradient_on_some_ranks(comm: MPI.Comm) -> None:
             its: torch.Tensor = self.branches[comm.rank % 2](self.trunk(inputs))
             return its
 
+    monkeypatch.setattr(overlap_module, "ATTEMPTS", STEPS - 2)
     ours = beside(comm, usual, method=mpisign.signum(), model=Branches)
     last = {0, 1}  # of the last branch, which nobody takes
     assert ours.early[-1] <= ours.messages() - last or comm.size == 1
+    assert len(ours.heard) == (comm.size > 1)
+    assert all("no effect for 4 steps" in it and "'branches.2.bias' has got no gradient" in it for it in ours.heard)
+    monkeypatch.undo()
     assert beside(comm, usual, "auto", method=mpisign.signum(), model=Branches).heard == []
 
 
