@@ -296,7 +296,7 @@ def test_a_job_that_hangs_is_killed_whole() -> None:
     with started(2, "-c", "import time; print('up', flush=True); time.sleep(1000)") as job:
         job.wait_for("up\nup")
         with pytest.raises(AssertionError, match=r"still ran after 1 s:\nup"):
-            job.wait(timeout=1.0)
+            job.wait(timeout=1.0, exactly=True)
         assert job.orphans() == []
 
 
