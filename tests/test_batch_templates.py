@@ -40,7 +40,7 @@ def job(tmp_path: Path) -> dict[str, str]:
     """A folder with a training of two ranks, and the variables of its job."""
     (tmp_path / "train.py").write_text(TRAIN)
     (tmp_path / "hosts").write_text("localhost\nlocalhost\n")
-    for name, text in (("qstat", 'echo "    Resource_List.walltime = 00:00:15"'), ("qsub", 'echo "$@" >asked')):
+    for name, text in (("qstat", 'echo "    Resource_List.walltime = 00:00:40"'), ("qsub", 'echo "$@" >asked')):
         command = tmp_path / "bin" / name
         command.parent.mkdir(exist_ok=True)
         command.write_text(f"#!/bin/sh\n{text}\n")

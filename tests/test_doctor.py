@@ -235,6 +235,7 @@ def test_the_kernels_are_tried(monkeypatch):
 
 @pytest.mark.long
 def test_whether_mpi_reads_a_device_is_tried_where_a_crash_hurts_nobody(monkeypatch):
+    monkeypatch.setattr(doctor, "TRIAL", 300)
     assert doctor._mpi_reads(torch.device("cpu"))
     assert not doctor._mpi_reads(torch.device("cuda", 99))
     monkeypatch.setattr(doctor, "_TELL_ONESELF", "import os; os.abort()")
@@ -256,7 +257,7 @@ def test_a_rank_can_try_it_too(tmp_path):
     """Its child must not take itself for a rank of the job."""
     script = tmp_path / "probe.py"
     script.write_text(
-        "import torch, mpisign\nfrom mpisign import doctor\nmpisign.init()\n"
+        "import torch, mpisign\nfrom mpisign import doctor\ndoctor.TRIAL = 300\nmpisign.init()\n"
         "print('works' if doctor._mpi_reads(torch.device('cpu')) else 'fails')\nmpisign.shutdown()\n"
     )
     result = mpirun(2, script)
