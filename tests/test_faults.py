@@ -68,6 +68,7 @@ def test_an_uncaught_exception_takes_the_job_down_with_its_traceback(tmp_path: P
     assert "rank 1 of 2 died of ValueError: aborting the job" in result.text
 
 
+@pytest.mark.long
 def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
     body = f"""
         train(3)

@@ -119,9 +119,8 @@ def test_samples_are_dealt_anew_at_the_same_step_on_all() -> None:
 
 
 @needs_ulfm
-@pytest.mark.parametrize(
-    ("exchange", "liar"), [("two_phase", 0), pytest.param("hierarchical", 2, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("exchange", "liar"), [("two_phase", 0), ("hierarchical", 2)])
 def test_who_is_found_to_lie_is_left_behind(exchange: str, liar: int) -> None:
     """By an audit; the very step in which it has lied is made without it."""
     scenario = votes("votes", 6, [event(liar, 3, "", "lie")], exchange=exchange, audit=50)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ import pytest
 from mpirun import environment, forget, patient
 
 from mpisign import LaunchError, OptionError
+from mpisign.__main__ import main
 from mpisign.starting import Machine, Wanted, command, hosts_of, launcher_of, look_around, program, run
 from mpisign.vendors import flags_of
 
@@ -250,16 +250,24 @@ def test_a_job_outlives_a_rank(here: Machine, tmp_path: Path, code: int, capfd: 
     assert said == (lost if code == 0 else "failed: rank 2, which ended with exit code 4")
 
 
-def test_the_command_line(tmp_path: Path) -> None:
-    def typed(*options: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "mpisign", "run", *options]
-        return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
-    shown = typed("-n", "2", "--print", "-m", "train", "-n", "3")
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.rstrip().endswith(f"{sys.executable} -m train -n 3")
-    assert " -n 2 " in shown.stdout
+    def typed(*options: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mpisign", "run", *options])
+        try:
+            code: object = main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    code, shown, errors = typed("-n", "2", "--print", "-m", "train", "-n", "3")
+    assert code == 0, errors
+    assert shown.rstrip().endswith(f"{sys.executable} -m train -n 3")
+    assert " -n 2 " in shown
     for option in ("-np", "--np", "--ranks"):
-        assert typed(option, "2", "--print", "-m", "train", "-n", "3").stdout == shown.stdout
-    assert "argument -n/--ranks/-np/--np: 'two' is not a number of at least 1: write 4" in typed("-n", "two").stderr
-    assert typed("train.py").stderr.rstrip().endswith(f"error: there is no train.py in {tmp_path}")
+        assert typed(option, "2", "--print", "-m", "train", "-n", "3")[:2] == (0, shown)
+    assert "argument -n/--ranks/-np/--np: 'two' is not a number of at least 1: write 4" in typed("-n", "two")[2]
+    code, _, errors = typed("train.py")
+    assert code == 2
+    assert errors.rstrip().endswith(f"error: there is no train.py in {tmp_path}")

@@ -162,7 +162,8 @@ def test_clocks_are_aligned_although_they_drift(comm: MPI.Comm, path: Path) -> N
         barriers = [[e for e in spans if e["pid"] == rank and e["name"] == "barrier()"] for rank in range(comm.size)]
         assert {len(of_rank) % 6 for of_rank in barriers} == {0}
         latest = [of_rank[-6:] for of_rank in barriers]
-        return float(max(max(e["ts"] for e in its) - min(e["ts"] + e["dur"] for e in its) for its in zip(*latest)))
+        each = zip(*latest, strict=True)
+        return float(max(max(e["ts"] for e in its) - min(e["ts"] + e["dur"] for e in its) for its in each))
 
     # Clocks are seconds apart by now; where others compute, a comparison may be off by as long as an answer took.
     assert any(apart() <= 500_000.0 for _ in range(3))
