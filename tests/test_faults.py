@@ -184,7 +184,7 @@ def test_separate_worlds_of_one_are_refused_with_the_fix(variables: dict[str, st
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert ended.returncode == 1

@@ -20,7 +20,7 @@ SLOW = Scenario(8_000_000, Nodes.even(2, 4), Links(network_bandwidth=12.5e6), Ra
 
 def predict(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mpisign", "predict", *options]
-    return subprocess.run(command, env=environment(env), capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=environment(env), capture_output=True, text=True, timeout=240, check=False)
 
 
 def table(text: str) -> dict[str, list[float]]:

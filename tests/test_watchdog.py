@@ -157,7 +157,7 @@ def test_a_stopped_process_has_not_waited(blocking: bool) -> None:
         os.kill(process.pid, signal.SIGSTOP)
         time.sleep(6.0)
         os.kill(process.pid, signal.SIGCONT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
     finally:
         process.kill()
         process.communicate()
