@@ -27,7 +27,7 @@ Record = dict[str, Any]
 """What a rank has written: ``what`` it is about, when (``at``), and more; see :mod:`chaos_training`."""
 
 POLL_SECONDS = 0.01
-LEAVING_SECONDS = 8.0  # for what a launcher leaves behind to be gone
+LEAVING_SECONDS = 30.0  # for what a launcher leaves behind to be gone
 STACKS_SECONDS = 2.0
 SHARED_MEMORY = "/dev/shm/"
 TORCHS = "torchinductor_"  # a cache that it makes for itself

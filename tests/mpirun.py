@@ -18,9 +18,13 @@ from pathlib import Path
 import mpisign
 from mpisign.vendors import flags_of
 
-__all__ = ["ULFM", "Job", "Result", "environment", "mpirun", "outlived", "started"]
+__all__ = ["PATIENCE", "ULFM", "Job", "Result", "environment", "forget", "mpirun", "outlived", "patient", "started"]
 
 HERE = Path(__file__).parent
+PATIENCE = 4.0
+"""By how much a busy machine may be slower than what limits here were measured on."""
+LONGEST = 540.0
+"""Seconds. Below pytest's own limit, so that who waits too long says what the job has written."""
 ULFM = flags_of("Open MPI").survive
 """Options of mpirun for a job whose ranks outlive one another."""
 
@@ -44,8 +48,13 @@ class Job:
         """All the job has written so far."""
         return os.pread(self._output, os.fstat(self._output).st_size, 0).decode(errors="replace")
 
-    def wait(self, timeout: float) -> Result:
-        """Wait for mpirun to end; after ``timeout`` seconds, end the job and raise AssertionError."""
+    def wait(self, timeout: float, *, exactly: bool = False) -> Result:
+        """Wait for mpirun to end; after ``timeout`` seconds, end the job and raise AssertionError.
+
+        Args:
+            exactly: so long, and no longer where the machine is busy.
+        """
+        timeout = timeout if exactly else patient(timeout)
         try:
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -55,7 +64,7 @@ class Job:
 
     def wait_for(self, text: str, timeout: float = 60.0) -> None:
         """Wait until the job has written ``text``."""
-        wait_until(lambda: text in self.text() or self.process.poll() is not None, timeout)
+        wait_until(lambda: text in self.text() or self.process.poll() is not None, patient(timeout))
         assert text in self.text(), f"the job did not write {text!r}:\n{self.text()}"
 
     def processes(self) -> list[int]:
@@ -68,17 +77,24 @@ class Job:
         return self.processes()
 
     def end(self) -> None:
-        """Kill what is left. Ranks have process groups of their own, so the session is what finds them.
-
-        An mpirun that is killed leaves its folder, and the next one of the same process number would not start.
-        """
+        """Kill what is left. Ranks have process groups of their own, so the session is what finds them."""
         left = self.processes()
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
-        for pid in left:
-            shutil.rmtree(Path(tempfile.gettempdir(), f"ompi.{pid}"), ignore_errors=True)
+        forget(self.process.pid, *left)
+
+
+def patient(timeout: float) -> float:
+    """How long to wait for what takes so many seconds at most where nothing else runs, and has to come about."""
+    return max(timeout, min(PATIENCE * timeout, LONGEST))
+
+
+def forget(*killed: int, within: str | Path | None = None) -> None:
+    """Remove the folder of an mpirun that was killed: the next one of the same process number would not start."""
+    for pid in killed:
+        shutil.rmtree(Path(within or tempfile.gettempdir(), f"ompi.{pid}"), ignore_errors=True)
 
 
 def wait_until(condition: Callable[[], bool], timeout: float) -> None:
@@ -164,7 +180,7 @@ def mpirun(
 
     Args:
         command: what follows ``python``: a script and its arguments, or ``"-m"`` and a module.
-        timeout: seconds after which the job is killed and the test fails.
+        timeout: seconds after which, on a machine that is not busy, the job is killed and the test fails.
         env: variables besides this process's own.
         options: of mpirun.
     """

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,15 @@ def namespaces() -> set[str]:
 
 
 def left_behind() -> set[str]:
-    """Those of a slow_network that has ended."""
+    """Those of a slow_network that has ended: also a moment later, as some that run beside may just be tidying up."""
+    found = without_owner()
+    if found:
+        time.sleep(3.0)
+        found &= without_owner()
+    return found
+
+
+def without_owner() -> set[str]:
     owned = {name: re.match(r"mpisign(\d+)-", name) for name in namespaces()}
     return {name for name, its in owned.items() if its and not Path("/proc", its[1]).exists()}
 

@@ -15,10 +15,13 @@ from surviving import tell
 from torch.utils.data import DataLoader, TensorDataset
 
 import mpisign
+from mpisign import regrouping
 from mpisign.membership import Membership
 from mpisign.regrouping import Living
 from mpisign.spares import Spares
 from mpisign.standby import Standby
+
+regrouping.MAKING_SECONDS = 1.0  # ranks may wait that long for a core
 
 EPOCHS = 2
 SPOTS: dict[str, tuple[Any, str, int, bool]] = {

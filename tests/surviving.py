@@ -22,8 +22,11 @@ from harm import Scenario, alarm, arm, at_call, identity
 from methods_table import TABLE
 
 import mpisign
+from mpisign import regrouping
 from mpisign.checkpoint.saving import _Save
 from mpisign.session import current
+
+regrouping.MAKING_SECONDS = 1.0  # ranks may wait that long for a core
 
 SHAPES = ((20, 10), (33,), (7, 3), (500,))
 DTYPES = [torch.float32, torch.float64]
@@ -237,8 +240,8 @@ def dealt(scenario: Scenario) -> None:
         deals.append(at)
         for index in sampler:
             arm(scenario, at)
-            if identity() == scenario["slow"] and 10 <= at < 15:
-                time.sleep(1.0)
+            if identity() == scenario["slow"] and 10 <= at < 12:
+                time.sleep(3.0)
             optimizer.zero_grad()
             layer(torch.full((1, 3), float(index))).sum().backward()
             optimizer.step()

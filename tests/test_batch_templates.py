@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from mpirun import Job, environment
+from mpirun import Job, environment, patient
 
 import mpisign
 
@@ -40,7 +40,7 @@ def job(tmp_path: Path) -> dict[str, str]:
     """A folder with a training of two ranks, and the variables of its job."""
     (tmp_path / "train.py").write_text(TRAIN)
     (tmp_path / "hosts").write_text("localhost\nlocalhost\n")
-    for name, text in (("qstat", 'echo "    Resource_List.walltime = 00:00:15"'), ("qsub", 'echo "$@" >asked')):
+    for name, text in (("qstat", 'echo "    Resource_List.walltime = 00:00:40"'), ("qsub", 'echo "$@" >asked')):
         command = tmp_path / "bin" / name
         command.parent.mkdir(exist_ok=True)
         command.write_text(f"#!/bin/sh\n{text}\n")
@@ -55,7 +55,9 @@ def test_under_pbs_it_saves_before_the_limit_and_submits_itself(job: dict[str, s
     variables |= {"SCRIPT": "other.py", "JOBFILE": "other.pbs"}
     (tmp_path / "train.py").rename(tmp_path / "other.py")
     command = ["bash", str(TEMPLATES / "train.pbs")]
-    done = subprocess.run(command, env=job | variables, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=job | variables, capture_output=True, text=True, timeout=patient(120.0), check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path.name for path in tmp_path.glob("began-*")} == {"began-0-of-2", "began-1-of-2"}
     assert (tmp_path / "asked").read_text() == "-v SCRIPT=other.py,JOBFILE=other.pbs,SPARE=5 other.pbs\n"
@@ -67,11 +69,11 @@ def test_under_lsf_it_exits_with_the_code_for_which_lsf_requeues(job: dict[str, 
     template = TEMPLATES / "train.lsf"
     process = subprocess.Popen(["bash", template], env=job | variables, cwd=tmp_path, start_new_session=True)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + patient(60.0)
         while len(list(tmp_path.glob("began-*"))) < 2 and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGUSR1)
-        assert process.wait(60) == mpisign.REQUEUE_EXIT_CODE
+        assert process.wait(patient(60.0)) == mpisign.REQUEUE_EXIT_CODE
     finally:
         Job(process, -1).end()
     assert f"\n#BSUB -Q {mpisign.REQUEUE_EXIT_CODE}\n" in template.read_text()

@@ -82,9 +82,10 @@ def expected_kernels() -> set[str]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "architecture",
-    [name if name == "sm_120" else pytest.param(name, marks=pytest.mark.long) for name in ARCHITECTURES],
+    ARCHITECTURES,
 )
 def test_compiles_without_warnings_and_spills(architecture: str) -> None:
     done, log = compile_for(ARCHITECTURES[architecture], kernels.source(), f"-arch={architecture}", VERBOSE)
@@ -110,6 +111,7 @@ def test_spills_and_warnings_would_be_seen(major: int) -> None:
     assert min(stack, stores, loads) > 0
 
 
+@pytest.mark.long
 def test_denormals_are_not_flushed() -> None:
     """CuPy's flags ask for it. What may be flushed here are four rates and a weight less 1, which are no denormals."""
     done, ptx = compile_for(13, kernels.source(), "-arch=compute_90", result="PTX")

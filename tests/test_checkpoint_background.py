@@ -56,7 +56,8 @@ def test_its_error_comes_at_the_next_call(tmp_path: Path) -> None:
     for call in (lambda: job.save(tmp_path, step=7), lambda: job.load(tmp_path), mpisign.shutdown):
         with full_disk():
             job.save(tmp_path, step=6, asynchronous=True)
-            writers()[0].join() if writers() else None
+            for writer in writers():
+                writer.join()
         with pytest.raises(CheckpointError, match=message):
             call()
         assert steps(tmp_path) == [2, 4]

@@ -104,6 +104,7 @@ def test_strict_means_that_links_anchors_and_names_are_looked_up(tmp_path: Path)
         assert missing in done.stderr, f"nothing was said of {missing}:\n{done.stderr}"
 
 
+@pytest.mark.long
 def test_internal_links_and_anchors_are_alive(site: dict[str, Page]) -> None:
     dead = []
     for here, page in site.items():
@@ -119,6 +120,7 @@ def test_internal_links_and_anchors_are_alive(site: dict[str, Page]) -> None:
     assert not dead
 
 
+@pytest.mark.long
 def test_links_into_the_pages_from_elsewhere_are_alive(site: dict[str, Page]) -> None:
     """From the README and its like, where anchors are those that GitHub makes of headings, as MyST does."""
     links = 0
@@ -130,6 +132,7 @@ def test_links_into_the_pages_from_elsewhere_are_alive(site: dict[str, Page]) ->
     assert links >= 20
 
 
+@pytest.mark.long
 def test_a_reader_needs_no_network(site: dict[str, Page]) -> None:
     elsewhere = {f"{here}: {file}" for here, page in site.items() for file in page.loads if urlsplit(file).netloc}
     assert not elsewhere
@@ -154,6 +157,7 @@ def entries() -> set[str]:
     return found
 
 
+@pytest.mark.long
 def test_every_public_name_is_on_the_api_page(site: dict[str, Page]) -> None:
     missing = entries() - site["api.html"].anchors
     assert not missing, f"add to docs/api.md: {sorted(missing)}"

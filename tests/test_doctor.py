@@ -11,15 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gpu_branch import gpu_branch, needs_compiler
-from mpirun import environment, mpirun
+from mpirun import environment, mpirun, patient
 
 from mpisign import doctor
+from mpisign.__main__ import main
 from mpisign.bitmap import kernels, native
 
 
 def run_alone(**env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mpisign", "doctor"]
-    return subprocess.run(command, env=environment(env), capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, env=environment(env), capture_output=True, text=True, timeout=patient(60.0), check=False
+    )
 
 
 def test_alone_it_finds_everything_in_place():
@@ -206,7 +209,9 @@ def test_where_cupy_can_keep_nothing(tmp_path):
     program = "import torch; from mpisign import doctor; print(doctor._kernels(torch.device('cpu')))"
     variables = environment({"CUPY_CACHE_DIR": str(tmp_path / "file" / "cache")})
     command = [sys.executable, "-c", program]
-    seen = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=True).stdout
+    seen = subprocess.run(
+        command, env=variables, capture_output=True, text=True, timeout=patient(60.0), check=True
+    ).stdout
     assert seen.startswith("Finding(status='warn', subject='GPU kernels'")
     assert "export CUPY_CACHE_DIR=" in seen
 
@@ -235,6 +240,7 @@ def test_the_kernels_are_tried(monkeypatch):
 
 @pytest.mark.long
 def test_whether_mpi_reads_a_device_is_tried_where_a_crash_hurts_nobody(monkeypatch):
+    monkeypatch.setattr(doctor, "TRIAL", 300)
     assert doctor._mpi_reads(torch.device("cpu"))
     assert not doctor._mpi_reads(torch.device("cuda", 99))
     monkeypatch.setattr(doctor, "_TELL_ONESELF", "import os; os.abort()")
@@ -256,7 +262,7 @@ def test_a_rank_can_try_it_too(tmp_path):
     """Its child must not take itself for a rank of the job."""
     script = tmp_path / "probe.py"
     script.write_text(
-        "import torch, mpisign\nfrom mpisign import doctor\nmpisign.init()\n"
+        "import torch, mpisign\nfrom mpisign import doctor\ndoctor.TRIAL = 300\nmpisign.init()\n"
         "print('works' if doctor._mpi_reads(torch.device('cpu')) else 'fails')\nmpisign.shutdown()\n"
     )
     result = mpirun(2, script)
@@ -276,9 +282,9 @@ def test_cupy_is_found_under_the_names_of_its_wheels(monkeypatch):
     assert [finding.subject for finding in both] == ["numpy", "torch"]
 
 
-def test_help_and_version():
+def test_help_and_version(capsys, monkeypatch):
     for option, wanted in (("--help", "doctor"), ("--version", "mpisign 0.")):
-        seen = subprocess.run(
-            [sys.executable, "-m", "mpisign", option], env=environment(), capture_output=True, text=True, check=True
-        )
-        assert wanted in seen.stdout
+        monkeypatch.setattr(sys, "argv", ["mpisign", option])
+        with pytest.raises(SystemExit, match="0"):
+            main()
+        assert wanted in capsys.readouterr().out

@@ -17,7 +17,15 @@ pytestmark = pytest.mark.usefixtures("world")
 
 each_that_runs = parts.each_method_that(parts.runs_alone)
 each_exchange = pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
-each_cap = pytest.mark.parametrize("cap", [None, ONE_SEGMENT_A_BUCKET])
+each_way = pytest.mark.parametrize(
+    ("exchange", "cap"),
+    [
+        ("allgather", None),
+        ("allgather", ONE_SEGMENT_A_BUCKET),
+        ("two_phase", None),
+        pytest.param("two_phase", ONE_SEGMENT_A_BUCKET, marks=pytest.mark.long),
+    ],
+)
 
 
 def method_by(name: str, exchange: str) -> mpisign.Method:
@@ -28,8 +36,7 @@ def method_by(name: str, exchange: str) -> mpisign.Method:
 
 
 @each_that_runs
-@each_exchange
-@each_cap
+@each_way
 def test_a_round_that_was_dropped_leaves_no_trace(name: str, exchange: str, cap: float | None) -> None:
     drops.check_that_drops_leave_no_trace(method_by(name, exchange), exchange, cap)
 

@@ -21,7 +21,7 @@ HYDRA = {"PMI_RANK": "2", "PMI_SIZE": "3"}
 def ended(folder: Path, *command: str, variables: dict[str, str] = RANK, outlives: bool = False) -> int:
     kept = {"PATH": os.environ["PATH"], **variables}
     typed = [*shell(str(folder), outlives=outlives), *command]
-    return subprocess.run(typed, env=kept, stderr=subprocess.DEVNULL, check=False, timeout=60).returncode
+    return subprocess.run(typed, env=kept, stderr=subprocess.DEVNULL, check=False, timeout=240).returncode
 
 
 @pytest.mark.parametrize(("code", "variables"), [(0, RANK), (3, HYDRA), (85, RANK)])

@@ -78,7 +78,7 @@ def test_a_python_without_torch_is_told_what_to_install(tmp_path: Path) -> None:
 def test_a_part_that_fails_or_hangs_is_reported_and_the_others_run(tmp_path: Path) -> None:
     cases = ["*tests/bitmap_contract*) echo '7 passed' ;;", "*tests/gpu*) echo 'a traceback'; exit 3 ;;"]
     python = stand_in(tmp_path, NO_MPI, *cases, "*bench_step_gpu*) exec sleep 600 ;;")
-    done = gpu_check(python=python, results=tmp_path, TIME_IN_ALL="10", PATH=SYSTEM)
+    done = gpu_check(python=python, results=tmp_path, TIME_IN_ALL="30", PATH=SYSTEM)
     assert done.returncode == 1
     compiled = "GPU tests with torch.compile (no time left)"
     failures, left = "GPU tests; Benchmark of a step", ["Benchmark of the kernels (no time left)", ALONE, compiled]

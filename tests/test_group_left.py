@@ -13,6 +13,7 @@ PARTING = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 import torch, torch._dynamo, mpisign
+from mpi4py import MPI  # whose start may take its time
 from regroup import part
 
 mpisign.init(stall_timeout=12.0)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from mpi4py import MPI
-from mpirun import started, wait_until
+from mpirun import patient, started, wait_until
 from namespaces import needs_namespaces, slow_network
 
 from mpisign import heartbeat, joining
@@ -30,10 +30,10 @@ SILENCE = 8.0  # seconds, on a machine that tests share
 needs_ulfm = pytest.mark.skipif(MPI.get_vendor()[0] != "Open MPI", reason="no ULFM")
 
 
-def options() -> tuple[str, ...]:
+def options(silence: float = SILENCE) -> tuple[str, ...]:
     flags = flags_of("Open MPI")
     assert flags is not None
-    return flags.outlive(SILENCE)
+    return flags.outlive(silence)
 
 
 def test_flags_for_so_long_a_silence() -> None:
@@ -147,7 +147,7 @@ def test_who_is_stopped_is_counted_out_and_who_computes_is_not(tmp_path: Path) -
         job.wait_for("rank 2: goes on after [[1]]", 60.0)
         assert job.text().count("all have waited") == 3
         os.kill(stopped, signal.SIGCONT)  # it ends itself, and touches no other
-        wait_until(ended(stopped), 30.0)
+        wait_until(ended(stopped), patient(30.0))
         assert ended(stopped)()
         job.wait(60.0)
         assert job.orphans() == []
@@ -157,15 +157,16 @@ def test_who_is_stopped_is_counted_out_and_who_computes_is_not(tmp_path: Path) -
 @needs_namespaces
 @pytest.mark.long
 def test_a_cut_link_leaves_the_larger_side(tmp_path: Path) -> None:
-    words = ["--mpirun", " ".join(options()), "3", "1gbit"]
-    job = slow_network(*words, sys.executable, str(HERE / "silent.py"), str(SILENCE), str(tmp_path))
+    silence = 2 * SILENCE  # the network's processes want cores, too
+    words = ["--mpirun", " ".join(options(silence)), "3", "1gbit"]
+    job = slow_network(*words, sys.executable, str(HERE / "silent.py"), str(silence), str(tmp_path))
     try:
         lonely = number_of(tmp_path, 2)
         time.sleep(0.5)
         subprocess.run(["ip", "-n", f"mpisign{job.pid}-2", "link", "set", "eth0", "down"], check=True)
-        wait_until(ended(lonely), 60.0)
+        wait_until(ended(lonely), patient(60.0))
         assert ended(lonely)()
-        text = job.communicate(timeout=60.0)[0]
+        text = job.communicate(timeout=patient(60.0))[0]
     finally:
         job.terminate()
         job.communicate(timeout=60.0)

@@ -119,9 +119,8 @@ def test_samples_are_dealt_anew_at_the_same_step_on_all() -> None:
 
 
 @needs_ulfm
-@pytest.mark.parametrize(
-    ("exchange", "liar"), [("two_phase", 0), pytest.param("hierarchical", 2, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("exchange", "liar"), [("two_phase", 0), ("hierarchical", 2)])
 def test_who_is_found_to_lie_is_left_behind(exchange: str, liar: int) -> None:
     """By an audit; the very step in which it has lied is made without it."""
     scenario = votes("votes", 6, [event(liar, 3, "", "lie")], exchange=exchange, audit=50)
@@ -259,20 +258,21 @@ def test_every_method_takes_a_gradient_in_once(exchange: str) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("where", "options", "victim"),
-    [
-        (where, options, number % 2 * 2)  # rank 0 and the only one of its node, in turn
-        for number, (where, options) in enumerate(DEATHS)
-    ],
+    ("first", "second"), list(zip(DEATHS[1::2], DEATHS[::2], strict=True)), ids=lambda death: death[0].replace(" ", "-")
 )
-def test_a_rank_dies(where: str, options: dict[str, Any], victim: int) -> None:
-    result = run(3, [votes("votes", 6, [event(victim, 3, where)], **options)], nodes="0,0,1")
-    assert ends(result) == {rank: [[victim]] for rank in range(3) if rank != victim}, result.text
+def test_a_rank_dies(first: tuple[str, dict[str, Any]], second: tuple[str, dict[str, Any]]) -> None:
+    """One of four that is alone on its node, and then rank 0 of three."""
+    scenarios = [
+        votes(f"without {victim}", 6, [event(victim, 3, where)], **options)
+        for victim, (where, options) in ((2, first), (0, second))
+    ]
+    result = run(4, scenarios, nodes="0,0,1,2")
+    assert ends(result) == {rank: [[2], [0]] for rank in (1, 3)}, result.text
 
 
 @needs_ulfm
 @pytest.mark.long
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("events", "lost"),
     [

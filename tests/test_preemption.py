@@ -95,7 +95,7 @@ def test_the_requeue_code_is_no_other_program_s() -> None:
 def run(program: str) -> subprocess.CompletedProcess[str]:
     prelude = "import os, signal, time, mpisign\nfrom mpisign import preemption\n"
     command = [sys.executable, "-c", prelude + textwrap.dedent(program)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_a_second_sigterm_ends_the_process() -> None:

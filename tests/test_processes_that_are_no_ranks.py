@@ -151,7 +151,7 @@ def test_a_script_that_a_spawned_worker_imports_anew_says_what_is_missing(tmp_pa
         "    child.join()\n"
         "    print(child.exitcode)\n"
     )
-    ended = subprocess.run([sys.executable, path], capture_output=True, text=True, check=False, timeout=100)
+    ended = subprocess.run([sys.executable, path], capture_output=True, text=True, check=False, timeout=240)
     assert (ended.returncode, ended.stdout) == (0, "1\n"), ended.stderr
     assert "LaunchError: init() in process" in ended.stderr
     assert "no rank: multiprocessing has started it, and it imports the main script anew" in ended.stderr
@@ -179,7 +179,7 @@ if child == 0:
 @pytest.mark.long
 def test_a_forked_child_ends_as_it_wants_and_leaves_mpi_alone() -> None:
     command = [sys.executable, "-c", FORKING]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == "".join(f"child's\nparent's\n{code}\n" for code in (0, 0, 3, 1, 1)) + "parent's\n"
     assert ended.stderr.startswith("no\nTraceback")

@@ -14,9 +14,13 @@ from mpisign import Method
 
 pytestmark = pytest.mark.usefixtures("world")
 
+each_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)], ids=str
+)
+
 
 @walk_exchanges(size=1)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_dtype
 def test_resuming_is_exact(tmp_path: Path, make: Make, exchange: str, dtype: torch.dtype) -> None:
     method = make(1)
     assert_resuming_is_exact(tmp_path, lambda: Job(method, exchange=exchange, dtype=dtype, seed=4))
@@ -32,7 +36,7 @@ def test_of_a_plain_optimizer(tmp_path: Path, save: Callable[[Job, Path], Path])
     assert_resuming_is_exact(tmp_path, lambda: Job(plain=True), save)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_dtype
 @pytest.mark.parametrize("method", ALONE.values(), ids=ALONE)
 def test_from_state_dicts(tmp_path: Path, method: Method, dtype: torch.dtype) -> None:
     assert_states_are_enough(tmp_path / "rank0.pt", lambda: Job(method, dtype=dtype, zeros="abstain"))

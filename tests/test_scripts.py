@@ -136,6 +136,15 @@ def test_chosen_tests_alone_long_or_not(tmp_path: Path, tier: tuple[str, ...]) -
     assert all(command.endswith(" tests/mpi -k nan") for command in commands)
 
 
+def test_what_a_killed_mpirun_has_left_is_removed(tmp_path: Path) -> None:
+    """And nothing of one that runs, or that several share."""
+    gone, runs, shared = (tmp_path / f"ompi.{name}" for name in ("4194305", os.getpid(), "vm.0"))
+    for folder in (gone, runs, shared):
+        folder.mkdir()
+    what_the_tests_run(tmp_path, "tests/test_kill.py", TMPDIR=str(tmp_path))
+    assert [folder.exists() for folder in (gone, runs, shared)] == [False, True, True]
+
+
 def test_the_numbers_of_ranks_can_be_told(tmp_path: Path) -> None:
     for name, arguments in (("shorter", []), ("longer", ["--all"]), ("chosen", ["tests/mpi"])):
         commands, _ = what_the_tests_run(tmp_path / name, *arguments, MPISIGN_TEST_RANKS="4 7")

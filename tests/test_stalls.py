@@ -11,12 +11,13 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from mpirun import Job, Result, started, wait_until
+from mpirun import Job, Result, patient, started, wait_until
 
 LATE_EVERYWHERE = """
-import dataclasses, json, logging, sys, time
+import dataclasses, json, logging, sys, threading, time
 import torch, torch._dynamo
 import mpisign
 from mpisign import doctor
@@ -25,6 +26,7 @@ from mpisign.memory.noise import StochasticSign
 from mpisign.rules import MajorityVote
 
 WARNING, LATE = 3.0, 7.0
+doctor._versions = lambda: iter(())  # it takes long to look for packages, longer on some ranks
 mpisign.init(stall_warning=WARNING, stall_timeout=60.0)
 rank, said, late = mpisign.rank(), [], None
 
@@ -33,6 +35,18 @@ class Listener(logging.Handler):
         said.append(record.getMessage())
 
 logging.getLogger("mpisign").addHandler(Listener())
+
+def notice():
+    # In `gap`: the longest time for which this process was kept from running.
+    global gap
+    before = time.monotonic()
+    while True:
+        time.sleep(0.05)
+        now = time.monotonic()
+        gap, before = max(gap, now - before), now
+
+gap = 0.0
+threading.Thread(target=notice, daemon=True).start()
 
 def come():
     global late
@@ -115,33 +129,50 @@ for number, (phase, act) in enumerate(acts.items()):
     missing = late = number % mpisign.size()
     mpisign.barrier()
     said.clear()
+    gap = 0.0
     act()
-    print(json.dumps([phase, rank, missing, said]), flush=True)
+    print(json.dumps([phase, rank, missing, said, gap]), flush=True)
 """
+PART_OF_IT_ARRIVES = "step 0, bucket 0, phase 1"  # so that a rank may have all that it needs
 
 
 @pytest.mark.long
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1700)
 def test_every_phase_names_who_is_missing(tmp_path: Path) -> None:
     """Over TCP, where a large message does not arrive while its sender does something else."""
     path = tmp_path / "late.py"
     path.write_text(LATE_EVERYWHERE)
-    with started(3, path, tmp_path, env={"OMPI_MCA_btl": "self,tcp"}) as job:
-        result = job.wait(timeout=400.0)
-    assert result.returncode == 0, result.text
-    told = [json.loads(line) for line in result.text.splitlines() if line.startswith('["')]
-    assert len(told) == 3 * 21
-    saying: dict[str, int] = {}
-    for phase, rank, missing, said in told:
-        for message in said:
-            assert re.fullmatch(
-                rf"rank {rank} of 3 has waited [\d.]+ s in {re.escape(phase)}; not heard from yet: ranks \[{missing}\]",
-                message,
-            )
-        saying[phase] = saying.get(phase, 0) + bool(said)
-    part_of_it_arrives = "step 0, bucket 0, phase 1"  # so that a rank may have all that it needs
-    assert saying.pop(part_of_it_arrives) in (1, 2)
-    assert set(saying.values()) == {2}, saying
+    for _ in range(3):
+        with started(3, path, tmp_path, env={"OMPI_MCA_btl": "self,tcp"}) as job:
+            result = job.wait(timeout=400.0)
+        assert result.returncode == 0, result.text
+        told = [json.loads(line) for line in result.text.splitlines() if line.startswith('["')]
+        assert len(told) == 3 * 21
+        wrong = wrong_phases(told)
+        disturbed = {phase for phase, rank, missing, _, gap in told if rank != missing and gap > 1.0}
+        assert wrong.keys() <= disturbed, "where no other rank was kept from coming"
+        if not wrong:
+            return
+    raise AssertionError(f"this machine is too busy: {wrong}")
+
+
+def wrong_phases(told: list[Any]) -> dict[str, list[Any]]:
+    """What ranks have said in those phases in which it is not all of the one that is missing, and of nobody else."""
+    by_phase: dict[str, list[Any]] = {}
+    for phase, *its in told:
+        by_phase.setdefault(phase, []).append(its)
+
+    def right(phase: str) -> bool:
+        waits = rf"rank {{}} of 3 has waited [\d.]+ s in {re.escape(phase)}; not heard from yet: ranks \[{{}}\]"
+        named = all(
+            re.fullmatch(waits.format(rank, missing), message)
+            for rank, missing, said, _ in by_phase[phase]
+            for message in said
+        )
+        saying = sum(bool(said) for _, _, said, _ in by_phase[phase])
+        return named and saying in ((1, 2) if phase == PART_OF_IT_ARRIVES else (2,))
+
+    return {phase: its for phase, its in by_phase.items() if not right(phase)}
 
 
 # --------------------------------------------------------------------------------- a rank that never comes
@@ -185,6 +216,7 @@ NEVER = {
                         stop()
                     return gradient
 
+            from mpi4py import MPI  # which takes its time where others compute
             mpisign.init(**times)
             parameter = torch.nn.Parameter(torch.zeros(100))
             method = mpisign.Method(Stopping(), mpisign.signsgd().codec, mpisign.signsgd().rule)
@@ -202,6 +234,7 @@ NEVER = {
                         hang()
                     return super().state_dict(*arguments, **options)
 
+            from mpi4py import MPI
             mpisign.init(**times)
             model = Hanging(3, 2)
             optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -211,6 +244,7 @@ NEVER = {
     "before shutdown()": (
         "exit",
         """
+            from mpi4py import MPI
             mpisign.init(**times)
             if mpisign.rank() == 1:
                 stop()
@@ -220,6 +254,7 @@ NEVER = {
     "before its end": (
         "exit",
         """
+            from mpi4py import MPI
             mpisign.init(**times)
             if mpisign.rank() == 1:
                 hang()
@@ -256,6 +291,7 @@ def test_a_rank_that_never_exits_does_not_keep_the_others(tmp_path: Path) -> Non
     result = run(
         tmp_path,
         """
+            from mpi4py import MPI
             mpisign.init(**times)
             mpisign.shutdown()
             if first == 1:
@@ -350,7 +386,7 @@ SUSPENDED = """
 print("a rank starts", flush=True)
 if first == 1:
     time.sleep(1.0)  # the other waits in the start of MPI, and is stopped there
-mpisign.init(stall_warning=None, stall_timeout=8.0)
+mpisign.init(stall_warning=None, stall_timeout=20.0)
 parameter = torch.nn.Parameter(torch.zeros(100_000))
 optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD([parameter], lr=1.0))
 print("rank trains", flush=True)
@@ -370,7 +406,8 @@ def test_a_job_that_a_scheduler_suspends_goes_on(tmp_path: Path, launcher: bool)
     path = tmp_path / "job.py"
     path.write_text(PRELUDE + SUSPENDED)
     with started(2, path) as job:
-        wait_until(lambda: job.text().count("a rank starts") == 2, 60.0)
+        wait_until(lambda: job.text().count("a rank starts") == 2, patient(60.0))
+        assert job.text().count("a rank starts") == 2, job.text()
         for pause in (0.6, 1.0, 0.2):
             time.sleep(pause)
             stopped = [process for process in job.processes() if launcher or process != job.process.pid]
@@ -379,7 +416,7 @@ def test_a_job_that_a_scheduler_suspends_goes_on(tmp_path: Path, launcher: bool)
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(process, number)
                     time.sleep(0.05)
-                time.sleep(9.0 if number == signal.SIGSTOP else 0.0)
+                time.sleep(21.0 if number == signal.SIGSTOP else 0.0)
         result = job.wait(timeout=120.0)
     assert result.returncode == 0, result.text
     assert result.text.count("rank has trained") == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -13,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mpirun import environment
+from mpirun import environment, forget, patient
 
 from mpisign import LaunchError, OptionError
+from mpisign.__main__ import main
 from mpisign.starting import Machine, Wanted, command, hosts_of, launcher_of, look_around, program, run
 from mpisign.vendors import flags_of
 
@@ -172,9 +172,11 @@ def test_jobs_that_end_well_and_badly(here: Machine, tmp_path: Path) -> None:
 
 
 def test_a_launcher_that_dies_leaves_no_rank_behind(here: Machine, tmp_path: Path) -> None:
-    kill = "read -r _ _ _ launcher _ </proc/$PPID/stat; kill -9 $launcher"
-    told = tmp_path.parent / f"{tmp_path.name}.pids"
-    code, said = end(here, tmp_path, f"echo $$ >>{told}; if [ {RANK} = 1 ]; then sleep 1; {kill}; fi; exec sleep 60")
+    told, launchers = (tmp_path.parent / f"{tmp_path.name}.{what}" for what in ("pids", "launchers"))
+    wait = f"while [ $(wc -l <{told}) -lt 3 ]; do sleep 0.05; done"
+    kill = f"read -r _ _ _ launcher _ </proc/$PPID/stat; echo $launcher >{launchers}; kill -9 $launcher"
+    code, said = end(here, tmp_path, f"echo $$ >>{told}; if [ {RANK} = 1 ]; then {wait}; {kill}; fi; exec sleep 60")
+    forget(int(launchers.read_text()))
     assert code != 0
     assert said
     assert [pid for pid in told.read_text().split() if Path("/proc", pid, "cmdline").exists()] == []
@@ -190,12 +192,14 @@ def test_a_signal_is_passed_on(here: Machine, tmp_path: Path) -> None:
     ready = tmp_path / "ready"
 
     def ask() -> None:
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob("ready*"))) < 3 and time.monotonic() < deadline:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # the main thread gets it
+        deadline = time.monotonic() + patient(60.0)
+        while len(there := list(tmp_path.glob("ready*"))) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
-        for path in tmp_path.glob("ready*"):
+        for path in there:
             path.unlink()
-        os.kill(os.getpid(), signal.SIGUSR1)
+        if len(there) == 3:  # else nobody would pass it on, and it would end these tests
+            os.kill(os.getpid(), signal.SIGUSR1)
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -246,16 +250,24 @@ def test_a_job_outlives_a_rank(here: Machine, tmp_path: Path, code: int, capfd: 
     assert said == (lost if code == 0 else "failed: rank 2, which ended with exit code 4")
 
 
-def test_the_command_line(tmp_path: Path) -> None:
-    def typed(*options: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "mpisign", "run", *options]
-        return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
-    shown = typed("-n", "2", "--print", "-m", "train", "-n", "3")
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.rstrip().endswith(f"{sys.executable} -m train -n 3")
-    assert " -n 2 " in shown.stdout
+    def typed(*options: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mpisign", "run", *options])
+        try:
+            code: object = main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    code, shown, errors = typed("-n", "2", "--print", "-m", "train", "-n", "3")
+    assert code == 0, errors
+    assert shown.rstrip().endswith(f"{sys.executable} -m train -n 3")
+    assert " -n 2 " in shown
     for option in ("-np", "--np", "--ranks"):
-        assert typed(option, "2", "--print", "-m", "train", "-n", "3").stdout == shown.stdout
-    assert "argument -n/--ranks/-np/--np: 'two' is not a number of at least 1: write 4" in typed("-n", "two").stderr
-    assert typed("train.py").stderr.rstrip().endswith(f"error: there is no train.py in {tmp_path}")
+        assert typed(option, "2", "--print", "-m", "train", "-n", "3")[:2] == (0, shown)
+    assert "argument -n/--ranks/-np/--np: 'two' is not a number of at least 1: write 4" in typed("-n", "two")[2]
+    code, _, errors = typed("train.py")
+    assert code == 2
+    assert errors.rstrip().endswith(f"error: there is no train.py in {tmp_path}")

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,7 +99,8 @@ def test_after_a_kill_the_next_takes_over_without_being_asked(script: Path, fold
     with started(2, script, folder, tmp_path / "never") as first:
         first.wait_for("saved 2")
         for pid in first.processes():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         assert not first.orphans()
     assert (folder / OWNER).exists()
     stop = tmp_path / "stop"

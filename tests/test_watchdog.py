@@ -94,8 +94,9 @@ def test_without_limits_nothing_is_said(caplog: pytest.LogCaptureFixture) -> Non
 def test_too_long_a_wait_ends_the_job() -> None:
     ended = run(
         "import mpi4py.MPI, mpisign, numpy; from mpisign.session import current\n"
-        "mpisign.init(stall_timeout=0.1)\n"
+        "mpisign.init()\n"
         "session = current()\n"
+        "session.watchdog.stall_timeout = 0.1\n"
         "with session.tracer.stepping(3), session.tracer.span('phase 1', 0):\n"
         "    session.wait(session.post(session.group.comm.Irecv(numpy.empty(1), source=0)))\n"
     )
@@ -109,8 +110,9 @@ def test_too_long_a_wait_ends_the_job() -> None:
 def test_a_call_that_blocks_is_watched_too() -> None:
     ended = run(
         "import mpi4py.MPI, mpisign, numpy; from mpisign.session import current\n"
-        "mpisign.init(stall_warning=0.1, stall_timeout=0.5)\n"
+        "mpisign.init(stall_warning=0.1)\n"
         "session = current()\n"
+        "session.watchdog.stall_timeout = 0.5\n"
         "with session.watchdog.guard('a test'):\n"
         "    session.group.comm.Recv(numpy.empty(1), source=0)\n"
     )
@@ -155,7 +157,7 @@ def test_a_stopped_process_has_not_waited(blocking: bool) -> None:
         os.kill(process.pid, signal.SIGSTOP)
         time.sleep(6.0)
         os.kill(process.pid, signal.SIGCONT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
     finally:
         process.kill()
         process.communicate()

@@ -188,7 +188,7 @@ def test_add_more_counts_than_a_launch_can_list(backend: Subject, memory: Memory
 def test_decide_counts(k: int, ties: str, backend: Subject, memory: Memory) -> None:
     """Of as many votes everywhere, and of more or fewer; from counts of any numbers of planes."""
     n = 32 * k
-    for voters in (1, 2, 3, 4, 7, 8, 15, 16, 200):
+    for voters in (1, 2, 3, 4, 7, 8, 15, 16, 200) if k < 1000 else (3, 200):
         rng = np.random.default_rng(voters)
         for some in (False, True):
             voted = rng.integers(0, voters + 1, n) if some else np.full(n, voters)

@@ -58,11 +58,11 @@ POLICIES = [(zeros, ties) for zeros in ("rows", "coin", "abstain", "positive") f
         *(pytest.param(*both, marks=pytest.mark.long) for both in POLICIES if both not in SOME_POLICIES),
     ],
 )
-def test_parameters_are_bit_identical_after_200_steps(comm: MPI.Comm, zeros: str, ties: str) -> None:
+def test_parameters_are_bit_identical_after_many_steps(comm: MPI.Comm, zeros: str, ties: str) -> None:
     """On all ranks, and whichever way the votes went ("auto" takes one of the two)."""
-    ends = set()
+    ends, steps = set(), 200 if comm.size <= 3 else 60
     for exchange in ("allgather", "two_phase"):
-        tensors = train_on_rough_ground(comm, 200, zeros=zeros, ties=ties, exchange=exchange)
+        tensors = train_on_rough_ground(comm, steps, zeros=zeros, ties=ties, exchange=exchange)
         assert all(t.abs().max() > 0.05 for t in tensors if t.numel() > 1)
         ends.update(comm.allgather(snapshot(tensors)))
     assert len(ends) == 1

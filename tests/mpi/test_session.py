@@ -143,6 +143,7 @@ class Sluggish(Memory):
         return gradient
 
 
+@pytest.mark.few
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("phase", ["handshake", "bucket 0, header"])
 def test_those_who_wait_say_for_whom_at_which_step_and_phase(

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import random
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from mpirun import environment, wait_until
+from mpirun import environment, forget, patient, wait_until
 
 SLURM = Path(__file__).parents[2] / "slurm"
 SMALL = Path(__file__).with_name("train_small.py")
@@ -32,7 +34,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 # A requeued job waits until its credential has expired, by default for two minutes.
-AuthInfo=socket={root}/munge.socket,cred_expire=5
+AuthInfo=socket={root}/munge.socket,cred_expire=12
 StateSaveLocation={root}/state
 SlurmctldPidFile={root}/slurmctld.pid
 SlurmdPidFile={root}/%n.pid
@@ -71,6 +73,8 @@ class Cluster:
         self._environment |= {"PATH": SEARCH, "SLURM_CONF": str(self.root / "slurm.conf")}
         # Ranks share this machine's few cores: they take turns, and none is bound.
         self._environment |= {"OMPI_MCA_mpi_yield_when_idle": "1", "MPISIGN_BIND": "none"}
+        # An mpirun that is killed leaves a folder there, which would stop a later one of the same process number.
+        self._environment["TMPDIR"] = str(self.root / "tmp")
         controller, *ports = free_ports(1 + nodes)
         self.nodes = [f"p{controller}n{i}" for i in range(nodes)]  # names of cgroups, too: no other cluster has them
         self._configure(controller, ports, plugins)
@@ -90,6 +94,7 @@ class Cluster:
         (self.root / "slurm.conf").write_text("".join(lines))
         (self.root / "cgroup.conf").write_text("")
         (self.root / "state").mkdir()
+        (self.root / "tmp").mkdir()
         (self.root / "munge").mkdir(mode=0o700)
         key = self.root / "munge" / "key"
         key.write_bytes(os.urandom(128))
@@ -121,9 +126,10 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not self.processes(), 5.0)
         for node in self.nodes:
-            for folder in CGROUPS.glob(f"**/*slurm_{node}"):
-                remove_cgroup(folder)
-        shutil.rmtree(self.root)
+            with contextlib.suppress(OSError):  # others' come and go meanwhile
+                for folder in CGROUPS.glob(f"*/*slurm_{node}"):
+                    remove_cgroup(folder)
+        shutil.rmtree(self.root, ignore_errors=True)
 
     def _stop(self, name: str) -> None:
         daemon = self._daemons[name]
@@ -153,7 +159,7 @@ class Cluster:
 
     def wait_for_nodes(self) -> None:
         """Wait until every node is ready for jobs."""
-        wait_until(lambda: self._ready() == len(self.nodes), 120.0)
+        wait_until(lambda: self._ready() == len(self.nodes), patient(120.0))
         assert self._ready() == len(self.nodes), self.run("sinfo", "-N", "-l") + self.logs()
 
     def _ready(self) -> int:
@@ -179,7 +185,9 @@ class Cluster:
         for pid in sorted(self.processes(), reverse=True):  # srun has a child that cancels its step when it dies
             here = f"SLURMD_NODENAME={node}\0" in read(pid, "environ") or f"slurm_{node}/" in read(pid, "cgroup")
             if here and program in read(pid, "comm"):
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                forget(pid, within=self.root / "tmp")
 
     # ------------------------------------------------------------------------------------------------- jobs
 
@@ -190,6 +198,14 @@ class Cluster:
             capture_output=True, text=True, timeout=60, check=True,
         )  # fmt: skip
         return done.stdout
+
+    def ask(self, *command: str | Path) -> str:
+        """Run a command that changes nothing; again, where slurmctld is too busy to answer."""
+        for _ in range(2):
+            with contextlib.suppress(subprocess.SubprocessError):
+                return self.run(*command)
+            time.sleep(1.0)
+        return self.run(*command)
 
     def submit(self, folder: Path, *command: str | Path, **variables: str | Path) -> Job:
         """``sbatch command...`` in ``folder``, with these variables besides the usual environment."""
@@ -221,11 +237,11 @@ class Job:
 
     def shown(self, field: str) -> list[str]:
         """A field of ``scontrol show job``, for each task of an array."""
-        return re.findall(rf"\b{field}=(\S+)", self.cluster.run("scontrol", "show", "job", "-o", str(self.number)))
+        return re.findall(rf"\b{field}=(\S+)", self.cluster.ask("scontrol", "show", "job", "-o", str(self.number)))
 
     def wait_for(self, text: str, timeout: float = 60.0) -> None:
         """Wait until it has written ``text``."""
-        wait_until(lambda: text in self.text() or self.ended(), timeout)
+        wait_until(lambda: text in self.text() or self.ended(), patient(timeout))
         assert text in self.text(), f"{self.shown('JobState')}, and not {text!r} in:\n{self.text()}"
 
     def ended(self) -> bool:
@@ -241,7 +257,7 @@ class Job:
 
     def wait(self, state: str = "COMPLETED", timeout: float = 120.0) -> str:
         """Wait until it, and each task of an array, has ended like this; returns what it has written."""
-        wait_until(self.ended, timeout)
+        wait_until(self.ended, patient(timeout))
         assert set(self.shown("JobState")) == {state}, f"{self.shown('JobState')}:\n{self.text()}"
         return self.text()
 
@@ -255,9 +271,14 @@ def on(nodes: int) -> tuple[str, ...]:
 
 
 def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in sockets]
+    """Below those that the system gives to whoever asks for any."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 1_000):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise OSError(f"no {count} ports are free from 20000 to 32000")
 
 
 def read(pid: int, name: str) -> str:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from cluster import SLURM, SMALL, Cluster, Job, Submit, on, read
-from mpirun import wait_until
+from mpirun import patient, wait_until
 
 pytestmark = pytest.mark.long
 
-TRAIN = ("--no-kill", SLURM / "train_cpu.sbatch", SMALL, "--quiet", "--epochs", "1", "--pause", "0.3")
+TRAIN = ("--no-kill", SLURM / "train_cpu.sbatch", SMALL, "--quiet", "--epochs", "1", "--pause", "0.6")
 SETTINGS = {"MPISIGN_ON_FAILURE": "continue", "MPISIGN_SAVE_EVERY": "2"}
 
 
@@ -31,7 +31,9 @@ def log(job: Job) -> list[dict[str, str]]:
 
 def wait_for_steps(job: Job) -> None:
     """Until four are saved."""
-    wait_until(lambda: (checkpoints(job) / "step-00000004").is_dir() or job.ended(), 60.0)
+    saved = checkpoints(job) / "step-00000004"
+    wait_until(lambda: saved.is_dir() or job.ended(), patient(60.0))
+    assert saved.is_dir(), job.text()
     assert not job.ended(), job.text()
 
 
@@ -77,7 +79,7 @@ def test_a_node_goes_down_and_the_others_go_on(submit: Submit, cluster: Cluster,
     job = submit(*on(3), *TRAIN, **SETTINGS)
     wait_for_steps(job)
     with crashed(cluster, job, 1, noticed=noticed):
-        wait_until(lambda: "mpisign: finished" in job.text() or job.ended(), 120.0)
+        job.wait_for("mpisign: finished", 120.0)
     text = job.wait()
     assert "2 of 3 nodes are left: going on with 2 ranks, from the newest checkpoint" in text
     rows = log(job)
@@ -93,7 +95,8 @@ def test_the_first_node_goes_down_and_the_job_comes_back(submit: Submit, cluster
     job = submit(*on(3), *TRAIN, **SETTINGS)
     wait_for_steps(job)
     with crashed(cluster, job, 0):
-        wait_until(lambda: job.shown("Restarts") == ["1"], 60.0)
+        wait_until(lambda: job.shown("Restarts") == ["1"], patient(60.0))
+        assert job.shown("Restarts") == ["1"], job.text()
     text = job.wait()
     assert len(re.findall("trains at", text)) == 2
     assert (checkpoints(job) / "step-00000027" / "rank-00002.pt").exists()
@@ -103,7 +106,7 @@ def test_warned_after_a_death_it_saves_and_comes_back_with_all(submit: Submit) -
     job = submit(*on(3), *TRAIN, **SETTINGS)
     wait_for_steps(job)
     kill_rank(job, 2)
-    wait_until(lambda: "have died" in job.text(), 60.0)
+    job.wait_for("have died")
     job.warn()
     text = job.wait()
     assert re.search(r"stopped by a signal; step \d+ of 27 is saved", text)

@@ -10,7 +10,7 @@ from datetime import datetime
 import pytest
 import torch
 from cluster import SLURM, SMALL, Cluster, Job, Submit, on
-from mpirun import wait_until
+from mpirun import patient, wait_until
 from resumable import assert_equal
 
 pytestmark = pytest.mark.long
@@ -91,7 +91,8 @@ def test_preempted(submit: Submit, undisturbed: dict[str, object]) -> None:
 def node_of_rank_1(job: Job) -> str:
     """Where it runs, as soon as four steps are saved."""
     saved = job.folder / "out" / f"mpisign-{job.number}" / "checkpoints" / "step-00000004"
-    wait_until(saved.is_dir, 60.0)
+    wait_until(saved.is_dir, patient(60.0))
+    assert saved.is_dir(), job.text()
     return re.findall(r"rank 1 of 2 on (\S+)", job.text())[0]
 
 
@@ -100,7 +101,8 @@ def test_a_node_goes_down(submit: Submit, cluster: Cluster, undisturbed: dict[st
     job = submit(*on(2), *TRAIN, *SLOW, MPISIGN_SAVE_EVERY="2")
     node = node_of_rank_1(job)
     cluster.crash(node)
-    wait_until(lambda: job.shown("JobState") != ["RUNNING"], 60.0)
+    wait_until(lambda: job.shown("JobState") != ["RUNNING"], patient(60.0))
+    assert job.shown("JobState") != ["RUNNING"], job.text()
     cluster.start_node(node)
     cluster.wait_for_nodes()
     assert_went_on(job, undisturbed)
@@ -122,16 +124,17 @@ def test_cancelled_it_is_gone(submit: Submit, cluster: Cluster, launcher: str) -
     assert len(cluster.processes(job.number)) >= 4, "the script, the launcher and two ranks"
     job.cancel()
     job.wait("CANCELLED")
-    wait_until(lambda: not cluster.processes(job.number), 60.0)
+    wait_until(lambda: not cluster.processes(job.number), patient(60.0))
     assert cluster.processes(job.number) == []
     assert job.shown("Restarts") == ["0"]
 
 
 def test_a_sweep_is_a_job_for_each_value(submit: Submit) -> None:
     """And one comes back without the other."""
-    sweep = (*on(1), "--array=0-1", SLURM / "sweep.sbatch", SMALL, "--quiet", "--pause", "0.1")
+    sweep = (*on(1), "--array=0-1", SLURM / "sweep.sbatch", SMALL, "--quiet", "--pause", "0.3")
     job = submit(*sweep, MPISIGN_SWEEP="--batch-size 8 16")
-    wait_until(lambda: job.text().count("trains at") == 2, 60.0)
+    wait_until(lambda: job.text().count("trains at") == 2, patient(60.0))
+    assert job.text().count("trains at") == 2, job.text()
     job.warn("_0")
     job.wait()
     assert sorted(job.shown("Restarts")) == ["0", "1"]
