@@ -45,7 +45,7 @@ class Flags:
 
     def to_outlive(self, silence: float | None = None) -> str:
         """The same as what to type, for a message."""
-        links = "" if silence is None else f" --detect-links {silence:g}"
+        links = "" if silence is None else f" --detect-links {silence:g}s"
         return f"python -m mpisign run --continue-on-failure{links}, or mpirun {' '.join(self.outlive(silence))}"
 
 

@@ -48,7 +48,7 @@ def test_flags_for_so_long_a_silence() -> None:
 @pytest.mark.parametrize(
     ("seconds", "environ", "said"),
     [
-        (5.0, {}, "off in this run: start it with python -m mpisign run --continue-on-failure --detect-links 5, or"),
+        (5.0, {}, "off in this run: start it with python -m mpisign run --continue-on-failure --detect-links 5s, or"),
         (5.0, {heartbeat.DETECTOR: "0", heartbeat.TIMEOUT: "5"}, "off in this run"),
         (5.0, {heartbeat.DETECTOR: "1", heartbeat.TIMEOUT: "10"}, "started with OMPI_MCA_mpi_ft_detector_timeout='10'"),
         (5.0, {heartbeat.DETECTOR: "1"}, "mpi_ft_detector_timeout=''"),

@@ -28,7 +28,7 @@ from mpisign.session import current, operation
 __all__ = ["Vote", "init_process_group", "vote"]
 
 PORTS = 1 << 16
-OPTIONS = ("zeros", "ties", "exchange", "seed", "clip_grad_norm", "bucket_cap_mb")
+OPTIONS = ("method", "zeros", "ties", "exchange", "seed", "clip_grad_norm", "bucket_cap_mb")
 
 
 def vote(model: DistributedDataParallel, **options: Any) -> Vote:
@@ -76,7 +76,7 @@ class Vote:
         session = current("mpisign.integrations.ddp.vote()")
         method = signum() if method is None else method
         here = f"rank {session.rank}: "
-        check_options(options, OPTIONS)
+        check_options(options, OPTIONS, "vote()")
         if not isinstance(model, DistributedDataParallel):
             raise OptionError(
                 f"{here}vote() takes a DistributedDataParallel model, and {type(model).__name__} is none: around a "
@@ -172,12 +172,10 @@ class Vote:
         self._optimizer.zero_grad()
 
 
-def check_options(options: Mapping[str, Any], possible: Sequence[str]) -> None:
-    """Raise OptionError unless all are options of the optimizer that a vote inside a framework can heed."""
+def check_options(options: Mapping[str, Any], possible: Sequence[str], whose: str) -> None:
+    """Raise OptionError unless all are options of the optimizer that ``whose`` votes can heed."""
     if strange := options.keys() - possible:
-        raise OptionError(
-            f"rank {rank()}: vote() takes method, {', '.join(possible)}, and not {', '.join(sorted(strange))}"
-        )
+        raise OptionError(f"rank {rank()}: {whose} takes {', '.join(possible)}, and not {', '.join(sorted(strange))}")
 
 
 def check_scalers(whose: str) -> None:

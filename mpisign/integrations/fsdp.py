@@ -27,7 +27,7 @@ from mpisign.session import current, operation
 
 __all__ = ["Vote", "split", "vote"]
 
-OPTIONS = ("zeros", "ties", "exchange", "seed", "bucket_cap_mb")
+OPTIONS = ("method", "zeros", "ties", "exchange", "seed", "bucket_cap_mb")
 
 
 def split(shards: int, *, backend: Any = None, **options: Any) -> DeviceMesh:
@@ -98,7 +98,7 @@ class Vote:
 
     def __init__(self, model: torch.nn.Module, *, method: Method | None = None, **options: Any) -> None:
         current("mpisign.integrations.fsdp.vote()")
-        check_options(options, OPTIONS)
+        check_options(options, OPTIONS, "vote()")
         self.reports: dict[str, StepReport] = {}
         self._options = {"zeros": "coin", **options, "method": signum() if method is None else method}
         self._optimizers: dict[str, DistributedSignOptimizer] = {}  # each made when its first gradient comes

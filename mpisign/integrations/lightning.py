@@ -13,14 +13,18 @@ from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities import rank_zero as fabric_rank_zero
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero
+from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
 from mpisign import places, session
 from mpisign.checkpoint.state import map_tensors
 from mpisign.collectives import allgather, allreduce
-from mpisign.errors import OptionError
+from mpisign.errors import CheckpointError, OptionError
 from mpisign.integrations import personal
+from mpisign.integrations.batch_norm import SyncBatchNorm
+from mpisign.integrations.ddp import check_options
 from mpisign.integrations.metrics import sync_metrics
 from mpisign.optimizer import DistributedSignOptimizer
 from mpisign.sync import broadcast_object, broadcast_parameters
@@ -29,6 +33,10 @@ from mpisign.trees import shown
 __all__ = ["MpisignStrategy", "Reports"]
 
 OPS = {"mean": "average", "avg": "average", "sum": "sum", "min": "min", "max": "max"}
+OPTIONS = (
+    *("method", "zeros", "ties", "exchange", "seed", "clip_grad_norm", "bucket_cap_mb", "apply", "audit"),
+    *("every", "outer", "average_buffers", "delay"),
+)
 
 
 class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
@@ -44,13 +52,14 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
 
     Args:
         options: ``method``, ``zeros``, ``ties``, ``exchange``, ``seed``, ``clip_grad_norm``, ``bucket_cap_mb``,
-            ``apply``, ``every``, ``outer`` and ``delay`` of :class:`~mpisign.DistributedSignOptimizer`; ``seed`` is
-            raised by one for each further optimizer.
+            ``apply``, ``audit``, ``every``, ``outer``, ``average_buffers`` and ``delay`` of
+            :class:`~mpisign.DistributedSignOptimizer`; ``seed`` is raised by one for each further optimizer.
 
     Making one joins the job, if nobody has called :func:`mpisign.init`: it is **collective** then.
 
     Raises:
-        OptionError: when training starts: an optimizer or the model is wrapped already, or ``devices`` is not 1.
+        OptionError: an option is none of these; when training starts: an optimizer or the model is wrapped already,
+            or, on CPUs, ``devices`` is not 1.
     """
 
     strategy_name = "mpisign"
@@ -58,6 +67,7 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
     def __init__(self, *, checkpoint_io: Any = None, precision_plugin: Any = None, **options: Any) -> None:
         if not session.is_initialized():
             session.init()
+        check_options(options, OPTIONS, "MpisignStrategy()")
         super().__init__(
             cluster_environment=_Environment(), checkpoint_io=checkpoint_io, precision_plugin=precision_plugin
         )
@@ -110,6 +120,8 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
                     f"gradients before the vote: take the model out of it"
                 )
         sync_metrics(self.lightning_module)
+        if self._layer_sync is not None and trainer.state.fn == TrainerFn.FITTING:  # Trainer(sync_batchnorm=True)
+            SyncBatchNorm.convert(self.lightning_module)
         super().setup(trainer)
         if not any(isinstance(its, _End) for its in trainer.callbacks):
             trainer.callbacks.insert(0, _End())
@@ -155,7 +167,13 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
         return result.to(tensor.dtype) if tensor.dtype.is_floating_point else result
 
     def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
-        """(...) on each rank to (ranks, ...), without gradients. **Collective.**"""
+        """(...) on each rank to (ranks, ...). **Collective.**
+
+        With ``sync_grads`` backward is, too: a rank's gradient is the sum of what all ranks have for its part.
+        """
+        if sync_grads and tensor.requires_grad:
+            gathered: torch.Tensor = _Gathered.apply(tensor)
+            return gathered
         return allgather(tensor.unsqueeze(0))
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -174,7 +192,11 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
             return map_tensors(state, torch.clone) if apart else state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """One file by rank 0, and beside it one a rank. **Collective.**"""
+        """One file by rank 0, and beside it one a rank. **Collective.**
+
+        Where it is says rank 0: ModelCheckpoint puts each rank's own metrics into names.
+        """
+        filepath = self.broadcast(filepath)
         states = checkpoint.get("optimizer_states", ())
         pairs = zip(self.optimizers, states, strict=False)  # none, if the model alone is saved
         own = [personal.taken(optimizer, state, self.lightning_module) for optimizer, state in pairs]
@@ -189,11 +211,24 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
             beside.replace(path)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """The file, with what is this rank's own under ``"mpisign"``."""
+        """Rank 0's file, with what is this rank's own under ``"mpisign"``. **Collective.**
+
+        Raises:
+            CheckpointError: on every rank, if some have files of their own and others do not.
+        """
+        checkpoint_path = self.broadcast(checkpoint_path)
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
         path = self._file(checkpoint_path)
         if os.path.islink(checkpoint_path) and not path.is_file():  # by save_last="link"
             path = self._file(os.path.realpath(checkpoint_path))
+        found = allgather(torch.tensor([path.is_file()], device="cpu")).tolist()
+        if any(found) and not all(found):
+            without = [rank for rank, its in enumerate(found) if not its]
+            raise CheckpointError(
+                f"rank {places.rank()}: ranks {without} have no files in {path.parent}, and the others do: resume on "
+                f"as many ranks as have saved, with the whole folder where all ranks see it; or remove the folder, and "
+                f"all memories start fresh"
+            )
         if path.is_file():
             own = torch.load(path, map_location="cpu", weights_only=True)
             # Version 0.2 has saved the memories alone.
@@ -227,6 +262,19 @@ class MpisignStrategy(ParallelStrategy):  # type: ignore[misc]
     @staticmethod
     def _file(filepath: Any) -> Path:
         return Path(f"{filepath}.ranks") / f"rank-{places.rank():05d}.pt"
+
+
+class _Gathered(torch.autograd.Function):
+    """(...) on each rank to (ranks, ...), and back."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return allgather(tensor.unsqueeze(0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return allreduce(gradient, "sum")[places.rank()]
 
 
 class _Environment(ClusterEnvironment):  # type: ignore[misc]
@@ -271,15 +319,23 @@ class _End(Callback):  # type: ignore[misc]
 class Reports(Callback):  # type: ignore[misc]
     """For ``Trainer(callbacks=[Reports()])``: logs ``optimizer.report.as_dict()`` to the Trainer's loggers.
 
-    They are called ``mpisign/bytes_sent`` and so on, of the first optimizer, as often as the Trainer logs.
+    They are called ``mpisign/bytes_sent`` and so on, of the first optimizer's exchanges: of each
+    ``log_every_n_steps``-th, beginning with the first, and never if that is 0.
     """
 
+    def __init__(self) -> None:
+        self._last: Any = None
+        self._exchanges = 0
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After a step, on rank 0."""
-        if not trainer.optimizers or (trainer.global_step - 1) % trainer.log_every_n_steps:
+        """After a batch, on rank 0."""
+        report = getattr(trainer.optimizers[0], "report", None) if trainer.optimizers else None
+        if report is None or report is self._last:  # gradients accumulate, or steps are local
             return
-        report = getattr(trainer.optimizers[0], "report", None)
-        if report is not None:
+        self._last = report
+        self._exchanges += 1
+        every = trainer.log_every_n_steps
+        if every and (self._exchanges - 1) % every == 0:
             numbers = {f"mpisign/{name}": its for name, its in report.as_dict().items() if name != "step"}
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=trainer.global_step)

@@ -358,7 +358,7 @@ class MemoryStore:
         fresh = f"rank {group.rank}: the memory ({', '.join(dict.fromkeys(names))}) starts fresh: "
         if saved is None:
             if fields:
-                warn(fresh + "this is the state of a plain optimizer, which has none")
+                warn(f"{fresh}this state has none, as a plain optimizer's, or a framework's without its ranks' files")
             return store
         saved = checked(saved, parameters, f"rank {group.rank}")
         if saved["size"] != group.size:

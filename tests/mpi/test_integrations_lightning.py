@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -49,6 +50,7 @@ def module_of(pl: Any, **options: Any) -> Any:
             self.seen += (x.sum(1) * 1000).long().tolist()
             loss = nn.functional.cross_entropy(self.net(x), y)
             self.log("loss", loss, sync_dist=True)
+            self.log("own", float(mpisign.rank()))
             return loss
 
         def validation_step(self, batch: Any, place: int) -> None:
@@ -223,6 +225,50 @@ def test_a_checkpoint_that_is_a_link(comm: MPI.Comm, folder: Path, pl: Any) -> N
     assert len(list((folder / "epoch=0.ckpt.ranks").iterdir())) == comm.size
 
 
+def test_names_with_metrics_of_each_rank(comm: MPI.Comm, folder: Path, pl: Any) -> None:
+    """What counts is rank 0's name, when saving and when loading."""
+    keep = pl.callbacks.ModelCheckpoint(str(folder), "{own:.0f}")
+    trainer = fit(pl, folder, 1, callbacks=[keep], logger=False)
+    mpisign.barrier()
+    assert sorted(path.name for path in folder.iterdir()) == ["own=0.ckpt", "own=0.ckpt.ranks"]
+    assert len(list((folder / "own=0.ckpt.ranks").iterdir())) == comm.size
+    checkpoint = trainer.strategy.load_checkpoint(keep.best_model_path)
+    assert_equal(checkpoint["mpisign"][0]["mpisign"], trainer.optimizers[0].state_dict()["mpisign"])
+    mpisign.barrier()
+    if comm.rank == 0:
+        (folder / "own=0.ckpt.ranks" / f"rank-{comm.size - 1:05d}.pt").unlink()
+    mpisign.barrier()
+    if comm.size > 1:
+        with pytest.raises(mpisign.CheckpointError, match=rf"^rank {comm.rank}: ranks \[{comm.size - 1}\] have no"):
+            trainer.strategy.load_checkpoint(keep.best_model_path)
+
+
+def test_batch_norm_over_all_ranks(comm: MPI.Comm, folder: Path, pl: Any) -> None:
+    module = module_of(pl)
+    module.net[2] = nn.BatchNorm1d(16)
+    fit(pl, folder, 1, module=module, sync_batchnorm=True)
+    assert type(module.net[2]).__module__ == "mpisign.integrations.batch_norm"
+    mpisign.check_consistency(module.net)
+
+
+def test_reports_are_logged_once_an_exchange(pl: Any) -> None:
+    from mpisign.integrations.lightning import Reports
+
+    def logged(every: int) -> list[float]:
+        logger = SimpleNamespace(told=[], log_metrics=lambda numbers, step: logger.told.append(numbers["mpisign/n"]))
+        optimizer = SimpleNamespace(report=None)
+        callback, trainer = Reports(), SimpleNamespace(optimizers=[optimizer], log_every_n_steps=every, global_step=0)
+        trainer.loggers = [logger]
+        for number in range(7):
+            trainer.global_step += 2  # of two optimizers
+            optimizer.report = SimpleNamespace(as_dict=lambda number=number: {"step": 0, "n": number})
+            for _ in range(2):  # gradients accumulate
+                callback.on_train_batch_end(trainer, None, None, None, 0)
+        return logger.told  # type: ignore[no-any-return]
+
+    assert (logged(1), logged(3), logged(0)) == ([*range(7)], [0, 3, 6], [])
+
+
 def test_with_several_optimizers(comm: MPI.Comm, folder: Path, pl: Any) -> None:
     """Each has windows of its own; and what version 0.2 has saved still loads."""
     from mpisign.integrations.lightning import MpisignStrategy
@@ -289,12 +335,22 @@ def test_between_ranks(comm: MPI.Comm, pl: Any) -> None:
     with pytest.raises(mpisign.OptionError, match="median"):
         strategy.reduce(mine, reduce_op="median")
     assert strategy.all_gather(mine)[:, 0].tolist() == list(range(comm.size))
+    assert not strategy.all_gather(mine.clone().requires_grad_()).requires_grad
+    gathered = strategy.all_gather(mine.requires_grad_(), sync_grads=True)
+    gathered[:, 0].mul(torch.arange(comm.size) + comm.rank).sum().backward()
+    assert mine.grad is not None
+    assert mine.grad.tolist() == [comm.size * comm.rank + sum(range(comm.size)), 0.0]
+    mine.requires_grad_(False)
     assert strategy.broadcast({"a": comm.rank}) == {"a": 0}
     assert strategy.reduce_boolean_decision(comm.rank == 0, all=False)
     assert strategy.reduce_boolean_decision(comm.rank == 0) == (comm.size == 1)
 
 
 def test_what_is_refused(comm: MPI.Comm, folder: Path, pl: Any) -> None:
+    from mpisign.integrations.lightning import MpisignStrategy
+
+    with pytest.raises(mpisign.OptionError, match=r"MpisignStrategy\(\) takes method, .*, and not metod, overlap$"):
+        MpisignStrategy(metod=mpisign.mean(), overlap=True)
     with pytest.raises(mpisign.OptionError, match="would wrap again"):
         fit(pl, folder, 1, module=module_of(pl, wrapped=True))
     with pytest.raises(mpisign.OptionError, match="devices=1"):
