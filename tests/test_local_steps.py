@@ -191,6 +191,13 @@ def test_steps_are_the_wrapped_optimizers(every: int) -> None:
     assert same(ours, theirs)
 
 
+def test_buffers_that_were_expanded_are_averaged() -> None:
+    model = layers()
+    model.register_buffer("statistics", torch.ones(3, 1).expand(3, 4))
+    train(model, local(model, 1, average_buffers=model), range(2))
+    assert torch.equal(model.get_buffer("statistics"), torch.ones(3, 4))
+
+
 def test_closures_schedules_and_clipping() -> None:
     ours, optimizer, theirs, plain = pair()
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(it, 6) for it in (optimizer, plain)]
