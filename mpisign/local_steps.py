@@ -304,17 +304,17 @@ class LocalSteps:
         if self._buffers is None:
             return
         with plain():
-            buffers = [b for b in self._buffers.buffers() if b.is_floating_point() and b.numel()]
+            buffers = [_once(b.detach()) for b in self._buffers.buffers() if b.is_floating_point() and b.numel()]
             if not buffers:
                 return
-            mine = [b.detach().reshape(-1).double().cpu() for b in buffers]
+            mine = [b.reshape(-1).double().cpu() for b in buffers]
             counts = [votes and bool(its.isfinite().all()) for its in mine]
             told = [its if counted else torch.zeros_like(its) for its, counted in zip(mine, counts, strict=True)]
             told.append(torch.tensor(counts, dtype=torch.float64, device="cpu"))
             *means, shares = average(torch.cat(told), name="buffers").split([len(its) for its in told])
             for buffer, its, share in zip(buffers, means, shares.tolist(), strict=True):
                 if share:  # else it is finite nowhere, such as a mask
-                    buffer.detach().copy_((its / share).view(buffer.shape))
+                    buffer.copy_((its / share).view(buffer.shape))
 
     # --------------------------------------------------------------------------------------------- states
 
@@ -389,6 +389,11 @@ class LocalSteps:
                 self.inner._overlap.dropped()
             except CheckpointError as error:
                 raise ConsistencyError(f"{act}: {error}") from error
+
+
+def _once(tensor: torch.Tensor) -> torch.Tensor:
+    """A view that has each element once, where ``expand()`` has made a tensor that cannot be written to."""
+    return tensor[tuple(slice(None if stride else 1) for stride in tensor.stride())]
 
 
 def _prepared(gradients: Sequence[Any], unscale: float, clip: float | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -49,3 +50,10 @@ def values(model: nn.Module) -> list[torch.Tensor]:
 def same(ours: nn.Module, theirs: nn.Module, tolerance: float = 1e-13) -> bool:
     """By windows of means, which subtract a difference again that rounding has touched."""
     return all(torch.allclose(a, b, rtol=0, atol=tolerance) for a, b in zip(values(ours), values(theirs), strict=True))
+
+
+def pair(every: int = 3, build: Callable[[nn.Module], Any] | None = None) -> Iterator[Any]:
+    """A model with local steps, and its twin with the plain optimizer."""
+    build = build or (lambda model: AdamW(model.parameters(), lr=0.01))
+    ours, theirs = layers(), layers()
+    yield from (ours, local(ours, every, build(ours)), theirs, build(theirs))

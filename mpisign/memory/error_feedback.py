@@ -21,6 +21,9 @@ class ErrorFeedback(Memory):
     The paper accumulates ``lr g``; here the error is in units of the gradient, and is rescaled when the learning
     rate changes, which is the same. It needs a rule that is a mean: under a vote nothing is guaranteed.
 
+    A step at a learning rate of exactly 0 is still sent and counted, and moves nothing: what its message had of the
+    error is lost, where the paper would apply it. Let warm-ups begin, and schedules end, a little above 0.
+
     Source: Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression Schemes", 2019,
     Algorithm 2.
     """
