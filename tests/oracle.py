@@ -17,6 +17,7 @@ Floats = npt.NDArray[np.floating]
 MODULUS = 1 << 64
 GOLDEN = 0x9E3779B97F4A7C15
 TIES = 0
+BIT = np.arange(32, dtype=np.uint64)
 
 
 def zeros_stream(rank: int) -> int:
@@ -48,7 +49,7 @@ def coin_word(key: int, word: int) -> int:
 def coins(key: int, first_word: int, n: int) -> Ballot:
     """The coins of n elements, of which the first is bit 0 of ``first_word``."""
     words = [coin_word(key, first_word + w) for w in range((n + 31) // 32)]
-    return np.array([1 if words[i // 32] >> i % 32 & 1 else -1 for i in range(n)], np.int8)
+    return np.where(to_flags(np.array(words, np.uint32), n), 1, -1).astype(np.int8)
 
 
 # --------------------------------------------------------------------------------------------------- words
@@ -56,15 +57,14 @@ def coins(key: int, first_word: int, n: int) -> Ballot:
 
 def to_words(flags: Sequence[bool] | npt.NDArray[np.bool_]) -> npt.NDArray[np.uint32]:
     """Element ``32 w + i`` becomes bit i of word w; the rest of the last word is 0."""
-    words = [0] * ((len(flags) + 31) // 32)
-    for i, flag in enumerate(flags):
-        words[i // 32] |= int(flag) << i % 32
-    return np.array(words, np.uint32)
+    bits = np.zeros((-(-len(flags) // 32), 32), np.uint64)
+    bits.reshape(-1)[: len(flags)] = flags
+    return (bits << BIT).sum(1).astype(np.uint32)
 
 
 def to_flags(words: npt.NDArray[np.uint32], n: int) -> npt.NDArray[np.bool_]:
-    as_ints = [int(word) for word in words]
-    return np.array([as_ints[i // 32] >> i % 32 & 1 for i in range(n)], np.bool_)
+    bits = np.asarray(words, np.uint64)[:, None] >> BIT & np.uint64(1)
+    return bits.astype(np.bool_).reshape(-1)[:n]
 
 
 def first_words(sizes: Sequence[int]) -> list[int]:
