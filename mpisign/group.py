@@ -191,10 +191,13 @@ class Group:
         mine = self.local_rank
         return [ranks[mine] for ranks in self.ranks_by_node if len(ranks) > mine]
 
-    @property
-    def ranks_by_node(self) -> list[list[int]]:
+    @functools.cached_property
+    def ranks_by_node(self) -> tuple[tuple[int, ...], ...]:
         """The ranks of each node."""
-        return [[rank for rank in range(self.size) if self.node_of[rank] == node] for node in range(self.num_nodes)]
+        ranks: list[list[int]] = [[] for _ in range(self.num_nodes)]
+        for rank, node in enumerate(self.node_of):
+            ranks[node].append(rank)
+        return tuple(map(tuple, ranks))
 
     @functools.cached_property
     def nodes(self) -> Nodes:
@@ -204,7 +207,7 @@ class Group:
     @property
     def neighbours(self) -> tuple[int, ...]:
         """The ranks of this rank's node, itself included."""
-        return tuple(rank for rank, node in enumerate(self.node_of) if node == self.node_rank)
+        return self.ranks_by_node[self.node_rank]
 
     def line(self, number: int, watchdog: Watchdog) -> Channels:
         """An optimizer's own channels. **Collective**, at least the first time."""
