@@ -41,6 +41,9 @@ def settled(plan: Plan, session: Session, remake: Callable[[], Plan] | None) -> 
 
 def _share(plan: Plan, session: Session) -> bool:
     """Give hierarchical exchanges their part of the node's memory. Returns whether it was there."""
+    before = session.network.sharing.pop(plan.number, None)
+    if before is not None:  # a report of its last step, say, would keep it, and there may not be room for both
+        before.give_back()
     exchanges = [one for one in plan.exchanges if isinstance(one, Hierarchical)]
     if not exchanges:
         return True
@@ -57,4 +60,6 @@ def _share(plan: Plan, session: Session) -> bool:
         return False
     for exchange, start in zip(exchanges, ends[:-1], strict=True):
         exchange.attach(memory.bytes[start : start + exchange.node_bytes])
+        plan.use.given.append(exchange.detach)
+    session.network.sharing[plan.number] = plan.use
     return True
