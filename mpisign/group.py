@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -66,6 +67,7 @@ class Group:
         presence: who waits where, on ``comm``.
         lines: channels of optimizers that send before their step, by their numbers: their messages may leave in
             another order on each rank than those of other optimizers.
+        users: by the same numbers, what is there as long as this rank may use such channels.
     """
 
     comm: MPI.Comm
@@ -80,6 +82,9 @@ class Group:
     gpus: bool = False
     presence: Presence = field(init=False, repr=False, compare=False)
     lines: dict[int, Channels] = field(default_factory=dict, init=False, repr=False, compare=False)
+    users: WeakValueDictionary[int, Any] = field(
+        default_factory=WeakValueDictionary, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "presence", Presence(self.comm))
