@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["LIMIT_BYTES", "Together", "block_type", "cut", "free_with", "shard_operations", "together"]
 
 LIMIT_BYTES = 1 << 30
-"""What one operation sends or receives at most; lowered by tests."""
+"""What one operation takes from a rank at most; an all-gather receives so much from each. Lowered by tests."""
 
 
 def cut(length: int, item_bytes: int = 1) -> Iterator[tuple[int, int]]:

@@ -382,7 +382,7 @@ def _arithmetic() -> Iterator[Finding]:
 
 
 def _vote(device: str | torch.device = "cpu", subject: str = "a real vote") -> Iterator[Finding]:
-    """One real vote over both exchanges, checked against plain NumPy on every rank."""
+    """One real vote over both flat exchanges, checked against plain NumPy on every rank."""
     here = session.current().group
     elements = 10_007
     mine = np.random.default_rng(here.rank).standard_normal(elements).astype(np.float32)

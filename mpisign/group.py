@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -66,6 +67,7 @@ class Group:
         presence: who waits where, on ``comm``.
         lines: channels of optimizers that send before their step, by their numbers: their messages may leave in
             another order on each rank than those of other optimizers.
+        users: by the same numbers, what is there as long as this rank may use such channels.
     """
 
     comm: MPI.Comm
@@ -80,6 +82,9 @@ class Group:
     gpus: bool = False
     presence: Presence = field(init=False, repr=False, compare=False)
     lines: dict[int, Channels] = field(default_factory=dict, init=False, repr=False, compare=False)
+    users: WeakValueDictionary[int, Any] = field(
+        default_factory=WeakValueDictionary, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "presence", Presence(self.comm))
@@ -191,10 +196,13 @@ class Group:
         mine = self.local_rank
         return [ranks[mine] for ranks in self.ranks_by_node if len(ranks) > mine]
 
-    @property
-    def ranks_by_node(self) -> list[list[int]]:
+    @functools.cached_property
+    def ranks_by_node(self) -> tuple[tuple[int, ...], ...]:
         """The ranks of each node."""
-        return [[rank for rank in range(self.size) if self.node_of[rank] == node] for node in range(self.num_nodes)]
+        ranks: list[list[int]] = [[] for _ in range(self.num_nodes)]
+        for rank, node in enumerate(self.node_of):
+            ranks[node].append(rank)
+        return tuple(map(tuple, ranks))
 
     @functools.cached_property
     def nodes(self) -> Nodes:
@@ -204,7 +212,7 @@ class Group:
     @property
     def neighbours(self) -> tuple[int, ...]:
         """The ranks of this rank's node, itself included."""
-        return tuple(rank for rank, node in enumerate(self.node_of) if node == self.node_rank)
+        return self.ranks_by_node[self.node_rank]
 
     def line(self, number: int, watchdog: Watchdog) -> Channels:
         """An optimizer's own channels. **Collective**, at least the first time."""

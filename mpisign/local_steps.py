@@ -109,6 +109,11 @@ class LocalSteps:
         names = self._checked(owner)
         if owner.overlap is True:
             raise OptionError("overlap=True hides exchanges of gradients behind backward, and every= has none: drop it")
+        if owner.backward_passes_per_step != 1:
+            raise OptionError(
+                f"backward_passes_per_step={owner.backward_passes_per_step} is for overlap, and with every= nothing "
+                f"leaves while backward runs: leave it out, and call step() after as many backward passes as you like"
+            )
         if average_buffers is not None and not isinstance(average_buffers, nn.Module):
             raise OptionError(f"average_buffers={type(average_buffers).__name__} is no module: pass the model itself")
         self._buffers = average_buffers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch.optim import Optimizer
@@ -70,11 +70,8 @@ class Planned(Wrapper):
         buddy_every: int | None,
     ) -> None:
         """Take what the user has said. Raises :class:`OptionError`."""
-        methods = [method, *wrapping.methods_of(optimizer)]
+        methods = [method, *wrapping.methods_of(optimizer.param_groups)]
         self.audit = check_integer("audit", audit, 0)
-        for one in methods:
-            check_exchange(exchange, one)
-            check_audit(self.audit, one)
         if bucket_cap_mb is not None:
             bucket_cap_mb = check_positive("bucket_cap_mb", bucket_cap_mb)
         if clip_grad_norm is not None:
@@ -82,11 +79,29 @@ class Planned(Wrapper):
         check_choice("apply", apply, get_args(Apply))
         self.wrapped, self.method, self.policy, self.exchange = optimizer, method, policy, exchange
         self.clip_grad_norm, self.bucket_cap_mb, self.apply = clip_grad_norm, bucket_cap_mb, apply
-        self.overlap = check_overlap(overlap, methods, clip_grad_norm)
+        self.overlap = overlap
+        self._check_methods(methods)
         self.backward_passes_per_step = check_integer("backward_passes_per_step", backward_passes_per_step, 1)
         self.buddy_every = check_buddy_every(buddy_every, methods)
         self._names = wrapping.names_of(optimizer, named_parameters)
         self._memory = MemoryStore(method.memory)
+
+    def _check_methods(self, methods: Sequence[Method]) -> None:
+        """Raise :class:`OptionError` where an option cannot be with one of them."""
+        for method in methods:
+            check_exchange(self.exchange, method)
+            check_audit(self.audit, method)
+        self.overlap = check_overlap(self.overlap, methods, self.clip_grad_norm)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer, on every rank before the same step.
+
+        Raises:
+            OptionError: its ``"method"`` is none, or options cannot be with it. Nothing has been added.
+        """
+        if isinstance(param_group, dict):  # else torch says what it is
+            self._check_methods(wrapping.methods_of([param_group]))
+        self.wrapped.add_param_group(param_group)
 
     def _current_plan(self) -> Plan:
         """The plan for parameters, methods and the group as they are now; made anew only if they changed."""

@@ -52,10 +52,6 @@ class Wrapper(Optimizer):
         def __getattr__(self, name: str) -> NoReturn:
             raise wrapping.no_attribute(self, self.__dict__.get("wrapped"), name)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the wrapped optimizer, on every rank before the same step."""
-        self.wrapped.add_param_group(param_group)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as torch does."""
         self.wrapped.zero_grad(set_to_none)

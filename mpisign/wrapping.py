@@ -80,9 +80,9 @@ def no_attribute(wrapper: Optimizer, wrapped: Optimizer | None, name: str) -> At
     return AttributeError(message)
 
 
-def methods_of(optimizer: Optimizer) -> list[Method]:
+def methods_of(groups: Sequence[dict[str, Any]]) -> list[Method]:
     """The methods that parameter groups have of their own. Raises :class:`OptionError` if one is no method."""
-    methods = [group["method"] for group in optimizer.param_groups if "method" in group]
+    methods = [group["method"] for group in groups if "method" in group]
     for method in methods:
         if not isinstance(method, Method):
             raise OptionError(f"method={method!r} of a parameter group is not a Method: use one of mpisign's")

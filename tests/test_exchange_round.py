@@ -417,7 +417,7 @@ def test_agreement_is_asked_for_in_time() -> None:
     made = rounds.job(tensors)
     parts.give(tensors, [torch.ones(40)])
     old, new = made.run(4), made.run(5)
-    with pytest.raises(MpisignError, match=r"step 4 are gone \(the latest is 5\)"):
+    with pytest.raises(MpisignError, match="step 4 are gone"):
         old.agreement()
     assert new.agreement() == [1.0]
     mpisign.shutdown()

@@ -52,6 +52,9 @@ def test_a_map_tells_every_ranks_place(node_of: tuple[int, ...], expected: list[
     every = groups(node_of)
     assert [(group.node_rank, group.local_rank, group.local_size) for group in every] == expected
     assert {group.num_nodes for group in every} == {1 + max(node for node, _, _ in expected)}
+    for group in every:
+        assert group.ranks_by_node is group.ranks_by_node, "it is asked for by every message of a plan"
+        assert group.neighbours == tuple(rank for rank, node in enumerate(node_of) if node == group.node_rank)
 
 
 def test_a_rank_is_called_what_its_identity_says() -> None:

@@ -59,6 +59,7 @@ def test_options_of_local_steps_need_every(options: Any) -> None:
         ({"outer": lambda its: SGD(layers().parameters(), lr=1.0)}, "just the parameter groups"),
         ({"average_buffers": [torch.zeros(2)]}, "average_buffers=list is no module"),
         ({"overlap": True}, "overlap=True"),
+        ({"backward_passes_per_step": 2}, "backward_passes_per_step=2 is for overlap"),
     ],
 )
 def test_impossible_options(options: Any, said: str) -> None:

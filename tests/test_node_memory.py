@@ -72,12 +72,14 @@ def test_its_space_is_claimed_at_once(folder: Path, monkeypatch: pytest.MonkeyPa
 
     def noted(handle: int, start: int, size: int) -> None:
         assert stat.S_IMODE(os.fstat(handle).st_mode) == 0o600
+        assert os.fstat(handle).st_blocks <= 8, "a kill before would have left next to nothing"
+        assert list(folder.iterdir()) == [], "and one from here on nothing"
         claimed.append((start, size))
         claim(handle, start, size)
 
     monkeypatch.setattr(os, "posix_fallocate", noted)
-    NodeMemory.share(current(), 1000)
-    assert claimed == [(0, 1000 + HEAD_BYTES)]
+    NodeMemory.share(current(), 100_000)
+    assert claimed == [(0, 100_000 + HEAD_BYTES)]
 
 
 def test_no_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

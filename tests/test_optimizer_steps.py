@@ -57,6 +57,25 @@ def test_errors_tell_the_group_added_later() -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize(
+    ("options", "method", "message"),
+    [
+        ({"exchange": "two_phase"}, mpisign.krum(0), "two_phase"),
+        ({"audit": 1}, mpisign.mean(), "audit=1 recounts votes"),
+        ({"overlap": True}, mpisign.dp_sign(1.0, noise=0.1), "dp_sign needs all of them first"),
+        ({}, "signum", "is not a Method"),
+    ],
+)
+def test_a_method_added_later_is_checked_as_one_that_was_there(
+    options: dict[str, Any], method: Any, message: str
+) -> None:
+    a, b = vectors(3, 4)
+    optimizer = DistributedSignOptimizer(SGD([a], lr=1.0), **options)
+    with pytest.raises(mpisign.OptionError, match=message):
+        optimizer.add_param_group({"params": [b], "method": method})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_a_named_group_added_later() -> None:
     model = two_layers()
     optimizer = voting(model[0].named_parameters())

@@ -41,10 +41,7 @@ def agreement(plan: Plan, step: int, said: Sequence[Heard]) -> list[float]:
 def _share(plan: Plan, step: int, said: Sequence[Heard], session: Session) -> float:
     """This rank's. Raises MpisignError."""
     if step != plan.use.step:
-        raise MpisignError(
-            f"the bitmaps of step {step} are gone (the latest is {plan.use.step}): ask for agreement() "
-            f"before the next step"
-        )
+        raise MpisignError(f"the bitmaps of step {step} are gone: ask for agreement() before the next step")
     if session.group is not plan.group:
         raise MpisignError(
             f"the group that voted in step {step} is no more (ranks have left, or mpisign was shut down): ask for "

@@ -109,6 +109,11 @@ class Hierarchical:
             self._down = shard_operations(mine.reshape(-1), flat(self._verdict), self._item, planes, shard, self._nodes)
             free_with(self, [its for _, _, types in self._down for its in types])
 
+    def detach(self) -> None:
+        """Let go of the node's memory. No message can cross any more."""
+        for name in ("_ballots", "_verdicts", "_slices", "_decided_here", "_down"):
+            vars(self).pop(name, None)
+
     def owners(self, shard: int) -> tuple[int, ...]:
         """Who decides, and who count for it on the other nodes."""
         lane = self._lanes[shard // self._nodes]

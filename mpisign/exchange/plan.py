@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -45,15 +45,17 @@ class Use:
     """Who has a plan's buffers.
 
     Attributes:
-        step: number of the latest exchange, whose bits they hold.
+        step: number of the latest exchange, whose bits they hold; -1 for none.
         settled: all ranks have them, and those of a node share what they must.
         channels: what messages cross; None for the group's own.
+        given: what gives back the parts of the node's memory that its exchanges have.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.step = -1
         self.settled = False
         self.channels: Channels | None = None
+        self.given: list[Callable[[], None]] = []
         self._device = device
         self._aside: torch.cuda.Stream | None = None
         self._others: set[torch.cuda.Stream] = set()
@@ -88,6 +90,12 @@ class Use:
         """Let the next use wait for what the current stream has to do, as gradients may be made on several."""
         if self._ended is not None:
             self._others.add(torch.cuda.current_stream(self._device))
+
+    def give_back(self) -> None:
+        """Give the node's memory back: all rounds are over, and another plan is in its place."""
+        self.step = -1
+        while self.given:
+            self.given.pop()()
 
     def over(self) -> None:
         """Wait until nobody uses them, on whatever stream: they may be given away then."""

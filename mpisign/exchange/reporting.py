@@ -34,19 +34,20 @@ def report(
     skipped: bool,
     ties: int | None,
     times: tuple[Mapping[str, float], float, float],
+    dropped: tuple[int, int] = (0, 0),
 ) -> StepReport:
     """What a step did.
 
     Args:
         said: by bucket; nothing if all have joined.
         times: seconds by phase, those that the step has waited for the network, and those of recoveries before.
+        dropped: bytes of headers and messages that had left too early, and had to leave again.
     """
     others = plan.group.size - 1
-    headers = handshake.bytes_sent
-    messages = 0
+    headers, messages = handshake.bytes_sent + dropped[0], dropped[1]
     if not handshake.all_joined:
         headers += sum(told.bytes_sent for told in plan.headers) + (0 if ties is None else 8 * others)
-        messages = sum(exchange.bytes_sent for exchange in plan.exchanges)
+        messages += sum(exchange.bytes_sent for exchange in plan.exchanges)
         messages += sum(maximum.bytes_sent for maximum in plan.maxima.values())
         messages += 0 if plan.audit is None else plan.audit.bytes_sent
     return StepReport(

@@ -57,7 +57,6 @@ class Round:
         intent: what this rank says of itself.
         reversible: write the memory to second buffers, so that the round can be dropped; always where the job outlives
             its ranks.
-        handshake: one that was made for this step already.
         session: default the present one.
 
     Attributes:
@@ -75,7 +74,6 @@ class Round:
         unscale: float = 1.0,
         intent: header.Intent = header.Intent(),  # noqa: B008 - it is frozen
         reversible: bool = False,
-        handshake: Handshake | None = None,
         session: Session | None = None,
     ) -> None:
         self.plan, self._step, self._abstention, self._unscale = plan, step, abstention, unscale
@@ -95,7 +93,8 @@ class Round:
         self._uncounted = 0  # operations that were over before others have come to this step
         self.submitted = 0
         self.summed = False
-        self.handshake = handshake
+        self.handshake: Handshake | None = None
+        self._dropped = 0, 0  # bytes of headers and messages that were dropped for it
 
     @property
     def agreed(self) -> Handshake:
@@ -123,6 +122,13 @@ class Round:
                 session, plan.layout, plan.fingerprint, plan.settings, plan.told, self._step, intent
             )
         return self.handshake
+
+    def replace(self, opened: Round, dropped: Round) -> None:
+        """Stand for a round that was opened, as what had left for this step is dropped; its report tells of all."""
+        self.handshake, self._opened = opened.handshake, opened._opened
+        self._began = min(opened._began, dropped._began)
+        sent = [(dropped.plan.headers[at], dropped.plan.exchanges[at]) for at in range(len(dropped._flights))]
+        self._dropped = sum(told.bytes_sent for told, _ in sent), sum(said.bytes_sent for _, said in sent)
 
     def begin(self, remake: Callable[[], Plan] | None = None) -> None:
         """Get everything ready for the first message. Before the handshake only where the plan is settled.
@@ -438,4 +444,4 @@ class Round:
         exposed = tracer.seconds(self._opened)["exchange"]
         membership = self._session.membership
         times = tracer.seconds(self._began), exposed, 0.0 if membership is None else membership.seconds()
-        return reporting.report(self.plan, self._step, self.handshake, said, skipped, ties, times)
+        return reporting.report(self.plan, self._step, self.handshake, said, skipped, ties, times, self._dropped)

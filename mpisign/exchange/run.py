@@ -153,6 +153,7 @@ def _opened(
         left = Round(early.plan, step, abstention=header.JOINED, reversible=True)
     left.abandon(handshake.posted)
     early.dropped()
-    a_round = Round(plan, step, abstention=abstention, unscale=unscale, intent=intent, handshake=handshake)
-    begun(a_round)
-    return a_round
+    again = Round(plan, step, abstention=abstention, unscale=unscale, intent=intent)
+    again.replace(a_round, left)
+    begun(again)
+    return again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,3 +127,34 @@ def test_who_has_heard_that_there_is_no_room_agrees_with_who_has_not_asked_since
             optimizer._drop_plan()
         assert take(optimizer, tensors, steps[2]) == usual[2]
         assert set(optimizer.report.exchange) == {"two_phase"}
+
+
+def test_a_plan_that_is_made_anew_gives_its_memory_back_first(
+    comm: MPI.Comm, kind: str, folder_of_the_nodes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be room for one plan alone; a report of its last step keeps all else of it."""
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(str(folder_of_the_nodes))
+
+    def claim(*its: int) -> None:
+        before.append(mapped())
+        claims(*its)
+
+    before: list[int] = []
+    claims = os.posix_fallocate
+    monkeypatch.setattr("os.posix_fallocate", claim)
+    with nodes(kind, comm):
+        steps = rounds(comm.rank, 2)
+        usual = train(steps, "two_phase")
+        tensors = ballots.parameters(*SHAPES)
+        optimizer = wrap(tensors, exchange="hierarchical")
+        assert take(optimizer, tensors, steps[0]) == usual[0]
+        report = optimizer.report
+        optimizer._drop_plan()
+        assert take(optimizer, tensors, steps[1]) == usual[1]
+        assert set(optimizer.report.exchange) == {"hierarchical"}
+        assert mapped() == 1
+        assert len(set(before)) <= 1, "none of another plan is there when one is claimed"
+        with pytest.raises(mpisign.MpisignError, match="are gone"):
+            report.agreement()

@@ -164,6 +164,20 @@ def test_an_optimizer_that_is_garbage_collected(comm: MPI.Comm, who: str, gone: 
     assert bool(session.watchdog._posted) == stranded, "MPI has what nobody can take back until the process ends"
 
 
+def test_optimizers_that_are_gone_leave_their_communicators_to_others(comm: MPI.Comm) -> None:
+    """One after the other, as in a sweep; and not while one rank alone still has the optimizer."""
+    kept: list[Training] = []
+    for number, lines in enumerate((1, 1, 1, 2, 2, 2)):
+        ours = Training(comm, True, method=mpisign.signum())
+        ours.usual(3)
+        assert ours.early[-1] == (ours.messages() if comm.size > 1 else set())
+        assert_alike(comm, ours.model)
+        assert len(current().group.lines) == (lines if comm.size > 1 else 0)
+        if number == 2 and last(comm):
+            kept.append(ours)
+        del ours
+
+
 def test_a_model_with_hooks_is_copied_and_pickled_without_them(comm: MPI.Comm) -> None:
     ours = Training(comm, True, method=mpisign.signum())
     ours.usual(2)

@@ -9,6 +9,7 @@ import torch
 from methods_table import TABLE
 
 import mpisign
+from mpisign.session import current
 
 from .overlapping import BOTH, METHODS, STEPS, WINDOWS, Training, assert_alike, beside, last, same, sgd
 
@@ -109,6 +110,29 @@ def test_true_is_an_error_on_every_rank(comm: MPI.Comm, program: Any, what: str)
     ours.usual(2)
     assert ours.early[-1] == ours.messages()
     assert_alike(comm, ours.model)
+
+
+@several
+def test_a_report_tells_also_of_what_was_dropped(comm: MPI.Comm) -> None:
+    ours, tracer = Training(comm, "auto", method=mpisign.signum()), current().tracer
+    ours.usual(WINDOWS + 1)
+    usual, plan = ours.optimizer.report, ours.optimizer._plan
+    assert usual is not None
+    assert plan is not None
+    headers, messages = (sum(its.bytes_sent for its in some) for some in (plan.headers, plan.exchanges))
+    mark = tracer.mark()
+    ours.optimizer.zero_grad()
+    ours.backward()
+    if last(comm):
+        ours.model[0].weight.grad.mul_(2)  # the others have nothing to drop on their own
+    opened = tracer.mark()
+    ours.step()
+    report = ours.optimizer.report
+    assert report is not None
+    assert report.bytes_sent == usual.bytes_sent + headers + messages
+    assert report.header_bytes == usual.header_bytes + headers
+    assert report.seconds == tracer.seconds(mark)
+    assert report.exposed_seconds == tracer.seconds(opened)["exchange"]
 
 
 @several
