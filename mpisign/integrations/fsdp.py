@@ -56,10 +56,8 @@ def split(shards: int, *, backend: Any = None, **options: Any) -> DeviceMesh:
         if not distributed.is_initialized():
             init_process_group(backend)
         rank, size = its.rank, its.size
-    from mpi4py import MPI
-
-    with its.watchdog.guard("MPI's split into replicas"):
-        lane = MPI.COMM_WORLD.Split(rank % shards, rank)
+        with its.watchdog.guard("MPI's split into replicas"):
+            lane = its.group.comm.Split(rank % shards, rank)
     session.shutdown()
     its.watchdog.comm = None  # it is gone
     try:
