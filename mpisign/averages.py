@@ -21,8 +21,9 @@ SAMPLE = 64  # values of each gradient
 ENOUGH = 100  # different values among them; toys and dead models have fewer
 
 FIX = (
-    "do not wrap the model (train ddp.module, give Accelerate's prepare() everything but the model, start Lightning "
-    "with devices=1 on each rank), or run backward under ddp.no_sync()"
+    "do not wrap the model (train ddp.module; with Lightning pass MpisignStrategy(), with Trainer and Accelerate call "
+    "init() of mpisign.integrations.huggingface), let DDP's ranks vote by mpisign.integrations.ddp.vote(), or run "
+    "backward under ddp.no_sync()"
 )
 
 

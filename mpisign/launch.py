@@ -55,7 +55,8 @@ _LAUNCHERS = (
         ("SLURM_STEP_NUM_TASKS",),
         ("SLURM_STEP_ID", "SLURM_STEPID"),
         "give srun the PMI plugin the library speaks: srun --mpi=pmix for Open MPI, srun --mpi=pmi2 for "
-        "MPICH (`srun --mpi=list` shows them), or use mpirun inside the allocation",
+        "MPICH and, with I_MPI_PMI_LIBRARY=/path/to/libpmi2.so, Intel MPI (`srun --mpi=list` shows them), or use "
+        "mpirun inside the allocation",
     ),
     (
         "torchrun",

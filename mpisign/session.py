@@ -305,9 +305,9 @@ def _join(
         comm = MPI.COMM_WORLD
     elif not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
         raise OptionError(f"comm={comm!r} is no communicator with this process in it: do not call init() outside it")
-    if comm == MPI.COMM_WORLD:
+    if comm != MPI.COMM_SELF:  # who names that one means to be alone
         library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
-        check_not_alone(os.environ, comm.Get_size(), library)
+        check_not_alone(os.environ, MPI.COMM_WORLD.Get_size(), library)
     if node_of is None and os.environ.get(NODE_MAP_VARIABLE):
         node_of = [int(place) if place.isdecimal() else -1 for place in os.environ[NODE_MAP_VARIABLE].split(",")]
     wrong = wrong or wrong_failure(failure, comm.Get_size())
@@ -334,7 +334,7 @@ def _join(
     if abort_on_exception or failure.survives:
         session.last_words = LastWords(functools.partial(_die, session))
     # One rank's variable counts, so that all do the same.
-    told = [timelines.wanted() if session.rank == 0 else "", session.token]
+    told = [timelines.wanted(comm) if session.rank == 0 else "", session.token]
     path, session.token = session.spread_value(told, (str, str), 0, "init()")
     if path:
         tracer.keep(timelines.RECORDED)
@@ -428,7 +428,8 @@ def timeline(path: str | os.PathLike[str]) -> None:
     """Write what all ranks did lately into one Chrome trace, for https://ui.perfetto.dev. **Collective.**
 
     It has a row for each rank and phase. Each rank keeps its latest 32,768 spans, which is some hundred steps; with the
-    variable ``MPISIGN_TIMELINE=path`` (rank 0's counts) it keeps 500,000, and :func:`shutdown` writes them there.
+    variable ``MPISIGN_TIMELINE=path`` (rank 0's counts) it keeps 500,000, and :func:`shutdown` writes them there;
+    of a job of some of MPI's ranks into ``path-4.json``, say, by the number that its rank 0 has among all.
 
     Args:
         path: rank 0 writes it; a file that is there is replaced when the new one is whole.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,7 +34,8 @@ KERNEL = 128  # si_code of a signal that a terminal has sent, to the launcher as
 ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 ORPHAN_SECONDS = 2.0  # from SIGTERM to SIGKILL
 ELSEWHERE = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
-"""Variables that ranks on other hosts get, with those of mpisign's own."""
+PREFIXES = ("MPISIGN_", "MPI4PY_")
+"""Variables that ranks on other hosts get, by names and by how those begin."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,9 @@ def command(wanted: Wanted, machine: Machine, folder: str | None = None) -> tupl
         )
     hosts = hosts_of(wanted, machine.environ)
     ranks = wanted.ranks or (None if hosts > 1 else machine.gpus or machine.cores)
-    here = machine.cores if ranks is None else -(-ranks // hosts)  # ranks on a host
+    here = machine.cores if ranks is None else -(-ranks // hosts)  # ranks on the host that has most
+    if ranks is not None and hosts > 1:
+        here = max(here, min(ranks, _slots(wanted, machine.cores)))  # launchers fill the first
     crowded = here > machine.cores
     each = max(1, machine.cores // here)
     settings = {} if "OMP_NUM_THREADS" in machine.environ or ranks is None else {"OMP_NUM_THREADS": str(each)}
@@ -186,7 +190,7 @@ def command(wanted: Wanted, machine: Machine, folder: str | None = None) -> tupl
         words += flags.outlive(wanted.silence)
     if hosts > 1:
         told = {**machine.environ, **settings}
-        for name in sorted(name for name in told if name in ELSEWHERE or name.startswith("MPISIGN_")):
+        for name in sorted(name for name in told if name in ELSEWHERE or name.startswith(PREFIXES)):
             words += _filled(flags.passes_on, name)
     around = [] if folder is None else shell(folder, outlives=wanted.outlives)
     return [*words, *wanted.more, *around, *wanted.program], settings
@@ -208,6 +212,21 @@ def hosts_of(wanted: Wanted, environ: Mapping[str, str]) -> int:
         return len({line[0].partition(":")[0] for line in lines if line}) or 1
     nodes = environ.get("SLURM_JOB_NUM_NODES", "")
     return int(nodes) if nodes.isdecimal() and int(nodes) > 0 else 1
+
+
+def _slots(wanted: Wanted, usual: int) -> int:
+    """The most of a host that is named; of one in a file that does not say, ``usual``. 0 of an allocation."""
+    if wanted.hosts:
+        slots: dict[str, int] = {}
+        for entry in wanted.hosts.split(","):
+            host, _, count = entry.partition(":")
+            slots[host] = slots.get(host, 0) + (int(count) if count.isdecimal() else 1)
+        return max(slots.values())
+    if wanted.hostfile:
+        lines = [line.partition("#")[0].split() for line in wanted.hostfile.read_text().splitlines()]
+        said = [re.search(r"(?:slots=|^[^ ]+:)(\d+)", " ".join(line)) for line in lines if line]
+        return max((int(its[1]) if its else usual for its in said), default=usual)
+    return 0
 
 
 def run(wanted: Wanted, machine: Machine, shared: Path | None) -> tuple[int, str]:

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ from mpisign import encoding
 from mpisign.errors import MpisignError
 from mpisign.talk import Talk
 from mpisign.trace import OTHER, PHASE_OF, PHASES, Span
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 __all__ = ["RECORDED", "VARIABLE", "wanted", "write"]
 
@@ -30,10 +33,20 @@ COLUMNS = 5  # name, step, message, begin, end
 ROWS = (*PHASES, OTHER)
 
 
-def wanted() -> str:
-    """What the variable says, or "". If that cannot be written, the log says so, and not only after the training."""
+def wanted(comm: MPI.Comm) -> str:
+    """What the variable says, or "". If that cannot be written, the log says so, and not only after the training.
+
+    Args:
+        comm: the job's ranks, of which this one is rank 0. If they are not all of MPI's, other jobs may have the same
+            variable, and this rank's number among all follows the file's stem.
+    """
+    from mpi4py import MPI
+
     path = os.environ.get(VARIABLE, "")
     folder = Path(path).parent
+    if path and comm.Get_size() < MPI.COMM_WORLD.Get_size():
+        stem, suffix = os.path.splitext(path)
+        path = f"{stem}-{MPI.COMM_WORLD.Get_rank()}{suffix}"
     if path and not os.access(folder, os.W_OK | os.X_OK):
         logger.warning("%s=%r: %s is no folder that rank 0 may write to", VARIABLE, path, folder)
     return path
@@ -112,7 +125,7 @@ def _events(rank: int, told: bytes, table: bytes) -> Iterator[dict[str, Any]]:
 
 def _write(path: Path, ranks: Sequence[Iterator[dict[str, Any]]]) -> None:
     """Raises OSError; a file that was there is whole until the new one is."""
-    unfinished = path.with_name(path.name + ".tmp")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another job may write to the same path
     for there in (path, unfinished):
         if there.exists() and not there.is_file():  # a pipe would wait for a reader, and a device be replaced
             raise FileExistsError(f"{there} is no regular file")

@@ -50,7 +50,7 @@ CORES='from mpisign.starting import usable_cores; print(usable_cores()[0])'
 
 # prepare PACKAGE...: find Python, the launcher and the folder for results. Fail now rather than in an hour.
 prepare() {
-    local extras=mpi,scripts
+    local extras=mpi,scripts other=
     if [[ -z $PYTHON ]]; then
         PYTHON=python3
         [[ -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} || ! -x $MPISIGN_ROOT/.venv/bin/python ]] ||
@@ -62,8 +62,10 @@ prepare() {
         fail "${python[*]} does not run on $(hostname). Activate your environment before sbatch, or name its Python:" \
             "PYTHON=/path/to/python sbatch ..."
     [[ " $* " != *" pytest "* ]] || extras+=,test-mpi
+    [[ " $* " != *" torchvision "* ]] || extras+=,imagenet
+    [[ " $* " != *" cupy "* ]] || extras+=,cuda12 other='. A torch for CUDA 13 wants "cuda13"'
     library=$("${python[@]}" -c "$LIBRARY" mpisign torch numpy mpi4py "$@") ||
-        fail "above is what ${python[*]} lacks: $PYTHON -m pip install -e '${MPISIGN_ROOT}[$extras]'. If your" \
+        fail "above is what ${python[*]} lacks: $PYTHON -m pip install -e '${MPISIGN_ROOT}[$extras]'$other. If your" \
             "cluster has an MPI, leave out \"mpi\" and load its module in this script"
 
     { mkdir -p "$MPISIGN_OUT" && test -w "$MPISIGN_OUT"; } ||

@@ -139,11 +139,14 @@ def test_the_communicator_is_a_duplicate() -> None:
 @pytest.mark.usefixtures("outside")
 def test_alone_although_the_launcher_started_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
-    with pytest.raises(mpisign.LaunchError, match=r"OMPI_COMM_WORLD_SIZE=4.*MPI"):
-        mpisign.init()
-    assert not mpisign.is_initialized()
-
     from mpi4py import MPI
+
+    copy = MPI.COMM_WORLD.Dup()
+    for comm in (None, copy):
+        with pytest.raises(mpisign.LaunchError, match=r"OMPI_COMM_WORLD_SIZE=4.*MPI"):
+            mpisign.init(comm)
+        assert not mpisign.is_initialized()
+    copy.Free()
 
     mpisign.init(MPI.COMM_SELF)  # who names a communicator of one means it
 

@@ -90,15 +90,30 @@ def test_a_job_that_outlives_silent_ranks() -> None:
 
 
 def test_several_hosts(tmp_path: Path) -> None:
-    told, settings = words(ranks=8, hosts="a:4,b:4", environ={"PATH": "/bin", "HOME": "/root", "MPISIGN_X": "1"})
-    assert told == "mpirun -n 8 --host a:4,b:4 --bind-to none -x MPISIGN_X -x OMP_NUM_THREADS -x PATH"
+    told, settings = words(
+        ranks=8, hosts="a:4,b:4", environ={"PATH": "/bin", "HOME": "/root", "MPISIGN_X": "1", "MPI4PY_RC_THREADS": "1"}
+    )
+    assert (
+        told == "mpirun -n 8 --host a:4,b:4 --bind-to none -x MPI4PY_RC_THREADS -x MPISIGN_X -x OMP_NUM_THREADS -x PATH"
+    )
     assert settings == {"OMP_NUM_THREADS": "2"}
+    for ranks, hosts, threads in (
+        (4, "a:4,b:4", 2),
+        (6, "a:4,b:4", 2),
+        (2, "a,b", 8),
+        (4, "a,b,a,b", 4),
+        (9, "a,b", 1),
+    ):
+        assert words(ranks=ranks, hosts=hosts)[1] == {"OMP_NUM_THREADS": str(threads)}, (ranks, hosts)
     file = tmp_path / "hosts"
     file.write_text("# two of them\na slots=4\n\nb slots=4 # the other\n")
     assert words(hostfile=file)[0] == f"mpirun --hostfile {file} --bind-to none"
     crowded = words(ranks=20, hostfile=file, more=["--display", "map"])[0]
     assert crowded.endswith("--mca mpi_yield_when_idle 1 -x OMP_NUM_THREADS --display map")
     assert words("MPICH", ranks=2, hosts="a,b")[0] == "mpirun -n 2 -hosts a,b -bind-to none"
+    for text, threads in (("a slots=4\nb slots=2\n", 2), ("a:2\nb:2", 4), ("a\nb\n", 2)):
+        file.write_text(text)
+        assert words(ranks=4, hostfile=file)[1] == {"OMP_NUM_THREADS": str(threads)}, text
     with pytest.raises(OptionError, match=r"hostfile cannot be read.*nowhere"):
         words(hostfile=tmp_path / "nowhere")
 

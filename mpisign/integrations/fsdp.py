@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed.fsdp
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 
 from mpisign import session
 from mpisign.errors import OptionError
@@ -24,6 +24,13 @@ from mpisign.plain import plain
 from mpisign.policy import check_integer
 from mpisign.report import StepReport
 from mpisign.session import current, operation
+
+if not hasattr(getattr(distributed.fsdp, "FSDPModule", None), "set_all_reduce_hook"):
+    raise ImportError(
+        f"votes between replicas of FSDP2 need torch 2.7 or newer, whose FSDPModule has set_all_reduce_hook(), and "
+        f"this is torch {torch.__version__}: pip install 'torch>=2.7'"
+    )
+from torch.distributed.fsdp import FSDPModule
 
 __all__ = ["Vote", "split", "vote"]
 
@@ -56,10 +63,8 @@ def split(shards: int, *, backend: Any = None, **options: Any) -> DeviceMesh:
         if not distributed.is_initialized():
             init_process_group(backend)
         rank, size = its.rank, its.size
-    from mpi4py import MPI
-
-    with its.watchdog.guard("MPI's split into replicas"):
-        lane = MPI.COMM_WORLD.Split(rank % shards, rank)
+        with its.watchdog.guard("MPI's split into replicas"):
+            lane = its.group.comm.Split(rank % shards, rank)
     session.shutdown()
     its.watchdog.comm = None  # it is gone
     try:

@@ -29,6 +29,7 @@ from mpisign.warning import warn
 __all__ = ["MpisignCallback", "hide_launcher", "init", "shard"]
 
 PREFIXES = ("OMPI_COMM_WORLD", "PMI_", "PMIX_", "MV2_COMM")
+OF_DDP = ("LOCAL_RANK", "RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
@@ -53,8 +54,8 @@ def init(*args: Any, **options: Any) -> None:
 
 
 def hide_launcher() -> dict[str, str]:
-    """Remove the launcher's variables from the environment, after MPI has started. Returns them."""
-    return {name: os.environ.pop(name) for name in sorted(os.environ) if name.startswith(PREFIXES)}
+    """Remove the launcher's variables, and those that scripts for DDP set, after MPI has started. Returns them."""
+    return {name: os.environ.pop(name) for name in sorted(os.environ) if name.startswith(PREFIXES) or name in OF_DDP}
 
 
 def shard(dataset: Any) -> Any:
@@ -62,7 +63,16 @@ def shard(dataset: Any) -> Any:
 
     Args:
         dataset: with ``len()``; a Hugging Face ``Dataset`` stays one, and any other becomes a ``torch`` ``Subset``.
+
+    Raises:
+        OptionError: it has no length, as what streams.
     """
+    if not hasattr(dataset, "__len__"):
+        raise OptionError(
+            f"rank {rank()}: shard() takes what has a length, and {type(dataset).__name__} has none: of a streaming "
+            f"dataset take datasets.distributed.split_dataset_by_node(dataset, rank=mpisign.rank(), "
+            f"world_size=mpisign.size()), and end all ranks at the same step by TrainingArguments(max_steps=...)"
+        )
     places = range(rank(), len(dataset) - len(dataset) % size(), size())
     return dataset.select(places) if hasattr(dataset, "select") else torch.utils.data.Subset(dataset, places)
 
@@ -99,7 +109,6 @@ class MpisignCallback(TrainerCallback):
             )
         self.optimizer, self.resume_from = optimizer, resume_from
         self._random: dict[str, Any] | torch.Tensor | None = None
-        self._due = False
 
     def on_init_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """TrainingArguments have made Accelerate's state anew."""
@@ -107,6 +116,15 @@ class MpisignCallback(TrainerCallback):
             raise OptionError(
                 f"rank {rank()}: Trainer sees {args.world_size} processes and {args.n_gpu} GPUs, and would average "
                 f"gradients itself: call mpisign.integrations.huggingface.init() before TrainingArguments"
+            )
+        if args.save_strategy == "best":
+            raise OptionError(
+                f"rank {rank()}: with save_strategy='best' each rank saves when its own evaluation says so: save where "
+                f"you evaluate (save_strategy='steps', save_steps=eval_steps), with load_best_model_at_end=True"
+            )
+        if rank() > 0:
+            args.save_only_model = (
+                True  # else its random numbers overwrite rank 0's; the model is saved by rank 0 alone
             )
         if args.distributed_state is not None:
             args.distributed_state.process_index, args.distributed_state.local_process_index = rank(), local_rank()
@@ -149,7 +167,6 @@ class MpisignCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Within an epoch it loads rank 0's just before the first step."""
         self._restore_random()
-        self._due = False
 
     def _restore_random(self) -> None:
         own, self._random = self._random, None
@@ -158,22 +175,20 @@ class MpisignCallback(TrainerCallback):
         elif own is not None:
             set_random_state(own)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
-        """Trainer would save on every rank."""
-        self._save(args, state, control, model)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
-        """Likewise."""
-        self._save(args, state, control, model)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
-        """Of several datasets, after each."""
-        if self._due:
-            self._write(args, state, model)
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        """Whoever has asked for it: what is this rank's own, as rank 0 has saved the rest."""
+        if rank() == 0:
+            return
+        state.best_model_checkpoint = None  # rank 0 may be writing it still
+        own = personal.taken(self.optimizer, self.optimizer.state_dict(), model)
+        path = self._file(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".tmp")
+        torch.save({**own, "random": random_state()}, beside)
+        beside.replace(path)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         """All ranks go on with the same model. **Collective.** Not called after an exception."""
-        self._due = False  # evaluations from here on come after no save
         if args.load_best_model_at_end and self._has_best(state):
             broadcast_parameters(model.state_dict())
         elif self.optimizer.outer is not None:
@@ -189,22 +204,6 @@ class MpisignCallback(TrainerCallback):
         report: StepReport | None = self.optimizer.report
         if logs is not None and report is not None and "loss" in logs:
             logs.update({f"mpisign_{name}": value for name, value in report.as_dict().items() if name != "step"})
-
-    def _save(self, args: Any, state: Any, control: Any, model: Any) -> None:
-        if not control.should_save or rank() == 0:
-            return
-        control.should_save = False
-        self._due = control.should_evaluate  # before a save, and it draws random numbers
-        if not self._due:
-            self._write(args, state, model)
-
-    def _write(self, args: Any, state: Any, model: Any) -> None:
-        own = personal.taken(self.optimizer, self.optimizer.state_dict(), model)
-        path = self._file(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".tmp")
-        torch.save({**own, "random": random_state()}, beside)
-        beside.replace(path)
 
     @staticmethod
     def _file(folder: str | os.PathLike[str]) -> Path:

@@ -83,6 +83,18 @@ def test_what_replicas_decide(comm: MPI.Comm, shards: int) -> None:
         assert (np.abs(decided.numpy()) == 1).all()
 
 
+@pytest.mark.mpi(min_size=2)
+def test_two_jobs_of_one_mpirun(comm: MPI.Comm) -> None:
+    mpisign.shutdown()
+    part = comm.Split(comm.rank > 0)
+    mpisign.init(part)
+    fsdp.split(1)
+    assert (mpisign.rank(), mpisign.size()) == (part.rank, part.size)
+    assert distributed.get_world_size() == part.size
+    mpisign.shutdown()
+    part.Free()
+
+
 def test_memory_can_be_saved(comm: MPI.Comm) -> None:
     model, votes = sharded(1)
 

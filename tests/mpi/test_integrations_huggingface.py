@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,9 @@ def hub(job: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     framework("accelerate")
     framework("transformers")
     before = dict(os.environ)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")  # as in a script for DDP
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     from accelerate.state import AcceleratorState, PartialState
 
     from mpisign.integrations import huggingface
@@ -39,7 +42,7 @@ def hub(job: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     assert any(name.startswith("OMPI_COMM_WORLD") for name in before), "this must run under mpirun"
     AcceleratorState._reset_state(reset_partial_state=True)
     huggingface.init()
-    assert not [name for name in os.environ if name.startswith(huggingface.PREFIXES)]
+    assert not [name for name in os.environ if name.startswith((*huggingface.PREFIXES, "MASTER", "WORLD"))]
     yield huggingface
     os.environ.update(before)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -69,12 +72,14 @@ def trained(
     resume: bool = False,
     local: dict[str, Any] | None = None,
     norm: bool = False,
+    asked: Sequence[int] = (),
     **options: Any,
 ) -> tuple[Any, Any]:
     """A trainer, and the optimizer, after so many steps of a training of 12, of which 6 are an epoch.
 
     Args:
         local: options of local steps by AdamW; None for votes.
+        asked: after which steps another callback wants a checkpoint.
     """
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -86,6 +91,12 @@ def trained(
 
         def on_log(self, *_: Any, logs: dict[str, float], **more: Any) -> None:
             self.told.append(dict(logs))
+
+    class Asks(TrainerCallback):  # type: ignore[misc]
+        """For a save, after all other callbacks."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            control.should_save = control.should_save or state.global_step in asked
 
     class Ends(TrainerCallback):  # type: ignore[misc]
         """All that training would have gone on with."""
@@ -109,7 +120,7 @@ def trained(
         gradient_accumulation_steps=2,
         **{"save_steps": 5, "logging_steps": 1, "report_to": [], "use_cpu": True, "seed": 1, **options},
     )
-    callbacks = [Ends(), hub.MpisignCallback(optimizer), Told()]
+    callbacks = [Ends(), hub.MpisignCallback(optimizer), Told(), Asks()]
     trainer = Trainer(
         net,
         arguments,
@@ -159,8 +170,9 @@ LOCAL = {"every": 4, "method": mpisign.scaled_vote(0.5)}
         {"save_strategy": "epoch"},
         {"save_steps": 5, "eval_strategy": "steps", "eval_steps": 5},
         {"save_steps": 8},  # where a window ends
+        {"save_strategy": "no", "asked": [7]},
     ],
-    ids=["after an epoch", "after an evaluation", "within an epoch"],
+    ids=["after an epoch", "after an evaluation", "within an epoch", "asked for by another callback"],
 )
 def test_resuming_is_exact(
     comm: MPI.Comm, folder: Path, hub: Any, options: dict[str, Any], local: dict[str, Any] | None
@@ -168,7 +180,7 @@ def test_resuming_is_exact(
     options = {"local": local, "norm": True, **options}
 
     whole, _ = trained(hub, folder / "whole", 11, **options)
-    trained(hub, folder / "halves", options.get("save_steps", 6), **options)
+    trained(hub, folder / "halves", options.get("save_steps", 7 if "asked" in options else 6), **options)
     mpisign.barrier()
     again, optimizer = trained(hub, folder / "halves", 11, resume=True, **options)
     end = heard(again, "end")
@@ -227,6 +239,9 @@ def test_what_is_refused(comm: MPI.Comm, folder: Path, hub: Any) -> None:
     with pytest.raises(mpisign.OptionError, match="SGD is none"):
         hub.MpisignCallback(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
     optimizer = mpisign.DistributedSignOptimizer(torch.optim.SGD(Net().parameters(), lr=0.1))
+    best = {"save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "loss"}
+    with pytest.raises(mpisign.OptionError, match=f"rank {comm.rank}: with save_strategy='best' each rank saves"):
+        trained(hub, folder, 1, **best)
     arguments = TrainingArguments(str(folder), use_cpu=True, max_steps=1, report_to=[])
     examples = [{"x": x, "labels": y} for x, y in data()]
     trainer = Trainer(Net(), arguments, train_dataset=examples, callbacks=[hub.MpisignCallback(optimizer)])
@@ -235,5 +250,7 @@ def test_what_is_refused(comm: MPI.Comm, folder: Path, hub: Any) -> None:
 
 
 def test_parts_of_the_data(comm: MPI.Comm, hub: Any) -> None:
+    with pytest.raises(mpisign.OptionError, match="generator has none: of a streaming dataset take datasets"):
+        hub.shard(it for it in range(4))
     parts = comm.allgather([int(x) for x in hub.shard(range(4 * comm.size + comm.size - 1))])
     assert parts == [[rank + comm.size * at for at in range(4)] for rank in range(comm.size)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -69,3 +70,46 @@ def test_all_in_a_model_are_found(comm: MPI.Comm) -> None:
     net["b"][0].update(float(comm.rank))
     assert net["a"].compute() == (comm.size - 1) / 2
     assert net["b"][0].compute() == comm.size - 1
+
+
+def test_lists_of_different_lengths(comm: MPI.Comm) -> None:
+    """Of states that are lists and are not concatenated each rank has one item an update, and some have none."""
+    metrics: Any = framework("torchmetrics")
+    from mpisign.integrations.metrics import sync_metrics
+
+    mine = copy.deepcopy(sync_metrics(sync_metrics(metrics.retrieval.RetrievalMAP())))
+    oracle = metrics.retrieval.RetrievalMAP()
+    for rank in range(comm.size):
+        for update in range(2 * rank if comm.size > 1 else 2):
+            scores, labels = predictions(5 * rank + update + 1)
+            queries = torch.arange(len(scores)) % 4 + 4 * rank
+            for metric in [oracle, *([mine] if rank == comm.rank else [])]:
+                metric.update(scores, labels, indexes=queries)
+    for _ in range(2):
+        torch.testing.assert_close(mine.compute(), oracle.compute())
+        mine._computed = None
+    assert len(mine.indexes) == (2 * comm.rank if comm.size > 1 else 2), "it has its own again"
+    assert set(mine._reductions) == set(oracle._reductions)
+
+
+def test_lists_of_no_tensors_are_an_error(comm: MPI.Comm) -> None:
+    metrics: Any = framework("torchmetrics")
+    from mpisign.integrations.metrics import sync_metrics
+
+    class Names(metrics.Metric):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_state("names", [], None)
+
+        def update(self) -> None:
+            self.names.append("a")
+
+        def compute(self) -> int:
+            return len(self.names)
+
+    its = sync_metrics(Names())
+    if comm.rank == comm.size - 1:
+        its.update()
+    if comm.size > 1:
+        with pytest.raises(mpisign.OptionError, match="Names keeps a list 'names' of something else than tensors"):
+            its.compute()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -258,10 +259,22 @@ def test_a_file_is_replaced_whole_or_not_at_all(comm: MPI.Comm, path: Path) -> N
     text = path.read_text()
     assert len(written(path, comm)[1]) > spans
     if comm.rank == 0:
-        path.with_name("trace.json.tmp").mkdir()  # where the new one would be written
+        path.with_name(f"trace.json.{os.getpid()}.tmp").mkdir()  # where the new one would be written
     with pytest.raises(mpisign.MpisignError, match="rank 0 cannot write it"):
         mpisign.timeline(path)
     assert path.read_text() == text
+
+
+@pytest.mark.mpi(min_size=2)
+def test_each_of_several_jobs_has_a_file(comm: MPI.Comm, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mpisign.shutdown()
+    monkeypatch.setenv("MPISIGN_TIMELINE", str(path))
+    part = comm.Split(comm.rank > 0)
+    mpisign.init(part)
+    mpisign.shutdown()
+    part.Free()
+    comm.barrier()
+    assert sorted(its.name for its in path.parent.glob("trace*")) == ["trace-0.json", "trace-1.json"]
 
 
 def test_only_the_latest_spans_are_written(comm: MPI.Comm, path: Path) -> None:

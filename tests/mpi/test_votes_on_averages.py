@@ -118,7 +118,7 @@ def test_ddp_averages_before_the_vote(comm: MPI.Comm) -> None:
             optimizer.step()
         texts += [str(it.message) for it in said]
     assert ["DistributedDataParallel module" in text for text in texts] == [True, False]
-    assert "Do not wrap the model (train ddp.module, give Accelerate's prepare()" in texts[0]
+    assert "Do not wrap the model (train ddp.module; with Lightning pass MpisignStrategy()" in texts[0]
     assert ["the gradients of all ranks were the same" in text for text in texts] == [False, True]
 
 

@@ -122,12 +122,16 @@ def test_a_setting_that_cannot_work(submit: Submit, variable: str, value: str, s
 
 @pytest.mark.parametrize(
     ("script", "missing", "extras"),
-    [("train_cpu", "tqdm", "mpi,scripts"), ("test", "pytest pytest_mpi pytest_timeout", "mpi,scripts,test-mpi")],
+    [
+        ("train_cpu", "tqdm", "mpi,scripts"),
+        ("train_gpu", "tqdm cupy torchvision", "mpi,scripts,imagenet,cuda12"),
+        ("test", "pytest pytest_mpi pytest_timeout", "mpi,scripts,test-mpi"),
+    ],
 )
 def test_a_python_without_the_packages(submit: Submit, tmp_path: Path, script: str, missing: str, extras: str) -> None:
     venv.create(tmp_path / "venv", symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
-    text = submit(*on(1), SLURM / f"{script}.sbatch", PYTHON=python, PYTHONPATH="").wait("FAILED")
+    text = submit(*on(1), "--gpus-per-node=0", SLURM / f"{script}.sbatch", PYTHON=python, PYTHONPATH="").wait("FAILED")
     assert f"missing: mpisign torch numpy mpi4py {missing}" in text
     assert f"{python} -m pip install -e '{SLURM.parent}[{extras}]'" in text
 
