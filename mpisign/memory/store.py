@@ -405,8 +405,8 @@ class MemoryStore:
             )
         for place, pieces in saved["pieces"].items():
             parameter = parameters[place]
-            if not parameter.numel():
-                continue
+            if not parameter.numel() and any(value.numel() for value in pieces.values()):
+                continue  # frozen here
             for lo, value in pieces.items():
                 if lo + value.numel() > parameter.numel():
                     raise CheckpointError(
