@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import operator
 from collections.abc import Callable
-
-import numpy as np
+from functools import reduce
 
 from mpisign.calibration import links_of
 from mpisign.errors import MpisignError
@@ -55,7 +55,7 @@ def _line(plan: Plan, session: Session) -> Channels:
         gc.collect()  # schedulers make cycles, in which optimizers stay for long
         numbers = list(group.lines)[:LOOKED_AT]
         unused = sum(1 << place for place, number in enumerate(numbers) if number not in group.users)
-        on_all = int(np.bitwise_and.reduce(session.meet("a plan", unused)))
+        on_all = reduce(operator.and_, map(int, session.meet("a plan", unused)))
         if on_all:
             place = (on_all & -on_all).bit_length() - 1
             group.lines[plan.number] = group.lines.pop(numbers[place])
