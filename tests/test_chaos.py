@@ -50,7 +50,7 @@ def chaos(*arguments: str, timeout: float = 600.0) -> subprocess.CompletedProces
 @needs_ulfm
 def test_a_short_run_finds_nothing_wrong(tmp_path: Path) -> None:
     """Three faults on four ranks; a relaunch is not needed."""
-    training, data = short_run(tmp_path, "kill", "exception", "nan", seed=12, spread=0)
+    training, data = short_run(tmp_path, "kill", "exception", "nan", seed=12, spread=0, more=LONGER)
     assert {fault["kind"] for fault in training["faults"]} == {"kill", "exception", "nan"}
     assert training["launches"] == 1
     assert data["without faults"] == {}
@@ -85,11 +85,14 @@ def test_goodput_is_measured_with_and_without_relaunches(tmp_path: Path) -> None
 def test_links_are_cut_and_mended(tmp_path: Path) -> None:
     """Of who was cut off, or has slept, and comes back, nobody else hears: the others go on, all of them."""
     before = left_behind()
-    kinds, hosts = ("cut", "silence", "flicker"), ("--hosts", "4", "--detect-links", "16s")
+    kinds, hosts = ("cut", "silence", "flicker"), ("--hosts", "4", "--detect-links", "16s", *LONGER)
     training, _ = short_run(tmp_path, *kinds, seed=39, spread=0, more=hosts)
     assert {fault["kind"] for fault in training["faults"]} == set(kinds)
     assert training["launches"] == 1
     assert left_behind() <= before
+
+
+LONGER = ("--epochs", "30")  # so that all faults strike, however quick the machine is
 
 
 def short_run(
