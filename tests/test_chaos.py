@@ -92,7 +92,7 @@ def test_links_are_cut_and_mended(tmp_path: Path) -> None:
     assert left_behind() <= before
 
 
-LONGER = ("--epochs", "30")  # so that all faults strike, however quick the machine is
+LONGER = ("--epochs", "16")  # so that all faults strike, however quick the machine is
 
 
 def short_run(
