@@ -118,8 +118,9 @@ class Windows:
 
     def _differ(self, values: Mapping[torch.Tensor, torch.Tensor]) -> None:
         for parameter, common in self._common.items():
-            its, began = values.get(parameter), common.detach().to(parameter.dtype).to(common.dtype)
-            common.grad = None if its is None else began - its.to(common)
+            common.grad = None
+            if (its := values.get(parameter)) is not None:
+                common.grad = common.detach().to(parameter.dtype).to(common.dtype) - its.to(common)
 
     def _apart(self, parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """Those that do not hold their common value. However they were written: by ``.data``, say."""

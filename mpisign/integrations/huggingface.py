@@ -122,10 +122,8 @@ class MpisignCallback(TrainerCallback):
                 f"rank {rank()}: with save_strategy='best' each rank saves when its own evaluation says so: save where "
                 f"you evaluate (save_strategy='steps', save_steps=eval_steps), with load_best_model_at_end=True"
             )
-        if rank() > 0:
-            args.save_only_model = (
-                True  # else its random numbers overwrite rank 0's; the model is saved by rank 0 alone
-            )
+        if rank() > 0:  # rank 0 alone saves the model, and this rank's random numbers would overwrite its
+            args.save_only_model = True
         if args.distributed_state is not None:
             args.distributed_state.process_index, args.distributed_state.local_process_index = rank(), local_rank()
         _number_states()
