@@ -202,31 +202,36 @@ def _filled(words: Sequence[str], value: str) -> list[str]:
 
 def hosts_of(wanted: Wanted, environ: Mapping[str, str]) -> int:
     """How many machines take part: those that are named, else those of SLURM's allocation, else this one."""
-    if wanted.hosts:
-        return len({entry.partition(":")[0] for entry in wanted.hosts.split(",")})
-    if wanted.hostfile:
-        try:
-            lines = [line.partition("#")[0].split() for line in wanted.hostfile.read_text().splitlines()]
-        except OSError as error:
-            raise OptionError(f"the hostfile cannot be read: {error}") from error
-        return len({line[0].partition(":")[0] for line in lines if line}) or 1
+    if wanted.hosts or wanted.hostfile:
+        return len({host for host, _ in _named(wanted)}) or 1
     nodes = environ.get("SLURM_JOB_NUM_NODES", "")
     return int(nodes) if nodes.isdecimal() and int(nodes) > 0 else 1
 
 
+def _named(wanted: Wanted) -> list[tuple[str, str]]:
+    """The hosts that are named, in order, and how many slots each is said to have; "" for none."""
+    if wanted.hosts:
+        return [(host, count) for host, _, count in (entry.partition(":") for entry in wanted.hosts.split(","))]
+    if not wanted.hostfile:
+        return []
+    try:
+        lines = [line.partition("#")[0].split() for line in wanted.hostfile.read_text().splitlines()]
+    except OSError as error:
+        raise OptionError(f"the hostfile cannot be read: {error}") from error
+    said = ((line, re.search(r"(?:slots=|^[^ ]+:)(\d+)", " ".join(line))) for line in lines if line)
+    return [(line[0].partition(":")[0], its[1] if its else "") for line, its in said]
+
+
 def _slots(wanted: Wanted, usual: int) -> int:
     """The most of a host that is named; of one in a file that does not say, ``usual``. 0 of an allocation."""
-    if wanted.hosts:
-        slots: dict[str, int] = {}
-        for entry in wanted.hosts.split(","):
-            host, _, count = entry.partition(":")
-            slots[host] = slots.get(host, 0) + (int(count) if count.isdecimal() else 1)
-        return max(slots.values())
-    if wanted.hostfile:
-        lines = [line.partition("#")[0].split() for line in wanted.hostfile.read_text().splitlines()]
-        said = [re.search(r"(?:slots=|^[^ ]+:)(\d+)", " ".join(line)) for line in lines if line]
-        return max((int(its[1]) if its else usual for its in said), default=usual)
-    return 0
+    unsaid = 1 if wanted.hosts else usual
+    named = [(host, int(count) if count.isdecimal() else unsaid) for host, count in _named(wanted)]
+    if not wanted.hosts:
+        return max((count for _, count in named), default=usual if wanted.hostfile else 0)
+    slots: dict[str, int] = {}
+    for host, count in named:
+        slots[host] = slots.get(host, 0) + count
+    return max(slots.values())
 
 
 def run(wanted: Wanted, machine: Machine, shared: Path | None) -> tuple[int, str]:
